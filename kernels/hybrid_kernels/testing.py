@@ -1,0 +1,60 @@
+"""What kernel tests and benchmarks share: inputs, random and hard in known ways, and the error they are judged by."""
+
+import torch
+import torch.nn.functional as F
+
+
+def relative_error(ours: torch.Tensor, exact: torch.Tensor, floor: float = 1e-30) -> float:
+    """||ours - exact|| / ||exact||; NaN where either holds one.
+
+    `floor`: the least root mean square of `exact` that counts. Under a decay of e^-50 dg is 1e-22 of what it is
+    the difference of, and only its absolute size can be right.
+    """
+    ours, exact = ours.double(), exact.to(ours.device).double()
+    least = floor * exact.numel() ** 0.5
+    return ((ours - exact).norm() / exact.norm().clamp(min=least)).item()
+
+
+def delta_rule_inputs(
+    batch, length, key_heads, heads, key_dim, value_dim, *, dtype=torch.float32, device="cpu", gate=None,
+    cosine=None, beta=None, seed=0,
+):  # fmt: skip
+    """q, k [b, s, Hk, dk] of unit norm, v [b, s, H, dv] in `dtype`; g, beta [b, s, H] in fp32 (fp64 for fp64).
+
+    `cosine`: how alike two keys are; `gate`: a fixed log decay; `beta`: a fixed one. Otherwise drawn as training
+    draws them: g from A in (0, 16) and dt in [1e-3, 0.1], beta uniform in (0, 2).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    q, k = (F.normalize(normal(batch, length, key_heads, key_dim), dim=-1) for _ in range(2))
+    if cosine is not None:
+        shared = F.normalize(normal(1, 1, key_heads, key_dim), dim=-1)
+        k = F.normalize(cosine**0.5 * shared + (1 - cosine) ** 0.5 * k, dim=-1)
+    v = normal(batch, length, heads, value_dim)
+    shape = (batch, length, heads)
+    A, dt = 16 * uniform(heads), 1e-3 * 100 ** uniform(heads)
+    g = -A * F.softplus(normal(*shape) + torch.log(torch.expm1(dt))) if gate is None else torch.full(shape, gate)
+    b = 2 * uniform(*shape) if beta is None else torch.full(shape, beta)
+    gates = torch.float64 if dtype == torch.float64 else torch.float32
+    return [x.to(device, dtype) for x in (q, k, v)] + [x.to(device, gates) for x in (g, b)]
+
+
+def packed_inputs(
+    length, batch, key_heads, heads, key_dim, value_dim, *, padding=3, dtype=torch.float32, device="cpu", seed=0
+):
+    """packed [s, b, W], conv_weight [C, 4], A_log, dt_bias [H] (fp32, or fp64 for fp64), as `conv_gates` takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = 2 * key_heads * key_dim + heads * value_dim
+    width = channels + heads * value_dim + 2 * heads + padding
+    packed = torch.randn(length, batch, width, generator=generator, dtype=torch.float64)
+    weight = 0.5 * torch.randn(channels, 4, generator=generator, dtype=torch.float64)
+    A_log = torch.log(16 * torch.rand(heads, generator=generator, dtype=torch.float64) + 1e-3)
+    dt_bias = torch.randn(heads, generator=generator, dtype=torch.float64) - 3
+    gates = torch.float64 if dtype == torch.float64 else torch.float32
+    return [packed.to(device, dtype), weight.to(device, dtype), A_log.to(device, gates), dt_bias.to(device, gates)]

@@ -1,0 +1,56 @@
+"""conv_gates in plain torch against transformers' pieces, separate documents, and gradcheck."""
+
+import pytest
+import torch
+from hybrid_kernels.conv_gates import conv_gates, widths
+
+from hybrid_kernels.testing import packed_inputs, relative_error
+
+DIMS = dict(num_key_heads=2, num_value_heads=4, key_head_dim=6, value_head_dim=8)
+SHAPE = (2, 4, 6, 8)
+
+
+def test_agrees_with_transformers():
+    olmo = pytest.importorskip("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
+    packed, weight, A_log, dt_bias = packed_inputs(21, 2, *SHAPE)
+    sizes = widths(**DIMS)
+    q, k, v, g, beta, gate = conv_gates(packed, weight, A_log, dt_bias, return_gate=True, **DIMS)
+    mixed, gate_in, b, a, _ = packed.split([sum(sizes[:3]), sizes[3], sizes[4], sizes[5], 3], dim=-1)
+    conv = olmo.causal_conv1d_fn(mixed.permute(1, 2, 0), weight, activation="silu").transpose(1, 2)
+    theirs = conv.split(sizes[:3], dim=-1)
+    assert relative_error(q, olmo.l2norm(theirs[0].unflatten(-1, (2, 6)))) < 1e-5
+    assert relative_error(k, olmo.l2norm(theirs[1].unflatten(-1, (2, 6)))) < 1e-5
+    assert relative_error(v, theirs[2].unflatten(-1, (4, 8))) < 1e-5
+    assert relative_error(beta, 2 * b.sigmoid().transpose(0, 1)) < 1e-6
+    assert relative_error(g, -A_log.exp() * torch.nn.functional.softplus(a + dt_bias).transpose(0, 1)) < 1e-5
+    assert torch.equal(gate, gate_in)
+
+
+def test_documents_are_separate_sequences():
+    packed, weight, A_log, dt_bias = packed_inputs(20, 1, *SHAPE, dtype=torch.float64)
+    bounds = [0, 3, 3, 4, 20]
+    joined = conv_gates(packed, weight, A_log, dt_bias, cu_seqlens=torch.tensor(bounds), **DIMS)
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        if start < end:
+            for whole, alone in zip(joined, conv_gates(packed[start:end], weight, A_log, dt_bias, **DIMS)):
+                torch.testing.assert_close(whole[:, start:end], alone)
+
+
+@pytest.mark.parametrize("negative", [True, False])
+def test_gradcheck(negative):
+    inputs = [x.requires_grad_() for x in packed_inputs(5, 1, 1, 2, 3, 2, dtype=torch.float64)]
+    dims = dict(num_key_heads=1, num_value_heads=2, key_head_dim=3, value_head_dim=2)
+    options = dict(dims, allow_negative_eigenvalues=negative, return_gate=True, cu_seqlens=torch.tensor([0, 2, 5]))
+    assert torch.autograd.gradcheck(lambda *x: conv_gates(*x, **options), inputs)
+
+
+def test_refuses_what_does_not_fit():
+    packed, weight, A_log, dt_bias = packed_inputs(4, 2, *SHAPE)
+    with pytest.raises(ValueError, match="packed_sbh"):
+        conv_gates(packed[..., :50], weight, A_log, dt_bias, **DIMS)
+    with pytest.raises(ValueError, match="conv_weight"):
+        conv_gates(packed, weight[:-1], A_log, dt_bias, **DIMS)
+    with pytest.raises(ValueError, match="batch size 1"):
+        conv_gates(packed, weight, A_log, dt_bias, cu_seqlens=torch.tensor([0, 4]), **DIMS)
+    with pytest.raises(ValueError, match="does not exist"):
+        conv_gates(packed, weight, A_log, dt_bias, backend="cuda", **DIMS)
