@@ -1,0 +1,113 @@
+"""Self-attention as OLMo 3 and OLMo Hybrid have it: QK norm over whole projections, optional rotary embedding, grouped
+queries, optional sliding window. The post-norm is part of the output projection (model/layer_specs.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch.utils.checkpoint import checkpoint
+
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.model.norms import QKNorm
+from megatron_hybrid.parallel.padding import PaddedSizes
+
+
+def rotate(x_sbhd: torch.Tensor, angles_s11d: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [s, b, heads, d] by angles [s, 1, 1, d] (two equal halves), in fp32 inside."""
+    x = x_sbhd.float()
+    low, high = x.chunk(2, dim=-1)
+    rotated = torch.cat((-high, low), dim=-1)
+    return (x * angles_s11d.cos() + rotated * angles_s11d.sin()).to(x_sbhd.dtype)
+
+
+class ScaledDotProductAttention(torch.nn.Module):
+    """Causal attention by torch's SDPA, with the constructor and call of TEDotProductAttention."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **_):
+        super().__init__()
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
+        self.scale = softmax_scale
+
+    def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, packed_seq_params=None, **_):
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
+        s, b, heads, d = query.shape
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        mask = None
+        if self.window is not None and self.window < s:
+            at = torch.arange(s, device=q.device)
+            behind = at[:, None] - at[None, :]
+            mask = (behind >= 0) & (behind < self.window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=k.shape[1] != heads
+        )
+        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+
+
+@dataclass
+class SelfAttentionSubmodules:
+    """Parts of SelfAttention: a column-parallel linear (with the pre-norm or not), attention, a row-parallel linear."""
+
+    linear_qkv: type
+    core_attention: type
+    linear_proj: type
+
+
+class SelfAttention(MegatronModule):
+    """The attention mixer of one layer, on this rank's heads.
+
+    `linear_qkv`'s output on a rank is `[q | k | v]`, heads in order. Dummy heads that tensor parallelism adds have zero
+    weights (parallel/padding.py).
+    """
+
+    def __init__(self, config, submodules, layer_number, pg_collection, model: ModelConfig, name=None, **_):
+        super().__init__(config)
+        tp = pg_collection.tp
+        sizes, d, hidden = PaddedSizes.of(model, tp.size()), model.attention_head_dim, model.hidden_size
+        self.head_dim = d
+        self.heads, self.groups = sizes.num_attention_heads // tp.size(), sizes.num_key_value_heads // tp.size()
+        q_width, kv_width = self.heads * d, self.groups * d
+        self.splits = (q_width, kv_width, kv_width)
+        self.recompute = config.recompute_granularity == "selective"
+
+        linear = dict(config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp)
+        self.linear_qkv = build_module(
+            submodules.linear_qkv, hidden, sum(self.splits) * tp.size(), gather_output=False, tp_comm_buffer_name="qkv", **linear
+        )
+        self.qk_norm = QKNorm(
+            config, (model.num_attention_heads * d, model.kv_heads * d), (q_width, kv_width), model.norm_eps, tp
+        )
+        self.core_attention = build_module(
+            submodules.core_attention,
+            config=config,
+            layer_number=layer_number,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            softmax_scale=d**-0.5,
+            pg_collection=pg_collection,
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj, q_width * tp.size(), hidden, input_is_parallel=True, tp_comm_buffer_name="proj", **linear
+        )
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary_pos_emb=None, **_):
+        """hidden_states [s, b, h] (this rank's tokens under sequence parallelism) -> ([s, b, h], None)."""
+        qkv, _ = self.linear_qkv(hidden_states)
+        if self.recompute and self.training:
+            context = checkpoint(self._attend, qkv, rotary_pos_emb, use_reentrant=False, preserve_rng_state=False)
+        else:
+            context = self._attend(qkv, rotary_pos_emb)
+        return self.linear_proj(context)
+
+    def _attend(self, qkv_sbw: torch.Tensor, rotary_pos_emb) -> torch.Tensor:
+        q, k, v = qkv_sbw.split(self.splits, dim=-1)
+        q, k = self.qk_norm(q, k)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
+        if rotary_pos_emb is not None:
+            q, k = rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb)
+        return self.core_attention(q, k, v.contiguous(), attention_mask=None, attn_mask_type=AttnMaskType.causal)

@@ -1,0 +1,123 @@
+"""The Gated DeltaNet mixer (arXiv 2412.06464) with tensor and sequence parallelism.
+
+    project  ->  conv, gates  ->  delta rule  ->  gated norm  ->  project
+
+Heads are shared over the tensor parallel ranks; each rank's slice of every weight is whole heads. The mathematics is in
+`hybrid_kernels`; which backend of it runs is its dispatch's choice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from hybrid_kernels.conv_gates import conv_gates
+from hybrid_kernels.gated_delta_rule import gated_delta_rule
+from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch.utils.checkpoint import checkpoint
+
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.parallel.padding import FP8_ALIGNMENT, PaddedSizes, round_up
+
+
+@dataclass
+class GatedDeltaNetSubmodules:
+    """Parts of GatedDeltaNet: a column-parallel linear (with the pre-norm or not) and a row-parallel one."""
+
+    in_proj: type
+    out_proj: type
+
+
+@dataclass(frozen=True)
+class PackedWidths:
+    """What one rank's in_proj output holds, in this order; `padding` aligns the width for FP8 and for fast bf16 kernels."""
+
+    q: int
+    k: int
+    v: int
+    gate: int
+    b: int
+    a: int
+    padding: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, tensor_parallel_size: int) -> "PackedWidths":
+        gdn, sizes = model.gdn, PaddedSizes.of(model, tensor_parallel_size)
+        key_heads, heads = sizes.gdn_key_heads // tensor_parallel_size, sizes.gdn_value_heads // tensor_parallel_size
+        key, value = key_heads * gdn.key_head_dim, heads * gdn.value_head_dim
+        used = 2 * (key + value + heads)
+        return cls(key, key, value, value, heads, heads, round_up(used, FP8_ALIGNMENT) - used)
+
+    @property
+    def conv(self) -> int:
+        """Channels of the convolution: q, k and v."""
+        return self.q + self.k + self.v
+
+    @property
+    def total(self) -> int:
+        return self.conv + self.gate + self.b + self.a + self.padding
+
+
+class GatedDeltaNet(MegatronModule):
+    """The Gated DeltaNet mixer of one layer, on this rank's heads.
+
+    Parameters on a rank (widths of PackedWidths): `in_proj.weight` [total, h]; `conv_weight` [q + k + v, taps]; `A_log`,
+    `dt_bias` [value heads], fp32 whatever the model's dtype; `o_norm_weight` [value_head_dim], the same on every rank;
+    `out_proj.weight` [h, v].
+    """
+
+    def __init__(self, config, submodules, layer_number, pg_collection, model: ModelConfig, name=None, **_):
+        super().__init__(config)
+        gdn, tp = model.gdn, pg_collection.tp
+        self.gdn, self.tp_group, self.layer_number = gdn, tp, layer_number
+        self.widths = widths = PackedWidths.of(model, tp.size())
+        self.recompute = config.recompute_granularity == "selective"
+
+        linear = dict(config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp)
+        self.in_proj = build_module(
+            submodules.in_proj, model.hidden_size, widths.total * tp.size(), gather_output=False, tp_comm_buffer_name="qkv", **linear
+        )
+        self.out_proj = build_module(
+            submodules.out_proj, widths.v * tp.size(), model.hidden_size, input_is_parallel=True, tp_comm_buffer_name="proj", **linear
+        )
+        self.conv_weight = self._parameter(widths.conv, gdn.conv_kernel_size)
+        self.A_log = self._parameter(widths.a, dtype=torch.float32)
+        self.dt_bias = self._parameter(widths.a, dtype=torch.float32)
+        self.o_norm_weight = self._parameter(gdn.value_head_dim, sharded=False)
+
+    def _parameter(self, *shape: int, dtype: torch.dtype | None = None, sharded: bool = True) -> torch.nn.Parameter:
+        dtype = dtype or self.config.params_dtype
+        parameter = torch.nn.Parameter(torch.zeros(*shape, device=torch.cuda.current_device(), dtype=dtype))
+        if sharded:
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        return parameter
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask=None, **_) -> tuple[torch.Tensor, None]:
+        """hidden_states [s, b, h] (this rank's tokens under sequence parallelism) -> ([s, b, h], None)."""
+        packed, _ = self.in_proj(hidden_states)
+        if self.recompute and self.training:
+            mixed = checkpoint(self._mix, packed, use_reentrant=False, preserve_rng_state=False)
+        else:
+            mixed = self._mix(packed)
+        return self.out_proj(mixed)
+
+    def _mix(self, packed_sbw: torch.Tensor) -> torch.Tensor:
+        gdn, widths = self.gdn, self.widths
+        q, k, v, g, beta = conv_gates(
+            packed_sbw,
+            self.conv_weight,
+            self.A_log,
+            self.dt_bias,
+            num_key_heads=widths.q // gdn.key_head_dim,
+            num_value_heads=widths.a,
+            key_head_dim=gdn.key_head_dim,
+            value_head_dim=gdn.value_head_dim,
+            allow_negative_eigenvalues=gdn.allow_negative_eigenvalues,
+        )
+        o, _ = gated_delta_rule(q, k, v, g, beta)
+        gate = packed_sbw[..., widths.conv : widths.conv + widths.gate]
+        # every rank's heads use this weight: its gradient is the sum over the ranks, with and without sequence parallelism
+        weight = copy_to_tensor_model_parallel_region(self.o_norm_weight, group=self.tp_group)
+        return gated_rmsnorm(o, gate, weight, gdn.norm_eps)
