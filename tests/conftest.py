@@ -1,0 +1,44 @@
+"""What every test shares: one thread a process, markers by folder, and skips where the hardware is missing."""
+
+import os
+import shutil
+from pathlib import Path
+
+# Before torch is imported anywhere: tests are small, and those that start ranks fill the cores with processes. One
+# thread also fixes the order of summation, on which bit-exact comparisons rest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BY_FOLDER = ("gpu", "slurm", "distributed")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in BY_FOLDER:
+            item.add_marker(folder)
+    missing = {
+        "gpu": (_has_cuda, "no CUDA device here"),
+        "slurm": (lambda: shutil.which("sbatch") is not None, "no sbatch here"),
+    }
+    for marker, (is_here, reason) in missing.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not is_here():  # torch is asked for a device only when a test needs one
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return ROOT
