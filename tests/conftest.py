@@ -4,13 +4,13 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
+
 # Before torch is imported anywhere: tests are small, and those that start ranks fill the cores with processes. One
 # thread also fixes the order of summation, on which bit-exact comparisons rest.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BY_FOLDER = ("gpu", "slurm", "distributed")
