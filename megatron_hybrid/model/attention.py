@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -75,15 +74,16 @@ class SelfAttention(MegatronModule):
         self.splits = (q_width, kv_width, kv_width)
         self.recompute = config.recompute_granularity == "selective"
 
-        linear = dict(config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp)
-        self.linear_qkv = build_module(
-            submodules.linear_qkv, hidden, sum(self.splits) * tp.size(), gather_output=False, tp_comm_buffer_name="qkv", **linear
+        linear = dict(
+            config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp
+        )
+        self.linear_qkv = submodules.linear_qkv(
+            hidden, sum(self.splits) * tp.size(), gather_output=False, tp_comm_buffer_name="qkv", **linear
         )
         self.qk_norm = QKNorm(
             config, (model.num_attention_heads * d, model.kv_heads * d), (q_width, kv_width), model.norm_eps, tp
         )
-        self.core_attention = build_module(
-            submodules.core_attention,
+        self.core_attention = submodules.core_attention(
             config=config,
             layer_number=layer_number,
             attn_mask_type=AttnMaskType.causal,
@@ -91,8 +91,8 @@ class SelfAttention(MegatronModule):
             softmax_scale=d**-0.5,
             pg_collection=pg_collection,
         )
-        self.linear_proj = build_module(
-            submodules.linear_proj, q_width * tp.size(), hidden, input_is_parallel=True, tp_comm_buffer_name="proj", **linear
+        self.linear_proj = submodules.linear_proj(
+            q_width * tp.size(), hidden, input_is_parallel=True, tp_comm_buffer_name="proj", **linear
         )
 
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary_pos_emb=None, **_):

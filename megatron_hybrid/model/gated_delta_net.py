@@ -15,7 +15,6 @@ from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
 from torch.utils.checkpoint import checkpoint
 
 from megatron_hybrid.config.model import ModelConfig
@@ -75,12 +74,14 @@ class GatedDeltaNet(MegatronModule):
         self.widths = widths = PackedWidths.of(model, tp.size())
         self.recompute = config.recompute_granularity == "selective"
 
-        linear = dict(config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp)
-        self.in_proj = build_module(
-            submodules.in_proj, model.hidden_size, widths.total * tp.size(), gather_output=False, tp_comm_buffer_name="qkv", **linear
+        linear = dict(
+            config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp
         )
-        self.out_proj = build_module(
-            submodules.out_proj, widths.v * tp.size(), model.hidden_size, input_is_parallel=True, tp_comm_buffer_name="proj", **linear
+        self.in_proj = submodules.in_proj(
+            model.hidden_size, widths.total * tp.size(), gather_output=False, tp_comm_buffer_name="qkv", **linear
+        )
+        self.out_proj = submodules.out_proj(
+            widths.v * tp.size(), model.hidden_size, input_is_parallel=True, tp_comm_buffer_name="proj", **linear
         )
         self.conv_weight = self._parameter(widths.conv, gdn.conv_kernel_size)
         self.A_log = self._parameter(widths.a, dtype=torch.float32)

@@ -37,7 +37,9 @@ def setup_device(local_rank: int) -> str:
     if has_cuda():
         count = torch.cuda.device_count()
         if local_rank >= count:
-            raise ValueError(f"local rank {local_rank} has no GPU: {count} visible; start at most {count} ranks on this node")
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: {count} visible; start at most {count} ranks on this node"
+            )
         torch.cuda.set_device(local_rank)
         return f"device: CUDA over NCCL ({torch.cuda.get_device_name()}, {count} visible on this node)"
     use_cpu_backend()
@@ -110,7 +112,18 @@ def _on_cpu(constructor):
     return construct
 
 
-_CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like", "full_like")
+_CONSTRUCTORS = (
+    "tensor",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+)
 _cpu_backend_in_use = False
 
 

@@ -28,7 +28,9 @@ class Launch:
         return cls(int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
 
 
-def start_distributed(launch: Launch, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30) -> ProcessGroupCollection:
+def start_distributed(
+    launch: Launch, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30
+) -> ProcessGroupCollection:
     """Choose the device, join the other ranks and form the tensor, pipeline and data parallel groups.
 
     Ranks are numbered tensor parallel first, then data, then pipeline (megatron-core's `tp-cp-ep-dp-pp`), so that the

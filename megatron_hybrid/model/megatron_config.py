@@ -1,0 +1,76 @@
+"""Our configuration in megatron-core's terms."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.parallel.device import has_cuda
+from megatron_hybrid.parallel.padding import PaddedSizes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def hybrid_layer_pattern(model: ModelConfig, parallel: ParallelConfig) -> str:
+    """megatron-core's pattern: `G` a Gated DeltaNet layer, `*` attention (windowed or not), `|` between virtual stages."""
+    symbols = "".join("G" if kind == "G" else "*" for kind in model.layers)
+    stages, at = [], 0
+    for count in parallel.stage_layers(model.num_layers):
+        stages.append(symbols[at : at + count])
+        at += count
+    return "|".join(stages)
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: str) -> TransformerConfig:
+    """The TransformerConfig of a run. Heads and vocabulary are the padded ones; everything else is the model's."""
+    cuda, sizes = has_cuda(), PaddedSizes.of(model, parallel.tensor_parallel_size)
+    virtual = parallel.virtual_pipeline_parallel_size
+    params_dtype = DTYPES[dtype]
+    window = {}
+    if "W" in model.layers:
+        window = dict(
+            window_size=(model.sliding_window - 1, 0),
+            window_attn_skip_freq=[int(kind == "W") for kind in model.layers],
+        )
+    recompute = {
+        "none": {},
+        "selective": dict(recompute_granularity="selective", recompute_modules=[]),
+        "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    }[parallel.recompute]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_query_groups=sizes.num_key_value_heads,
+        kv_channels=model.attention_head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        sequence_parallel=parallel.sequence_parallel_on,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=dtype == "bf16",
+        perform_initialization=False,  # model/param_layout.py does it, the same under every layout
+        use_cpu_initialization=not cuda,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=cuda,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        cross_entropy_loss_fusion=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=cuda,  # over gloo, batched sends with interleaved stages corrupt gradients silently
+        deallocate_pipeline_outputs=True,
+        moe_token_dispatcher_type="alltoall",
+        **window,
+        **recompute,
+    )
