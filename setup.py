@@ -12,8 +12,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_hybrid" / "__init__.py").read_text())[1]
 README = ROOT / "README.md"
 
-# Exact where the code reaches into a library or a checkpoint's meaning hangs on it, and everywhere else too: a run should
-# start the same way next year. tests/test_packaging.py keeps these equal to what the tests ran with.
+# Exact, so that a run starts the same way next year. tests/test_packaging.py compares them with what is installed.
 REQUIREMENTS = [
     "torch==2.11.0",
     "megatron-core==0.19.2",

@@ -1,0 +1,54 @@
+"""Learning rate by step: linear warm-up, then a shape down to min_lr_ratio of the peak.
+
+Steps are counted as updates are: the first update is step 1, the last is train.steps. With w = warmup_steps, r =
+min_lr_ratio and lr = optimizer.lr, the learning rate of step s is
+
+    lr * min(warm-up, shape)        warm-up = s / w        (1 where w = 0)
+
+    constant    shape = 1
+    cosine      shape = r + (1 - r) * (1 + cos(pi * t)) / 2     t = (s - w) / (e - w) within [0, 1]
+    linear      shape = r + (1 - r) * (1 - t)                   e = decay_steps, or train.steps
+    wsd         shape = r + (1 - r) * (n - s) / d               n = train.steps, d = decay_steps, or a tenth of n
+
+Edges. Step w has the peak exactly. cosine and linear fall from step w + 1 on, reach r * lr at step e and stay there.
+wsd holds the peak up to step n - d, that step included, and reaches r * lr at step n; beyond n (a run that is
+continued) it stays there. constant ignores r. Where wsd's default tenth begins within the warm-up, the smaller of the
+two holds. As in OLMo-core, warm-up starts from 0, but no step has a rate of 0.
+"""
+
+import math
+
+from megatron_hybrid.config.train import TrainConfig
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """The learning rate of update `step`, of which the first is 1. A pure function: it needs no state on resuming.
+
+    Raises:
+        ValueError: step below 1.
+    """
+    if step < 1:
+        raise ValueError(f"step = {step}: the first update is step 1")
+    warmup = train.schedule.warmup_steps
+    rising = step / warmup if step < warmup else 1.0
+    return train.optimizer.lr * min(rising, _shape(step, train))
+
+
+def _shape(step: int, train: TrainConfig) -> float:
+    """The share of the peak that the decay leaves to `step`, in [min_lr_ratio, 1]."""
+    schedule = train.schedule
+    floor = schedule.min_lr_ratio
+    match schedule.kind:
+        case "constant":
+            return 1.0
+        case "wsd":
+            decay = schedule.decay_steps or max(1, round(train.steps / 10))
+            left = min(max(train.steps - step, 0) / decay, 1.0)
+            return floor + (1 - floor) * left
+        case "cosine" | "linear":
+            end = schedule.decay_steps or train.steps
+            if step >= end:
+                return floor
+            t = max(step - schedule.warmup_steps, 0) / (end - schedule.warmup_steps)
+            left = (1 + math.cos(math.pi * t)) / 2 if schedule.kind == "cosine" else 1 - t
+            return floor + (1 - floor) * left
