@@ -1,0 +1,94 @@
+"""Several datasets as one, by weight.
+
+Which dataset sample n comes from, and how many it has given before, follows from n alone: a binary tree has the datasets at
+its leaves, and at each node the first n samples hold round(n · p) of the left side, p being the left side's share of the
+weight. Both sides' counts grow by 0 or 1 with n, so the way down the tree is a choice of side and a smaller n. No tables are
+built and nothing is remembered between calls.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_hybrid.data.dataset import FixedLengthDataset
+
+_BITS = 53  # of a share, in integer arithmetic: exact at any n
+_Tree = int | tuple[int, "_Tree", "_Tree"]  # a dataset, or (share of the left side in 2^-53, left, right)
+
+
+class Blend:
+    """Datasets in proportion to their weights.
+
+    After any number n of samples, each dataset has given its share of n to within 1.5 samples (0.5 for two datasets); over
+    any stretch of samples this therefore holds to within 3 (1). Each dataset's own samples come in its own order, none left
+    out.
+    """
+
+    def __init__(self, datasets: Sequence[FixedLengthDataset], weights: Sequence[float]):
+        """Of datasets of one sequence_length, with a positive weight each (ValueError otherwise)."""
+        if not datasets or len(datasets) != len(weights):
+            raise ValueError(f"{len(datasets)} datasets and {len(weights)} weights: give as many weights, at least one")
+        for weight in weights:
+            if not (weight > 0 and math.isfinite(weight)):
+                raise ValueError(f"weight {weight}: must be positive and finite")
+        if len({dataset.sequence_length for dataset in datasets}) != 1:
+            raise ValueError("datasets of a blend must have one sequence_length")
+        self.datasets = tuple(datasets)
+        self.sequence_length = datasets[0].sequence_length
+        total = math.fsum(weights)
+        self.shares = tuple(weight / total for weight in weights)
+        self._tree = _build(sorted(range(len(weights)), key=lambda i: (-weights[i], i)), self.shares)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(dataset, sample of that dataset) of the blend's sample with this index."""
+        if index < 0:
+            raise IndexError(f"sample {index}: must not be negative")
+        node = self._tree
+        while not isinstance(node, int):
+            share, left, right = node
+            before = _left_count(index, share)
+            if _left_count(index + 1, share) > before:
+                node, index = left, before
+            else:
+                node, index = right, index - before
+        return node, index
+
+    def counts(self, num_samples: int) -> list[int]:
+        """How many of the first samples each dataset gives."""
+        counts = [0] * len(self.datasets)
+
+        def descend(node: _Tree, n: int) -> None:
+            if isinstance(node, int):
+                counts[node] = n
+                return
+            share, left, right = node
+            descend(left, _left_count(n, share))
+            descend(right, n - _left_count(n, share))
+
+        descend(self._tree, num_samples)
+        return counts
+
+    def sample(self, index: int) -> np.ndarray:
+        """The blend's sample with this index: int64 [sequence_length + 1]."""
+        dataset, i = self.locate(index)
+        return self.datasets[dataset].sample(i)
+
+
+def _left_count(n: int, share: int) -> int:
+    """round(n · share / 2^53)"""
+    return (n * share + (1 << (_BITS - 1))) >> _BITS
+
+
+def _build(members: list[int], weights: Sequence[float]) -> _Tree:
+    """The tree over datasets in falling order of weight, both sides of a node about as heavy: errors add up least."""
+    if len(members) == 1:
+        return members[0]
+    sides: tuple[list[int], list[int]] = ([], [])
+    sums = [0.0, 0.0]
+    for member in members:
+        lighter = 0 if sums[0] <= sums[1] else 1
+        sides[lighter].append(member)
+        sums[lighter] += weights[member]
+    share = round(sums[0] / (sums[0] + sums[1]) * (1 << _BITS))
+    return share, _build(sides[0], weights), _build(sides[1], weights)

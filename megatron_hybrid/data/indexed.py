@@ -1,0 +1,177 @@
+"""megatron-core's indexed dataset: `PREFIX.bin` holds tokens, `PREFIX.idx` says where each sequence lies.
+
+Layout of an .idx, little-endian (read off megatron-core 0.19.2, `core/datasets/indexed_dataset.py`):
+
+    byte 0   9 bytes   b"MMIDIDX\\0\\0"
+    byte 9   uint64    version, 1
+    byte 17  uint8     code of the tokens' type
+    byte 18  uint64    number of sequences, n
+    byte 26  uint64    number of document indices, m (documents + 1)
+    byte 34  int32[n]  tokens of each sequence
+             int64[n]  byte offset of each sequence in the .bin
+             int64[m]  sequence at which each document begins, and n
+             int8[n]   mode of each sequence (multimodal data only)
+
+- `read_index`: header and arrays of an .idx, memory-mapped, with the checks that cost nothing.
+- `IndexedWriter`: writes both files under temporary names and renames them when they are complete.
+"""
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_hybrid.data.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER_BYTES = 34
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+"""Integer types by code. 6 and 7 are float64 and float32, which hold no tokens."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What an .idx says."""
+
+    path: Path
+    dtype: np.dtype
+    """Of the .bin's tokens."""
+    lengths: np.ndarray
+    """int32 [n]: tokens of each sequence."""
+    pointers: np.ndarray
+    """int64 [n]: byte offset of each sequence in the .bin."""
+    document_indices: np.ndarray
+    """int64 [m]: first sequence of each document, and n."""
+
+    @property
+    def end(self) -> int:
+        """Bytes that the .bin must have, as the last sequence says."""
+        return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+
+
+def read_index(path: str | Path) -> Index:
+    """Header and arrays of an .idx.
+
+    Raises:
+        DataError: not an index, a type that holds no tokens, no sequences, or a size that the header contradicts.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(HEADER_BYTES)
+    if not header.startswith(MAGIC[: len(header)]) or not header:
+        raise DataError(f"{path}: byte 0: {header[:9]!r} is not the magic {MAGIC!r} of an indexed dataset")
+    if size < HEADER_BYTES:
+        raise DataError(f"{path}: truncated at byte {size}, inside its header of {HEADER_BYTES} bytes")
+    version, code, n, m = struct.unpack_from("<QBQQ", header, len(MAGIC))
+    if version != VERSION:
+        raise DataError(f"{path}: byte 9: version {version}; only version {VERSION} is known")
+    if code not in DTYPES:
+        raise DataError(f"{path}: byte 17: type code {code} is no integer type (known: {sorted(DTYPES)})")
+    if n == 0:
+        raise DataError(f"{path}: byte 18: no sequences; the dataset is empty")
+    expected = HEADER_BYTES + 12 * n + 8 * m
+    if size not in (expected, expected + n):  # the latter with modes
+        what = f"truncated at byte {size}" if size < expected else f"bytes left over after byte {expected}"
+        raise DataError(f"{path}: {what}: {n} sequences and {m} document indices (bytes 18, 26) take {expected} bytes")
+    mapped = np.memmap(path, mode="r")
+
+    def array(dtype: str, count: int, offset: int) -> np.ndarray:
+        return np.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
+
+    dtype = np.dtype(DTYPES[code]).newbyteorder("<")
+    lengths = array("<i4", n, HEADER_BYTES)
+    pointers = array("<i8", n, HEADER_BYTES + 4 * n)
+    return Index(path, dtype, lengths, pointers, array("<i8", m, HEADER_BYTES + 12 * n))
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype:
+    """Type of tokens in a .bin: uint16 where every id fits, else int32 (the format has no uint32)."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<i4")
+
+
+class IndexedWriter:
+    """Writes `PREFIX.bin` and `PREFIX.idx`; nothing stands under these names before `finish`.
+
+    As a context manager it discards what `finish` did not complete.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype, sha256: bool = False):
+        """Open `PREFIX.bin.partial`. sha256: also hash the tokens' bytes."""
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = next(code for code, type_ in DTYPES.items() if np.dtype(type_) == np.dtype(dtype))
+        self._hash = hashlib.sha256() if sha256 else None
+        self._lengths: list[np.ndarray] = []
+        self.num_documents = 0
+        self.num_tokens = 0
+        self.max_token = -1
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._partial = {suffix: Path(f"{self.prefix}{suffix}.partial") for suffix in (".bin", ".idx")}
+        self._bin = self._partial[".bin"].open("wb")
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: their tokens one after the other [sum(lengths)] and the tokens of each [documents]."""
+        assert tokens.ndim == lengths.ndim == 1 and len(tokens) == int(lengths.sum())
+        if len(lengths) == 0:
+            return
+        data = np.ascontiguousarray(tokens, dtype=self.dtype)
+        self._bin.write(data.data)
+        if self._hash is not None:
+            self._hash.update(data.data)
+        self._lengths.append(lengths.astype("<i4"))
+        self.num_documents += len(lengths)
+        self.num_tokens += len(tokens)
+        if len(tokens):
+            self.max_token = max(self.max_token, int(tokens.max()))
+
+    @property
+    def sha256(self) -> str | None:
+        """Hexadecimal hash of the .bin so far, if asked for."""
+        return None if self._hash is None else self._hash.hexdigest()
+
+    def finish(self) -> None:
+        """Write the index and give both files their names. An older .idx goes first: it never stands beside a newer .bin."""
+        _sync_and_close(self._bin)
+        with self._partial[".idx"].open("wb") as file:
+            self._write_index(file)
+            _sync_and_close(file)
+        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        for suffix in (".bin", ".idx"):
+            os.replace(self._partial[suffix], f"{self.prefix}{suffix}")
+
+    def _write_index(self, file) -> None:
+        n = self.num_documents
+        file.write(MAGIC + struct.pack("<QBQQ", VERSION, self._code, n, n + 1))
+        for lengths in self._lengths:
+            file.write(lengths.data)
+        pointer = 0
+        for lengths in self._lengths:
+            ends = pointer + np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+            file.write(np.concatenate([[pointer], ends[:-1]]).astype("<i8").data)
+            pointer = int(ends[-1])
+        for start in range(0, n + 1, 1 << 20):
+            file.write(np.arange(start, min(start + (1 << 20), n + 1), dtype="<i8").data)
+
+    def discard(self) -> None:
+        """Remove what is not complete. Does nothing after `finish`."""
+        self._bin.close()
+        for file in self._partial.values():
+            file.unlink(missing_ok=True)
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.discard()
+
+
+def _sync_and_close(file) -> None:
+    """Have the file on disk before it gets its name."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

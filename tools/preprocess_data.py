@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""Text files, JSON lines or a folder of source code to tokens that training reads.
+
+    python tools/preprocess_data.py corpus.jsonl.zst --output data/corpus --tokenizer tokenizers/olmo --workers 8
+    python tools/preprocess_data.py /usr/lib/python3.12 --include '*.py' --output data/python --split 0.99,0.01
+"""
+
+import argparse
+import os
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_hybrid.data.documents import ReadOptions
+from megatron_hybrid.data.preprocess import preprocess
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("inputs", nargs="+", help="text or JSONL files (also .gz, .zst), or folders (with --include)")
+    add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
+    add("--tokenizer", default="byte", help="`byte`, or the folder of a Hugging Face tokenizer (default: byte)")
+    add("--json-key", default="text", help="member of a JSON line that holds the document (default: text)")
+    add("--include", nargs="+", default=[], metavar="PATTERN", help="files of a folder to take, such as '*.py' '*.rs'")
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="files of a folder to leave out, such as 'test/*'")
+    add("--format", choices=["auto", "text", "jsonl"], default="auto", help="auto: JSONL by name, all else text")
+    add("--bad-utf8", choices=["error", "skip", "replace"], default="error", help="documents that are not UTF-8")
+    add("--split", metavar="SHARES", help="such as 0.99,0.01: write PREFIX_train and PREFIX_validation")
+    add("--split-names", default="train,validation", metavar="NAMES", help="one a share (default: train,validation)")
+    add("--no-eos", action="store_true", help="do not end documents with the end-of-document token")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores there are)")
+    add("--sha256", action="store_true", help="put a hash of the tokens into PREFIX.json")
+    add("--overwrite", action="store_true", help="replace an existing dataset")
+    return parser.parse_args(argv)
+
+
+def parse_split(shares: str | None, names: str) -> dict[str, float] | None:
+    """`0.99,0.01` and `train,validation` to shares by name. Raises ValueError."""
+    if shares is None:
+        return None
+    keys = names.split(",")
+    try:
+        values = [float(share) for share in shares.split(",")]
+    except ValueError:
+        raise ValueError(f"--split {shares}: numbers with commas between are needed, such as 0.99,0.01") from None
+    if len(values) != len(keys) or len(set(keys)) != len(keys):
+        raise ValueError(f"--split {shares}: {len(values)} shares for the names {names}: give --split-names, one a share")
+    return dict(zip(keys, values, strict=True))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    arguments = parse_arguments(argv)
+    console = Console(stderr=True)
+    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=None)
+            summaries = preprocess(
+                arguments.inputs,
+                arguments.output,
+                tokenizer=arguments.tokenizer,
+                options=ReadOptions(json_key=arguments.json_key, bad_utf8=arguments.bad_utf8),
+                include=arguments.include,
+                exclude=arguments.exclude,
+                kind=arguments.format,
+                split=parse_split(arguments.split, arguments.split_names),
+                append_eos=not arguments.no_eos,
+                workers=arguments.workers,
+                sha256=arguments.sha256,
+                overwrite=arguments.overwrite,
+                progress=lambda consumed, total: bar.update(task, completed=consumed, total=total),
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing written", file=sys.stderr)
+        return 130
+    for prefix, summary in summaries.items():
+        print(f"{prefix}: {summary.documents} documents, {summary.tokens} tokens ({summary.dtype})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
