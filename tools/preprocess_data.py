@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Text files, JSON lines or a folder of source code to tokens that training reads.
 
-    python tools/preprocess_data.py corpus.jsonl.zst --output data/corpus --tokenizer tokenizers/olmo --workers 8
-    python tools/preprocess_data.py /usr/lib/python3.12 --include '*.py' --output data/python --split 0.99,0.01
+python tools/preprocess_data.py corpus.jsonl.zst --output data/corpus --tokenizer tokenizers/olmo --workers 8
+python tools/preprocess_data.py /usr/lib/python3.12 --include '*.py' --output data/python --split 0.99,0.01
 """
 
 import argparse
@@ -47,7 +47,9 @@ def parse_split(shares: str | None, names: str) -> dict[str, float] | None:
     except ValueError:
         raise ValueError(f"--split {shares}: numbers with commas between are needed, such as 0.99,0.01") from None
     if len(values) != len(keys) or len(set(keys)) != len(keys):
-        raise ValueError(f"--split {shares}: {len(values)} shares for the names {names}: give --split-names, one a share")
+        raise ValueError(
+            f"--split {shares}: {len(values)} shares for the names {names}: give --split-names, one a share"
+        )
     return dict(zip(keys, values, strict=True))
 
 

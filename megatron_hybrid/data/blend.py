@@ -1,9 +1,9 @@
 """Several datasets as one, by weight.
 
-Which dataset sample n comes from, and how many it has given before, follows from n alone: a binary tree has the datasets at
-its leaves, and at each node the first n samples hold round(n · p) of the left side, p being the left side's share of the
-weight. Both sides' counts grow by 0 or 1 with n, so the way down the tree is a choice of side and a smaller n. No tables are
-built and nothing is remembered between calls.
+Which dataset sample n comes from, and how many it has given before, follows from n alone: a binary tree has the
+datasets at its leaves, and at each node the first n samples hold round(n · p) of the left side, p being the left
+side's share of the weight. Both sides' counts grow by 0 or 1 with n, so the way down the tree is a choice of side and
+a smaller n. No tables are built and nothing is remembered between calls.
 """
 
 import math
@@ -20,9 +20,9 @@ _Tree = int | tuple[int, "_Tree", "_Tree"]  # a dataset, or (share of the left s
 class Blend:
     """Datasets in proportion to their weights.
 
-    After any number n of samples, each dataset has given its share of n to within 1.5 samples (0.5 for two datasets); over
-    any stretch of samples this therefore holds to within 3 (1). Each dataset's own samples come in its own order, none left
-    out.
+    After any number n of samples, each dataset has given its share of n to within 1.5 samples (0.5 for two datasets);
+    over any stretch of samples this therefore holds to within 3 (1). Each dataset's own samples come in its own
+    order, none left out.
     """
 
     def __init__(self, datasets: Sequence[FixedLengthDataset], weights: Sequence[float]):

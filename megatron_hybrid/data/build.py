@@ -16,8 +16,8 @@ def build_train_and_validation(
 ) -> tuple[Blend, Blend | None]:
     """The blends that training and evaluation read; validation is None where none is configured.
 
-    Every process of a run builds them. One process of each file system should do so first, with validate, and the others
-    after it: they then find the verdicts in cache_dir.
+    Every process of a run builds them. One process of each file system should do so first, with validate, and the
+    others after it: they then find the verdicts in cache_dir.
 
     Args:
         vocab_size: of the model without padding; tokens must be below it.

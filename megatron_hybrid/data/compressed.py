@@ -31,7 +31,7 @@ def open_input(path: str | Path) -> InputStream:
         DataError: when opened or while being read: the file cannot be read, is truncated or corrupt.
     """
     try:
-        source = open(path, "rb", buffering=0)
+        source = Path(path).open("rb", buffering=0)  # noqa: SIM115 (the stream closes it)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     suffix = Path(path).suffix

@@ -10,9 +10,9 @@ from megatron_hybrid.data.sources import TokenSource
 class FixedLengthDataset:
     """Samples of sequence_length + 1 tokens, cut at every sequence_length tokens of a stream.
 
-    Neighbours share one token, so within an epoch every token but the stream's first is predicted exactly once. (OLMo-core's
-    fixed-sequence-length dataset cuts at the same places and predicts one token a sample less.) Documents are not kept apart,
-    and what is left at the stream's end, less than a sample, is not used.
+    Neighbours share one token, so within an epoch every token but the stream's first is predicted exactly once.
+    (OLMo-core's fixed-sequence-length dataset cuts at the same places and predicts one token a sample less.)
+    Documents are not kept apart, and what is left at the stream's end, less than a sample, is not used.
     """
 
     def __init__(self, source: TokenSource, sequence_length: int, seed: int, shuffle: bool = True):

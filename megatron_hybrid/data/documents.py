@@ -83,7 +83,10 @@ def find_files(
             raise DataError(f"{input_}: no such file or folder")
     if not files:
         raise DataError("no input: give at least one file or folder")
-    return [InputFile(path, kind == "jsonl" or (kind == "auto" and _is_jsonl(path)), os.path.getsize(path)) for path in files]
+    return [
+        InputFile(path, kind == "jsonl" or (kind == "auto" and _is_jsonl(path)), os.path.getsize(path))
+        for path in files
+    ]
 
 
 def _walk(folder: str, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
@@ -148,7 +151,9 @@ def _line_batches(file: InputFile) -> Iterator[Batch]:
 
 
 def parse_batch(batch: Batch, options: ReadOptions) -> Iterator[tuple[str, str | None]]:
-    """(where, text) of each document of a batch; text None where it is left out for bad UTF-8. Blank lines are no documents.
+    """(where, text) of each document of a batch; text None where it is left out for bad UTF-8.
+
+    Blank lines are no documents.
 
     Raises:
         DataError: naming the file and the line or byte.
@@ -169,12 +174,15 @@ def parse_batch(batch: Batch, options: ReadOptions) -> Iterator[tuple[str, str |
 def _decode(data: bytes, where: str, first: int, options: ReadOptions) -> str | None:
     """Text of UTF-8 bytes, without a byte-order mark. first: what the first byte is called in an error."""
     try:
-        return data.decode("utf-8", errors="replace" if options.bad_utf8 == "replace" else "strict").removeprefix("\ufeff")
+        return data.decode("utf-8", errors="replace" if options.bad_utf8 == "replace" else "strict").removeprefix(
+            "\ufeff"
+        )
     except UnicodeDecodeError as error:
         if options.bad_utf8 == "skip":
             return None
         raise DataError(
-            f"{where}{error.start + first}: not UTF-8 ({error.reason}). Convert or exclude it, or use --bad-utf8 skip or replace"
+            f"{where}{error.start + first}: not UTF-8 ({error.reason}). "
+            "Convert or exclude it, or use --bad-utf8 skip or replace"
         ) from error
 
 

@@ -135,7 +135,7 @@ class IndexedWriter:
         return None if self._hash is None else self._hash.hexdigest()
 
     def finish(self) -> None:
-        """Write the index and give both files their names. An older .idx goes first: it never stands beside a newer .bin."""
+        """Write the index and give both files their names. An older .idx goes first, lest it stand by a newer .bin."""
         _sync_and_close(self._bin)
         with self._partial[".idx"].open("wb") as file:
             self._write_index(file)

@@ -1,8 +1,8 @@
 """Micro-batches of a global batch, for one data parallel rank. The one file of `data` where torch is needed.
 
-A global batch is the samples [consumed, consumed + global_batch_size) of the dataset. Micro-batch m of rank r of d, with b
-sequences each, takes the b samples from consumed + (m·d + r)·b on. So the samples of a step do not depend on how many ranks
-or micro-batches they are spread over, and nothing but consumed_samples need be saved to go on.
+A global batch is the samples [consumed, consumed + global_batch_size) of the dataset. Micro-batch m of rank r of d,
+with b sequences each, takes the b samples from consumed + (m·d + r)·b on. So the samples of a step do not depend on
+how many ranks or micro-batches they are spread over, and nothing but consumed_samples need be saved to go on.
 """
 
 from collections import deque
@@ -61,8 +61,8 @@ class BatchLoader:
         """
         if micro_batch_size < 1 or not 0 <= data_parallel_rank < data_parallel_size or num_workers < 0:
             raise ValueError(
-                f"micro_batch_size {micro_batch_size}, data parallel rank {data_parallel_rank} of {data_parallel_size}, "
-                f"num_workers {num_workers}: need at least 1, a rank below the size, and at least 0"
+                f"micro_batch_size {micro_batch_size}, data parallel rank {data_parallel_rank} of "
+                f"{data_parallel_size}, num_workers {num_workers}: at least 1, a rank below the size, at least 0"
             )
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size

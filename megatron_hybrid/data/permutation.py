@@ -2,9 +2,9 @@
 
 A Feistel network (M. Luby and C. Rackoff, "How to construct pseudorandom permutations", 1988) permutes the smallest
 power of four that holds n; results outside [0, n) are sent through again ("cycle walking": J. Black and P. Rogaway,
-"Ciphers with arbitrary finite domains", CT-RSA 2002), which keeps it a bijection. The round function is the finaliser of
-SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). This shuffles; it
-does not encrypt.
+"Ciphers with arbitrary finite domains", CT-RSA 2002), which keeps it a bijection. The round function is the finaliser
+of SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). This
+shuffles; it does not encrypt.
 """
 
 _MASK = (1 << 64) - 1

@@ -1,8 +1,8 @@
 """Documents to tokens on disk: `.bin/.idx` that megatron-core reads, and a JSON summary beside them.
 
-The main process cuts the input into batches and writes; workers read, parse and tokenize. Batches are written in the order
-of the input whatever worker was first, so the output does not depend on the number of workers, and at most
-`2 * workers` batches are under way, so memory does not depend on the input (a single document must fit).
+The main process cuts the input into batches and writes; workers read, parse and tokenize. Batches are written in the
+order of the input whatever worker was first, so the output does not depend on the number of workers, and at most `2 *
+workers` batches are under way, so memory does not depend on the input (a single document must fit).
 """
 
 import json
@@ -108,7 +108,7 @@ def preprocess(
     prefix: str | Path,
     *,
     tokenizer: str = "byte",
-    options: ReadOptions = ReadOptions(),
+    options: ReadOptions | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     kind: Literal["auto", "text", "jsonl"] = "auto",
@@ -135,14 +135,14 @@ def preprocess(
         The summary of each prefix written.
 
     Raises:
-        DataError: input that is missing, empty, broken or not UTF-8; a split without documents; an existing dataset. Nothing
-            then stands under the final names that was not there before.
+        DataError: input that is missing, empty, broken or not UTF-8; a split without documents; an existing dataset.
+            What stood under the final names before still does, and nothing else.
         ValueError: a split that does not add up to 1, or workers below 1.
     """
     if workers < 1:
         raise ValueError(f"workers = {workers}: at least 1")
     prefixes = _split_prefixes(str(prefix), split)
-    encoder = _Encoder(load_tokenizer(tokenizer), options, append_eos)
+    encoder = _Encoder(load_tokenizer(tokenizer), options or ReadOptions(), append_eos)
     files = find_files(inputs, include, exclude, kind)
     for out in prefixes:
         if not overwrite and (old := [out + end for end in (".bin", ".idx", ".json") if os.path.exists(out + end)]):
@@ -232,7 +232,9 @@ def _check_not_empty(writers: list[IndexedWriter], documents: int, inputs: Seque
         raise DataError(f"{', '.join(map(str, inputs))}: {documents} documents, and no text in them")
     for writer in writers:
         if not writer.num_documents:
-            raise DataError(f"{writer.prefix}: none of {documents} documents fell to it: give it a larger share of --split")
+            raise DataError(
+                f"{writer.prefix}: none of {documents} documents fell to it: give it a larger share of --split"
+            )
 
 
 def _write_summary(prefix: str, summary: Summary) -> None:

@@ -1,7 +1,7 @@
 """Token streams on disk: a megatron-core prefix, or raw numpy shards.
 
-OLMo-core writes its `.npy` shards with `tofile`: plain uint16 or uint32 without NumPy's header. A file that does have the
-header (`\\x93NUMPY`) is read by it.
+OLMo-core writes its `.npy` shards with `tofile`: plain uint16 or uint32 without NumPy's header. A file that does have
+the header (`\\x93NUMPY`) is read by it.
 
 - `TokenSource`: a stream of tokens, the concatenation of a source's files.
 - `open_source`: of a `SourceConfig`, with the checks that cost nothing; `validate` reads every token.
@@ -80,8 +80,8 @@ class TokenSource:
 def open_source(config: SourceConfig, vocab_size: int) -> TokenSource:
     """The token stream of a source.
 
-    A path that ends in .npy, and every file of a glob, is a raw shard; a glob's shards are sorted by name. All else is a
-    megatron-core prefix.
+    A path that ends in .npy, and every file of a glob, is a raw shard; a glob's shards are sorted by name. All else
+    is a megatron-core prefix.
 
     Raises:
         DataError: missing, empty or truncated files, a bad index or header.
@@ -92,12 +92,16 @@ def open_source(config: SourceConfig, vocab_size: int) -> TokenSource:
         if not files:
             raise DataError(f"{path}: no file matches")
         if others := [file for file in files if not file.endswith(".npy")]:
-            raise DataError(f"{path}: matches {others[0]}, which is no .npy shard: narrow the pattern, such as to *.npy")
+            raise DataError(
+                f"{path}: matches {others[0]}, which is no .npy shard: narrow the pattern, such as to *.npy"
+            )
         return TokenSource(path, [_open_raw(file, config.dtype, vocab_size) for file in files])
     if path.endswith(".npy"):
         return TokenSource(path, [_open_raw(path, config.dtype, vocab_size)])
     if config.dtype is not None:
-        raise DataError(f"{path}: dtype {config.dtype} is for raw .npy shards; the .idx of a prefix says the type: leave it out")
+        raise DataError(
+            f"{path}: dtype {config.dtype} is for raw .npy shards; the .idx of a prefix says the type: leave it out"
+        )
     return TokenSource(path, [_open_indexed(path)])
 
 
@@ -107,14 +111,18 @@ def _open_indexed(prefix: str) -> Shard:
     for file in (idx_path, bin_path):
         if not os.path.isfile(file):
             raise DataError(
-                f"{file}: no such file. A source is a prefix (PREFIX.bin and PREFIX.idx, as tools/preprocess_data.py writes), "
+                f"{file}: no such file. A source is a prefix (PREFIX.bin and PREFIX.idx, from tools/preprocess_data.py), "
                 "a .npy shard, or a glob of such shards"
             )
     index, size = read_index(idx_path), os.path.getsize(bin_path)
     if size < index.end:
-        raise DataError(f"{bin_path}: truncated at byte {size}: {idx_path} says {index.end} bytes. Write or copy both again")
+        raise DataError(
+            f"{bin_path}: truncated at byte {size}: {idx_path} says {index.end} bytes. Write or copy both again"
+        )
     if size > index.end:
-        raise DataError(f"{bin_path}: bytes left over after byte {index.end}, where {idx_path} says it ends: of another dataset?")
+        raise DataError(
+            f"{bin_path}: bytes left over after byte {index.end}, where {idx_path} says it ends: of another dataset?"
+        )
     if size == 0 or size % index.dtype.itemsize:
         raise DataError(f"{bin_path}: {size} bytes are no whole, positive number of {index.dtype.name} tokens")
     return Shard(bin_path, index.dtype, 0, size // index.dtype.itemsize, idx_path)
@@ -134,8 +142,9 @@ def _open_raw(path: str, dtype_name: str | None, vocab_size: int) -> Shard:
         raise DataError(f"{path}: empty")
     if left := size % dtype.itemsize:
         raise DataError(
-            f"{path}: truncated at byte {size}: {left} bytes of a {dtype.itemsize}-byte token follow byte {size - left} "
-            f"(read as {dtype.name}; the source's dtype says otherwise if that is wrong)"
+            f"{path}: truncated at byte {size}: "
+            f"{left} bytes of a {dtype.itemsize}-byte token follow byte {size - left} "
+            f"(read as {dtype.name}: if that is wrong, give the source's dtype)"
         )
     return Shard(path, dtype, 0, size // dtype.itemsize)
 
@@ -154,7 +163,9 @@ def _open_numpy(path: str, dtype_name: str | None) -> Shard:
     if dtype.kind not in "ui" or len(shape) != 1:
         raise DataError(f"{path}: byte 0: NumPy header says {dtype} {list(shape)}; tokens are a flat array of integers")
     if dtype_name is not None and dtype.newbyteorder("=") != np.dtype(dtype_name):
-        raise DataError(f"{path}: byte 0: NumPy header says {dtype.name}, the configuration {dtype_name}: leave dtype out")
+        raise DataError(
+            f"{path}: byte 0: NumPy header says {dtype.name}, the configuration {dtype_name}: leave dtype out"
+        )
     end = offset + shape[0] * dtype.itemsize
     if shape[0] == 0:
         raise DataError(f"{path}: empty")

@@ -86,7 +86,7 @@ class HuggingFaceTokenizer:
         self.eos_token_id = self._find_eos(folder)
 
     def _find_eos(self, folder: Path) -> int:
-        """The id that tokenizer_config.json, special_tokens_map.json, generation_config.json or config.json names first."""
+        """The id that the folder names: the tokenizer's own files first, then the model's."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             token = _read_json(folder / name).get("eos_token")
             if isinstance(token, dict):
@@ -102,7 +102,9 @@ class HuggingFaceTokenizer:
                 found = found[0]
             if isinstance(found, int):
                 if not 0 <= found < self.vocab_size:
-                    raise DataError(f"{folder / name}: eos_token_id {found} is outside the vocabulary of {self.vocab_size}")
+                    raise DataError(
+                        f"{folder / name}: eos_token_id {found} is outside the vocabulary of {self.vocab_size}"
+                    )
                 return found
         raise DataError(f'{folder} names no end-of-document token: add {{"eos_token": "..."}} to tokenizer_config.json')
 

@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class VerdictCache:
-    """What was found in files that have not changed since: `FOLDER/validated_data.json`. Unreadable: as if it were not there."""
+    """What was found in files that have not changed since: `FOLDER/validated_data.json`.
+
+    A cache that cannot be read is as if it were not there.
+    """
 
     def __init__(self, folder: str | Path | None):
         """In a folder; None: remembers nothing."""
@@ -47,7 +50,11 @@ class VerdictCache:
     def get(self, path: str, read_as: str) -> int | None:
         """The largest token found in a file read as this type; None: unknown, or the file has changed."""
         found = self._verdicts.get(os.path.abspath(path))
-        if isinstance(found, dict) and found.get("is") == _identity(path, read_as) and isinstance(found.get("max_token"), int):
+        if (
+            isinstance(found, dict)
+            and found.get("is") == _identity(path, read_as)
+            and isinstance(found.get("max_token"), int)
+        ):
             return found["max_token"]
         return None
 
@@ -91,7 +98,9 @@ def validate_source(source: TokenSource, vocab_size: int, cache: VerdictCache | 
     if not to_scan:
         return
     total = sum(shard.num_tokens * shard.dtype.itemsize for shard in to_scan)
-    logger.info("%s: checking %d file(s), %.1f GB, for tokens beyond the vocabulary", source.name, len(to_scan), total / 1e9)
+    logger.info(
+        "%s: checking %d file(s), %.1f GB, for tokens beyond the vocabulary", source.name, len(to_scan), total / 1e9
+    )
     verdicts: dict[tuple[str, str], int] = {}
     with ThreadPoolExecutor(min(_THREADS, len(to_scan), os.cpu_count() or 1)) as pool:
         scans = [pool.submit(scan, shard, vocab_size) for shard in to_scan]
@@ -124,8 +133,9 @@ def scan(shard: Shard, vocab_size: int) -> int:
             bad = (chunk < 0) | (chunk >= vocab_size) if shard.dtype.kind == "i" else chunk >= vocab_size
             first = start + int(np.argmax(bad))
             raise DataError(
-                f"{shard.path}: byte {shard.byte_offset(first)}: token {int(tokens[first])} (number {first}, {shard.dtype.name}) "
-                f"is outside the vocabulary of {vocab_size}: made with another tokenizer, or not of this type"
+                f"{shard.path}: byte {shard.byte_offset(first)}: token {int(tokens[first])} (number {first}, "
+                f"{shard.dtype.name}) is outside the vocabulary of "
+                f"{vocab_size}: made with another tokenizer, or not of this type"
             )
         largest = max(largest, top)
     return largest
@@ -155,11 +165,15 @@ def check_index(index: Index) -> None:
     for start in range(0, m, _INDEX_CHUNK):
         documents = index.document_indices[start : start + _INDEX_CHUNK]
         falls = np.diff(documents, prepend=before) < 0
-        _first_bad(index, falls | (documents > n), documents, start, base, 8, "document index {} is out of order or range")
+        _first_bad(
+            index, falls | (documents > n), documents, start, base, 8, "document index {} is out of order or range"
+        )
         before = documents[-1]
 
 
-def _first_bad(index: Index, bad: np.ndarray, values: np.ndarray, start: int, base: int, itemsize: int, what: str) -> None:
+def _first_bad(
+    index: Index, bad: np.ndarray, values: np.ndarray, start: int, base: int, itemsize: int, what: str
+) -> None:
     if bad.any():
         first = int(np.argmax(bad))
         raise DataError(f"{index.path}: byte {base + (start + first) * itemsize}: {what.format(int(values[first]))}")
