@@ -42,3 +42,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def root() -> Path:
     """The project's folder."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def _pool():
+    """One pool of ranks at a time, replaced when a job broke it."""
+    from tests.ranks import RankPool
+
+    pools: list[RankPool] = []
+
+    def get() -> RankPool:
+        if not pools or not pools[-1].alive:
+            pools.append(RankPool())
+        return pools[-1]
+
+    yield get
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture
+def ranks(_pool):
+    """`ranks.run(function, world_size, **kwargs)`: the function on that many gloo ranks (tests/ranks.py)."""
+    return _pool()

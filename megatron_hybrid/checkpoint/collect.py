@@ -1,0 +1,153 @@
+"""From this rank's parameters and optimizer to the shards it saves, and back.
+
+Everything goes through pieces (model/param_layout.py). What several ranks hold, one of them saves.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_hybrid.checkpoint.format import state_name
+from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.writer import SavedShard
+from megatron_hybrid.model.param_layout import ParamLayout, Piece
+
+
+@dataclass
+class OptimizerShard:
+    """Adam's state of a flattened range [start, stop) of a parameter on this rank; `master` is None where the parameter
+    itself is fp32."""
+
+    start: int
+    stop: int
+    states: dict[str, torch.Tensor]
+
+
+def _elements_before(piece: Piece, shape: tuple[int, ...], flat: int) -> int:
+    """How many of the piece's elements come before element `flat` of the flattened parameter of this shape."""
+    width = prod(shape[1:])
+    row, rest = divmod(flat, width)
+    first, rows = piece.local_offset[0], piece.shape[0]
+    columns_at, columns = (piece.local_offset[1], piece.shape[1]) if len(shape) > 1 else (0, 1)
+    before = min(max(row - first, 0), rows) * columns
+    return before + (min(max(rest - columns_at, 0), columns) if first <= row < first + rows else 0)
+
+
+def range_of_piece(piece: Piece, shape: tuple[int, ...], start: int, stop: int) -> tuple[int, int]:
+    """The part of a flattened range of a parameter that belongs to the piece, as a range of the flattened piece."""
+    return _elements_before(piece, shape, start), _elements_before(piece, shape, stop)
+
+
+def _select(piece: Piece, shape: tuple[int, ...], start: int, flat: torch.Tensor) -> torch.Tensor:
+    """The piece's elements of `flat`, which is the parameter's flattened range from `start`; a view where it can be."""
+    if len(shape) == 1 or piece.shape[1:] == shape[1:]:
+        width = prod(shape[1:])
+        lo = max(piece.local_offset[0] * width - start, 0)
+        hi = max((piece.local_offset[0] + piece.shape[0]) * width - start, 0)
+        return flat[lo:hi]
+    at = torch.arange(start, start + flat.numel(), device=flat.device)
+    row, column = at // shape[1], at % shape[1]
+    mine = (row >= piece.local_offset[0]) & (row < piece.local_offset[0] + piece.shape[0])
+    mine &= (column >= piece.local_offset[1]) & (column < piece.local_offset[1] + piece.shape[1])
+    return flat[mine]
+
+
+class Collector:
+    """Walks this rank's part of the model and of the optimizer's state.
+
+    Args:
+        optimizer_shards: parameter -> its OptimizerShard on this rank (train/optimizer.py); empty: weights only.
+        optimizer_sharded: whether the data parallel ranks share that state out, or each has all of it.
+    """
+
+    def __init__(
+        self,
+        chunks,
+        layout: ParamLayout,
+        groups: ProcessGroupCollection,
+        optimizer_shards: dict[torch.nn.Parameter, OptimizerShard],
+        optimizer_sharded: bool,
+    ):
+        self.layout, self.groups = layout, groups
+        self.optimizer_shards, self.optimizer_sharded = optimizer_shards, optimizer_sharded
+        self.parameters = list(layout.parameters(chunks))
+
+    def _writes(self, turn: int, name: str, piece: Piece) -> tuple[bool, bool]:
+        """Whether this rank saves (the weight, the optimizer state) of a piece."""
+        dp, tp = self.groups.dp, self.groups.tp
+        tied_copy = name == "output_layer.weight" and self.layout.model.tie_embeddings
+        mine = not tied_copy and (not piece.replicated or tp.rank() == 0)
+        my_turn = turn % dp.size() == dp.rank()
+        return mine and my_turn, mine and (self.optimizer_sharded or my_turn)
+
+    def shards(self) -> Iterator[SavedShard]:
+        """What this rank saves, as views of live tensors where possible."""
+        turn = 0
+        for name, parameter, pieces in self.parameters:
+            for piece in pieces:
+                turn += 1
+                weight, state = self._writes(turn, name, piece)
+                if weight:
+                    yield SavedShard(piece.tensor.name, piece.tensor.shape, piece.offset, piece.shape, piece.view(parameter.detach()))
+                if state and parameter in self.optimizer_shards:
+                    yield from self._state_shards(parameter, piece)
+
+    def _state_shards(self, parameter: torch.nn.Parameter, piece: Piece) -> Iterator[SavedShard]:
+        shard, shape = self.optimizer_shards[parameter], tuple(parameter.shape)
+        lo, hi = range_of_piece(piece, shape, shard.start, shard.stop)
+        if lo == hi:
+            return
+        whole = hi - lo == prod(piece.shape)
+        for state, flat in shard.states.items():
+            data = _select(piece, shape, shard.start, flat)
+            yield SavedShard(
+                state_name(state, piece.tensor.name),
+                piece.tensor.shape,
+                piece.offset,
+                piece.shape,
+                data.view(piece.shape) if whole else data,
+                None if whole else (lo, hi),
+            )
+
+    @torch.no_grad()
+    def load_weights(self, reader: CheckpointReader) -> None:
+        """Fill this rank's parameters; padding stays zero."""
+        for _, parameter, pieces in self.parameters:
+            parameter.zero_()
+            for piece in pieces:
+                piece.view(parameter).copy_(reader.read(piece.tensor.name, (piece.offset, piece.shape)))
+
+    @torch.no_grad()
+    def load_optimizer(self, reader: CheckpointReader) -> None:
+        """Fill this rank's optimizer state. Only the rows that this rank's range touches are read."""
+        for _, parameter, pieces in self.parameters:
+            shard = self.optimizer_shards.get(parameter)
+            if shard is None:
+                continue
+            width = prod(parameter.shape[1:])
+            first, last = shard.start // width, -(-shard.stop // width)
+            for state, flat in shard.states.items():
+                rows = torch.zeros(last - first, *parameter.shape[1:], dtype=flat.dtype)
+                for piece in pieces:
+                    self._read_rows(reader, piece, state, first, rows)
+                begin = shard.start - first * width
+                flat.copy_(rows.view(-1)[begin : begin + flat.numel()])
+
+    @staticmethod
+    def _read_rows(reader: CheckpointReader, piece: Piece, state: str, first: int, rows: torch.Tensor) -> None:
+        """Fill `rows`, the parameter's rows from `first`, with what the piece has there."""
+        at, length = piece.local_offset[0], piece.shape[0]
+        lo, hi = max(at, first), min(at + length, first + len(rows))
+        if lo >= hi:
+            return
+        box = ((piece.offset[0] + lo - at, *piece.offset[1:]), (hi - lo, *piece.shape[1:]))
+        has_state = state_name(state, piece.tensor.name) in reader.index.tensors
+        source = state if has_state or state != "master" else None  # an fp32 checkpoint's weight is its own master
+        data = reader.read(piece.tensor.name, box, state=source)
+        target = rows.narrow(0, lo - first, hi - lo)
+        for dim in range(1, len(piece.shape)):
+            target = target.narrow(dim, piece.local_offset[dim], piece.shape[dim])
+        target.copy_(data)

@@ -1,0 +1,29 @@
+"""The true tensors' names (config/tensors.py) in transformers' `olmo_hybrid` and `olmo3` models."""
+
+import re
+
+from megatron_hybrid.config.model import ModelConfig
+
+_OUTSIDE = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+_NORMS = {
+    "G": {"mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},  # pre-norm: before the mixer, before the MLP
+    "A": {"mixer_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"},  # post-norm: after each
+}
+_LAYER = re.compile(r"layers\.(\d+)\.(\w+)\.?(.*)")
+
+
+def huggingface_name(model: ModelConfig, tensor: str) -> str:
+    """`layers.3.attention.q_proj.weight` -> `model.layers.3.self_attn.q_proj.weight`.
+
+    A Gated DeltaNet's three convolutions are `linear_attn.{q,k,v}_conv1d.weight`, [channels, 1, taps] there; transformers
+    joins them on load.
+    """
+    if tensor in _OUTSIDE:
+        return _OUTSIDE[tensor]
+    index, part, rest = _LAYER.fullmatch(tensor).groups()  # type: ignore[union-attr]
+    prefix, kind = f"model.layers.{index}", "G" if model.layers[int(index)] == "G" else "A"
+    if part in _NORMS[kind]:
+        return f"{prefix}.{_NORMS[kind][part]}.{rest}"
+    if part == "gdn":
+        rest = rest.replace("gate_proj", "g_proj").replace("_conv.", "_conv1d.")
+    return f"{prefix}.{ {'gdn': 'linear_attn', 'attention': 'self_attn', 'mlp': 'mlp'}[part] }.{rest}"

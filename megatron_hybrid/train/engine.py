@@ -1,0 +1,73 @@
+"""What the trainer needs of whatever holds the model: losses and gradients of a batch, their norm, an update, the state.
+
+MegatronEngine is megatron-core's: its schedules, data parallel wrappers and optimizers.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_hybrid.checkpoint.collect import Collector
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.model.hybrid_model import build_model
+from megatron_hybrid.model.initialize import initialize
+from megatron_hybrid.model.param_layout import ParamLayout
+from megatron_hybrid.train.optimizer import Optimizer, wrap_data_parallel
+from megatron_hybrid.train.step import Batch, BatchRunner, Losses, prepare_for_training
+
+
+class MegatronEngine:
+    """The model on this rank, its optimizer, and how a global batch runs through the pipeline.
+
+    Weights are initial ones, the same under every layout, until a checkpoint is loaded through `collector()`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+        sequence_length: int,
+        groups: ProcessGroupCollection,
+    ):
+        self.groups, self.parallel = groups, parallel
+        self.chunks = build_model(model, parallel, train.dtype, sequence_length, groups)
+        self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
+        initialize(self.chunks, self.layout, train.seed)
+        self.wrapped = wrap_data_parallel(self.chunks, parallel)
+        self.optimizer = Optimizer(self.wrapped, self.layout, train, parallel)
+        prepare_for_training(self.wrapped, self.optimizer)
+        self.run = BatchRunner(self.wrapped, groups, sequence_length, train.micro_batch_size, train.z_loss)
+
+    def forward_backward(self, batches: list[Batch]) -> Losses:
+        """Mean losses over the global batch; its gradients are ready when this returns."""
+        for chunk in self.wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self.run(batches)
+
+    def gradient_norm(self) -> float:
+        return self.optimizer.gradient_norm()
+
+    def update(self, lr: float, gradient_norm: float) -> None:
+        """Clip and step. Not calling it skips the step: nothing has changed."""
+        self.optimizer.step(lr, gradient_norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> Losses:
+        """Mean losses over a global batch, without gradients."""
+        for chunk in self.wrapped:
+            chunk.eval()
+        losses = self.run(batches, forward_only=True)
+        for chunk in self.wrapped:
+            chunk.train()
+        return losses
+
+    def collector(self) -> Collector:
+        """This rank's part of weights and optimizer state, to save or to load."""
+        return Collector(
+            self.chunks, self.layout, self.groups, self.optimizer.shards(), self.parallel.distributed_optimizer
+        )
+

@@ -1,0 +1,151 @@
+"""AdamW over megatron-core's data parallel wrappers, and the state that checkpoints need of it."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+from megatron_hybrid.checkpoint.collect import OptimizerShard
+from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.model.megatron_config import DTYPES
+from megatron_hybrid.model.param_layout import ParamLayout
+
+_DECAY_GROUPS = {"embedding": "embedding", "norm": "norm", "A_log": "gdn_scalars", "dt_bias": "gdn_scalars"}
+
+
+def wrap_data_parallel(chunks, parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """megatron-core's DDP around each model chunk: gradients in fp32, summed in fp32."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,  # the trainer looks at the gradient norm, and skips the step
+    )
+    return [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+class Optimizer:
+    """AdamW with the recipe's decay groups; a step is taken or skipped once its gradient norm is known.
+
+    Args:
+        wrapped: the model chunks in their data parallel wrappers.
+        layout: tells which tensor each parameter holds, hence its decay group.
+    """
+
+    def __init__(self, wrapped: list[DistributedDataParallel], layout: ParamLayout, train: TrainConfig, parallel: ParallelConfig):
+        adam = train.optimizer
+        self.chunks = [w.module for w in wrapped]
+        self.clip, self.weight_decay = adam.clip_grad, adam.weight_decay
+        exempt = self._exempt(layout, set(adam.no_decay))
+        config = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=adam.lr,
+            min_lr=0.0,
+            adam_beta1=adam.betas[0],
+            adam_beta2=adam.betas[1],
+            adam_eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            clip_grad=adam.clip_grad,
+            bf16=train.dtype == "bf16",
+            params_dtype=DTYPES[train.dtype],
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
+        )
+        no_decay = ParamWithNamePredicate(name="no_decay", fn=lambda parameter, name: parameter in exempt)
+        overrides = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}} if exempt else {}
+        self.megatron = get_megatron_optimizer(config, wrapped, config_overrides=overrides)
+
+    def _exempt(self, layout: ParamLayout, no_decay: set[str]) -> set[torch.nn.Parameter]:
+        return {
+            parameter
+            for _, parameter, pieces in layout.parameters(self.chunks)
+            if pieces and _DECAY_GROUPS.get(pieces[0].tensor.kind) in no_decay
+        }
+
+    @property
+    def scale_loss(self):
+        return self.megatron.scale_loss
+
+    def zero_grad(self) -> None:
+        self.megatron.zero_grad()
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Global norm over all parameters of the model, after reduction and before clipping."""
+        self.megatron.prepare_grads()
+        return float(self.megatron.get_grad_norm())
+
+    @torch.no_grad()
+    def step(self, lr: float, gradient_norm: float) -> None:
+        """Clip by the norm just computed, then update."""
+        for group in self.megatron.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
+        if self.clip > 0:
+            for part in self._parts():
+                if parameters := part.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip, total_norm=gradient_norm)
+        self.megatron.step_with_ready_grads()
+
+    def _parts(self) -> list:
+        return getattr(self.megatron, "chained_optimizers", [self.megatron])
+
+    # ---- state, for checkpoints
+
+    def shards(self) -> dict[torch.nn.Parameter, OptimizerShard]:
+        """Adam's state of every parameter of which this rank has some; zero before the first step."""
+        found = {}
+        for part in self._parts():
+            inner = part.optimizer
+            for parameter, main, start, stop in self._main_parameters(part):
+                state = inner.state[main]
+                if "exp_avg" not in state:
+                    state.update(exp_avg=torch.zeros_like(main), exp_avg_sq=torch.zeros_like(main))
+                    state.setdefault("step", torch.zeros(()))
+                states = {name: state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")}
+                if parameter.dtype != torch.float32:
+                    states["master"] = main.detach().view(-1)
+                found[parameter] = OptimizerShard(start, stop, states)
+        return found
+
+    def _main_parameters(self, part):
+        """(model parameter, the fp32 tensor that Adam updates, its range of the flattened parameter)."""
+        if isinstance(part, DistributedOptimizer):
+            for parameter, (group, order) in part.model_param_group_index_map.items():
+                extent = part._get_model_param_range_map(parameter)["param"]
+                yield parameter, part.optimizer.param_groups[group]["params"][order], extent.start, extent.end
+            return
+        for chunk in self.chunks:
+            for parameter in chunk.parameters():
+                main = getattr(parameter, "main_param", None)
+                yield parameter, parameter if main is None else main, 0, parameter.numel()
+
+    @property
+    def updates(self) -> int:
+        """Adam's own step count, for its bias correction; skipped steps do not count."""
+        for part in self._parts():
+            for state in part.optimizer.state.values():
+                if "step" in state:
+                    return int(state["step"])
+            for group in part.optimizer.param_groups:
+                if "step" in group:
+                    return int(group["step"])
+        return 0
+
+    def set_updates(self, count: int) -> None:
+        """Restore the step count; each parameter gets a tensor of its own."""
+        for part in self._parts():
+            for state in part.optimizer.state.values():
+                if "step" in state:
+                    state["step"] = torch.full_like(state["step"], count)
+            for group in part.optimizer.param_groups:
+                if "step" in group:
+                    group["step"] = count

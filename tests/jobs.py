@@ -1,0 +1,96 @@
+"""What tests run on ranks (tests/ranks.py): plain functions of plain arguments."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_hybrid.checkpoint.manager import CheckpointManager
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.run import CheckpointConfig
+from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.parallel.launch import Launch, start_distributed
+from megatron_hybrid.train.engine import MegatronEngine
+
+SEQUENCE_LENGTH = 32
+
+
+def make_engine(model: dict, parallel: dict, train: dict, sequence_length: int = SEQUENCE_LENGTH) -> MegatronEngine:
+    """An engine on the ranks that this is called on."""
+    parallel, train = ParallelConfig(**parallel), TrainConfig(**train)
+    groups = start_distributed(Launch.from_environment(), parallel, train.seed)
+    return MegatronEngine(ModelConfig(**model), train, parallel, sequence_length, groups)
+
+
+def batches_of(engine: MegatronEngine, samples: torch.Tensor, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of samples [n, s + 1]."""
+    rank, ranks = engine.groups.dp.rank(), engine.groups.dp.size()
+    mine = samples.view(-1, ranks, micro_batch_size, samples.shape[1])[:, rank]
+    return [
+        {"tokens": m[:, :-1], "labels": m[:, 1:], "loss_mask": torch.ones_like(m[:, 1:], dtype=torch.float32), "position_ids": None}
+        for m in mine
+    ]
+
+
+def samples_of_step(step: int, count: int, vocab_size: int, sequence_length: int = SEQUENCE_LENGTH) -> torch.Tensor:
+    """Learnable samples [count, sequence_length + 1]: every other token follows from the one before."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randint(0, vocab_size, (count, sequence_length + 1), generator=generator)
+    x[:, 1::2] = (x[:, 0::2][:, : x[:, 1::2].shape[1]] * 3 + 7) % vocab_size
+    return x
+
+
+def curve(
+    model: dict,
+    parallel: dict,
+    train: dict,
+    steps: int,
+    start: int = 0,
+    load: str | None = None,
+    save: str | None = None,
+    async_save: bool = False,
+    lr: float = 1e-2,
+) -> dict:
+    """Train steps [start, steps) and return losses, gradient norms and this rank's parameters; load before, save after."""
+    engine = make_engine(model, parallel, train)
+    config = ModelConfig(**model)
+    mbs, gbs = train.get("micro_batch_size", 1), train["global_batch_size"]
+    manager = CheckpointManager(
+        CheckpointConfig(async_save=async_save), Path(save or load or "."), engine.collector(), config.model_dump(mode="json"), {}
+    )
+    if load:
+        state, _ = manager.load(Path(load))
+        engine.optimizer.set_updates(state["updates"])
+    losses, norms = [], []
+    for step in range(start, steps):
+        batches = batches_of(engine, samples_of_step(step, gbs, config.vocab_size), mbs)
+        losses.append(engine.forward_backward(batches).loss)
+        norms.append(engine.gradient_norm())
+        engine.update(lr, norms[-1])
+    path = None
+    if save:
+        path = manager.save(steps, {"updates": engine.optimizer.updates}, {})
+        manager.close()
+    parameters = {name: p.detach().clone() for name, p, _ in engine.layout.parameters(engine.chunks)}
+    return {"losses": losses, "norms": norms, "parameters": parameters, "path": str(path), "updates": engine.optimizer.updates}
+
+
+def logits_and_gradients(model: dict, tensors: dict[str, torch.Tensor], tokens: torch.Tensor, parallel: dict | None = None) -> dict:
+    """Our model with given weights on one rank or several: logits (this rank's), and gradients of the mean loss by true tensor."""
+    engine = make_engine(model, parallel or {}, {"steps": 1, "global_batch_size": 1, "dtype": "fp32"}, tokens.shape[1])
+    (chunk,) = engine.chunks
+    with torch.no_grad():
+        for _, parameter, pieces in engine.layout.parameters([chunk]):
+            for piece in pieces:
+                box = tensors[piece.tensor.name]
+                for dim, (at, n) in enumerate(zip(piece.offset, piece.shape, strict=True)):
+                    box = box.narrow(dim, at, n)
+                piece.view(parameter).copy_(box)
+    logits = chunk(tokens, None, None)
+    chunk(tokens, None, None, labels=tokens)[0].mean().backward()
+    gradients = {
+        piece.tensor.name: piece.view(p.main_grad if p.grad is None else p.grad).clone()
+        for _, p, pieces in engine.layout.parameters([chunk])
+        for piece in pieces
+    }
+    return {"logits": logits.detach(), "gradients": gradients}

@@ -1,0 +1,49 @@
+"""Our model is transformers' `olmo_hybrid` (and `olmo3`): the same logits and the same gradients from the same weights."""
+
+import pytest
+import torch
+
+from megatron_hybrid.config.model import ModelConfig
+from tests import jobs
+from tests.peers import transformers_model, true_tensors_of
+
+BASE = dict(
+    layer_pattern="GGGA",
+    hidden_size=48,
+    ffn_hidden_size=96,
+    vocab_size=131,
+    num_attention_heads=4,
+    gdn=dict(num_key_heads=4, num_value_heads=4, key_head_dim=12, value_head_dim=24),
+)
+GDN = BASE["gdn"]
+CASES = {
+    "rope": BASE,
+    "nope": BASE | dict(rope_theta=None),
+    "grouped values": BASE | dict(gdn=GDN | dict(num_key_heads=2)),
+    "grouped queries": BASE | dict(num_key_value_heads=2),
+    "tied": BASE | dict(tie_embeddings=True),
+    "odd heads": BASE | dict(num_attention_heads=3, gdn=dict(num_key_heads=5, num_value_heads=5, key_head_dim=8, value_head_dim=16)),
+    "positive eigenvalues": BASE | dict(gdn=GDN | dict(allow_negative_eigenvalues=False)),
+    "attention first": BASE | dict(layer_pattern="AGAG"),
+    "sliding window": BASE | dict(layer_pattern="WWWA", gdn=None, sliding_window=16),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_as_transformers(case, ranks):
+    config = ModelConfig(**CASES[case])
+    peer = transformers_model(config)
+    tokens = torch.randint(0, config.vocab_size, (2, 80), generator=torch.Generator().manual_seed(1))
+    theirs = peer(tokens).logits
+    torch.nn.functional.cross_entropy(theirs.flatten(0, 1), tokens.flatten()).backward()
+    expected = true_tensors_of(peer, config, gradients=True)
+
+    (ours,) = ranks.run(jobs.logits_and_gradients, 1, model=CASES[case], tensors=true_tensors_of(peer, config), tokens=tokens)
+
+    logits = ours["logits"][..., : config.vocab_size]
+    assert (logits - theirs).norm() / theirs.norm() < 1e-5
+    assert (logits - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert ours["gradients"].keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (ours["gradients"][name] - gradient).norm() / gradient.norm()
+        assert error < 1e-4, f"{name}: {error:.1e}"
