@@ -4,6 +4,17 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A frozen section of the configuration. An unknown field is an error."""
+    """A frozen section of the configuration.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    An unknown field, a NaN or an infinity is an error, and so is a value of another type: `"12"`, `1.0` and `true` are
+    not whole numbers. Lists are taken for tuples (those fields say `strict=False`; what they hold stays strict).
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        strict=True,
+        allow_inf_nan=False,
+    )

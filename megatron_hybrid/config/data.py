@@ -2,30 +2,51 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_hybrid.config.base import Section
+from megatron_hybrid.config.errors import Problems
 
 
 class SourceConfig(Section):
     """One dataset of a blend."""
 
-    path: str
+    path: str = Field(min_length=1)
     """A megatron-core prefix (`PREFIX.bin`, `PREFIX.idx`), a `.npy` raw token shard, or a glob of such shards."""
     weight: PositiveFloat = 1.0
     """Share of the samples, relative to the other sources."""
     dtype: Literal["uint16", "uint32"] | None = None
     """Type of a raw shard's tokens; None: the smallest that holds the vocabulary."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "SourceConfig":
+        problems = Problems()
+        for ending in (".bin", ".idx"):
+            if self.path.endswith(ending):
+                problems.add(
+                    "path",
+                    f"{self.path} is one of a pair of files; give their prefix, {self.path.removesuffix(ending)}",
+                )
+        if self.dtype is not None and not self.path.endswith(".npy"):
+            problems.add(
+                "dtype",
+                f"{self.dtype} is for raw .npy shards, and an indexed dataset knows its own; leave it out, or give a "
+                "path that ends in .npy",
+            )
+        problems.raise_if_any()
+        return self
+
 
 class DataConfig(Section):
     """Token sources, blended by weight into fixed-length sequences in a deterministic order."""
 
-    train: tuple[SourceConfig, ...] = Field(min_length=1)
-    validation: tuple[SourceConfig, ...] = ()
+    train: tuple[SourceConfig, ...] = Field(min_length=1, strict=False)
+    """One or more sources: `[{path: data/train}]`."""
+    validation: tuple[SourceConfig, ...] = Field((), strict=False)
+    """Where the evaluation loss is measured; needed for train.eval_interval."""
     sequence_length: PositiveInt
     """Tokens a sample has."""
-    tokenizer: str = "byte"
+    tokenizer: str = Field("byte", min_length=1)
     """`byte`, or the folder of a Hugging Face tokenizer. Used by tools; training reads tokens."""
     seed: NonNegativeInt = 1234
     """Of the sample order."""

@@ -1,36 +1,68 @@
 """The network: what its layers are and how wide. Layout (who holds which part) is not said here."""
 
 import re
-from functools import cached_property
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from megatron_hybrid.config import nearest
 from megatron_hybrid.config.base import Section
+from megatron_hybrid.config.errors import Problems, shown
 
 LayerKind = Literal["G", "A", "W"]
 LAYER_KINDS = {"G": "Gated DeltaNet", "A": "attention", "W": "sliding-window attention"}
+MAX_LAYERS = 4096
+"""More than any model has; a slip such as GGGA*999999999 must not cost memory."""
 _GROUP = re.compile(r"([GAW]+)(?:\*([1-9][0-9]*))?")
 
 
+@lru_cache
 def expand_pattern(pattern: str) -> tuple[LayerKind, ...]:
     """`"GGGA*2,GA"` -> `("G", "G", "G", "A", "G", "G", "G", "A", "G", "A")`.
 
-    Groups of layer symbols are separated by commas; `*n` repeats its group n times.
+    Groups of layer symbols are separated by commas; `*n` repeats its group n times. Spaces do not count.
 
     Raises:
-        ValueError: a symbol other than G, A, W, or a malformed repeat.
+        ValueError: a symbol other than G, A, W, a malformed repeat, or more than MAX_LAYERS layers.
     """
     layers = ""
     for group in pattern.replace(" ", "").split(","):
         match = _GROUP.fullmatch(group)
         if not match:
+            upper = pattern.upper()
+            hint = f"; did you mean {upper}?" if upper != pattern and _is_pattern(upper) else ""
+            symbols = ", ".join(f"{symbol} ({name})" for symbol, name in LAYER_KINDS.items())
             raise ValueError(
-                f"{group!r} is not a group of layers: write symbols {', '.join(f'{s} ({n})' for s, n in LAYER_KINDS.items())}"
-                " and optionally *n, as in GGGA*8 or GGGA*7,GGA"
+                f"{shown(group)} is not a group of layers; write symbols {symbols} and optionally *n, as in GGGA*8 or "
+                f"GGGA*7,GGA{hint}"
             )
-        layers += match[1] * int(match[2] or 1)
+        unit, repeats = match[1], match[2] or "1"
+        room = (MAX_LAYERS - len(layers)) // len(unit)
+        if len(repeats) > 9 or int(repeats) > room:
+            best = f"the nearest is {unit[:MAX_LAYERS]}*{room}" if room > 0 and len(unit) < 99 else "remove this group"
+            raise ValueError(f"{shown(group)} makes more than {MAX_LAYERS} layers; {best}")
+        layers += unit * int(repeats)
     return tuple(layers)  # type: ignore[arg-type]
+
+
+def _is_pattern(text: str) -> bool:
+    return all(_GROUP.fullmatch(group) for group in text.replace(" ", "").split(","))
+
+
+def fold_pattern(layers: Sequence[LayerKind]) -> str:
+    """A short pattern that expands to `layers`: `GGGA*2` for `GGGAGGGA`, `GGGA*7,GGA` where a remainder is left."""
+    text = "".join(layers)
+    best = text
+    for width in range(1, len(text) // 2 + 1):
+        repeats = 1
+        while text.startswith(text[:width], repeats * width):
+            repeats += 1
+        rest = text[repeats * width :]
+        folded = f"{text[:width]}*{repeats}" + (f",{rest}" if rest else "")
+        best = min(best, folded, key=len) if repeats > 1 else best
+    return best
 
 
 class GatedDeltaNetConfig(Section):
@@ -48,24 +80,33 @@ class GatedDeltaNetConfig(Section):
     """beta in (0, 2) instead of (0, 1)."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of the gated output norm; its own, not the model's."""
-    a_init_range: tuple[float, float] = (0.0, 16.0)
+    a_init_range: tuple[float, float] = Field((0.0, 16.0), strict=False)
     """A_log starts as the log of a uniform draw from this range."""
-    dt_init_range: tuple[PositiveFloat, PositiveFloat] = (1e-3, 0.1)
+    dt_init_range: tuple[PositiveFloat, PositiveFloat] = Field((1e-3, 0.1), strict=False)
     """dt_bias starts as the inverse softplus of a log-uniform draw from this range."""
     dt_init_floor: PositiveFloat = 1e-4
 
     @model_validator(mode="after")
     def _check(self) -> "GatedDeltaNetConfig":
+        problems = Problems()
         if self.num_value_heads % self.num_key_heads:
-            down = max(self.num_key_heads, self.num_value_heads // self.num_key_heads * self.num_key_heads)
-            raise ValueError(
-                f"num_value_heads = {self.num_value_heads} must be a multiple of num_key_heads = {self.num_key_heads}: "
-                f"the nearest is {down}"
+            problems.add(
+                "num_value_heads",
+                f"{self.num_value_heads} is not a multiple of num_key_heads = {self.num_key_heads}; "
+                f"the nearest is {nearest.multiple(self.num_value_heads, self.num_key_heads)}",
             )
         for name in ("a_init_range", "dt_init_range"):
             low, high = getattr(self, name)
             if not 0 <= low < high:
-                raise ValueError(f"{name} = [{low}, {high}] must satisfy 0 <= low < high")
+                default = list(type(self).model_fields[name].default)
+                problems.add(name, f"[{low}, {high}] must have 0 <= low < high; give two such numbers, as in {default}")
+        if self.dt_init_floor > self.dt_init_range[1]:
+            problems.add(
+                "dt_init_floor",
+                f"{self.dt_init_floor} is above all of dt_init_range = {list(self.dt_init_range)}; give at most "
+                f"{self.dt_init_range[1]}",
+            )
+        problems.raise_if_any()
         return self
 
     @property
@@ -80,7 +121,7 @@ class GatedDeltaNetConfig(Section):
 
 
 class ModelConfig(Section):
-    """A decoder of G (pre-norm) and A / W (post-norm, QK norm over the whole projection) layers, each with a SwiGLU MLP."""
+    """A decoder of G (pre-norm) and A / W (post-norm, QK norm over the whole projection) layers, each with a SwiGLU."""
 
     layer_pattern: str
     """Symbols G, A, W in groups: `GGGA*8` is 32 layers, an attention layer after every three of Gated DeltaNet."""
@@ -107,32 +148,54 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
-        expand_pattern(self.layer_pattern)
-        heads, groups = self.num_attention_heads, self.kv_heads
-        if heads % groups:
-            best = min((g for g in range(1, heads + 1) if heads % g == 0), key=lambda g: abs(g - groups))
-            raise ValueError(f"num_key_value_heads = {groups} must divide num_attention_heads = {heads}: the nearest is {best}")
-        if self.head_dim is None and self.hidden_size % heads:
-            raise ValueError(
-                f"hidden_size = {self.hidden_size} does not divide by num_attention_heads = {heads}: set head_dim, or "
-                f"hidden_size = {max(1, round(self.hidden_size / heads)) * heads}"
-            )
-        if self.rope_theta is not None and self.attention_head_dim % 2:
-            raise ValueError(
-                f"head_dim = {self.attention_head_dim} must be even for rotary embedding: the nearest is "
-                f"{self.attention_head_dim + 1}, or set rope_theta: null"
-            )
-        if "G" in self.layers and self.gdn is None:
-            raise ValueError("gdn is missing: layer_pattern has G layers; give gdn.num_key_heads, num_value_heads, key_head_dim, value_head_dim")
-        if "W" in self.layers and self.sliding_window is None:
-            raise ValueError("sliding_window is missing: layer_pattern has W layers; give the number of tokens they see, such as 4096")
+        problems = Problems()
+        layers: tuple[LayerKind, ...] = ()
+        try:
+            layers = self.layers
+        except ValueError as error:
+            problems.add("layer_pattern", str(error))
+        self._check_heads(problems)
         for name in ("eos_token_id", "pad_token_id"):
             token = getattr(self, name)
             if token is not None and token >= self.vocab_size:
-                raise ValueError(f"{name} = {token} is not below vocab_size = {self.vocab_size}")
+                most = self.vocab_size - 1
+                problems.add(name, f"{token} is outside the vocabulary; give at most vocab_size - 1 = {most}, or null")
+        if "G" in layers and self.gdn is None:
+            problems.add(
+                "gdn",
+                "is missing, and layer_pattern has G layers; give gdn.num_key_heads, num_value_heads, key_head_dim and "
+                "value_head_dim",
+            )
+        if "W" in layers and self.sliding_window is None:
+            problems.add(
+                "sliding_window",
+                "is missing, and layer_pattern has W layers; give the number of tokens they see, such as 4096",
+            )
+        problems.raise_if_any()
         return self
 
-    @cached_property
+    def _check_heads(self, problems: Problems) -> None:
+        heads, groups = self.num_attention_heads, self.kv_heads
+        if heads % groups:
+            problems.add(
+                "num_key_value_heads",
+                f"{groups} does not divide num_attention_heads = {heads}; the nearest is "
+                f"{nearest.divisor(groups, heads)}",
+            )
+        if self.head_dim is None and self.hidden_size % heads:
+            problems.add(
+                "hidden_size",
+                f"{self.hidden_size} is not a multiple of num_attention_heads = {heads}; the nearest is "
+                f"{nearest.multiple(self.hidden_size, heads)}, or set head_dim",
+            )
+        elif self.rope_theta is not None and self.attention_head_dim % 2:
+            problems.add(
+                "head_dim",
+                f"{self.attention_head_dim} is odd, and rotary embedding turns pairs; the nearest is "
+                f"{self.attention_head_dim + 1}, or set rope_theta to null",
+            )
+
+    @property
     def layers(self) -> tuple[LayerKind, ...]:
         """The kind of each layer, first to last."""
         return expand_pattern(self.layer_pattern)

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from megatron_hybrid.config.base import Section
+from megatron_hybrid.config.errors import ConfigError, Problems
 
 
 class ParallelConfig(Section):
@@ -13,11 +14,11 @@ class ParallelConfig(Section):
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share each matrix. Heads that do not divide are padded, exactly."""
     sequence_parallel: bool | None = None
-    """Share the norms' and residual's tokens over the tensor parallel ranks. None: on where tensor_parallel_size > 1."""
+    """Share the norms' and residual's tokens over the tensor parallel ranks. None: where tensor_parallel_size > 1."""
     pipeline_parallel_size: PositiveInt = 1
     virtual_pipeline_parallel_size: PositiveInt = 1
     """Model chunks a pipeline rank holds (interleaved 1F1B); 1: plain 1F1B."""
-    pipeline_split: tuple[PositiveInt, ...] | None = None
+    pipeline_split: tuple[PositiveInt, ...] | None = Field(None, strict=False)
     """Layers of each (virtual) stage in model order. None: as even as can be, extra layers to the middle stages."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data parallel ranks."""
@@ -26,21 +27,34 @@ class ParallelConfig(Section):
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass already runs. Needs both settings above."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping: nothing; the cheap, large parts of each mixer; whole layers."""
+    """What the backward pass computes again instead of keeping: nothing; each mixer's cheap, large parts; all."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
+        problems = Problems()
         if self.sequence_parallel and self.tensor_parallel_size == 1:
-            raise ValueError("sequence_parallel: true needs tensor_parallel_size > 1: leave it out, or set tensor_parallel_size = 2")
+            problems.add(
+                "sequence_parallel",
+                "true needs tensor_parallel_size > 1; leave it out, or set tensor_parallel_size to 2",
+            )
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:
-            raise ValueError("virtual_pipeline_parallel_size > 1 needs pipeline_parallel_size > 1: set it to 1, or pipeline_parallel_size = 2")
+            problems.add(
+                "virtual_pipeline_parallel_size",
+                f"{self.virtual_pipeline_parallel_size} needs pipeline_parallel_size > 1; set it to 1, or "
+                "pipeline_parallel_size to 2",
+            )
         if self.pipeline_split is not None and len(self.pipeline_split) != self.num_stages:
-            raise ValueError(
-                f"pipeline_split has {len(self.pipeline_split)} entries: pipeline_parallel_size x virtual_pipeline_parallel_size "
-                f"= {self.num_stages} are needed"
+            problems.add(
+                "pipeline_split",
+                f"{list(self.pipeline_split)} has {len(self.pipeline_split)} entries; give pipeline_parallel_size x "
+                f"virtual_pipeline_parallel_size = {self.num_stages} of them, or leave it out",
             )
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
-            raise ValueError("overlap_param_gather: true needs distributed_optimizer: true and overlap_grad_reduce: true")
+            problems.add(
+                "overlap_param_gather",
+                "true needs distributed_optimizer and overlap_grad_reduce; set both to true, or this to false",
+            )
+        problems.raise_if_any()
         return self
 
     @property
@@ -57,21 +71,54 @@ class ParallelConfig(Section):
         """Ranks that hold one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    def data_parallel_size(self, world_size: int) -> int:
+        """Copies of the model that `world_size` ranks hold; `RunConfig.check_world` has checked that it is whole."""
+        return world_size // self.model_parallel_size
+
+    def padded_heads(self, groups: int, heads: int | None = None) -> int:
+        """Heads held over all tensor parallel ranks, dummies included.
+
+        Args:
+            groups: key/value heads of attention, key heads of Gated DeltaNet: padded up to a multiple of
+                tensor_parallel_size.
+            heads: query heads of attention, value heads of Gated DeltaNet: as many for each group as before. None: the
+                groups themselves are asked for.
+        """
+        padded = -(-groups // self.tensor_parallel_size) * self.tensor_parallel_size
+        return padded if heads is None else padded * (heads // groups)
+
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each virtual stage, in model order.
 
         Raises:
-            ValueError: fewer layers than stages, or a pipeline_split of another total.
+            ConfigError: fewer layers than stages, or a pipeline_split of another total.
         """
         if self.pipeline_split is not None:
-            if sum(self.pipeline_split) != num_layers:
-                raise ValueError(f"pipeline_split sums to {sum(self.pipeline_split)}: layer_pattern has {num_layers} layers")
+            total = sum(self.pipeline_split)
+            if total != num_layers:
+                change = f"add {num_layers - total} to" if total < num_layers else f"take {total - num_layers} from"
+                raise ConfigError.at(
+                    "pipeline_split",
+                    f"{list(self.pipeline_split)} sums to {total}; layer_pattern has {num_layers} layers; {change} its "
+                    "entries, or leave it out",
+                )
             return self.pipeline_split
         stages = self.num_stages
         if num_layers < stages:
-            raise ValueError(
-                f"pipeline_parallel_size x virtual_pipeline_parallel_size = {stages} exceeds the {num_layers} layers of layer_pattern: "
-                f"at most {num_layers}"
+            virtual = self.virtual_pipeline_parallel_size
+            remedy = (
+                f"set it to at most {num_layers // virtual}"
+                if virtual <= num_layers
+                else (
+                    f"set virtual_pipeline_parallel_size to at most {num_layers // 2}"
+                    if num_layers > 1
+                    else "set both to 1"
+                )
+            )
+            raise ConfigError.at(
+                "pipeline_parallel_size",
+                f"{self.pipeline_parallel_size} x virtual_pipeline_parallel_size {virtual} = {stages} stages exceed "
+                f"the {num_layers} layers of layer_pattern; {remedy}",
             )
         base, extra = divmod(num_layers, stages)
         first = (stages - extra) // 2  # the first and last stages carry embedding and logits: spare them

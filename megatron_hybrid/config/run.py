@@ -1,9 +1,11 @@
 """A whole run: every section, and the checks that need more than one of them."""
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from megatron_hybrid.config import checks, nearest
 from megatron_hybrid.config.base import Section
 from megatron_hybrid.config.data import DataConfig
+from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.train import TrainConfig
@@ -17,11 +19,28 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt | None = 2
     """Newest ones to keep; None: all."""
     keep_every: PositiveInt | None = None
-    """Keep those whose step is a multiple of this for good."""
+    """Keep those whose step is a multiple of this for good; a multiple of interval."""
     async_save: bool = False
     """Write while training goes on."""
-    load: str = "auto"
-    """`auto`: resume from the run's newest complete checkpoint, if any. `none`: start anew. Or a checkpoint's folder."""
+    load: str = Field("auto", min_length=1)
+    """`auto`: resume from the run's newest complete checkpoint, if any. `none`: start anew. Or a folder."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointConfig":
+        if self.keep_every is None:
+            return self
+        if self.interval is None:
+            raise ConfigError.at(
+                "keep_every",
+                f"{self.keep_every} has nothing to keep while interval is null; set it to null too",
+            )
+        if self.keep_every % self.interval:
+            best = nearest.multiple(self.keep_every, self.interval)
+            raise ConfigError.at(
+                "keep_every",
+                f"{self.keep_every} is not a multiple of checkpoint.interval = {self.interval}; the nearest is {best}",
+            )
+        return self
 
 
 class LoggingConfig(Section):
@@ -34,14 +53,15 @@ class LoggingConfig(Section):
     """Send metrics to this Weights & Biases project; None: do not."""
     plot_interval: NonNegativeInt = 100
     """Steps between updates of loss.png; 0: only at the end."""
-    peak_tflops: float | None = None
+    peak_tflops: PositiveFloat | None = None
     """A device's peak for MFU; None: known from the device's name, else no MFU."""
 
 
 class RunConfig(Section):
     """Everything `tools/pretrain.py` needs."""
 
-    run_dir: str
+    run_dir: str = Field(min_length=1)
+    """Folder of everything the run writes: config.yaml, metrics.jsonl, loss.png, tensorboard/, checkpoints/."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -51,12 +71,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        self.parallel.stage_layers(self.model.num_layers)
+        checks.section_problems(self).raise_if_any()
         return self
 
     def check_world(self, world_size: int) -> None:
         """Check what depends on the number of ranks.
 
         Raises:
-            ValueError: degrees that do not divide world_size, or a batch that does not divide over the data parallel ranks.
+            ConfigError: degrees that do not divide world_size, or a batch that does not divide by data parallel ranks.
         """
+        checks.world_problems(self, world_size).raise_if_any()

@@ -4,26 +4,31 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from megatron_hybrid.config import nearest
 from megatron_hybrid.config.base import Section
+from megatron_hybrid.config.errors import ConfigError, Problems
 
 
 class OptimizerConfig(Section):
     """AdamW. Embeddings, norms and one-dimensional parameters carry the decay that `no_decay` leaves them."""
 
     lr: PositiveFloat = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
-    no_decay: tuple[Literal["embedding", "norm", "gdn_scalars"], ...] = ("embedding",)
+    no_decay: tuple[Literal["embedding", "norm", "gdn_scalars"], ...] = Field(("embedding",), strict=False)
     """Parameter groups without weight decay. gdn_scalars: A_log and dt_bias."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":
-        for beta in self.betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas = {list(self.betas)}: each must be at least 0 and below 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            legal = [0.0 if beta < 0 else 0.999 if beta >= 1 else beta for beta in self.betas]
+            raise ConfigError.at(
+                "betas",
+                f"{list(self.betas)}: each must be at least 0 and below 1; give {legal}, say",
+            )
         return self
 
 
@@ -33,7 +38,7 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     decay_steps: PositiveInt | None = None
-    """cosine, linear: step at which the minimum is reached (None: the last). wsd: steps of the final decay (None: a tenth)."""
+    """cosine, linear: step that reaches the minimum (None: the last). wsd: steps of the final decay (None: a tenth)."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
 
 
@@ -47,10 +52,10 @@ class BatchRampConfig(Section):
 
 
 class SkipStepConfig(Section):
-    """Skip the update when loss or gradient norm is an outlier (OLMo-core's SkipStepOptimizer), or not finite (always)."""
+    """Skip the update when loss or gradient norm is an outlier (as OLMo-core does), or not finite (always)."""
 
     enabled: bool = True
-    window: PositiveInt = 128
+    window: int = Field(128, ge=2)
     """Finite values looked back on; no skipping before half of them are there."""
     sigmas: PositiveFloat = 6.0
 
@@ -77,3 +82,81 @@ class TrainConfig(Section):
     """Steps between evaluations on data.validation; None: never."""
     eval_batches: PositiveInt = 8
     """Global batches an evaluation reads, the same ones every time."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        problems = Problems()
+        self._check_schedule(problems)
+        self._check_ramp(problems)
+        problems.raise_if_any()
+        return self
+
+    def _check_schedule(self, problems: Problems) -> None:
+        kind, warmup, decay, steps = (
+            self.schedule.kind,
+            self.schedule.warmup_steps,
+            self.schedule.decay_steps,
+            self.steps,
+        )
+        if warmup >= steps:
+            problems.add(
+                "schedule.warmup_steps", f"{warmup} is not below train.steps = {steps}; give at most {steps - 1}"
+            )
+        elif decay is None:
+            return
+        elif kind == "constant":
+            problems.add(
+                "schedule.decay_steps",
+                f"{decay} has no meaning for a constant schedule; set it to null, or kind to linear",
+            )
+        elif kind == "wsd" and decay > steps - warmup:
+            problems.add(
+                "schedule.decay_steps",
+                f"{decay} steps of decay after warmup_steps = {warmup} do not fit into train.steps = {steps}; "
+                f"give at most {steps - warmup}",
+            )
+        elif kind in ("cosine", "linear") and decay <= warmup:
+            problems.add(
+                "schedule.decay_steps",
+                f"{decay} is not after warmup_steps = {warmup}; give at least {warmup + 1}, or null",
+            )
+
+    def _check_ramp(self, problems: Problems) -> None:
+        ramp, full = self.batch_ramp, self.global_batch_size
+        if ramp is None:
+            return
+        growth = full - ramp.start
+        if growth < 0:
+            problems.add(
+                "batch_ramp.start", f"{ramp.start} exceeds train.global_batch_size = {full}; give at most {full}"
+            )
+        elif growth % ramp.increment:
+            problems.add(
+                "batch_ramp.increment",
+                f"{ramp.increment} does not divide train.global_batch_size - start = {growth}; "
+                f"the nearest is {nearest.divisor(ramp.increment, growth)}",
+            )
+        elif ramp.samples < growth // ramp.increment:
+            problems.add(
+                "batch_ramp.samples",
+                f"{ramp.samples} is below the number of increments; give at least {growth // ramp.increment}",
+            )
+
+    def batch_size_at(self, consumed_samples: int) -> int:
+        """Sequences of the step that starts after `consumed_samples`.
+
+        During the ramp, each size gets its equal share of `batch_ramp.samples`.
+        """
+        ramp = self.batch_ramp
+        if ramp is None or consumed_samples >= ramp.samples:
+            return self.global_batch_size
+        increments = (self.global_batch_size - ramp.start) // ramp.increment
+        return ramp.start + ramp.increment * (consumed_samples * increments // ramp.samples)
+
+    def samples_after(self, steps: int) -> int:
+        """Sequences that the first `steps` steps consume, skipped updates included."""
+        samples = 0
+        while steps and samples < (self.batch_ramp.samples if self.batch_ramp else 0):
+            samples += self.batch_size_at(samples)
+            steps -= 1
+        return samples + steps * self.global_batch_size

@@ -1,0 +1,155 @@
+"""Checks that need more than one section, or the number of ranks."""
+
+from typing import TYPE_CHECKING
+
+from megatron_hybrid.config import nearest
+from megatron_hybrid.config.errors import ConfigError, Problems, join
+
+if TYPE_CHECKING:
+    from megatron_hybrid.config.run import RunConfig
+
+_LARGEST_DEGREE = 4096
+"""Up to which a tensor parallel degree that fits is looked for."""
+
+
+def section_problems(run: "RunConfig") -> Problems:
+    """What no section can see alone."""
+    problems = Problems()
+    _check_tensor_parallel(run, problems)
+    try:
+        run.parallel.stage_layers(run.model.num_layers)
+    except ConfigError as error:
+        problems += [(join("parallel", field), message) for field, message in error.problems]
+    _check_data(run, problems)
+    return problems
+
+
+def world_problems(run: "RunConfig", world_size: int) -> Problems:
+    """What does not fit `world_size` ranks."""
+    problems, parallel, train = Problems(), run.parallel, run.train
+    if world_size < 1 or world_size % parallel.model_parallel_size:
+        _degrees_do_not_divide(run, world_size, problems)
+        return problems
+    ranks = parallel.data_parallel_size(world_size)
+    unit = train.micro_batch_size * ranks
+    words = f"micro_batch_size {train.micro_batch_size} x data parallel size {ranks} = {unit}"
+    if train.global_batch_size % unit:
+        near = nearest.multiples(train.global_batch_size, unit)
+        problems.add(
+            "train.global_batch_size",
+            f"{train.global_batch_size} is not a multiple of {words}; the nearest are {near}",
+        )
+        return problems
+    if parallel.virtual_pipeline_parallel_size > 1:
+        microbatches, stages = train.global_batch_size // unit, parallel.pipeline_parallel_size
+        unit *= stages
+        words = f"micro batch x data parallel x pipeline parallel size (interleaved schedule) = {unit}"
+        if microbatches % stages:
+            near = nearest.multiples(train.global_batch_size, unit)
+            problems.add(
+                "train.global_batch_size",
+                f"{train.global_batch_size} makes {microbatches} microbatches, and the interleaved schedule needs a "
+                f"multiple of pipeline_parallel_size = {stages}; the nearest are {near}, or set "
+                "virtual_pipeline_parallel_size to 1",
+            )
+            return problems
+    _check_ramp(run, unit, words, problems)
+    return problems
+
+
+def _check_tensor_parallel(run: "RunConfig", problems: Problems) -> None:
+    """Heads, MLP and sequence over the tensor parallel ranks."""
+    size, limits = run.parallel.tensor_parallel_size, _head_limits(run)
+    ffn, sequence = run.model.ffn_hidden_size, run.data.sequence_length
+    split_sequence = run.parallel.sequence_parallel is not False
+    most = min([heads for heads, _ in limits] + [_LARGEST_DEGREE])
+    fits = [t for t in range(1, most + 1) if ffn % t == 0 and not (split_sequence and sequence % t)]
+    remedy = f"the nearest tensor_parallel_size that fits is {nearest.among(size, fits)}"
+    for heads, what in limits:
+        if size > heads:
+            problems.add("parallel.tensor_parallel_size", f"{size} exceeds the {heads} {what}; {remedy}")
+    if ffn % size:
+        problems.add(
+            "model.ffn_hidden_size",
+            f"{ffn} is not a multiple of tensor_parallel_size = {size}; the nearest is {nearest.multiple(ffn, size)}; "
+            f"or keep it: {remedy}",
+        )
+    if run.parallel.sequence_parallel_on and sequence % size:
+        problems.add(
+            "data.sequence_length",
+            f"{sequence} is not a multiple of tensor_parallel_size = {size}, as sequence parallelism needs; the "
+            f"nearest is {nearest.multiple(sequence, size)}, or set parallel.sequence_parallel to false",
+        )
+
+
+def _head_limits(run: "RunConfig") -> list[tuple[int, str]]:
+    """Heads that tensor parallelism spreads, each with its name; more ranks than that would hold dummies alone."""
+    model = run.model
+    limits = []
+    if set(model.layers) & {"A", "W"}:
+        field = "num_attention_heads" if model.num_key_value_heads is None else "num_key_value_heads"
+        limits.append((model.kv_heads, f"key/value heads (model.{field})"))
+    if "G" in model.layers and model.gdn is not None:
+        limits.append((model.gdn.num_key_heads, "Gated DeltaNet key heads (model.gdn.num_key_heads)"))
+    return limits
+
+
+def _check_data(run: "RunConfig", problems: Problems) -> None:
+    """What the model and the trainer ask of the data."""
+    window, sequence = run.model.sliding_window, run.data.sequence_length
+    if "W" in run.model.layers and window is not None and window > sequence:
+        problems.add(
+            "model.sliding_window",
+            f"{window} exceeds data.sequence_length = {sequence}, so W layers would be plain attention; give at most "
+            f"{sequence}, or write A for W in layer_pattern",
+        )
+    if run.train.eval_interval is not None and not run.data.validation:
+        problems.add(
+            "train.eval_interval",
+            f"{run.train.eval_interval} has nothing to evaluate on; give data.validation a source, or set it to null",
+        )
+    for split in ("train", "validation"):
+        for index, source in enumerate(getattr(run.data, split)):
+            if source.dtype == "uint16" and run.model.vocab_size > 2**16:
+                problems.add(
+                    join("data", split, index, "dtype"),
+                    f"uint16 does not hold model.vocab_size = {run.model.vocab_size} tokens; the nearest is uint32",
+                )
+
+
+def _degrees_do_not_divide(run: "RunConfig", world_size: int, problems: Problems) -> None:
+    """Tensor x pipeline parallel ranks that do not divide the world."""
+    parallel = run.parallel
+    tensor, pipeline, both = (
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.model_parallel_size,
+    )
+    if world_size < 1:
+        problems.add("world_size", f"{world_size} ranks cannot train; run on {both}, or a multiple of it")
+        return
+    name, degree, held = ("pipeline", pipeline, tensor) if world_size % tensor == 0 else ("tensor", tensor, pipeline)
+    remedy = f"run on {nearest.multiples(world_size, both)} ranks"
+    if world_size % held == 0:
+        remedy += f", or set it to {nearest.divisor(degree, world_size // held)}"
+    problems.add(
+        f"parallel.{name}_parallel_size",
+        f"tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline} = {both} does not divide the {world_size} "
+        f"ranks of this run; {remedy}",
+    )
+
+
+def _check_ramp(run: "RunConfig", unit: int, words: str, problems: Problems) -> None:
+    """Every batch size of the ramp must be a multiple of `unit`, as the full one is."""
+    ramp, full = run.train.batch_ramp, run.train.global_batch_size
+    if ramp is None:
+        return
+    if ramp.start % unit:
+        near = nearest.multiples(ramp.start, unit)
+        problems.add("train.batch_ramp.start", f"{ramp.start} is not a multiple of {words}; the nearest are {near}")
+    if ramp.start < full and ramp.increment % unit:
+        start = min(full, nearest.multiple(ramp.start, unit))
+        best = unit * nearest.divisor(max(1, round(ramp.increment / unit)), max(1, (full - start) // unit))
+        problems.add(
+            "train.batch_ramp.increment", f"{ramp.increment} is not a multiple of {words}; the nearest is {best}"
+        )

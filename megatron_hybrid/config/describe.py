@@ -1,0 +1,134 @@
+"""What `--dry-run` prints: the resolved configuration, and what it comes to on a number of ranks."""
+
+from collections.abc import Sequence
+
+from megatron_hybrid.config import flops
+from megatron_hybrid.config.load import dump_run
+from megatron_hybrid.config.model import LAYER_KINDS, fold_pattern
+from megatron_hybrid.config.run import RunConfig
+
+_PART_NAMES = {"embedding": "embedding", "final_norm": "final norm", "output": "output", **LAYER_KINDS}
+
+
+def describe(config: RunConfig, world_size: int) -> str:
+    """The run in YAML, followed by its size, layout and work as comments: the whole is a config file again.
+
+    Raises:
+        ConfigError: the run does not fit `world_size` ranks.
+    """
+    config.check_world(world_size)
+    blocks = [
+        _parameters(config),
+        _layout(config, world_size),
+        _stages(config),
+        _heads(config),
+        _work(config, world_size),
+    ]
+    comment = "\n#\n".join("\n".join(f"# {line}" for line in block) for block in blocks if block)
+    return f"{dump_run(config)}\n{comment}\n"
+
+
+def _parameters(config: RunConfig) -> list[str]:
+    model, sequence = config.model, config.data.sequence_length
+    work = flops.training_flops_by_part(model, sequence)
+    rows = [("part", "layers", "parameters", "GFLOP a token")]
+    for part, count in flops.parameters_by_part(model).items():
+        layers = str(model.layers.count(part)) if part in LAYER_KINDS else ""
+        rows.append((_PART_NAMES[part], layers, f"{count:,}", f"{work.get(part, 0) / 1e9:.4g}"))
+    total = flops.training_flops_per_token(model, sequence)
+    rows.append(("all", str(model.num_layers), f"{flops.count_parameters(model):,}", f"{total / 1e9:.4g}"))
+    return ["Parameters, and training work (forward and backward)", *_table(rows)]
+
+
+def _layout(config: RunConfig, world_size: int) -> list[str]:
+    parallel = config.parallel
+    virtual = parallel.virtual_pipeline_parallel_size
+    sequence = " with sequence parallelism" if parallel.sequence_parallel_on else ""
+    return [
+        f"Layout of {world_size} ranks",
+        f"  tensor    {parallel.tensor_parallel_size}{sequence}",
+        f"  pipeline  {parallel.pipeline_parallel_size}" + (f" x {virtual} chunks, interleaved" if virtual > 1 else ""),
+        f"  data      {parallel.data_parallel_size(world_size)}"
+        + (" with a distributed optimizer" if parallel.distributed_optimizer else ""),
+    ]
+
+
+def _stages(config: RunConfig) -> list[str]:
+    """The table of pipeline stages; nothing where there is one."""
+    model, parallel = config.model, config.parallel
+    if parallel.num_stages == 1:
+        return []
+    outside = flops.parameters_by_part(model)
+    rows = [("stage", "pipeline rank", "chunk", "layers", "kinds", "parameters")]
+    first = 0
+    for stage, count in enumerate(parallel.stage_layers(model.num_layers)):
+        kinds = model.layers[first : first + count]
+        size = sum(flops.layer_parameters(model, kind) for kind in kinds)
+        if stage == 0:
+            size += outside["embedding"]
+        if stage == parallel.num_stages - 1:
+            size += outside["final_norm"] + (outside["embedding"] if model.tie_embeddings else outside["output"])
+        chunk, rank = divmod(stage, parallel.pipeline_parallel_size)
+        rows.append(
+            (str(stage), str(rank), str(chunk), f"{first}-{first + count - 1}", fold_pattern(kinds), f"{size:,}")
+        )
+        first += count
+    return ["Pipeline stages (the first with the embedding, the last with final norm and output)", *_table(rows)]
+
+
+def _heads(config: RunConfig) -> list[str]:
+    """Heads over the tensor parallel ranks, with the dummies that make them divide; nothing at one rank."""
+    model, parallel = config.model, config.parallel
+    ranks = parallel.tensor_parallel_size
+    if ranks == 1:
+        return []
+    counts: list[tuple[str, int, int]] = []
+    if set(model.layers) & {"A", "W"}:
+        padded = parallel.padded_heads(model.kv_heads, model.num_attention_heads)
+        counts.append(("attention query", model.num_attention_heads, padded))
+        counts.append(("attention key/value", model.kv_heads, parallel.padded_heads(model.kv_heads)))
+    if model.gdn is not None and "G" in model.layers:
+        keys, values = model.gdn.num_key_heads, model.gdn.num_value_heads
+        counts.append(("Gated DeltaNet key", keys, parallel.padded_heads(keys)))
+        counts.append(("Gated DeltaNet value", values, parallel.padded_heads(keys, values)))
+    rows = [("heads", "true", "padded to", "a rank")]
+    rows += [
+        (name, str(true), str(padded) if padded > true else "-", str(padded // ranks)) for name, true, padded in counts
+    ]
+    return [f"Heads over {ranks} tensor parallel ranks", *_table(rows)]
+
+
+def _work(config: RunConfig, world_size: int) -> list[str]:
+    train, sequence = config.train, config.data.sequence_length
+    unit = train.micro_batch_size * config.parallel.data_parallel_size(world_size)
+    tokens = train.samples_after(train.steps) * sequence
+    work = flops.training_flops_per_token(config.model, sequence)
+    size = train.global_batch_size
+    lines = [
+        "Work",
+        f"  a step    {size:,} sequences x {sequence:,} = {size * sequence:,} tokens, "
+        f"{size // unit} microbatches of {train.micro_batch_size} on each data parallel rank",
+    ]
+    if train.batch_ramp is not None:
+        ramp = train.batch_ramp
+        lines.append(f"  ramp      from {ramp.start:,} sequences by {ramp.increment:,} over {ramp.samples:,} samples")
+    return [
+        *lines,
+        f"  a token   {work / 1e9:.4g} GFLOP (forward and backward, without recomputation)",
+        f"  the run   {train.steps:,} steps, {tokens:,} tokens, {tokens * work:.4g} FLOP",
+    ]
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines, columns aligned: text to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    right = [
+        all(row[column][:1].isdigit() or row[column] in ("", "-") for row in rows[1:]) for column in range(len(widths))
+    ]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,171 @@
+"""From a YAML file and `section.key=value` overrides to a RunConfig, and back."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_hybrid.config import nearest, presets, yaml_text
+from megatron_hybrid.config.errors import ConfigError, Problems, field_at, join, shown, translate
+from megatron_hybrid.config.run import RunConfig
+
+_PRESET_KEYS = (["model"], ["model", "preset"], ["model", "of"])
+
+
+def load_run(path_or_preset: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file describes, with the overrides laid over it.
+
+    Args:
+        path_or_preset: a YAML file, or the name of a model preset, or None: the overrides say everything else.
+        overrides: `section.key=value`, the value in YAML, `null` included; an entry of a list goes by its index, and
+            one past the end is appended: `data.train.0.weight=2`. A preset named by an override is chosen first,
+            whatever the order; apart from that, the later of two wins.
+
+    Raises:
+        ConfigError: lists every wrong field with its remedy.
+    """
+    data = _read(path_or_preset)
+    assignments = [_parse(override) for override in overrides]
+    data["model"] = _as_preset(data.get("model"))
+    for keys, value in assignments:
+        if keys in _PRESET_KEYS:
+            _assign(data, keys, _as_preset(value) if keys == ["model"] else value)
+    data["model"] = presets.expand(data["model"])
+    if data["model"] is None:
+        del data["model"]
+    problems = Problems()
+    for keys, value in assignments:
+        if keys not in _PRESET_KEYS:
+            try:
+                _assign(data, keys, value)
+            except ConfigError as error:
+                problems += error.problems
+    problems.raise_if_any()
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise translate(error, RunConfig) from None
+
+
+def dump_run(config: RunConfig) -> str:
+    """The whole configuration as YAML, presets and defaults written out; `load_run` reads it back equal."""
+    return yaml_text.write(config.model_dump(mode="json"))
+
+
+def _read(path_or_preset: str | None) -> dict[str, Any]:
+    if path_or_preset is None:
+        return {}
+    path = Path(path_or_preset)
+    if not path.exists():
+        names = [*presets.SIZED, *presets.UNSIZED]
+        if path_or_preset in names:
+            return {"model": path_or_preset}
+        hint = nearest.word(path_or_preset, names, cutoff=0.6)
+        hint = f"did you mean {hint}?" if hint else f"give a YAML file, or one of {', '.join(names)}"
+        raise ConfigError.at(
+            path_or_preset,
+            f"there is no such file, and no such preset; {hint}",
+        )
+    if path.is_dir():
+        raise ConfigError.at(
+            path_or_preset,
+            f"is a folder; give a YAML file, such as {path / 'config.yaml'}",
+        )
+    try:
+        data = yaml_text.read(path.read_text(encoding="utf-8"), path_or_preset)
+    except OSError as error:
+        raise ConfigError.at(
+            path_or_preset,
+            f"cannot be read: {error.strerror}; check its permissions",
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError.at(
+            path_or_preset,
+            f"is not UTF-8 text (byte {error.start}); save it as such",
+        ) from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        fields = ", ".join(RunConfig.model_fields)
+        raise ConfigError.at(
+            path_or_preset,
+            f"holds {shown(data)}; write sections, `name: value`, of {fields}",
+        )
+    return data
+
+
+def _parse(override: str) -> tuple[list[str], object]:
+    """`data.train.0.weight=2` -> `(["data", "train", "0", "weight"], 2)`."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().removeprefix("--").split(".")
+    if not equals or not all(keys):
+        raise ConfigError.at(
+            override,
+            "is not an override; write section.key=value, as in train.optimizer.lr=1e-4",
+        )
+    if not text.strip():
+        raise ConfigError.at(
+            name,
+            f"has no value; write {name}=null for none, or {name}='\"\"' for empty text",
+        )
+    return keys, yaml_text.read(text, name)
+
+
+def _as_preset(model: object) -> object:
+    return {"preset": model} if isinstance(model, str) else model
+
+
+def _assign(data: dict[str, Any], keys: list[str], value: object) -> None:
+    """Set the value at `keys`, making the sections on the way.
+
+    Raises:
+        ConfigError: the way leads through a plain value, or past the end of a list.
+    """
+    here: dict[str, Any] | list[Any] = data
+    for depth, key in enumerate(keys):
+        name = join(*keys[: depth + 1])
+        last = depth + 1 == len(keys)
+        if isinstance(here, dict):
+            if last:
+                here[key] = value
+                return
+            inner = here.get(key)
+            if inner is None:
+                inner = here[key] = _default(keys[: depth + 1]) if keys[depth + 1].isdecimal() else {}
+        else:
+            index = _index(here, key, join(*keys[:depth]))
+            if index == len(here):
+                here.append({})
+            if last:
+                here[index] = value
+                return
+            inner = here[index]
+        if not isinstance(inner, dict | list):
+            raise ConfigError.at(
+                name,
+                f"{shown(inner)} has no {join(*keys[depth + 1 :])} in it; set {name} as a whole",
+            )
+        here = inner
+
+
+def _index(entries: list[Any], key: str, name: str) -> int:
+    if key.isdecimal() and len(key) < 10 and int(key) <= len(entries):
+        return int(key)
+    if key.isdecimal():
+        raise ConfigError.at(
+            join(name, key),
+            f"{name} has {len(entries)} entries; the next is {join(name, len(entries))}",
+        )
+    first = join(name, 0)
+    raise ConfigError.at(
+        join(name, key),
+        f"{name} is a list; say which entry by its index: {join(first, key)}",
+    )
+
+
+def _default(keys: list[str]) -> list[Any]:
+    """The list a field has by default, for an override of one of its entries."""
+    field, _ = field_at(RunConfig, tuple(keys))
+    default = () if field is None or field.is_required() else field.default
+    return list(default) if isinstance(default, tuple) else []

@@ -1,0 +1,167 @@
+"""Models by name. A run says `model: olmo_hybrid_7b`, or `model: {preset: olmo_hybrid_7b, layer_pattern: GGGA*4}`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_hybrid.config import nearest
+from megatron_hybrid.config.errors import ConfigError, shown
+from megatron_hybrid.config.model import GatedDeltaNetConfig, ModelConfig
+
+
+def olmo_hybrid_7b() -> ModelConfig:
+    """AI2's OLMo Hybrid 7B: attention after every three Gated DeltaNet layers; 7,430,870,688 parameters."""
+    return ModelConfig(
+        layer_pattern="GGGA*8",
+        hidden_size=3840,
+        ffn_hidden_size=11008,
+        vocab_size=100352,
+        num_attention_heads=30,
+        gdn=GatedDeltaNetConfig(num_key_heads=30, num_value_heads=30, key_head_dim=96, value_head_dim=192),
+        rope_theta=500_000.0,
+        eos_token_id=100257,
+        pad_token_id=100277,
+    )
+
+
+def olmo_hybrid_tiny() -> ModelConfig:
+    """OLMo Hybrid in small: trains on four CPU ranks at TP2 x PP2. Vocabulary: the 256 bytes and end-of-document."""
+    return ModelConfig(
+        layer_pattern="GGGA*2",
+        hidden_size=128,
+        ffn_hidden_size=384,
+        vocab_size=257,
+        num_attention_heads=4,
+        gdn=GatedDeltaNetConfig(num_key_heads=4, num_value_heads=4, key_head_dim=24, value_head_dim=48),
+        rope_theta=500_000.0,
+        eos_token_id=256,
+    )
+
+
+def olmo3_7b() -> ModelConfig:
+    """AI2's OLMo 3 7B, the transformer that OLMo Hybrid is compared with: three layers of four see 4096 tokens.
+
+    The vocabulary is the padded one it was trained with, as OLMo Hybrid's is.
+    """
+    return ModelConfig(
+        layer_pattern="WWWA*8",
+        hidden_size=4096,
+        ffn_hidden_size=11008,
+        vocab_size=100352,
+        num_attention_heads=32,
+        rope_theta=500_000.0,
+        sliding_window=4096,
+        eos_token_id=100257,
+        pad_token_id=100277,
+    )
+
+
+def pure_gdn(of: str) -> ModelConfig:
+    """Gated DeltaNet alone, at the size of preset `of`: same hidden, MLP, depth, vocabulary and heads.
+
+    Where `of` has no Gated DeltaNet, its heads are as many as the attention's, in OLMo Hybrid's proportions: keys are
+    three quarters of the hidden size in all, values twice the keys.
+
+    Raises:
+        ConfigError: `of` is not a preset of its own size.
+    """
+    base = _sized(of)
+    heads = base.num_attention_heads
+    key_head_dim = 3 * base.hidden_size // (4 * heads)
+    gdn = base.gdn or GatedDeltaNetConfig(
+        num_key_heads=heads, num_value_heads=heads, key_head_dim=key_head_dim, value_head_dim=2 * key_head_dim
+    )
+    return _changed(base, layer_pattern=f"G*{base.num_layers}", gdn=gdn.model_dump(), sliding_window=None)
+
+
+def pure_attention(of: str) -> ModelConfig:
+    """Full attention alone, at the size of preset `of`: same hidden, MLP, depth, vocabulary and heads.
+
+    Raises:
+        ConfigError: `of` is not a preset of its own size.
+    """
+    base = _sized(of)
+    return _changed(base, layer_pattern=f"A*{base.num_layers}", gdn=None, sliding_window=None)
+
+
+SIZED: Mapping[str, Callable[[], ModelConfig]] = {
+    "olmo_hybrid_7b": olmo_hybrid_7b,
+    "olmo_hybrid_tiny": olmo_hybrid_tiny,
+    "olmo3_7b": olmo3_7b,
+}
+"""Presets of their own size."""
+
+UNSIZED: Mapping[str, Callable[[str], ModelConfig]] = {"pure_gdn": pure_gdn, "pure_attention": pure_attention}
+"""Presets of another's size: `{preset: pure_gdn, of: olmo_hybrid_7b}`."""
+
+
+def _changed(base: ModelConfig, **fields: object) -> ModelConfig:
+    return ModelConfig.model_validate({**base.model_dump(), **fields})
+
+
+def _sized(name: object) -> ModelConfig:
+    if isinstance(name, str) and name in SIZED:
+        return SIZED[name]()
+    best = nearest.word(shown(name), SIZED)
+    raise ConfigError.at(
+        "model.of",
+        f"{shown(name)} is not a preset with a size; the nearest of {', '.join(SIZED)} is {best}",
+    )
+
+
+def preset(name: str, of: str | None = None) -> ModelConfig:
+    """The preset called `name`; `of` is the preset whose size a pure one takes.
+
+    Raises:
+        ConfigError: no such preset, or `of` missing, wrong or not wanted.
+    """
+    if isinstance(name, str) and name in UNSIZED:
+        if of is None:
+            example = f"{{preset: {name}, of: olmo_hybrid_7b}}"
+            raise ConfigError.at(
+                "model.of",
+                f"is missing; say whose size {name} takes: {example}",
+            )
+        return UNSIZED[name](of)
+    if not isinstance(name, str) or name not in SIZED:
+        names = [*SIZED, *UNSIZED]
+        best = nearest.word(shown(name), names)
+        raise ConfigError.at(
+            "model.preset",
+            f"{shown(name)} is not one of {', '.join(names)}; the nearest is {best}",
+        )
+    if of is not None:
+        raise ConfigError.at(
+            "model.of",
+            f"{shown(of)} is for {' and '.join(UNSIZED)}, and {name} has its own size; remove it",
+        )
+    return SIZED[name]()
+
+
+def expand(model: object) -> object:
+    """A config's `model` with its preset, if it names one, written out and the other fields laid over it.
+
+    Sections inside (`gdn`) are laid over field by field too. Anything that names no preset is returned as it is.
+
+    Raises:
+        ConfigError: as `preset`.
+    """
+    if isinstance(model, str):
+        model = {"preset": model}
+    if not isinstance(model, dict) or not {"preset", "of"} & set(model):
+        return model
+    if "preset" not in model:
+        raise ConfigError.at(
+            "model.of",
+            "needs a preset beside it; write {preset: pure_gdn, of: ...}, or remove it",
+        )
+    changes = {key: value for key, value in model.items() if key not in ("preset", "of")}
+    return _overlay(preset(model["preset"], model.get("of")).model_dump(mode="json"), changes)
+
+
+def _overlay(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _overlay(base[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return {**base, **changes, **both}
