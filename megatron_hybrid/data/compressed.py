@@ -58,7 +58,7 @@ class _Decompressed(io.RawIOBase):
         self.source.close()
         super().close()
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._ready:
             if not self._input:
                 self._input = self.source.read(_CHUNK)
@@ -85,7 +85,7 @@ class _Decompressed(io.RawIOBase):
                     return b""
             self._frame = self._new_frame()
         try:
-            content = self._frame.decompress(data)
+            content: bytes = self._frame.decompress(data)
         except Exception as error:  # zlib.error, zstandard.ZstdError
             near = self.source.tell() - len(data)
             raise DataError(f"{self._path}: corrupt near byte {near}: {error}") from error

@@ -117,7 +117,8 @@ def iterate_batches(files: Sequence[InputFile]) -> Iterator[Batch]:
     Raises:
         DataError: a JSONL file that is empty, cannot be read, is truncated or corrupt.
     """
-    done, paths, size = 0, [], 0
+    done, size = 0, 0
+    paths: list[str] = []
     for file in files:
         if paths and (file.lines or size + file.size > BATCH_BYTES or len(paths) == BATCH_FILES):
             yield Batch(paths, None, 1, done)

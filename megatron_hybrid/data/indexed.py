@@ -21,6 +21,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -144,7 +145,7 @@ class IndexedWriter:
         for suffix in (".bin", ".idx"):
             os.replace(self._partial[suffix], f"{self.prefix}{suffix}")
 
-    def _write_index(self, file) -> None:
+    def _write_index(self, file: BinaryIO) -> None:
         n = self.num_documents
         file.write(MAGIC + struct.pack("<QBQQ", VERSION, self._code, n, n + 1))
         for lengths in self._lengths:
@@ -166,11 +167,11 @@ class IndexedWriter:
     def __enter__(self) -> "IndexedWriter":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.discard()
 
 
-def _sync_and_close(file) -> None:
+def _sync_and_close(file: BinaryIO) -> None:
     """Have the file on disk before it gets its name."""
     file.flush()
     os.fsync(file.fileno())

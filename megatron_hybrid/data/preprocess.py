@@ -10,7 +10,7 @@ import math
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -191,7 +191,7 @@ def _split_prefixes(prefix: str, split: dict[str, float] | None) -> list[str]:
     return [f"{prefix}_{name}" for name in split]
 
 
-def _encode_all(batches: Iterator[Batch], encoder: _Encoder, spec: str, workers: int) -> Iterator[_Tokens]:
+def _encode_all(batches: Iterator[Batch], encoder: _Encoder, spec: str, workers: int) -> Generator[_Tokens]:
     """Tokenized batches, in the order of the batches."""
     if workers == 1:
         yield from map(encoder, batches)

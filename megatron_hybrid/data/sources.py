@@ -98,21 +98,16 @@ def open_source(config: SourceConfig, vocab_size: int) -> TokenSource:
         return TokenSource(path, [_open_raw(file, config.dtype, vocab_size) for file in files])
     if path.endswith(".npy"):
         return TokenSource(path, [_open_raw(path, config.dtype, vocab_size)])
-    if config.dtype is not None:
-        raise DataError(
-            f"{path}: dtype {config.dtype} is for raw .npy shards; the .idx of a prefix says the type: leave it out"
-        )
     return TokenSource(path, [_open_indexed(path)])
 
 
 def _open_indexed(prefix: str) -> Shard:
-    prefix = prefix.removesuffix(".bin").removesuffix(".idx")
     bin_path, idx_path = f"{prefix}.bin", f"{prefix}.idx"
     for file in (idx_path, bin_path):
         if not os.path.isfile(file):
             raise DataError(
-                f"{file}: no such file. A source is a prefix (PREFIX.bin and PREFIX.idx, from tools/preprocess_data.py), "
-                "a .npy shard, or a glob of such shards"
+                f"{file}: no such file. A source is a prefix (PREFIX.bin and PREFIX.idx, as of "
+                "tools/preprocess_data.py), a .npy shard, or a glob of such shards"
             )
     index, size = read_index(idx_path), os.path.getsize(bin_path)
     if size < index.end:

@@ -50,13 +50,10 @@ class VerdictCache:
     def get(self, path: str, read_as: str) -> int | None:
         """The largest token found in a file read as this type; None: unknown, or the file has changed."""
         found = self._verdicts.get(os.path.abspath(path))
-        if (
-            isinstance(found, dict)
-            and found.get("is") == _identity(path, read_as)
-            and isinstance(found.get("max_token"), int)
-        ):
-            return found["max_token"]
-        return None
+        if not isinstance(found, dict) or found.get("is") != _identity(path, read_as):
+            return None
+        max_token = found.get("max_token")
+        return max_token if isinstance(max_token, int) else None
 
     def put(self, verdicts: dict[tuple[str, str], int]) -> None:
         """Remember the largest token by (path, read as), beside what other processes have put there meanwhile."""

@@ -24,6 +24,8 @@ class Piece:
     shape: tuple[int, ...]
     local_offset: tuple[int, ...]
     """Of the box in the parameter."""
+    replicated: bool = False
+    """Every tensor parallel rank holds this whole tensor."""
 
     def view(self, parameter: torch.Tensor) -> torch.Tensor:
         """The box as a view of the parameter, or of anything of its shape."""
@@ -135,7 +137,7 @@ class ParamLayout:
         """Every rank holds the whole tensor."""
         spec = self.tensors[tensor]
         zeros = (0,) * len(spec.shape)
-        return [Piece(spec, zeros, spec.shape, zeros)]
+        return [Piece(spec, zeros, spec.shape, zeros, replicated=True)]
 
     def _stacked(self, *tensors: tuple[str, int]) -> list[Piece]:
         """Tensors (name, padded rows) split by rows over the ranks, a rank's parts one after the other."""

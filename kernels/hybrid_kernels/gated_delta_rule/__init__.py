@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import Choice, choose, has_module
+from ..dispatch import Choice, choose, has_module, missing_for_triton
 from .reference import gated_delta_rule_torch
 
 __all__ = ["explain", "gated_delta_rule"]
@@ -19,6 +19,7 @@ def gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    save_states: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - exp(g_t) S_{t-1}^T k_t)^T and o_t = scale * S_t^T q_t. Differentiable.
@@ -30,6 +31,7 @@ def gated_delta_rule(
         scale: multiplies q; dk ** -0.5 by default.
         initial_state: [b, Hv, dk, dv] fp32, or [n, Hv, dk, dv] with n documents; zero by default.
         cu_seqlens: [n + 1] int boundaries of documents packed in one row (b == 1); empty ones are allowed.
+        save_states: keep the chunk states for the backward instead of recomputing them. Only "triton" heeds it.
 
     Returns:
         o [b, s, Hv, dv] in v's dtype, and the final state (fp32, shaped as the initial one) or None.
@@ -42,6 +44,10 @@ def gated_delta_rule(
         scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
     )
     choice = explain(q, k, v, g, beta, backend=backend, **options)
+    if choice.backend == "triton":
+        from .triton_op import gated_delta_rule_triton
+
+        return gated_delta_rule_triton(q, k, v, g, beta, save_states=save_states, **options)
     if choice.backend == "fla":
         from .peer import gated_delta_rule_fla
 
@@ -51,7 +57,21 @@ def gated_delta_rule(
 
 def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choice:
     """Which backend a call would run, and why; takes the arguments of `gated_delta_rule`."""
-    return choose("gated_delta_rule", {"fla": lambda: _missing_for_fla(v), "torch": lambda: None}, backend)
+    backends = {
+        "triton": lambda: _missing_for_triton(q, v),
+        "fla": lambda: _missing_for_fla(v),
+        "torch": lambda: None,
+    }
+    return choose("gated_delta_rule", backends, backend)
+
+
+def _missing_for_triton(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    lack = missing_for_triton(q, v)
+    if lack is None:
+        from .triton_op import missing
+
+        lack = missing(q, v)
+    return lack
 
 
 def _missing_for_fla(v: torch.Tensor) -> str | None:

@@ -1,0 +1,120 @@
+"""What rank 0 prints: a progress bar on a terminal, plain lines everywhere else."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class Console(Protocol):
+    """Shows a run's progress."""
+
+    def step(self, step: int, record: Mapping[str, Any]) -> None:
+        """A step is done."""
+
+    def info(self, message: str) -> None:
+        """Something happened that is worth a line."""
+
+    def close(self) -> None: ...
+
+
+def make_console(total_steps: int, start_step: int = 0, stream: TextIO | None = None, every: int = 10) -> Console:
+    """A progress bar where `stream` (stdout) is a terminal, else a line every `every` steps."""
+    stream = stream or sys.stdout
+    if stream.isatty():
+        return ProgressConsole(total_steps, start_step, stream)
+    return PlainConsole(total_steps, start_step, stream, every)
+
+
+class Eta:
+    """Time left by the mean pace of the last steps, evaluation and checkpoints included."""
+
+    def __init__(self, total_steps: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._now = total_steps, now
+        self._seen: deque[tuple[int, float]] = deque(maxlen=101)
+
+    def __call__(self, step: int) -> str:
+        """`0:12:34` after `step`; `-:--:--` until there are two steps to tell the pace by."""
+        self._seen.append((step, self._now()))
+        (first, start), (last, end) = self._seen[0], self._seen[-1]
+        if last <= first:
+            return "-:--:--"
+        seconds = (end - start) / (last - first) * max(self._total - step, 0)
+        return str(timedelta(seconds=round(seconds)))
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """The values of a step that people look at, in one line; those that are missing are left out."""
+    formats = {
+        "loss": "loss {:.4f}",
+        "grad_norm": "grad norm {:.3f}",
+        "lr": "lr {:.2e}",
+        "tokens_per_s": "{:,.0f} tok/s",
+        "mfu": "MFU {:.1%}",
+        "memory_gb": "{:.1f} GB",
+    }
+    parts = [text.format(record[key]) for key, text in formats.items() if record.get(key) is not None]
+    return "  ".join(parts)
+
+
+class PlainConsole:
+    """A line for the first and last step, every `every` steps, after `patience` quiet seconds, and for every skip."""
+
+    def __init__(
+        self, total_steps: int, start_step: int, stream: TextIO, every: int = 10, patience: float = 30.0
+    ) -> None:
+        self._total, self._first, self._stream = total_steps, start_step + 1, stream
+        self._every, self._patience = every, patience
+        self._eta = Eta(total_steps)
+        self._last_line = time.monotonic()
+
+    def step(self, step: int, record: Mapping[str, Any]) -> None:
+        eta = self._eta(step)
+        due = step in (self._first, self._total) or step % self._every == 0
+        if due or record.get("skipped") or time.monotonic() - self._last_line > self._patience:
+            self._last_line = time.monotonic()
+            self.info(f"step {step}/{self._total}  {describe(record)}  ETA {eta}{_skipped(record)}")
+
+    def info(self, message: str) -> None:
+        print(message, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class ProgressConsole:
+    """A progress bar; messages scroll above it."""
+
+    def __init__(self, total_steps: int, start_step: int, stream: TextIO) -> None:
+        self._eta = Eta(total_steps)
+        self._console = RichConsole(file=stream, highlight=False)
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[values]}"),
+            TextColumn("ETA {task.fields[eta]}"),
+            console=self._console,
+            expand=True,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=start_step, values="", eta="-:--:--")
+        self._progress.start()
+
+    def step(self, step: int, record: Mapping[str, Any]) -> None:
+        self._progress.update(self._task, completed=step, values=describe(record), eta=self._eta(step))
+        if record.get("skipped"):
+            self.info(f"step {step}{_skipped(record)}")
+
+    def info(self, message: str) -> None:
+        self._console.print(message, markup=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _skipped(record: Mapping[str, Any]) -> str:
+    return f"  SKIPPED: {record.get('skip_reason', '')}" if record.get("skipped") else ""

@@ -1,0 +1,94 @@
+"""Where else metrics go: TensorBoard and Weights & Biases."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_hybrid.config.run import LoggingConfig
+
+
+class Sink(Protocol):
+    """Takes the numbers of a step."""
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_sinks(config: LoggingConfig) -> None:
+    """Fail before a run starts rather than at its first step.
+
+    Raises:
+        ValueError: a sink was asked for whose package is not installed.
+    """
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "logging.tensorboard = true, but the package tensorboard is not installed: pip install tensorboard, "
+            "or set logging.tensorboard=false"
+        )
+    if config.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"logging.wandb_project = {config.wandb_project!r}, but the package wandb is not installed: "
+            "pip install -e '.[wandb]', or set logging.wandb_project=null"
+        )
+
+
+def make_sinks(
+    config: LoggingConfig, run_dir: Path, start_step: int = 0, settings: Mapping[str, Any] | None = None
+) -> list[Sink]:
+    """The sinks a config asks for, in run_dir. On resuming at start_step, what they hold beyond it is overwritten.
+
+    Raises:
+        ValueError: as check_sinks.
+    """
+    check_sinks(config)
+    sinks: list[Sink] = []
+    if config.tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", start_step))
+    if config.wandb_project is not None:
+        sinks.append(WandbSink(config.wandb_project, run_dir, settings))
+    return sinks
+
+
+class TensorBoardSink:
+    """Event files in a folder of the run."""
+
+    def __init__(self, folder: Path, start_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step: TensorBoard hides what an interrupted run wrote from this step on.
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=30)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run that a resumed run goes on with: its id is kept in `wandb_id`."""
+
+    def __init__(self, project: str, run_dir: Path, settings: Mapping[str, Any] | None = None) -> None:
+        import wandb
+
+        known = run_dir / "wandb_id"
+        self._run = wandb.init(
+            project=project,
+            name=run_dir.resolve().name,
+            dir=str(run_dir),
+            id=known.read_text().strip() if known.exists() else None,
+            resume="allow",
+            config=dict(settings or {}),
+        )
+        known.write_text(self._run.id)
+        # Steps ride as a value: W&B refuses to log a step again, which a run resumed from an earlier checkpoint does.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **scalars})
+
+    def close(self) -> None:
+        self._run.finish()
