@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a step, in ascending steps, each step once, through crashes and resumes.
 
-A line is written with one system call and never waits in a buffer of ours, so a killed process loses at most the line it
-was writing. A value that is not finite is written as null: NaN is not JSON.
+A line is written with one system call and never waits in a buffer of ours, so a killed process loses at most the line
+it was writing. A value that is not finite is written as null: NaN is not JSON.
 """
 
 import json

@@ -78,7 +78,7 @@ def rates(
 
 
 def memory_gb(cuda: bool) -> float:
-    """In 10^9 bytes: the most that CUDA tensors took so far on this rank's device, or this process's resident memory."""
+    """In 10^9 bytes: the most that CUDA tensors took so far on this rank's device, or the process's resident memory."""
     if cuda:
         import torch
 

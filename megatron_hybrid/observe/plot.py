@@ -1,0 +1,154 @@
+"""loss.png: training loss (faint, and smoothed), evaluation loss, skipped updates, and the learning rate."""
+
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_hybrid.observe.metrics import read_metrics
+
+BLUE, ORANGE, GREY, RED = "#2563eb", "#ea580c", "#9ca3af", "#dc2626"
+MOST_POINTS = 4000
+"""More than a plot can show: longer curves are drawn as means over bins."""
+
+
+class Curve:
+    """What is plotted, by step. Grows with the run, so that drawing need not read all of metrics.jsonl again."""
+
+    def __init__(self) -> None:
+        self.steps, self.losses, self.rates = array("d"), array("d"), array("d")
+        self.eval_steps, self.eval_losses = array("d"), array("d")
+        self.skipped = array("d")
+        self.tokens = 0
+
+    @classmethod
+    def read(cls, path: Path | str) -> Self:
+        """The curve of a metrics.jsonl."""
+        curve = cls()
+        for record in read_metrics(path):
+            curve.add(record)
+        return curve
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take in one record; values that are missing or not finite leave a gap."""
+        if record.get("loss") is not None or record.get("lr") is not None:
+            self.steps.append(record["step"])
+            self.losses.append(_number(record.get("loss")))
+            self.rates.append(_number(record.get("lr")))
+            self.tokens = record.get("tokens") or self.tokens
+        if record.get("skipped"):
+            self.skipped.append(record["step"])
+        if record.get("eval_loss") is not None:
+            self.eval_steps.append(record["step"])
+            self.eval_losses.append(record["eval_loss"])
+
+
+def smooth(values: Sequence[float], span: float) -> list[float]:
+    """Exponential moving average over about `span` values, without bias at the start; NaNs are passed over."""
+    keep = math.exp(-1 / span)
+    total = weight = 0.0
+    result = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+        result.append(total / weight if weight else math.nan)
+    return result
+
+
+def thin(columns: Sequence[Sequence[float]], most: int = MOST_POINTS) -> list[list[float]]:
+    """Columns of equal length as means over bins of rows, at most `most` of them. NaNs are passed over."""
+    size = math.ceil(len(columns[0]) / most) or 1
+    return [[_mean(column[i : i + size]) for i in range(0, len(column), size)] for column in columns]
+
+
+def plot_file(metrics: Path | str, image: Path | str, title: str | None = None) -> None:
+    """Draw the curve of a metrics.jsonl."""
+    draw(Curve.read(metrics), image, title)
+
+
+def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
+    """Write a curve as a PNG, by way of a temporary file: who looks on never sees half a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Not pyplot: it keeps figures alive and picks a backend for the whole process.
+    figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    rate_axis = axis.twinx()
+    axis.set_zorder(rate_axis.get_zorder() + 1)  # the loss in front of the learning rate
+    axis.patch.set_visible(False)
+
+    steps, losses, rates = thin([curve.steps, curve.losses, curve.rates])
+    smoothed = smooth(losses, max(len(losses) / 50, 1))
+    handles = rate_axis.plot(steps, rates, color=GREY, linewidth=1.2, linestyle="--", label="learning rate")
+    axis.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
+    handles = axis.plot(steps, smoothed, color=BLUE, linewidth=1.8, label="training loss") + handles
+    if curve.eval_steps:
+        style = {"color": ORANGE, "marker": "o", "markersize": 4, "linewidth": 1.2}
+        handles += axis.plot(curve.eval_steps, curve.eval_losses, label="evaluation loss", **style)
+    _scale(axis, [*losses, *curve.eval_losses])
+    if curve.skipped:
+        bottom = axis.get_xaxis_transform()  # y in shares of the height
+        style = {"color": RED, "marker": "|", "markersize": 9, "linestyle": "none", "clip_on": False}
+        handles += axis.plot(
+            curve.skipped, [0.0] * len(curve.skipped), transform=bottom, label=f"{len(curve.skipped)} skipped", **style
+        )
+
+    axis.set_xlabel(f"step ({_count(curve.tokens)} tokens)" if curve.tokens else "step")
+    axis.set_ylabel("loss (nats a token)")
+    axis.grid(True, which="both", color="#e5e7eb", linewidth=0.6)
+    rate_axis.set_ylabel("learning rate", color=GREY)
+    rate_axis.tick_params(axis="y", colors=GREY)
+    rate_axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate_axis.set_ylim(bottom=0)
+    for spine in ("top", "left", "right", "bottom"):
+        rate_axis.spines[spine].set_visible(False)
+        axis.spines[spine].set_visible(spine in ("left", "bottom"))
+    axis.legend(handles=handles, loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
+    if title:
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+
+    image = Path(image)
+    image.parent.mkdir(parents=True, exist_ok=True)
+    temporary = image.with_name(image.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(image)
+
+
+def _scale(axis: Any, points: Sequence[float]) -> None:
+    """Logarithmic where the losses span more than a factor of five; limits that a few spikes do not blow up."""
+    finite = [v for v in points if math.isfinite(v)]
+    if not finite:
+        return
+    ranked = sorted(finite)
+    low, high = ranked[0], max(finite[0], ranked[int(0.995 * (len(ranked) - 1))])
+    if low > 0 and high / low > 5:
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 4, 5, 7)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_ylim(low / 1.05, high * 1.08)
+    else:
+        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        axis.set_ylim(low - margin, high + margin)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [v for v in values if math.isfinite(v)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def _count(number: float) -> str:
+    """1234567 -> `1.23 M`."""
+    for limit, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:g}"

@@ -1,0 +1,148 @@
+"""RunLogger: the one object through which a run tells about itself."""
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_hybrid.config.run import LoggingConfig
+from megatron_hybrid.observe.console import make_console
+from megatron_hybrid.observe.metrics import MetricsWriter, plain
+from megatron_hybrid.observe.plot import Curve, draw
+from megatron_hybrid.observe.sinks import check_sinks, make_sinks
+from megatron_hybrid.observe.throughput import StepClock, memory_gb, peak_tflops, rates
+
+
+class RunLogger:
+    """Writes metrics.jsonl, loss.png, TensorBoard / W&B and the console. Made on every rank; only rank 0 writes.
+
+    In the loop: `log_step` after every update (skipped ones too), `log_eval` after an evaluation of the same step, and
+    `with logger.pause():` around whatever should not count as training time. Use the logger itself as a context
+    manager: it leaves the terminal usable after an exception.
+
+    Args:
+        config: what to write, and how often.
+        run_dir: the run's folder.
+        rank: of this process in the world.
+        total_steps: of the whole run, for the ETA.
+        start_step, start_tokens: where the checkpoint left off that the run resumes from; lines beyond are dropped.
+        flops_per_token: the model's, forward and backward; None: neither TFLOP/s nor MFU.
+        num_devices: the world size.
+        device_name: as `torch.cuda.get_device_name` gives it; None: the ranks run on CPU.
+        settings: the resolved configuration, for W&B.
+        console_every: steps between lines where stdout is no terminal.
+
+    Raises:
+        ValueError: on every rank, where W&B or TensorBoard is asked for but not installed.
+    """
+
+    def __init__(
+        self,
+        config: LoggingConfig,
+        run_dir: Path | str,
+        rank: int,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        start_tokens: int = 0,
+        flops_per_token: float | None = None,
+        num_devices: int = 1,
+        device_name: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        console_every: int = 10,
+    ) -> None:
+        check_sinks(config)
+        self.config, self.run_dir = config, Path(run_dir)
+        self.writes = rank == 0
+        self._clock = StepClock()
+        self._total_steps, self._tokens = total_steps, start_tokens
+        self._flops_per_token, self._num_devices, self._cuda = flops_per_token, num_devices, device_name is not None
+        self._peak = config.peak_tflops or peak_tflops(device_name)
+        if not self.writes:
+            return
+        self._metrics = MetricsWriter(self.run_dir / "metrics.jsonl", start_step)
+        self._curve = Curve.read(self._metrics.path)
+        self._sinks = make_sinks(config, self.run_dir, start_step, settings)
+        self._record: dict[str, Any] = {"step": start_step}
+        self._console = make_console(total_steps, start_step, every=console_every)
+        if self._cuda and flops_per_token is not None and self._peak is None:
+            self.info(f"no MFU: the peak of {device_name!r} is not known; set logging.peak_tflops (dense bf16 TFLOP/s)")
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Time within does not count towards tokens/s. On any rank."""
+        return self._clock.pause()
+
+    def info(self, message: str) -> None:
+        """A line on rank 0's console, above the progress bar."""
+        if self.writes:
+            self._console.info(message)
+
+    def log_step(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log an update.
+
+        Args:
+            step: the update's number; the first is 1.
+            values: loss, z_loss, grad_norm, lr and whatever else is a number (of torch or numpy too). `tokens`: all
+                that the run has trained on, this step included. `skipped`: why the update was skipped, or None. A value
+                given takes precedence over one measured here (`memory_gb`, say).
+        """
+        if not self.writes:
+            return
+        seconds = self._clock.lap()
+        record = {"step": step} | {key: plain(value) for key, value in values.items() if key != "skipped"}
+        measured: dict[str, Any] = {"seconds": seconds, "memory_gb": memory_gb(self._cuda), "time": time.time()}
+        if "tokens" in record:
+            step_tokens, self._tokens = record["tokens"] - self._tokens, record["tokens"]
+            measured |= rates(step_tokens, seconds, self._num_devices, self._flops_per_token, self._peak)
+        measured["skipped"] = values.get("skipped") is not None
+        if measured["skipped"]:
+            measured["skip_reason"] = str(values["skipped"])
+        record |= {key: value for key, value in measured.items() if key not in record}
+        self._record = record
+        self._console.step(step, record)
+        if step % self.config.interval == 0 or step in (1, self._total_steps) or record["skipped"]:
+            self._write(record)
+        if self.config.plot_interval and step % self.config.plot_interval == 0:
+            with self.pause():
+                self._draw()
+
+    def log_eval(self, step: int, loss: float, **more: float) -> None:
+        """Log an evaluation after update `step`: `eval_loss`, and more as `eval_<name>`. Joins the step's line."""
+        if not self.writes:
+            return
+        record = {"step": step, "eval_loss": plain(loss)} | {f"eval_{name}": plain(v) for name, v in more.items()}
+        with self.pause():
+            self.info(f"step {step}/{self._total_steps}  evaluation loss {loss:.4f}")
+            unwritten = self._record["step"] == step and self._metrics.last_step != step
+            self._write(self._record | record if unwritten else record)
+
+    def close(self) -> None:
+        """Draw loss.png a last time and close everything. May be called twice."""
+        if not self.writes:
+            return
+        self.writes = False
+        try:
+            self._draw()
+        finally:
+            self._console.close()
+            for sink in self._sinks:
+                sink.close()
+            self._metrics.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._metrics.write(record)
+        self._curve.add(record)
+        scalars = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
+        for sink in self._sinks:
+            sink.log(record["step"], scalars)
+
+    def _draw(self) -> None:
+        if self._curve.steps or self._curve.eval_steps:
+            draw(self._curve, self.run_dir / "loss.png", title=self.run_dir.resolve().name)

@@ -1,0 +1,80 @@
+"""loss.png: smoothing, thinning, scales and a picture that can be opened."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_hybrid.observe.plot import Curve, draw, plot_file, smooth, thin
+
+
+def records(count, top=5.5, bottom=2.2, every=None):
+    rng = random.Random(0)
+    for step in range(1, count + 1):
+        loss = bottom + (top - bottom) * math.exp(-5 * step / count) + rng.gauss(0, 0.1)
+        record = {"step": step, "loss": loss, "lr": 3e-4 * min(step / 20, 1), "tokens": step * 8192, "skipped": False}
+        if every and step % every == 0:
+            record["eval_loss"] = loss + 0.1
+        yield record
+
+
+def curve_of(items):
+    curve = Curve()
+    for item in items:
+        curve.add(item)
+    return curve
+
+
+def test_smooth_has_no_bias_and_passes_over_gaps():
+    assert smooth([3.0] * 5, 10) == pytest.approx([3.0] * 5)
+    result = smooth([math.nan, 1.0, math.nan, 2.0], 2)
+    assert math.isnan(result[0]) and result[1] == result[2] == 1.0
+    keep = math.exp(-0.5)
+    assert result[3] == pytest.approx((keep * 1 + 2) / (keep + 1))
+
+
+def test_thin_is_the_mean_over_bins():
+    columns = [list(range(10)), [float(i) for i in range(9)] + [math.nan]]
+    assert thin(columns, most=5) == [[0.5, 2.5, 4.5, 6.5, 8.5], [0.5, 2.5, 4.5, 6.5, 8.0]]
+    assert thin(columns[:1], most=100) == [columns[0]]
+    assert all(len(column) <= 7 for column in thin(columns, most=7))
+
+
+@pytest.mark.parametrize("scale, top", [("linear", 5.5), ("log", 14.0)])
+def test_draw(tmp_path, monkeypatch, scale, top):
+    axes = []
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (axes.extend(self.axes), save(self, *a, **k))[1])
+    items = [*records(500, top=top, every=100), {"step": 501, "loss": None, "skipped": True}]
+    items[300]["loss"] = 1e6  # a spike must not flatten the rest
+    image = tmp_path / "new" / "loss.png"
+    draw(curve_of(items), image, title="tiny")
+    picture = np.asarray(Image.open(image).convert("RGB"))
+    assert picture.shape[0] > 400 and picture.shape[1] > 800 and picture.std() > 5
+    assert not list(image.parent.glob("*.tmp"))
+    loss_axis = axes[0]
+    assert loss_axis.get_yscale() == scale
+    assert loss_axis.get_ylim()[1] < 1.5 * top
+    labels = [text.get_text() for text in loss_axis.get_legend().get_texts()]
+    assert labels == ["training loss", "learning rate", "evaluation loss", "1 skipped"]
+    assert loss_axis.get_xlabel() == "step (4.1 M tokens)"
+
+
+def test_curves_with_little_to_show(tmp_path):
+    skipped = {"step": 1, "loss": None, "skipped": True}
+    for items in ([], [{"step": 1, "loss": 2.0}], [skipped], [{"step": 0, "eval_loss": 3.0}]):
+        draw(curve_of(items), tmp_path / "loss.png")
+
+
+def test_from_a_file(tmp_path):
+    lines = [json.dumps(record) for record in records(50, every=25)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 51, "lo')
+    curve = Curve.read(tmp_path / "metrics.jsonl")
+    assert len(curve.steps) == 50 and list(curve.eval_steps) == [25, 50] and curve.tokens == 50 * 8192
+    plot_file(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000

@@ -1,0 +1,175 @@
+"""RunLogger as the trainer calls it, and the sinks behind it."""
+
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_hybrid.config.run import LoggingConfig
+from megatron_hybrid.observe import RunLogger
+from megatron_hybrid.observe import run_logger as module
+from megatron_hybrid.observe.metrics import read_metrics
+
+QUIET = LoggingConfig(tensorboard=False, plot_interval=0)
+
+
+def train(logger, first, last, evaluate=()):
+    for step in range(first, last + 1):
+        values = {"loss": torch.tensor(4.0 / step), "z_loss": 0.1, "grad_norm": 1.0, "lr": 1e-3, "tokens": step * 1000}
+        logger.log_step(step, values | {"skipped": "loss is nan" if step == 3 else None})
+        if step in evaluate:
+            with logger.pause():
+                logger.log_eval(step, 2.0, batches=8)
+
+
+def logged(run_dir):
+    return {record["step"]: record for record in read_metrics(run_dir / "metrics.jsonl")}
+
+
+def test_a_run(tmp_path, capsys):
+    config = LoggingConfig(plot_interval=5, peak_tflops=100.0)
+    with RunLogger(config, tmp_path, 0, total_steps=10, flops_per_token=1e9, num_devices=4) as logger:
+        train(logger, 1, 5)
+        assert (tmp_path / "loss.png").exists()
+        train(logger, 6, 10, evaluate=(10,))
+    records = logged(tmp_path)
+    assert list(records) == list(range(1, 11))
+    one = records[10]
+    assert one["loss"] == pytest.approx(0.4) and one["tokens"] == 10_000 and one["eval_loss"] == 2.0
+    assert one["eval_batches"] == 8 and one["memory_gb"] > 0 and one["skipped"] is False
+    assert one["tokens_per_s"] == pytest.approx(1000 / one["seconds"])
+    assert one["tflops"] == pytest.approx(one["tokens_per_s"] * 1e9 / 4 / 1e12)
+    assert one["mfu"] == pytest.approx(one["tflops"] / 100)
+    assert records[3]["skipped"] is True and records[3]["skip_reason"] == "loss is nan"
+    out = capsys.readouterr().out
+    assert "step 1/10  loss 4.0000" in out and "evaluation loss 2.0000" in out and "SKIPPED: loss is nan" in out
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 11))
+    assert [e.value for e in events.Scalars("eval_loss")] == [2.0]
+    assert [e.value for e in events.Scalars("skipped")] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_resuming(tmp_path):
+    config = LoggingConfig(plot_interval=0)
+    with RunLogger(config, tmp_path, 0, total_steps=10) as logger:
+        train(logger, 1, 8)
+    with RunLogger(config, tmp_path, 0, total_steps=10, start_step=5, start_tokens=5000) as logger:
+        train(logger, 6, 10)
+    records = logged(tmp_path)
+    assert list(records) == list(range(1, 11))
+    assert records[6]["tokens_per_s"] == pytest.approx(1000 / records[6]["seconds"])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(1, 11))
+
+
+def test_interval_keeps_first_last_skipped_and_evaluated_steps(tmp_path):
+    config = LoggingConfig(tensorboard=False, plot_interval=0, interval=4)
+    with RunLogger(config, tmp_path, 0, total_steps=11) as logger:
+        train(logger, 1, 11, evaluate=(4, 6))
+    records = logged(tmp_path)
+    assert list(records) == [1, 3, 4, 6, 8, 11]
+    assert records[6]["loss"] == pytest.approx(4 / 6) and records[6]["eval_loss"] == records[4]["eval_loss"] == 2.0
+
+
+def test_evaluation_before_the_first_step(tmp_path):
+    with RunLogger(QUIET, tmp_path, 0, total_steps=2) as logger:
+        logger.log_eval(0, 5.5)
+        train(logger, 1, 2)
+    assert logged(tmp_path)[0] == {"step": 0, "eval_loss": 5.5}
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    with RunLogger(LoggingConfig(), tmp_path, 3, total_steps=2) as logger:
+        train(logger, 1, 2, evaluate=(2,))
+        logger.info("nothing")
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+
+
+def test_not_finite_values(tmp_path):
+    with RunLogger(LoggingConfig(plot_interval=0), tmp_path, 0, total_steps=1) as logger:
+        logger.log_step(1, {"loss": math.nan, "grad_norm": math.inf, "tokens": 10, "skipped": "loss is nan"})
+        logger.log_eval(1, math.nan)
+    record = logged(tmp_path)[1]
+    assert record["loss"] is record["grad_norm"] is record["eval_loss"] is None
+
+
+def test_given_values_take_precedence(tmp_path):
+    with RunLogger(QUIET, tmp_path, 0, total_steps=1) as logger:
+        logger.log_step(1, {"loss": 1.0, "memory_gb": 79.0})
+    assert logged(tmp_path)[1]["memory_gb"] == 79.0
+
+
+def test_an_unknown_device_is_said_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "memory_gb", lambda cuda: 1.0)
+    arguments = dict(total_steps=1, flops_per_token=1e9)
+    with RunLogger(QUIET, tmp_path, 0, device_name="Future GPU", **arguments) as logger:
+        train(logger, 1, 1)
+    assert "the peak of 'Future GPU' is not known; set logging.peak_tflops" in capsys.readouterr().out
+    assert "mfu" not in logged(tmp_path)[1]
+    with RunLogger(QUIET, tmp_path, 0, device_name="NVIDIA H100 80GB HBM3", **arguments) as logger:
+        train(logger, 1, 1)
+    assert logged(tmp_path)[1]["mfu"] == pytest.approx(logged(tmp_path)[1]["tflops"] / 989)
+
+
+def test_an_exception_leaves_the_file_whole_and_the_plot_drawn(tmp_path):
+    with pytest.raises(RuntimeError), RunLogger(QUIET, tmp_path, 0, total_steps=5) as logger:
+        train(logger, 1, 2)
+        raise RuntimeError
+    assert list(logged(tmp_path)) == [1, 2] and (tmp_path / "loss.png").exists()
+    logger.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("field, value", [("wandb_project", "mine"), ("tensorboard", True)])
+def test_a_sink_that_is_not_installed_fails_at_start_on_every_rank(tmp_path, monkeypatch, rank, field, value):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    with pytest.raises(ValueError, match=f"logging.{field} = .* not installed: pip install"):
+        RunLogger(LoggingConfig(**({"tensorboard": False} | {field: value})), tmp_path, rank, total_steps=1)
+
+
+def test_wandb(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        id = "abc123"
+
+        def define_metric(self, *a, **k):
+            calls.append(("define", a, k))
+
+        def log(self, values):
+            calls.append(("log", values))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **k: (calls.append(("init", k)), Run())[1]
+    fake.__spec__ = types.SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = LoggingConfig(tensorboard=False, plot_interval=0, wandb_project="mine")
+    for start in (0, 2):
+        with RunLogger(config, tmp_path, 0, total_steps=4, start_step=start, settings={"a": 1}) as logger:
+            train(logger, start + 1, 4)
+    inits = [c[1] for c in calls if c[0] == "init"]
+    assert [i["id"] for i in inits] == [None, "abc123"] and inits[0]["project"] == "mine"
+    assert inits[0]["config"] == {"a": 1} and inits[0]["resume"] == "allow"
+    logs = [c[1] for c in calls if c[0] == "log"]
+    assert [values["step"] for values in logs] == [1, 2, 3, 4, 3, 4]
+    assert all(isinstance(v, int | float) for v in logs[0].values())
+    assert [c for c in calls if c[0] == "finish"] == [("finish",)] * 2
+
+
+def test_the_file_is_json_to_anyone(tmp_path):
+    with RunLogger(QUIET, tmp_path, 0, total_steps=3) as logger:
+        train(logger, 1, 3)
+
+    def refuse(name):
+        raise ValueError(name)
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
