@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import Choice, choose
+from ..dispatch import Choice, choose, missing_for_triton
 from .reference import conv_gates_torch, widths
 
 __all__ = ["conv_gates", "explain", "widths"]
@@ -49,7 +49,10 @@ def conv_gates(
     _check(packed_sbh, conv_weight, A_log, dt_bias, cu_seqlens, **heads)
     choice = explain(packed_sbh, conv_weight, cu_seqlens=cu_seqlens, backend=backend, **heads)
     options = dict(heads, allow_negative_eigenvalues=allow_negative_eigenvalues, cu_seqlens=cu_seqlens)
-    assert choice.backend == "torch"
+    if choice.backend == "triton":
+        from .triton_op import conv_gates_triton
+
+        return conv_gates_triton(packed_sbh, conv_weight, A_log, dt_bias, return_gate=return_gate, **options)
     results = conv_gates_torch(packed_sbh, conv_weight, A_log, dt_bias, **options)
     if return_gate:
         start = 2 * num_key_heads * key_head_dim + num_value_heads * value_head_dim
@@ -59,7 +62,17 @@ def conv_gates(
 
 def explain(packed_sbh: torch.Tensor, conv_weight: torch.Tensor, *, backend: str | None = None, **options) -> Choice:
     """Which backend a call would run, and why; takes the arguments of `conv_gates`."""
-    return choose("conv_gates", {"torch": lambda: None}, backend)
+    backends = {"triton": lambda: _missing_for_triton(packed_sbh, conv_weight, **options), "torch": lambda: None}
+    return choose("conv_gates", backends, backend)
+
+
+def _missing_for_triton(packed, conv_weight, *, num_value_heads, key_head_dim, value_head_dim, **_) -> str | None:
+    lack = missing_for_triton(packed, conv_weight)
+    if lack is None:
+        from .triton_op import missing
+
+        lack = missing(conv_weight.shape[1], num_value_heads, key_head_dim, value_head_dim)
+    return lack
 
 
 def _check(packed, conv_weight, A_log, dt_bias, cu_seqlens, **heads) -> None:

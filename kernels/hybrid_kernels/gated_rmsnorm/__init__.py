@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import Choice, choose
+from ..dispatch import Choice, choose, missing_for_triton
 from .reference import gated_rmsnorm_torch
 
 __all__ = ["explain", "gated_rmsnorm"]
@@ -30,7 +30,10 @@ def gated_rmsnorm(
     if tuple(weight.shape) != (d,):
         raise ValueError(f"weight: expected [{d}], got {tuple(weight.shape)}")
     choice = explain(o_bshd, gate_sbh, weight, backend=backend)
-    assert choice.backend == "torch"
+    if choice.backend == "triton":
+        from .triton_op import GatedRMSNorm
+
+        return GatedRMSNorm.apply(o_bshd, gate_sbh, weight, eps)
     return gated_rmsnorm_torch(o_bshd, gate_sbh, weight, eps)
 
 
@@ -38,7 +41,17 @@ def explain(
     o_bshd: torch.Tensor, gate_sbh: torch.Tensor, weight: torch.Tensor, eps: float = 0.0, *, backend: str | None = None
 ) -> Choice:
     """Which backend a call would run, and why; takes the arguments of `gated_rmsnorm`."""
-    return choose("gated_rmsnorm", {"torch": lambda: None}, backend)
+    backends = {"triton": lambda: _missing_for_triton(o_bshd, gate_sbh, weight), "torch": lambda: None}
+    return choose("gated_rmsnorm", backends, backend)
+
+
+def _missing_for_triton(o: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> str | None:
+    lack = missing_for_triton(o, gate, weight)
+    if lack is None:
+        from .triton_op import missing
+
+        lack = missing(o.shape[-1])
+    return lack
 
 
 def _shape(o_bshd: torch.Tensor) -> tuple[int, int, int, int]:

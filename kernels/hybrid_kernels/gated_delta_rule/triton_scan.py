@@ -1,0 +1,185 @@
+"""The two scans of the chunked gated delta rule, values first: one program carries S^T [64 values, K] in registers.
+
+Values first because a Hopper matrix instruction has 64 rows: the state, the new values and the outputs are then all
+left operands or results in registers, and only q, k, A and P (see triton_prepare) pass through shared memory.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_support import cast_tiles, load_tiles, store_tiles, tile_count, tile_width, zero_tiles
+
+
+@triton.jit
+def sequence_span(i_n, cu, chunk_start, T, NT, VARLEN: tl.constexpr):
+    """First token, end, first chunk and number of chunks of document (or batch row) i_n."""
+    if VARLEN:
+        start, end = tl.load(cu + i_n).to(tl.int64), tl.load(cu + i_n + 1).to(tl.int64)
+        first = tl.load(chunk_start + i_n)
+        count = tl.load(chunk_start + i_n + 1) - first
+    else:
+        start = i_n.to(tl.int64) * T
+        end = start + T
+        first = i_n * NT
+        count = NT
+    return start, end, first, count
+
+
+@triton.jit
+def forward_scan_body(
+    q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT, i_v, i_nh,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
+    WITH_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, WITH_OUTPUT: tl.constexpr, WITH_STATES: tl.constexpr,
+):  # fmt: skip
+    i_n, i_h = i_nh // H, i_nh % H
+    start, end, first, count = sequence_span(i_n, cu, chunk_start, T, NT, VARLEN)
+    dtype = k.dtype.element_ty
+    t, rows_v = tl.arange(0, 64), tl.arange(0, 64)
+    every = rows_v < 64
+    cols_v = i_v * 64 + rows_v
+    state_at = (i_nh.to(tl.int64) * K) * V + i_v * 64
+    S = zero_tiles(64, K)
+    if WITH_INITIAL:  # stored [K, V]: rows of S^T are its columns
+        S = ()
+        for i in tl.static_range(tile_count(K)):
+            cols = 64 * i + tl.arange(0, tile_width(K, i))
+            S = S + (tl.load(initial + state_at + cols[None, :] * V + rows_v[:, None]).to(tl.float32),)
+    for c in range(count):
+        token = start + c * 64
+        valid = token + t < end
+        tile = (first + c).to(tl.int64) * H + i_h
+        square = tile * 4096 + t[:, None] * 64 + t[None, :]
+        key = (token * HK + i_h // (H // HK)) * K
+        k_tiles = load_tiles(k + key, t, valid, HK * K, K)
+        value = (token * H + i_h) * V
+        v_t = tl.load(v + value + t[:, None] * (H * V) + cols_v[None, :], mask=valid[:, None], other=0.0)
+        a = tl.load(A + square)
+        G_t, G_end = tl.load(G + tile * 64 + t), tl.load(G + tile * 64 + 63)
+
+        S_low = cast_tiles(S, dtype, K)
+        predicted = tl.zeros([64, 64], tl.float32)  # [v, t]: what the state already holds for each key
+        for i in tl.static_range(tile_count(K)):
+            predicted = tl.dot(S_low[i], tl.trans(k_tiles[i]), predicted, input_precision="ieee")
+        predicted = (predicted * -tl.exp2(G_t)[None, :]).to(dtype)
+        new = tl.dot(tl.trans(v_t), tl.trans(a), input_precision="ieee")
+        new = tl.dot(predicted, tl.trans(a), new, input_precision="ieee")
+
+        if WITH_STATES:
+            store_tiles(states + (tile * V + i_v * 64) * K, rows_v, every, K, S_low, K)
+            at = new_values + tile * V * 64 + cols_v[:, None] * 64 + t[None, :]
+            tl.store(at, new.to(dtype))
+        if WITH_OUTPUT:
+            p = tl.load(P + square)
+            q_tiles = load_tiles(q + key, t, valid, HK * K, K)
+            out = tl.zeros([64, 64], tl.float32)
+            for i in tl.static_range(tile_count(K)):
+                out = tl.dot(S_low[i], tl.trans(q_tiles[i]), out, input_precision="ieee")
+            out = out * (tl.exp2(G_t) * scale)[None, :]
+            out = tl.dot(new.to(dtype), tl.trans(p), out, input_precision="ieee")
+            at = o + value + t[None, :] * (H * V) + cols_v[:, None]
+            tl.store(at, out.to(o.dtype.element_ty), mask=valid[None, :])
+
+        written = (new * tl.exp2(G_end - G_t)[None, :]).to(dtype)
+        S_next = ()
+        for i in tl.static_range(tile_count(K)):
+            S_next = S_next + (tl.dot(written, k_tiles[i], S[i] * tl.exp2(G_end), input_precision="ieee"),)
+        S = S_next
+    if WITH_FINAL:
+        for i in tl.static_range(tile_count(K)):
+            cols = 64 * i + tl.arange(0, tile_width(K, i))
+            tl.store(final + state_at + cols[None, :] * V + rows_v[:, None], S[i])
+
+
+@triton.jit
+def reverse_scan_body(
+    q, k, do, A, P, G, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT, i_v, i_nh,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
+    WITH_FINAL: tl.constexpr, WITH_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """Carries the gradient of S^T from the last chunk to the first. dv is also the gradient of v - exp(G) k S."""
+    i_n, i_h = i_nh // H, i_nh % H
+    start, end, first, count = sequence_span(i_n, cu, chunk_start, T, NT, VARLEN)
+    dtype = k.dtype.element_ty
+    t, rows_v = tl.arange(0, 64), tl.arange(0, 64)
+    every = rows_v < 64
+    cols_v = i_v * 64 + rows_v
+    state_at = (i_nh.to(tl.int64) * K) * V + i_v * 64
+    dS = zero_tiles(64, K)
+    if WITH_FINAL:
+        dS = ()
+        for i in tl.static_range(tile_count(K)):
+            cols = 64 * i + tl.arange(0, tile_width(K, i))
+            dS = dS + (tl.load(dfinal + state_at + cols[None, :] * V + rows_v[:, None]).to(tl.float32),)
+    for step in range(count):
+        c = count - 1 - step
+        token = start + c * 64
+        valid = token + t < end
+        tile = (first + c).to(tl.int64) * H + i_h
+        square = tile * 4096 + t[:, None] * 64 + t[None, :]
+        key = (token * HK + i_h // (H // HK)) * K
+        k_tiles = load_tiles(k + key, t, valid, HK * K, K)
+        q_tiles = load_tiles(q + key, t, valid, HK * K, K)
+        value = (token * H + i_h) * V
+        do_t = tl.load(do + value + t[:, None] * (H * V) + cols_v[None, :], mask=valid[:, None], other=0.0)
+        do_t = tl.trans(do_t)
+        a, p = tl.load(A + square), tl.load(P + square)
+        G_t, G_end = tl.load(G + tile * 64 + t), tl.load(G + tile * 64 + 63)
+
+        dS_low = cast_tiles(dS, dtype, K)
+        store_tiles(dstates + (tile * V + i_v * 64) * K, rows_v, every, K, dS_low, K)
+        dnew = tl.zeros([64, 64], tl.float32)  # [v, t]
+        for i in tl.static_range(tile_count(K)):
+            dnew = tl.dot(dS_low[i], tl.trans(k_tiles[i]), dnew, input_precision="ieee")
+        dnew = dnew * tl.exp2(G_end - G_t)[None, :]
+        dnew = tl.dot(do_t, p, dnew, input_precision="ieee")
+        dz = tl.dot(dnew.to(dtype), a, input_precision="ieee")
+        at = dv + value + t[None, :] * (H * V) + cols_v[:, None]
+        tl.store(at, dz.to(dv.dtype.element_ty), mask=valid[None, :])
+
+        decay = tl.exp2(G_t)[None, :]
+        from_keys = (dz * -decay).to(dtype)
+        from_queries = (do_t * (decay * scale)).to(dtype)
+        dS_next = ()
+        for i in tl.static_range(tile_count(K)):
+            d = tl.dot(from_queries, q_tiles[i], dS[i] * tl.exp2(G_end), input_precision="ieee")
+            dS_next = dS_next + (tl.dot(from_keys, k_tiles[i], d, input_precision="ieee"),)
+        dS = dS_next
+    if WITH_INITIAL:
+        for i in tl.static_range(tile_count(K)):
+            cols = 64 * i + tl.arange(0, tile_width(K, i))
+            tl.store(dinitial + state_at + cols[None, :] * V + rows_v[:, None], dS[i])
+
+
+@triton.jit
+def forward_scan_kernel(
+    q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
+    WITH_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, WITH_OUTPUT: tl.constexpr, WITH_STATES: tl.constexpr,
+):  # fmt: skip
+    forward_scan_body(
+        q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT,
+        tl.program_id(0), tl.program_id(1),
+        H, HK, K, V, VARLEN, WITH_INITIAL, WITH_FINAL, WITH_OUTPUT, WITH_STATES,
+    )  # fmt: skip
+
+
+@triton.jit
+def both_scans_kernel(
+    q, k, v, do, A, P, G, states, new_values, initial, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
+    WITH_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, RECOMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The backward's two scans do not wait for each other: half the programs recompute the states, half go back."""
+    i_v, i_nh, forward = tl.program_id(0), tl.program_id(1), False
+    if RECOMPUTE:
+        i_nh, forward = i_nh // 2, i_nh % 2 == 1
+    if not forward:
+        reverse_scan_body(
+            q, k, do, A, P, G, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT, i_v, i_nh,
+            H, HK, K, V, VARLEN, WITH_FINAL, WITH_INITIAL,
+        )  # fmt: skip
+    else:
+        forward_scan_body(
+            q, k, v, A, P, G, v, states, new_values, initial, initial, cu, chunk_start, scale, T, NT, i_v, i_nh,
+            H, HK, K, V, VARLEN, WITH_INITIAL, False, False, True,
+        )  # fmt: skip

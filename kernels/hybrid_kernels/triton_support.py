@@ -1,0 +1,57 @@
+"""What the Triton kernels here share. Importing it needs the package triton."""
+
+import triton
+import triton.language as tl
+
+from .dispatch import triton_interpreted
+
+if triton_interpreted():
+    from .triton_interpreter import repair
+
+    repair()
+
+
+@triton.constexpr_function
+def tile_count(dim):
+    """Tiles that cover a dimension exactly: 64 wide, the last perhaps 32 or 16 (96 = 64 + 32)."""
+    return (dim + 63) // 64
+
+
+@triton.constexpr_function
+def tile_width(dim, i):
+    return min(64, dim - 64 * i)
+
+
+@triton.jit
+def load_tiles(base, rows, mask, stride, DIM: tl.constexpr):
+    """base[rows, 0:DIM] as a tuple of [len(rows), tile] tensors; rows outside `mask` read as zero."""
+    tiles = ()
+    for i in tl.static_range(tile_count(DIM)):
+        cols = 64 * i + tl.arange(0, tile_width(DIM, i))
+        tiles = tiles + (tl.load(base + rows[:, None] * stride + cols[None, :], mask=mask[:, None], other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store_tiles(base, rows, mask, stride, tiles, DIM: tl.constexpr):
+    """The reverse of `load_tiles`; casts to what `base` holds."""
+    for i in tl.static_range(tile_count(DIM)):
+        cols = 64 * i + tl.arange(0, tile_width(DIM, i))
+        at = base + rows[:, None] * stride + cols[None, :]
+        tl.store(at, tiles[i].to(base.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
+def zero_tiles(ROWS: tl.constexpr, DIM: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range(tile_count(DIM)):
+        tiles = tiles + (tl.zeros([ROWS, tile_width(DIM, i)], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def cast_tiles(tiles, dtype: tl.constexpr, DIM: tl.constexpr):
+    cast = ()
+    for i in tl.static_range(tile_count(DIM)):
+        cast = cast + (tiles[i].to(dtype),)
+    return cast
