@@ -45,14 +45,25 @@ class Curve:
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Exponential moving average over about `span` values, without bias at the start; NaNs are passed over."""
-    keep = math.exp(-1 / span)
-    total = weight = 0.0
+    """Mean weighted by exp(-distance / span) on both sides, so that it does not trail a falling curve. NaNs are passed
+    over; a gap shows the mean around it."""
+    before, after = _decaying_sums(values, span), _decaying_sums(values[::-1], span)[::-1]
     result = []
+    for value, (sum_before, weight_before), (sum_after, weight_after) in zip(values, before, after):
+        own = math.isfinite(value)  # counted on both sides
+        weight = weight_before + weight_after - own
+        result.append((sum_before + sum_after - (value if own else 0)) / weight if weight > 0 else math.nan)
+    return result
+
+
+def _decaying_sums(values: Sequence[float], span: float) -> list[tuple[float, float]]:
+    """For each value the sums of the finite ones up to it, and of their weights, both fading with distance."""
+    keep, total, weight, result = math.exp(-1 / span), 0.0, 0.0, []
     for value in values:
+        total, weight = keep * total, keep * weight
         if math.isfinite(value):
-            total, weight = keep * total + value, keep * weight + 1
-        result.append(total / weight if weight else math.nan)
+            total, weight = total + value, weight + 1
+        result.append((total, weight))
     return result
 
 
@@ -81,7 +92,7 @@ def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
     axis.patch.set_visible(False)
 
     steps, losses, rates = thin([curve.steps, curve.losses, curve.rates])
-    smoothed = smooth(losses, max(len(losses) / 50, 1))
+    smoothed = smooth(losses, max(len(losses) / 100, 1))
     handles = rate_axis.plot(steps, rates, color=GREY, linewidth=1.2, linestyle="--", label="learning rate")
     axis.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
     handles = axis.plot(steps, smoothed, color=BLUE, linewidth=1.8, label="training loss") + handles

@@ -28,12 +28,19 @@ def curve_of(items):
     return curve
 
 
-def test_smooth_has_no_bias_and_passes_over_gaps():
+def test_smooth_is_a_two_sided_mean():
     assert smooth([3.0] * 5, 10) == pytest.approx([3.0] * 5)
-    result = smooth([math.nan, 1.0, math.nan, 2.0], 2)
-    assert math.isnan(result[0]) and result[1] == result[2] == 1.0
-    keep = math.exp(-0.5)
-    assert result[3] == pytest.approx((keep * 1 + 2) / (keep + 1))
+    rng = np.random.default_rng(0)
+    values = rng.random(40)
+    values[[0, 7, 8]] = np.nan
+    weights = np.exp(-np.abs(np.subtract.outer(np.arange(40), np.arange(40))) / 3) * np.isfinite(values)
+    assert smooth(list(values), 3) == pytest.approx(weights @ np.nan_to_num(values) / weights.sum(1))
+    assert all(map(math.isnan, smooth([math.nan] * 3, 2))) and smooth([], 2) == []
+
+
+def test_smooth_does_not_trail():
+    falling = [10 - 0.01 * step for step in range(1000)]
+    assert smooth(falling, 20)[200:800] == pytest.approx(falling[200:800], abs=1e-3)
 
 
 def test_thin_is_the_mean_over_bins():
