@@ -73,6 +73,8 @@ def translate(error: ValidationError, root: type[Section]) -> ConfigError:
     problems: dict[tuple[str, str], None] = {}  # a set that keeps its order
     for detail in error.errors(include_url=False):
         cause = detail.get("ctx", {}).get("error")
+        if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
+            continue  # pydantic does not count the wrong entries, which it has told of
         if isinstance(cause, ConfigError):
             problems |= {(join(*detail["loc"], field), message): None for field, message in cause.problems}
         else:
@@ -129,6 +131,7 @@ _SAME_VALUE = {
     "float16": "bf16",
     "fp16": "bf16",
     "half": "bf16",
+    "null": "none",
     "float32": "fp32",
     "float": "fp32",
 }
@@ -269,7 +272,10 @@ def _not_whole(value: object, field: FieldInfo | None) -> str:
     if isinstance(value, float) and abs(value) < 2**63:
         best = max(round(value), _smallest(field))
         return f"{shown(value)} is not a whole number; {'write' if best == value else 'the nearest is'} {best}"
-    return f"{shown(value)} is not a whole number; {_unquoted(value, field)}"
+    remedy = _unquoted(value, field)
+    if remedy == "give one":
+        remedy = f"give one, {_smallest(field)} or more"
+    return f"{shown(value)} is not a whole number; {remedy}"
 
 
 def _smallest(field: FieldInfo | None) -> int:

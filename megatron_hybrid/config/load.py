@@ -109,7 +109,7 @@ def _parse(override: str) -> tuple[list[str], object]:
             name,
             f"has no value; write {name}=null for none, or {name}='\"\"' for empty text",
         )
-    return keys, yaml_text.read(text, name)
+    return keys, yaml_text.read(text, name, field=name)
 
 
 def _as_preset(model: object) -> object:

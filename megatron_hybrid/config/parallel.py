@@ -105,19 +105,16 @@ class ParallelConfig(Section):
             return self.pipeline_split
         stages = self.num_stages
         if num_layers < stages:
-            virtual = self.virtual_pipeline_parallel_size
-            remedy = (
-                f"set it to at most {num_layers // virtual}"
-                if virtual <= num_layers
-                else (
-                    f"set virtual_pipeline_parallel_size to at most {num_layers // 2}"
-                    if num_layers > 1
-                    else "set both to 1"
-                )
-            )
+            pipeline, virtual = self.pipeline_parallel_size, self.virtual_pipeline_parallel_size
+            if num_layers // virtual >= min(2, virtual):  # one pipeline rank cannot interleave
+                remedy = f"set it to at most {num_layers // virtual}"
+            elif pipeline <= num_layers:
+                remedy = f"set virtual_pipeline_parallel_size to at most {num_layers // pipeline}"
+            else:
+                remedy = f"set it to at most {num_layers} and virtual_pipeline_parallel_size to 1"
             raise ConfigError.at(
                 "pipeline_parallel_size",
-                f"{self.pipeline_parallel_size} x virtual_pipeline_parallel_size {virtual} = {stages} stages exceed "
+                f"{pipeline} x virtual_pipeline_parallel_size {virtual} = {stages} stages exceed "
                 f"the {num_layers} layers of layer_pattern; {remedy}",
             )
         base, extra = divmod(num_layers, stages)

@@ -54,8 +54,8 @@ def _one_line(dumper: _Dumper, data: list[object]) -> yaml.Node:
 _Dumper.add_representer(list, _one_line)
 
 
-def read(text: str, name: str) -> object:
-    """The value that `text` holds; `name` says in errors where it came from.
+def read(text: str, name: str, field: str = "") -> object:
+    """The value that `text` holds; `name` says in errors where it came from, `field` which field it is for.
 
     Raises:
         ConfigError: not YAML, a key given twice, or a tag other than the plain ones.
@@ -66,7 +66,7 @@ def read(text: str, name: str) -> object:
         node = loader.get_single_node()
         if node is None:
             return None
-        Problems((path, f"{what} (in {name})") for path, what in _duplicates(node)).raise_if_any()
+        Problems((join(field, path), f"{what} of {name}; keep one") for path, what in _duplicates(node)).raise_if_any()
         value: object = loader.construct_document(node)
         return value
     except yaml.MarkedYAMLError as error:
@@ -133,7 +133,7 @@ def _duplicates(root: yaml.Node) -> list[tuple[str, str]]:
             for key, item in node.value:
                 here, line = str(key.value), key.start_mark.line + 1
                 if here in lines and key.tag != "tag:yaml.org,2002:merge":
-                    found.append((join(*path, here), f"is given twice, on lines {lines[here]} and {line}; keep one"))
+                    found.append((join(*path, here), f"is given twice, on lines {lines[here]} and {line}"))
                 lines.setdefault(here, line)
                 waiting.append(((*path, here), item))
     return found
