@@ -1,0 +1,97 @@
+"""Shares are kept at every point, and samples follow from the index."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from megatron_hybrid.data.blend import Blend
+from megatron_hybrid.data.dataset import FixedLengthDataset
+from tests.data.files import counting_source
+
+
+class Counting:
+    """A dataset whose sample i is [number, i]."""
+
+    def __init__(self, number: int, sequence_length: int = 1):
+        self.number, self.sequence_length = number, sequence_length
+
+    def sample(self, index: int) -> np.ndarray:
+        return np.array([self.number, index])
+
+
+def blend(*weights: float) -> Blend:
+    return Blend([Counting(i) for i in range(len(weights))], weights)
+
+
+generator = random.Random(0)
+WEIGHTS = [
+    (1.0,),
+    (1.0, 1.0),
+    (0.9, 0.1),
+    (1e-6, 1.0),
+    (1.0, 1.0, 1.0),
+    (0.45, 0.45, 0.45, 1e-3),
+    tuple(1.0 for _ in range(17)),
+    tuple(2.0**-i for i in range(20)),
+    tuple(generator.random() for _ in range(50)),
+    (1e300, 1e300, 1.0),
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=len)
+def test_shares_hold_at_every_point(weights):
+    mixed = blend(*weights)
+    counts = np.zeros(len(weights), int)
+    shares = np.array(weights) / max(weights)
+    shares /= shares.sum()
+    worst = 0.0
+    for index in range(5000):
+        dataset, i = mixed.locate(index)
+        assert i == counts[dataset]  # each dataset's samples in order, none left out or twice
+        counts[dataset] += 1
+        worst = max(worst, float(np.abs(counts - shares * (index + 1)).max()))
+        if index % 500 == 0:
+            assert mixed.counts(index + 1) == counts.tolist()
+    assert worst <= (0.5 if len(weights) <= 2 else 1.5) + 1e-9
+
+
+def test_random_access_far_out():
+    mixed = blend(0.5, 0.3, 0.2)
+    start = 10**15
+    before = mixed.counts(start)
+    assert sum(before) == start and before == pytest.approx([start * share for share in (0.5, 0.3, 0.2)], abs=1.5)
+    counts = Counter()
+    for index in range(start, start + 1000):
+        dataset, i = mixed.locate(index)
+        assert i == before[dataset] + counts[dataset]
+        counts[dataset] += 1
+
+
+def test_it_stays_what_it_is():
+    """A run resumed by another version must read on in the same order."""
+    assert [blend(0.5, 0.3, 0.2).locate(i) for i in range(6)] == [(0, 0), (1, 0), (0, 1), (2, 0), (0, 2), (1, 1)]
+
+
+def test_samples_are_the_datasets(tmp_path):
+    datasets = [FixedLengthDataset(counting_source(tmp_path / f"{n}.npy", n), 4, seed=n) for n in (101, 57)]
+    mixed = Blend(datasets, [3, 1])
+    for index in [0, 1, 2, 3, 500, 7]:
+        dataset, i = mixed.locate(index)
+        assert (mixed.sample(index) == datasets[dataset].sample(i)).all()
+
+
+@pytest.mark.parametrize("weights", [(), (0.0,), (-1.0, 1.0), (float("inf"),), (float("nan"), 1.0)])
+def test_wrong_weights(weights):
+    with pytest.raises(ValueError, match="weight"):
+        blend(*weights)
+
+
+def test_wrong_datasets():
+    with pytest.raises(ValueError, match="2 datasets and 1 weights"):
+        Blend([Counting(0), Counting(1)], [1.0])
+    with pytest.raises(ValueError, match="one sequence_length"):
+        Blend([Counting(0), Counting(1, 2)], [1.0, 1.0])
+    with pytest.raises(IndexError):
+        blend(1.0).locate(-1)
