@@ -22,6 +22,28 @@ def tile_width(dim, i):
     return min(64, dim - 64 * i)
 
 
+@triton.constexpr_function
+def even_width(dim):
+    """The widest tile, up to 64, that divides a dimension: row sums of equal tiles need no change of layout."""
+    return next(w for w in (64, 32, 16) if dim % w == 0)
+
+
+INTERPRETED = tl.constexpr(triton_interpreted())
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x) from the hardware's approximate exp2 and reciprocal (2 ulp): a third of tl.sigmoid's instructions."""
+    if INTERPRETED:
+        return tl.sigmoid(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.ftz.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.ftz.f32 t, t, 0f3F800000;"
+            " rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
 @triton.jit
 def load_tiles(base, rows, mask, stride, DIM: tl.constexpr):
     """base[rows, 0:DIM] as a tuple of [len(rows), tile] tensors; rows outside `mask` read as zero."""

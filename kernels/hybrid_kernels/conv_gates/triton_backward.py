@@ -1,53 +1,15 @@
 """conv_gates backward: one kernel that recomputes what it needs from the packed input.
 
-A program walks 16 segments of `L` tokens side by side, one token of each a step, and keeps in registers the last
-three inputs and the input gradients that later tokens still add to. So each element is read and computed once
-(but for three tokens a segment), though the convolution couples four tokens both ways.
+As in the forward, a program walks S segments of L tokens side by side; it keeps in registers the last three inputs
+and the input gradients that later tokens still add to. So each element is read and computed once (but for three
+tokens a segment), though the convolution couples four tokens both ways.
 """
 
 import triton
 import triton.language as tl
 
-from ..triton_support import tile_count, tile_width, zero_tiles
-from .triton_forward import L2_EPS
-
-
-@triton.jit
-def _row_tiles(base, t, valid, stride, DIM: tl.constexpr):
-    tiles = ()
-    for i in tl.static_range(tile_count(DIM)):
-        cols = 64 * i + tl.arange(0, tile_width(DIM, i))
-        tiles = tiles + (tl.load(base + t[:, None] * stride + cols[None, :], mask=valid[:, None], other=0.0),)
-    return tiles
-
-
-@triton.jit
-def _tap_tiles(weight, tap: tl.constexpr, DIM: tl.constexpr):
-    tiles = ()
-    for i in tl.static_range(tile_count(DIM)):
-        cols = 64 * i + tl.arange(0, tile_width(DIM, i))
-        tiles = tiles + (tl.load(weight + cols * 4 + tap).to(tl.float32)[None, :],)
-    return tiles
-
-
-@triton.jit
-def _seen(tiles, position, back: tl.constexpr, VARLEN: tl.constexpr, DIM: tl.constexpr):
-    """Tiles in fp32, zero where `back` tokens ago was another document."""
-    out = ()
-    for i in tl.static_range(tile_count(DIM)):
-        x = tiles[i].to(tl.float32)
-        if VARLEN:
-            x = tl.where((position >= back)[:, None], x, 0.0)
-        out = out + (x,)
-    return out
-
-
-@triton.jit
-def _add(into, y, x, DIM: tl.constexpr):
-    out = ()
-    for i in tl.static_range(tile_count(DIM)):
-        out = out + (into[i] + y[i] * x[i],)
-    return out
+from ..triton_support import even_width, sigmoid
+from .triton_rows import L2_EPS, row_tiles, seen, tap_tiles, add_products, zero_rows
 
 
 @triton.jit
@@ -56,15 +18,15 @@ def _pre_activation_gradient(y, d, NORM: tl.constexpr, DIM: tl.constexpr):
     if NORM:
         square = tl.zeros([y[0].shape[0]], tl.float32)
         along = tl.zeros([y[0].shape[0]], tl.float32)
-        for i in tl.static_range(tile_count(DIM)):
-            s = y[i] * tl.sigmoid(y[i])
+        for i in tl.static_range(DIM // even_width(DIM)):
+            s = y[i] * sigmoid(y[i])
             square += tl.sum(s * s, 1)
             along += tl.sum(s * d[i].to(tl.float32), 1)
         norm = tl.rsqrt(square + L2_EPS)
         along = along * norm * norm
     out = ()
-    for i in tl.static_range(tile_count(DIM)):
-        gate = tl.sigmoid(y[i])
+    for i in tl.static_range(DIM // even_width(DIM)):
+        gate = sigmoid(y[i])
         ds = d[i].to(tl.float32)
         if NORM:
             ds = (ds - y[i] * gate * along[:, None]) * norm[:, None]
@@ -78,44 +40,44 @@ def _channels(
     DIM: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     t = (first + tl.arange(0, S) * L).to(tl.int64)
-    x1 = _row_tiles(x, t - 1, (t >= 1) & (t <= T), stride, DIM)
-    x2 = _row_tiles(x, t - 2, (t >= 2) & (t <= T), stride, DIM)
-    x3 = _row_tiles(x, t - 3, (t >= 3) & (t <= T), stride, DIM)
+    x1 = row_tiles(x, t - 1, (t >= 1) & (t <= T), stride, DIM)
+    x2 = row_tiles(x, t - 2, (t >= 2) & (t <= T), stride, DIM)
+    x3 = row_tiles(x, t - 3, (t >= 3) & (t <= T), stride, DIM)
     w0, w1, w2, w3 = (
-        _tap_tiles(weight, 0, DIM), _tap_tiles(weight, 1, DIM), _tap_tiles(weight, 2, DIM), _tap_tiles(weight, 3, DIM)
+        tap_tiles(weight, 0, DIM), tap_tiles(weight, 1, DIM), tap_tiles(weight, 2, DIM), tap_tiles(weight, 3, DIM)
     )  # fmt: skip
-    dw0, dw1, dw2, dw3 = zero_tiles(S, DIM), zero_tiles(S, DIM), zero_tiles(S, DIM), zero_tiles(S, DIM)
-    due1, due2, due3 = zero_tiles(S, DIM), zero_tiles(S, DIM), zero_tiles(S, DIM)  # dx of 1, 2, 3 tokens ago, so far
-    nothing = zero_tiles(S, DIM)
-    next_x = _row_tiles(x, t, t < T, stride, DIM)
-    next_d = _row_tiles(dout, t, t < T, out_stride, DIM)
+    dw0, dw1, dw2, dw3 = zero_rows(S, DIM), zero_rows(S, DIM), zero_rows(S, DIM), zero_rows(S, DIM)
+    due1, due2, due3 = zero_rows(S, DIM), zero_rows(S, DIM), zero_rows(S, DIM)  # dx of 1, 2, 3 tokens ago, so far
+    nothing = zero_rows(S, DIM)
+    next_x = row_tiles(x, t, t < T, stride, DIM)
+    next_d = row_tiles(dout, t, t < T, out_stride, DIM)
     for step in range(L + 3):
         x0, d = next_x, next_d
         ahead = (t + 1 < T) & (step < L + 2)
-        next_x = _row_tiles(x, t + 1, ahead, stride, DIM)
-        next_d = _row_tiles(dout, t + 1, ahead, out_stride, DIM)
+        next_x = row_tiles(x, t + 1, ahead, stride, DIM)
+        next_d = row_tiles(dout, t + 1, ahead, out_stride, DIM)
         position = t
         if VARLEN:
             position = tl.load(positions + t, mask=t < T, other=0)
-        s0, s1 = _seen(x0, position, 0, VARLEN, DIM), _seen(x1, position, 1, VARLEN, DIM)
-        s2, s3 = _seen(x2, position, 2, VARLEN, DIM), _seen(x3, position, 3, VARLEN, DIM)
-        y = _add(_add(_add(_add(nothing, w3, s0, DIM), w2, s1, DIM), w1, s2, DIM), w0, s3, DIM)
+        s0, s1 = seen(x0, position, 0, VARLEN, DIM), seen(x1, position, 1, VARLEN, DIM)
+        s2, s3 = seen(x2, position, 2, VARLEN, DIM), seen(x3, position, 3, VARLEN, DIM)
+        y = add_products(add_products(add_products(add_products(nothing, w3, s0, DIM), w2, s1, DIM), w1, s2, DIM), w0, s3, DIM)
         dy = _pre_activation_gradient(y, d, NORM, DIM)
         if step < L:  # the three tokens past a segment are the next one's to count
-            dw3, dw2 = _add(dw3, dy, s0, DIM), _add(dw2, dy, s1, DIM)
-            dw1, dw0 = _add(dw1, dy, s2, DIM), _add(dw0, dy, s3, DIM)
-        dy1, dy2 = _seen(dy, position, 1, VARLEN, DIM), _seen(dy, position, 2, VARLEN, DIM)
-        done = _add(due3, w0, _seen(dy, position, 3, VARLEN, DIM), DIM)
-        due3, due2, due1 = _add(due2, w1, dy2, DIM), _add(due1, w2, dy1, DIM), _add(nothing, w3, dy, DIM)
+            dw3, dw2 = add_products(dw3, dy, s0, DIM), add_products(dw2, dy, s1, DIM)
+            dw1, dw0 = add_products(dw1, dy, s2, DIM), add_products(dw0, dy, s3, DIM)
+        dy1, dy2 = seen(dy, position, 1, VARLEN, DIM), seen(dy, position, 2, VARLEN, DIM)
+        done = add_products(due3, w0, seen(dy, position, 3, VARLEN, DIM), DIM)
+        due3, due2, due1 = add_products(due2, w1, dy2, DIM), add_products(due1, w2, dy1, DIM), add_products(nothing, w3, dy, DIM)
         ready = (t - 3 < T) & (step >= 3)
-        for i in tl.static_range(tile_count(DIM)):
-            cols = 64 * i + tl.arange(0, tile_width(DIM, i))
+        for i in tl.static_range(DIM // even_width(DIM)):
+            cols = even_width(DIM) * i + tl.arange(0, even_width(DIM))
             at = dx + (t - 3)[:, None] * stride + cols[None, :]
             tl.store(at, done[i].to(dx.dtype.element_ty), mask=ready[:, None])
         x3, x2, x1 = x2, x1, x0
         t += 1
-    for i in tl.static_range(tile_count(DIM)):
-        cols = 64 * i + tl.arange(0, tile_width(DIM, i))
+    for i in tl.static_range(DIM // even_width(DIM)):
+        cols = even_width(DIM) * i + tl.arange(0, even_width(DIM))
         tl.store(dweight + cols * 4 + 0, tl.sum(dw0[i], 0))
         tl.store(dweight + cols * 4 + 1, tl.sum(dw1[i], 0))
         tl.store(dweight + cols * 4 + 2, tl.sum(dw2[i], 0))
@@ -140,8 +102,8 @@ def _gates(
         x = tl.load(raw + at + HV, mask=mask, other=0.0).to(tl.float32) + dt
         dg_t = tl.load(dg + t[:, None] * HV + head[None, :], mask=mask, other=0.0).to(tl.float32)
         db_t = tl.load(dbeta + t[:, None] * HV + head[None, :], mask=mask, other=0.0).to(tl.float32)
-        gate = tl.sigmoid(b)
-        dx = -dg_t * A * tl.sigmoid(x)
+        gate = sigmoid(b)
+        dx = -dg_t * A * sigmoid(x)
         tl.store(draw + at, (db_t * beta_max * gate * (1.0 - gate)).to(draw.dtype.element_ty), mask=mask)
         tl.store(draw + at + HV, dx.to(draw.dtype.element_ty), mask=mask)
         softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))

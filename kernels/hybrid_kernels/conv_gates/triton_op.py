@@ -7,8 +7,7 @@ from .reference import position_in_document, widths
 from .triton_backward import conv_gates_backward_kernel
 from .triton_forward import conv_gates_kernel
 
-FORWARD_TOKENS = 32  # tokens of a forward program
-SEGMENTS, SEGMENT = 16, 64  # of a backward program
+SEGMENTS, FORWARD_SEGMENT, BACKWARD_SEGMENT = 8, 32, 64  # what a program walks: so many segments of so many tokens
 
 
 def missing(taps, num_value_heads, key_head_dim, value_head_dim) -> str | None:
@@ -47,9 +46,9 @@ class ConvGates(torch.autograd.Function):
         q, k = (packed.new_empty(batch, length, c["HK"], c["K"]) for _ in range(2))
         v = packed.new_empty(batch, length, c["HV"], c["V"])
         g, beta = (packed.new_empty(batch, length, c["HV"], dtype=torch.float32) for _ in range(2))
-        conv_gates_kernel[(_units(c), triton.cdiv(length, FORWARD_TOKENS), batch)](
+        conv_gates_kernel[(_units(c), triton.cdiv(length, SEGMENTS * FORWARD_SEGMENT), batch)](
             packed, weight, A_log, dt_bias, positions, q, k, v, g, beta, length, batch, beta_max, **c,
-            BT=FORWARD_TOKENS, num_warps=4,
+            S=SEGMENTS, L=FORWARD_SEGMENT, num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(packed, weight, A_log, dt_bias, positions)
         ctx.constants, ctx.beta_max, ctx.sizes = c, beta_max, widths(**dims)
@@ -63,13 +62,13 @@ class ConvGates(torch.autograd.Function):
         packed, weight, A_log, dt_bias, positions = ctx.saved_tensors
         c, (length, batch, width) = ctx.constants, packed.shape
         dq, dk, dv, dg, dbeta = (x.contiguous() for x in (dq, dk, dv, dg, dbeta))
-        blocks = triton.cdiv(length, SEGMENTS * SEGMENT)
+        blocks = triton.cdiv(length, SEGMENTS * BACKWARD_SEGMENT)
         dpacked = torch.empty_like(packed)
         dweight = torch.empty(blocks * batch, *weight.shape, device=weight.device, dtype=torch.float32)
         sums = torch.empty(blocks * batch, 2, c["HV"], device=weight.device, dtype=torch.float32)
         conv_gates_backward_kernel[(_units(c), blocks, batch)](
             packed, weight, A_log, dt_bias, positions, dq, dk, dv, dg, dbeta, dpacked, dweight, sums, length, batch,
-            ctx.beta_max, **c, S=SEGMENTS, L=SEGMENT, num_warps=4,
+            ctx.beta_max, **c, S=SEGMENTS, L=BACKWARD_SEGMENT, num_warps=4,
         )  # fmt: skip
         gate_at, used = sum(ctx.sizes[:3]), sum(ctx.sizes)
         gate = dpacked[..., gate_at : gate_at + ctx.sizes[3]]

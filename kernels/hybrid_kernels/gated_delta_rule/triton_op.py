@@ -74,7 +74,7 @@ def prepare(q, k, g, beta, scale, chunks: Chunks, varlen: bool) -> Scores:
     )
     prepare_kernel[(heads, chunks.count)](
         q, k, g, beta, out.A, out.P, out.G, chunks.cu, chunks.first, chunks.document, scale, chunks.length,
-        chunks.per_row, H=heads, HK=k.shape[2], K=dim, VARLEN=varlen, WITH_P=True, num_warps=4,
+        chunks.per_row, H=heads, HK=k.shape[2], K=dim, VARLEN=varlen, WITH_P=True, **prepare_options(),
     )  # fmt: skip
     return out
 
@@ -141,6 +141,10 @@ class GatedDeltaRule(torch.autograd.Function):
         if dinitial is not None:
             dinitial = dinitial.to(initial.dtype)
         return dq, dk, dv, dg, dbeta, dinitial, None, None, None, None
+
+
+def prepare_options() -> dict:
+    return dict(num_warps=4, num_stages=1)
 
 
 def scan_options(key_dim: int) -> dict:

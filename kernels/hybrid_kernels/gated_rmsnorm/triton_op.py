@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_support import load_tiles, store_tiles, tile_count, tile_width
+from ..triton_support import load_tiles, sigmoid, store_tiles, tile_count, tile_width
 
 FORWARD_ROWS, BACKWARD_ROWS = 32, 16  # rows (a token's head) of one step
 BACKWARD_PROGRAMS = 132 * 8  # each adds up the weight's gradient over its rows
@@ -39,7 +39,7 @@ def forward_kernel(o, gate, weight, y, rows, B, T, H, gate_stride_s, gate_stride
     for i in tl.static_range(tile_count(D)):
         w = tl.load(weight + 64 * i + tl.arange(0, tile_width(D, i))).to(tl.float32)[None, :]
         z = gate_tiles[i].to(tl.float32)
-        out = out + (o_tiles[i].to(tl.float32) * norm * w * z * tl.sigmoid(z),)
+        out = out + (o_tiles[i].to(tl.float32) * norm * w * z * sigmoid(z),)
     store_tiles(y, at_y, valid, 1, out, D)
 
 
@@ -62,14 +62,14 @@ def backward_kernel(
         for i in tl.static_range(tile_count(D)):
             x, z = o_tiles[i].to(tl.float32), gate_tiles[i].to(tl.float32)
             square += tl.sum(x * x, 1)
-            along += tl.sum(x * w_tiles[i] * dy_tiles[i].to(tl.float32) * z * tl.sigmoid(z), 1)
+            along += tl.sum(x * w_tiles[i] * dy_tiles[i].to(tl.float32) * z * sigmoid(z), 1)
         norm = tl.rsqrt(square / D + eps)
         along = (along * norm * norm / D)[:, None]
         norm = norm[:, None]
         do_tiles, dgate_tiles, sums = (), (), ()
         for i in tl.static_range(tile_count(D)):
             x, z, d = o_tiles[i].to(tl.float32), gate_tiles[i].to(tl.float32), dy_tiles[i].to(tl.float32)
-            sig = tl.sigmoid(z)
+            sig = sigmoid(z)
             dn = d * z * sig
             do_tiles = do_tiles + ((dn * w_tiles[i] - x * along) * norm,)
             dgate_tiles = dgate_tiles + (d * x * norm * w_tiles[i] * sig * (1.0 + z * (1.0 - sig)),)
