@@ -53,7 +53,7 @@ class Problems(list[tuple[str, str]]):
     def raise_if_any(self) -> None:
         """Raise ConfigError with all of them, if there are any."""
         if self:
-            raise ConfigError(*self)
+            raise ConfigError(*dict.fromkeys(self))
 
 
 def shown(value: object) -> str:
@@ -165,9 +165,8 @@ def _message(detail: ErrorDetails, root: type[Section]) -> tuple[Location, str]:
         case "extra_forbidden":
             return location, _unknown(location, root)
         case "missing" if location and isinstance(location[-1], int):
-            return location[
-                :-1
-            ], f"{shown(value)} has too few entries: {location[-1] + 1} or more are needed{_such_as(field)}"
+            wanted = len(get_args(field.annotation)) if field is not None else location[-1] + 1
+            return location[:-1], f"{shown(value)} has too few entries; give {wanted}{_such_as(field)}"
         case "missing":
             return location, f"is missing; {_wanted(field, section)}"
         case "model_type" | "model_attributes_type" | "dict_type":
@@ -175,6 +174,8 @@ def _message(detail: ErrorDetails, root: type[Section]) -> tuple[Location, str]:
             return location, f"{shown(value)} is not a section; write `name: value` lines{names}"
         case "literal_error":
             return location, _not_a_choice(value, field)
+        case "int_parsing_size":
+            return location, f"{shown(value)} is too large; give a smaller number{_such_as(field)}"
         case "int_type":
             return location, _not_whole(value, field)
         case "float_type":
@@ -213,7 +214,7 @@ def _message(detail: ErrorDetails, root: type[Section]) -> tuple[Location, str]:
             return location, f"{shown(value)} is not a finite number; give a finite one{_such_as(field)}"
         case "invalid_key":
             return location, "a field's name must be text; put it in quotes, or remove it"
-    return location, f"{shown(value)}: {detail['msg']}"  # none known
+    return location, f"{shown(value)}: {detail['msg']}; correct it"  # no other kind is known
 
 
 def _wanted(field: FieldInfo | None, section: type[Section] | None) -> str:
