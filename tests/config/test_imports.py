@@ -1,8 +1,11 @@
-"""The configuration loads fast and without torch, and a wrong one fails fast, before anything else starts."""
+"""The configuration loads fast and without torch, and a wrong one fails fast, before anything else starts.
 
+Times are the processor's, of the whole process: other tests' ranks may fill the cores.
+"""
+
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -11,9 +14,11 @@ HEAVY = ("torch", "numpy", "megatron", "transformers", "triton")
 
 
 def python(code: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    return done, time.perf_counter() - start
+    """The finished process, and the processor's seconds it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_no_module_imports_torch() -> None:
@@ -25,8 +30,7 @@ def test_no_module_imports_torch() -> None:
 
 def test_import_is_fast() -> None:
     code = "import time; t = time.process_time(); import megatron_hybrid.config.load; print(time.process_time() - t)"
-    python(code)  # writes the bytecode
-    assert min(float(python(code)[0].stdout) for _ in range(2)) < 0.5
+    assert min(float(python(code)[0].stdout) for _ in range(2)) < 0.5  # the first may write the bytecode
 
 
 def test_wrong_config_fails_in_two_seconds_without_a_traceback() -> None:
@@ -36,7 +40,7 @@ from megatron_hybrid.config.load import load_run
 with no_traceback():
     load_run("examples/configs/pretrain_hybrid_7b.yaml", ["model.layer_pattern=GGGA*999999999"]).check_world(64)
 """
-    done, seconds = min((python(code) for _ in range(2)), key=lambda result: result[1])
+    done, seconds = python(code)
     assert seconds < 2
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("wrong configuration:\nmodel.layer_pattern: 'GGGA*999999999' makes more than")
