@@ -140,7 +140,7 @@ def test_damaged_indexes_never_crash(tmp_path):
     file = tmp_path / "a.idx"
     intact = file.read_bytes()
     outcomes = {"error": 0, "read": 0}
-    for _ in range(1500):
+    for _ in range(600):
         data = bytearray(intact)
         for _ in range(random.integers(1, 4)):
             where = int(random.integers(len(data)))
@@ -166,4 +166,4 @@ def test_damaged_indexes_never_crash(tmp_path):
         else:
             assert source.shards[0].dtype == np.uint16 and source.read(0, 12).tolist() == TOKENS
             outcomes["read"] += 1
-    assert outcomes["error"] > 1000 and outcomes["read"] > 10
+    assert outcomes["error"] > 400 and outcomes["read"] > 0

@@ -181,16 +181,17 @@ def only_empty_documents(file):
 LAST = len(TEXTS) + 1
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "message", "workers"),
     [
-        (bad_utf8, f"in.jsonl:{LAST}: byte 11: not UTF-8"),
-        (broken_json, f"in.jsonl:{LAST}: broken JSON"),
-        (no_key, f"in.jsonl:{LAST}: no member 'text'"),
-        (truncated, r"in.jsonl.gz: truncated at byte \d+"),
-        (empty, "in.jsonl: empty"),
-        (only_empty_documents, "in.jsonl: 3 documents, and no text in them"),
+        (bad_utf8, f"in.jsonl:{LAST}: byte 11: not UTF-8", 1),
+        (broken_json, f"in.jsonl:{LAST}: broken JSON", 1),
+        (broken_json, f"in.jsonl:{LAST}: broken JSON", 2),  # in a worker
+        (no_key, f"in.jsonl:{LAST}: no member 'text'", 1),
+        (truncated, r"in.jsonl.gz: truncated at byte \d+", 1),
+        (truncated, r"in.jsonl.gz: truncated at byte \d+", 2),  # here, while workers work
+        (empty, "in.jsonl: empty", 1),
+        (only_empty_documents, "in.jsonl: 3 documents, and no text in them", 1),
     ],
 )
 def test_failures_leave_what_was_there(tmp_path, jsonl, small_batches, damage, message, workers):
