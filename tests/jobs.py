@@ -27,7 +27,7 @@ def batches_of(engine: MegatronEngine, samples: torch.Tensor, micro_batch_size: 
     rank, ranks = engine.groups.dp.rank(), engine.groups.dp.size()
     mine = samples.view(-1, ranks, micro_batch_size, samples.shape[1])[:, rank]
     return [
-        {"tokens": m[:, :-1], "labels": m[:, 1:], "loss_mask": torch.ones_like(m[:, 1:], dtype=torch.float32), "position_ids": None}
+        {"tokens": m[:, :-1], "labels": m[:, 1:], "loss_mask": torch.ones_like(m[:, 1:], dtype=torch.float32)}
         for m in mine
     ]
 
@@ -49,7 +49,7 @@ def curve(
     load: str | None = None,
     save: str | None = None,
     async_save: bool = False,
-    lr: float = 1e-2,
+    lr: float = 3e-3,
 ) -> dict:
     """Train steps [start, steps) and return losses, gradient norms and this rank's parameters; load before, save after."""
     engine = make_engine(model, parallel, train)

@@ -42,7 +42,7 @@ class BatchRunner:
         """Forward (and backward) of this rank's micro-batches; gradients are reduced over all ranks when it returns.
 
         Args:
-            batches: micro-batches of `tokens`, `labels` [b, s] int64, `loss_mask` [b, s], `position_ids` [b, s].
+            batches: micro-batches of `tokens`, `labels` [b, s] int64 and `loss_mask` [b, s].
         """
         several = len(self.chunks) > 1
         iterators = [iter(batches) for _ in self.chunks]
@@ -58,8 +58,9 @@ class BatchRunner:
         return self._mean(outputs)
 
     def _forward_step(self, batches: Iterator[Batch], model):
-        batch = {name: tensor.to(local_device(), non_blocking=True) for name, tensor in next(batches).items()}
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        batch, device = next(batches), local_device()
+        batch = {name: batch[name].to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask")}
+        output = model(batch["tokens"], None, None, labels=batch["labels"])
         return output, partial(self._loss, batch["loss_mask"])
 
     def _loss(self, mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,0 +1,89 @@
+"""One model, one curve: loss and gradient norm of every step are the same under every layout, and after saving under one
+layout and resuming under another. All against one rank, fp32.
+"""
+
+import pytest
+
+from tests import jobs
+
+SHALLOW, DEEP = "GGGA", "GGGA*2"  # gloo is slow: the deep model only where the pipeline needs its layers
+MODEL = dict(
+    hidden_size=48,
+    ffn_hidden_size=96,
+    vocab_size=131,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=8,
+    gdn=dict(num_key_heads=3, num_value_heads=6, key_head_dim=8, value_head_dim=16),
+)
+TRAIN = dict(
+    steps=20,
+    global_batch_size=8,
+    micro_batch_size=2,
+    dtype="fp32",
+    # Adam divides by the root of the second moment: a small eps turns rounding into a visible difference
+    optimizer=dict(eps=1e-2),
+)
+TOLERANCE = 1e-5
+
+
+def layout(tp=1, pp=1, vpp=1, **more) -> dict:
+    return dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp, **more)
+
+
+LAYOUTS = {
+    # name: (ranks, layout)
+    "one rank, plain optimizer": (1, layout(distributed_optimizer=False)),
+    "one rank, selective recompute": (1, layout(recompute="selective")),
+    "one rank, full recompute": (1, layout(recompute="full")),
+    "DP2": (2, layout()),
+    "DP2, plain optimizer": (2, layout(distributed_optimizer=False)),
+    "DP2, overlapped": (2, layout(overlap_grad_reduce=True, overlap_param_gather=True)),
+    "TP2": (2, layout(2)),
+    "TP2, no sequence parallelism": (2, layout(2, sequence_parallel=False)),
+    "PP2": (2, layout(pp=2)),
+    "PP2, uneven": (2, layout(pp=2, pipeline_split=[3, 1])),
+    "PP2, VPP2": (2, layout(pp=2, vpp=2)),
+    "TP4, padded heads": (4, layout(4)),
+    "TP4, padded heads, no sequence parallelism, full recompute": (4, layout(4, sequence_parallel=False, recompute="full")),
+    "PP4": (4, layout(pp=4)),
+    "PP4, VPP2": (4, layout(pp=4, vpp=2)),
+    "TP2, DP2": (4, layout(2)),
+    "TP2, DP2, plain optimizer": (4, layout(2, distributed_optimizer=False)),
+    "TP2, PP2": (4, layout(2, 2)),
+    "TP2, PP2, VPP2, selective recompute": (4, layout(2, 2, 2, recompute="selective")),
+    "PP2, VPP2, DP2, overlapped": (4, layout(pp=2, vpp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
+    "DP4": (4, layout()),
+}
+
+
+def relative_difference(found: list[float], expected: list[float]) -> float:
+    assert len(found) == len(expected)
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def assert_same(found: dict, expected: dict, tolerance: float = TOLERANCE) -> None:
+    for what in ("losses", "norms"):
+        difference = relative_difference(found[what], expected[what])
+        assert difference < tolerance, f"{what} differ by {difference:.1e}: {found[what]} {expected[what]}"
+
+
+def run(ranks, count: int, pattern: str, parallel: dict, **more) -> list[dict]:
+    return ranks.run(jobs.curve, count, model=MODEL | {"layer_pattern": pattern}, parallel=parallel, train=TRAIN, **more)
+
+
+@pytest.fixture(scope="module")
+def one_rank(_pool):
+    """The curve of one rank, by layer pattern: what every layout is compared with."""
+    curves = {pattern: run(_pool(), 1, pattern, layout(), steps=20)[0] for pattern in (SHALLOW, DEEP)}
+    for result in curves.values():
+        assert result["losses"][-1] < result["losses"][0] - 0.01, "it learns something"
+    return curves
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout(name, ranks, one_rank):
+    count, parallel = LAYOUTS[name]
+    pattern = DEEP if parallel["pipeline_parallel_size"] * parallel["virtual_pipeline_parallel_size"] > 2 else SHALLOW
+    for result in run(ranks, count, pattern, parallel, steps=20):
+        assert_same(result, one_rank[pattern])
