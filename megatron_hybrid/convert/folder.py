@@ -1,0 +1,82 @@
+"""Looking into a folder that came from elsewhere: only its own regular files, only JSON that means one thing."""
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.convert.errors import ConversionError
+
+MAX_JSON_BYTES = 16 << 20
+"""A model of 100,000 tensors has an index of about 10 MB; more is no index but an attempt on our memory."""
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+
+
+def regular_file(folder: Path, name: str) -> Path:
+    """The path of a file that lies in `folder` itself.
+
+    Raises:
+        ConversionError: a path instead of a name, no such file, a link out of the folder, or a device or a pipe.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConversionError(f"{folder}: {name!r:.200} is not the name of a file in this folder; nothing outside it is read")
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+        mode = real.stat().st_mode
+    except (OSError, RuntimeError):
+        raise ConversionError(f"{path}: there is no such file") from None
+    if real.parent != folder.resolve():
+        raise ConversionError(
+            f"{path}: a link to {real}, outside the folder, is not followed; copy the files themselves into one folder "
+            "(of a Hugging Face cache: `hf download REPOSITORY --local-dir DIR`)"
+        )
+    if not stat.S_ISREG(mode):
+        raise ConversionError(f"{path}: not a regular file")
+    return path
+
+
+def has_file(folder: Path, name: str) -> bool:
+    """Whether the folder lists this name, whatever it is."""
+    return os.path.lexists(folder / name)
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """An object of a JSON file.
+
+    Raises:
+        ConversionError: as `parse_json`, or larger than `limit` bytes.
+    """
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ConversionError(f"{path}: larger than {limit >> 20} MiB; that is no such file of a model")
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """An object from UTF-8 JSON.
+
+    Raises:
+        ConversionError: not JSON, not an object, or a key that occurs twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ConversionError(f"{where}: {twice!r:.200} occurs twice")
+        return result
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+    except ConversionError:
+        raise
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and numbers of thousands of digits
+        raise ConversionError(f"{where}: not readable JSON ({str(error)[:200]})") from None
+    if not isinstance(value, dict):
+        raise ConversionError(f"{where}: not a JSON object")
+    return value

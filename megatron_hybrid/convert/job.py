@@ -1,0 +1,186 @@
+"""Running a conversion: files written by one process or several, into a temporary folder that is renamed when whole.
+
+    .converting-NAME/              beside the target NAME, while it is under way
+        plan.json                  what is being made of what
+        model-00001-of-00004.safetensors
+        model-00001-of-00004.safetensors.done.json     its size and hash: written when the file is safe on disk
+
+The same command again goes on where it was interrupted, if neither sources nor options have changed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.convert.errors import ConversionError
+from megatron_hybrid.convert.ranks import Ranks
+from megatron_hybrid.convert.safetensors_writer import OutputTensor, Progress, header_bytes, in_file_order, write_file
+
+_PLAN, _DONE = "plan.json", ".done.json"
+Facts = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to make: `files` of tensors, then `finish(folder, facts)` writes what belongs beside them."""
+
+    target: Path
+    files: dict[str, list[OutputTensor]]
+    sources: Sequence[Path]
+    with_hash: bool
+    finish: Callable[[Path, Facts], None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors)
+
+
+def split_into_files(tensors: Sequence[OutputTensor], max_bytes: int) -> dict[str, list[OutputTensor]]:
+    """Tensors in order over as few files as hold at most `max_bytes` each, of about the same size.
+
+    A tensor is never split: one larger than `max_bytes` has a file to itself.
+    """
+    total = sum(t.nbytes for t in tensors)
+    even = max(1, -(-total // max(1, -(-total // max_bytes))))
+    groups: list[list[OutputTensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if groups[-1] and (held + tensor.nbytes > max_bytes or held + tensor.nbytes // 2 > even):
+            groups.append([])
+            held = 0
+        groups[-1].append(tensor)
+        held += tensor.nbytes
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": in_file_order(group) for n, group in enumerate(groups, 1)}
+
+
+def run(conversion: Conversion, ranks: Ranks, progress: Callable[[int], Progress]) -> None:
+    """Write the target folder. Every rank calls this with the same conversion.
+
+    Args:
+        progress: given the bytes this rank has to write; returns what is called as they are written.
+
+    Raises:
+        ConversionError: the target exists, or something cannot be read; the temporary folder stays where going on is possible.
+    """
+    target = conversion.target
+    folder = target.parent / f".converting-{target.name}"
+    error: BaseException | None = None
+    try:
+        _check_target(target)
+        if ranks.rank == 0:
+            _prepare(folder, conversion)
+    except (ValueError, OSError) as failure:
+        error = failure
+    ranks.agree(error)
+    try:
+        names = list(conversion.files)
+        sizes = [sum(t.nbytes for t in tensors) for tensors in conversion.files.values()]
+        mine = [names[i] for i in ranks.share(sizes) if not (folder / (names[i] + _DONE)).exists()]
+        advance = progress(sum(t.nbytes for name in mine for t in conversion.files[name]))
+        for name in mine:
+            facts = write_file(folder / name, conversion.files[name], advance, conversion.with_hash)
+            _write_json(folder / (name + _DONE), facts)
+    except (ValueError, OSError) as failure:
+        error = failure
+    try:
+        ranks.agree(error)
+    except ValueError:
+        if ranks.rank == 0:  # a source that cannot be converted: going on would meet it again
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    try:
+        if ranks.rank == 0:
+            _publish(folder, conversion)
+    except (ValueError, OSError) as failure:
+        error = failure
+    ranks.agree(error)
+
+
+def how_to_go_on(target: Path) -> str:
+    """What to say of an interrupted conversion to `target`."""
+    folder = target.parent / f".converting-{target.name}"
+    done = len(list(folder.glob("*" + _DONE)))
+    if not folder.exists():
+        return f"{target} was not written"
+    return f"{target} was not written; {done} finished files are in {folder}: run the same command again to go on, or remove that folder"
+
+
+def _check_target(target: Path) -> None:
+    if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
+        raise ConversionError(f"{target} exists; name another folder, or remove it first")
+    if not target.name or target.name == "..":
+        raise ConversionError(f"{target} cannot be made; name a folder that does not exist yet")
+
+
+def _prepare(folder: Path, conversion: Conversion) -> None:
+    """Make the temporary folder; keep it if it is of the very same conversion."""
+    plan = _plan(conversion)
+    with suppress(OSError, ValueError):
+        if json.loads((folder / _PLAN).read_text()) == plan:
+            return
+    if os.path.lexists(folder):
+        if not folder.is_dir() or folder.is_symlink() or not ((folder / _PLAN).is_file() or not any(folder.iterdir())):
+            raise ConversionError(f"{folder} is in the way, and no conversion made it; remove it or name another target")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    _check_space(folder, conversion.nbytes)
+    _write_json(folder / _PLAN, plan)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        folder.rmdir()
+        raise ConversionError(f"{folder.parent}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+
+
+def _plan(conversion: Conversion) -> dict[str, Any]:
+    sources = [[str(p), (s := p.stat()).st_size, s.st_mtime_ns] for p in conversion.sources]
+    headers = {name: hashlib.sha256(header_bytes(tensors)).hexdigest() for name, tensors in conversion.files.items()}
+    return {"sources": sources, "headers": headers, "hash": conversion.with_hash}
+
+
+def _publish(folder: Path, conversion: Conversion) -> None:
+    """Check that all files are there, write the rest, and give the folder its name."""
+    facts: Facts = {}
+    for name in conversion.files:
+        done = folder / (name + _DONE)
+        if not done.is_file():
+            raise ConversionError(f"{folder}: a rank's {name} is not there; do all ranks see the same disk?")
+        facts[name] = json.loads(done.read_text())
+        if (folder / name).stat().st_size != facts[name]["bytes"]:
+            raise ConversionError(f"{folder / name}: its size is not what was written; remove {folder} and start anew")
+    conversion.finish(folder, facts)
+    for name in [*(name + _DONE for name in conversion.files), _PLAN]:
+        (folder / name).unlink()
+    _sync(folder)
+    os.rename(folder, conversion.target)
+    _sync(conversion.target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file and put it safely on disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _write_json(path: Path, data: object) -> None:
+    write_text(path, json.dumps(data))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""A Hugging Face `olmo_hybrid` or `olmo3` folder (safetensors) to a checkpoint that training loads under any layout.
+
+python tools/convert_from_hf.py Olmo-Hybrid-7B checkpoints/olmo-hybrid-7b
+mpirun -n 4 python tools/convert_from_hf.py Olmo-Hybrid-7B checkpoints/olmo-hybrid-7b --dtype bf16
+python tools/pretrain.py config.yaml checkpoint.load=checkpoints/olmo-hybrid-7b
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_hybrid.convert.command import DTYPES, convert
+from megatron_hybrid.convert.from_hf import from_huggingface
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, metavar="HF_DIR", help="folder with config.json and safetensors")
+    add("target", type=Path, metavar="OUT_CKPT", help="folder to make; it must not exist yet")
+    add("--dtype", choices=DTYPES, help="type of the weights (default: as they are); A_log and dt_bias are always fp32")
+    add("--eos-token-id", type=int, metavar="N", help="which token ends a document, where config.json lists several")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    a = parse_arguments(argv)
+    return convert(lambda: from_huggingface(a.source, a.target, DTYPES.get(a.dtype), a.eos_token_id), a.target, a.quiet)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

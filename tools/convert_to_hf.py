@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""A checkpoint of ours to a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+python tools/convert_to_hf.py run/checkpoints/step-00010000 exported --dtype bf16 --tokenizer tokenizers/olmo
+mpirun -n 4 python tools/convert_to_hf.py run/checkpoints/step-00010000 exported
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_hybrid.convert.command import DTYPES, convert, size
+from megatron_hybrid.convert.to_hf import MAX_SHARD_BYTES, to_huggingface
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, metavar="CKPT", help="folder with index.json, such as run/checkpoints/step-00010000")
+    add("target", type=Path, metavar="OUT_DIR", help="folder to make; it must not exist yet")
+    add("--dtype", choices=DTYPES, help="type of the weights (default: as they are); A_log and dt_bias keep fp32")
+    add("--all-dtype", action="store_true", help="A_log and dt_bias in --dtype (or their stored type) too")
+    add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="largest file (default: 5GB)")
+    add("--tokenizer", type=Path, metavar="DIR", help="copy the tokenizer files of this folder")
+    add("--max-position-embeddings", type=int, metavar="N", help="default: the run's sequence length")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    a = parse_arguments(argv)
+    options = (DTYPES.get(a.dtype), a.all_dtype, a.max_shard_size, a.tokenizer, a.max_position_embeddings)
+    return convert(lambda: to_huggingface(a.source, a.target, *options), a.target, a.quiet)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
