@@ -45,6 +45,31 @@ def sigmoid(x):
 
 
 @triton.jit
+def exp2(x):
+    """2^x for x <= 0, flushing what is below the least normal number (2^-126) to zero."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def dot_fp32(a, b):
+    """a @ b of fp32 tensors on tensor cores: three tf32 products of what a and b hold in and beyond tf32's bits.
+
+    As input_precision="tf32x3", without that one's handling of NaN and infinity, which costs more than the products.
+    """
+    if INTERPRETED:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        a_high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        b_high = (b.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        out = tl.dot(a - a_high, b_high, input_precision="tf32")
+        out = tl.dot(a_high, b - b_high, out, input_precision="tf32")
+        return tl.dot(a_high, b_high, out, input_precision="tf32")
+
+
+@triton.jit
 def load_tiles(base, rows, mask, stride, DIM: tl.constexpr):
     """base[rows, 0:DIM] as a tuple of [len(rows), tile] tensors; rows outside `mask` read as zero."""
     tiles = ()

@@ -19,7 +19,7 @@ def gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    save_states: bool = False,
+    save: str = "scores",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - exp(g_t) S_{t-1}^T k_t)^T and o_t = scale * S_t^T q_t. Differentiable.
@@ -31,7 +31,9 @@ def gated_delta_rule(
         scale: multiplies q; dk ** -0.5 by default.
         initial_state: [b, Hv, dk, dv] fp32, or [n, Hv, dk, dv] with n documents; zero by default.
         cu_seqlens: [n + 1] int boundaries of documents packed in one row (b == 1); empty ones are allowed.
-        save_states: keep the chunk states for the backward instead of recomputing them. Only "triton" heeds it.
+        save: what the fast paths keep for the backward beside the inputs: nothing more ("inputs"), the 64 x 64
+            matrices of every chunk ("scores", 4 * 64 bytes a token and head), or also its state and new values
+            ("states", another 2 * dv * (dk / 64 + 1)). The rest is computed again.
 
     Returns:
         o [b, s, Hv, dv] in v's dtype, and the final state (fp32, shaped as the initial one) or None.
@@ -40,6 +42,8 @@ def gated_delta_rule(
         ValueError: shapes that do not fit together, or a backend that cannot run here.
     """
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
+    if save not in ("inputs", "scores", "states"):
+        raise ValueError(f'save: expected "inputs", "scores" or "states", got {save!r}')
     options = dict(
         scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
     )
@@ -47,7 +51,7 @@ def gated_delta_rule(
     if choice.backend == "triton":
         from .triton_op import gated_delta_rule_triton
 
-        return gated_delta_rule_triton(q, k, v, g, beta, save_states=save_states, **options)
+        return gated_delta_rule_triton(q, k, v, g, beta, save=save, **options)
     if choice.backend == "fla":
         from .peer import gated_delta_rule_fla
 

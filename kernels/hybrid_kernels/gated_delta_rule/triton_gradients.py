@@ -8,7 +8,7 @@ R[i, i] / beta_i^2. The gradient of G needs no [64, 64] sums: it is q.dq plus k 
 import triton
 import triton.language as tl
 
-from ..triton_support import load_tiles, store_tiles, tile_count, zero_tiles
+from ..triton_support import exp2, load_tiles, store_tiles, tile_count, zero_tiles
 from .triton_prepare import BETA_MIN, chunk_span
 
 
@@ -52,7 +52,7 @@ def gradients_kernel(
         on_diagonal = t[:, None] == t[None, :]
         db_t = tl.sum(tl.where(on_diagonal, R, 0.0), 1) / b_t / b_t
         tl.store(dbeta + (start + t) * H + i_h, db_t.to(dbeta.dtype.element_ty), mask=valid)
-        between = tl.exp2(tl.where(t[:, None] >= t[None, :], G_t[:, None] - G_t[None, :], float("-inf")))
+        between = exp2(tl.where(t[:, None] >= t[None, :], G_t[:, None] - G_t[None, :], float("-inf")))
         dP = (dP * between * scale).to(dtype)
         R = tl.where(on_diagonal, 0.0, -R * between).to(dtype)
 
@@ -62,11 +62,11 @@ def gradients_kernel(
         dq_tiles, dk_tiles = (), ()
         for i in tl.static_range(tile_count(K)):
             q_f, k_f = q_tiles[i].to(tl.float32), k_tiles[i].to(tl.float32)
-            dq_i = from_q[i] * (tl.exp2(G_t) * scale)[:, None]
+            dq_i = from_q[i] * (exp2(G_t) * scale)[:, None]
             dq_i = tl.dot(dP, k_tiles[i], dq_i, input_precision="ieee")
-            early = from_z[i] * -tl.exp2(G_t)[:, None]  # terms of dk whose decay grows with G_i
+            early = from_z[i] * -exp2(G_t)[:, None]  # terms of dk whose decay grows with G_i
             early = tl.dot(R, k_tiles[i], early, input_precision="ieee")
-            end_i = from_new[i] * tl.exp2(G_end - G_t)[:, None]
+            end_i = from_new[i] * exp2(G_end - G_t)[:, None]
             late = tl.dot(tl.trans(dP), q_tiles[i], end_i, input_precision="ieee")  # and those whose decay shrinks
             late = tl.dot(tl.trans(R), k_tiles[i], late, input_precision="ieee")
             dG += tl.sum(q_f * dq_i + k_f * (early - late), 1)
@@ -76,6 +76,6 @@ def gradients_kernel(
         out = (start * H + i_h) * K
         store_tiles(dq + out, t, valid, H * K, dq_tiles, K)
         store_tiles(dk + out, t, valid, H * K, dk_tiles, K)
-        last = tl.sum(to_end, 0) + tl.sum(kept, 0) * tl.exp2(G_end)
+        last = tl.sum(to_end, 0) + tl.sum(kept, 0) * exp2(G_end)
         dg_t = tl.cumsum(dG, 0, reverse=True) + last
         tl.store(dg + (start + t) * H + i_h, dg_t.to(dg.dtype.element_ty), mask=valid)

@@ -1,7 +1,7 @@
 """gated_delta_rule in Triton: launches and autograd. The kernels: triton_prepare, triton_scan, triton_gradients.
 
-Forward: prepare (chunk-parallel), then one scan that also writes o. Backward: prepare again and both scans again (or
-neither, with `save_states`), then one chunk-parallel kernel for dq, dk, dg and dbeta. Every sum has a fixed order.
+Forward: prepare (chunk-parallel), then one scan that also writes o. Backward: what was not saved again, the reverse
+scan, then one chunk-parallel kernel for dq, dk, dg and dbeta. Every sum has a fixed order.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 from ..dispatch import missing_for_triton, triton_interpreted
 from .triton_gradients import gradients_kernel
 from .triton_prepare import prepare_kernel
-from .triton_scan import both_scans_kernel, forward_scan_kernel
+from .triton_scan import forward_scan_kernel, reverse_scan_kernel
 
 CHUNK = 64
 
@@ -85,56 +85,75 @@ def states_like(v, key_dim, chunks: Chunks) -> tuple[torch.Tensor, torch.Tensor]
     return v.new_empty(chunks.count, heads, dim, key_dim), v.new_empty(chunks.count, heads, dim, CHUNK)
 
 
+def forward_scan(q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output, final, states):
+    """The scan from the first chunk to the last, for any of o, the final state, and (states, new_values)."""
+    (heads, dim_v), dim_k = v.shape[2:], k.shape[3]
+    o = torch.empty_like(v) if output else None
+    end = v.new_empty(chunks.sequences, heads, dim_k, dim_v, dtype=torch.float32) if final else None
+    kept = states_like(v, dim_k, chunks) if states else (None, None)
+    forward_scan_kernel[(dim_v // 64, chunks.sequences * heads)](
+        q, k, v, scores.A, scores.P, scores.G, _or(o, v), _or(kept[0], v), _or(kept[1], v), _or(initial, v),
+        _or(end, v), chunks.cu, chunks.first, scale, chunks.length, chunks.per_row,
+        H=heads, HK=k.shape[2], K=dim_k, V=dim_v, VARLEN=cu_seqlens is not None, WITH_INITIAL=initial is not None,
+        WITH_FINAL=final, WITH_OUTPUT=output, WITH_STATES=states, **scan_options(dim_k),
+    )  # fmt: skip
+    return o, end, kept
+
+
+def reverse_scan(q, k, do, scores, dfinal, cu_seqlens, scale, chunks, *, dinitial):
+    """The scan from the last chunk to the first: dv, the gradient of every chunk's outgoing state, and dinitial."""
+    (heads, dim_v), dim_k = do.shape[2:], k.shape[3]
+    dv = torch.empty_like(do)
+    dstates = do.new_empty(chunks.count, heads, dim_v, dim_k)
+    start = do.new_empty(chunks.sequences, heads, dim_k, dim_v, dtype=torch.float32) if dinitial else None
+    reverse_scan_kernel[(dim_v // 64, chunks.sequences * heads)](
+        q, k, do, scores.A, scores.P, scores.G, dv, dstates, _or(dfinal, do), _or(start, do), chunks.cu, chunks.first,
+        scale, chunks.length, chunks.per_row, H=heads, HK=k.shape[2], K=dim_k, V=dim_v,
+        VARLEN=cu_seqlens is not None, WITH_FINAL=dfinal is not None, WITH_INITIAL=dinitial, **scan_options(dim_k),
+    )  # fmt: skip
+    return dv, dstates, start
+
+
 class GatedDeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save_states):
+    def forward(ctx, q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save):
         q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
         initial = initial if initial is None else initial.contiguous()
-        (heads, dim_v), dim_k = v.shape[2:], k.shape[3]
         chunks = Chunks.of(v, cu_seqlens)
         scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
-        o = torch.empty_like(v)
-        final = v.new_empty(chunks.sequences, heads, dim_k, dim_v, dtype=torch.float32) if output_final else None
-        states, new_values = states_like(v, dim_k, chunks) if save_states else (None, None)
-        forward_scan_kernel[(dim_v // 64, chunks.sequences * heads)](
-            q, k, v, scores.A, scores.P, scores.G, o, _or(states, v), _or(new_values, v), _or(initial, v),
-            _or(final, v), chunks.cu, chunks.first, scale, chunks.length, chunks.per_row,
-            H=heads, HK=k.shape[2], K=dim_k, V=dim_v, VARLEN=cu_seqlens is not None,
-            WITH_INITIAL=initial is not None, WITH_FINAL=output_final, WITH_OUTPUT=True, WITH_STATES=save_states,
-            **scan_options(dim_k),
+        o, final, kept = forward_scan(
+            q, k, v, scores, initial, cu_seqlens, scale, chunks, output=True, final=output_final,
+            states=save == "states",
         )  # fmt: skip
-        kept = (scores.A, scores.P, scores.G, states, new_values) if save_states else (None,) * 5
-        ctx.save_for_backward(q, k, v, g, beta, initial, cu_seqlens, *kept)
+        kept_scores = (None,) * 3 if save == "inputs" else (scores.A, scores.P, scores.G)
+        ctx.save_for_backward(q, k, v, g, beta, initial, cu_seqlens, *kept_scores, *kept)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
     def backward(ctx, do, dfinal):
-        q, k, v, g, beta, initial, cu_seqlens, A, P, G, states, new_values = ctx.saved_tensors
-        varlen, saved = cu_seqlens is not None, states is not None
+        q, k, v, g, beta, initial, cu_seqlens, A, P, G, *kept = ctx.saved_tensors
+        (heads, dim_v), (key_heads, dim_k), scale = v.shape[2:], k.shape[2:], ctx.scale
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dfinal = dfinal if dfinal is None else dfinal.contiguous()
-        (heads, dim_v), (key_heads, dim_k) = v.shape[2:], k.shape[2:]
         chunks = Chunks.of(v, cu_seqlens)
-        scores = Scores(A, P, G) if saved else prepare(q, k, g, beta, ctx.scale, chunks, varlen)
-        if not saved:
-            states, new_values = states_like(v, dim_k, chunks)
-        dstates, dv = torch.empty_like(states), torch.empty_like(v)
-        dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
-        common = dict(H=heads, HK=key_heads, K=dim_k, V=dim_v, VARLEN=varlen)
-        tables = (chunks.cu, chunks.first)
-        both_scans_kernel[(dim_v // 64, chunks.sequences * heads * (1 if saved else 2))](
-            q, k, v, do, scores.A, scores.P, scores.G, states, new_values, _or(initial, v), dv, dstates,
-            _or(dfinal, v), _or(dinitial, v), *tables, ctx.scale, chunks.length, chunks.per_row, **common,
-            WITH_INITIAL=initial is not None, WITH_FINAL=dfinal is not None, RECOMPUTE=not saved,
-            **scan_options(dim_k),
-        )  # fmt: skip
+        scores = Scores(A, P, G)
+        if A is None:
+            scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
+        if kept[0] is None:
+            kept = forward_scan(
+                q, k, v, scores, initial, cu_seqlens, scale, chunks, output=False, final=False, states=True
+            )[2]
+        dv, dstates, dinitial = reverse_scan(
+            q, k, do, scores, dfinal, cu_seqlens, scale, chunks, dinitial=initial is not None
+        )
         dq, dk = (k.new_empty(*k.shape[:2], heads, dim_k) for _ in range(2))
         dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
         gradients_kernel[(heads, chunks.count)](
-            q, k, beta, do, dv, scores.G, states, new_values, dstates, dq, dk, dg, dbeta, *tables, chunks.document,
-            ctx.scale, chunks.length, chunks.per_row, **common, **gradients_options(dim_k),
+            q, k, beta, do, dv, scores.G, *kept, dstates, dq, dk, dg, dbeta, chunks.cu, chunks.first, chunks.document,
+            scale, chunks.length, chunks.per_row, H=heads, HK=key_heads, K=dim_k, V=dim_v,
+            VARLEN=cu_seqlens is not None, **gradients_options(dim_k),
         )  # fmt: skip
         if heads != key_heads:
             dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3) for x in (dq, dk))
@@ -148,11 +167,11 @@ def prepare_options() -> dict:
 
 
 def scan_options(key_dim: int) -> dict:
-    return dict(num_warps=4 if key_dim <= 128 else 8, num_stages=2)
+    return dict(num_warps=4 if key_dim <= 128 else 8, num_stages=3 if key_dim <= 128 else 2)
 
 
 def gradients_options(key_dim: int) -> dict:
-    return dict(num_warps=8, num_stages=2 if key_dim <= 128 else 1)
+    return dict(num_warps=8, num_stages=3 if key_dim <= 96 else 2 if key_dim <= 128 else 1)
 
 
 def _or(tensor: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
@@ -161,10 +180,10 @@ def _or(tensor: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
 
 
 def gated_delta_rule_triton(
-    q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, save_states=False
+    q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, save="scores"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Arguments and results: `gated_delta_rule`."""
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     return GatedDeltaRule.apply(
-        q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, save_states
+        q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, save
     )

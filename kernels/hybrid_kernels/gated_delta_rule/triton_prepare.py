@@ -14,7 +14,7 @@ that size. Up to 16 this runs on the four 16-blocks at once, each in one warp.
 import triton
 import triton.language as tl
 
-from ..triton_support import load_tiles, tile_count, tile_width
+from ..triton_support import dot_fp32, exp2, load_tiles, tile_count, tile_width
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BETA_MIN = tl.constexpr(1e-10)  # the backward divides by beta twice; a smaller one changes nothing that rounds
@@ -51,7 +51,7 @@ def _key_products(k, start, end, left, right, stride, K: tl.constexpr):
 @triton.jit
 def _merge(X, E):
     """X - X E X, in fp32 to tf32 x 3."""
-    return X - tl.dot(X, tl.dot(E, X, input_precision="tf32x3"), input_precision="tf32x3")
+    return X - dot_fp32(X, dot_fp32(E, X))
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def prepare_kernel(
             for i in tl.static_range(tile_count(K)):
                 scores = tl.dot(q_tiles[i], tl.trans(k_tiles[i]), scores, input_precision="ieee")
             between = tl.where(t[:, None] >= t[None, :], G_t[:, None] - G_t[None, :], float("-inf"))
-            scores = scores * tl.exp2(between) * scale
+            scores = scores * exp2(between) * scale
             tl.store(P + tile * 4096 + t[:, None] * 64 + t[None, :], scores.to(P.dtype.element_ty))
 
         # the four diagonal 16-blocks, to their inverses
@@ -96,7 +96,7 @@ def prepare_kernel(
         G4, b4 = tl.reshape(G_t, [4, 16]), tl.reshape(b_t, [4, 16])
         N = _key_products(k, start, end, rows, rows, stride, K)
         below = (r[:, None] > r[None, :])[None, :, :]
-        N *= tl.exp2(tl.where(below, G4[:, :, None] - G4[:, None, :], float("-inf"))) * b4[:, :, None]
+        N *= exp2(tl.where(below, G4[:, :, None] - G4[:, None, :], float("-inf"))) * b4[:, :, None]
         same2 = (r[:, None] // 2 == r[None, :] // 2)[None, :, :]
         same4 = (r[:, None] // 4 == r[None, :] // 4)[None, :, :]
         same8 = (r[:, None] // 8 == r[None, :] // 8)[None, :, :]
@@ -111,8 +111,8 @@ def prepare_kernel(
         b_even, b_odd = _pairs(b_t, 2, 16)
         rows = two[:, None] * 32 + r[None, :]
         E = _key_products(k, start, end, rows + 16, rows, stride, K)
-        E *= tl.exp2(G_odd[:, :, None] - G_even[:, None, :]) * b_odd[:, :, None]
-        M = -tl.dot(X_odd, tl.dot(E, X_even, input_precision="tf32x3"), input_precision="tf32x3")
+        E *= exp2(G_odd[:, :, None] - G_even[:, None, :]) * b_odd[:, :, None]
+        M = -dot_fp32(X_odd, dot_fp32(E, X_even))
         top = tl.reshape(tl.permute(tl.join(X_even, tl.zeros_like(M)), (0, 1, 3, 2)), [2, 16, 32])
         bottom = tl.reshape(tl.permute(tl.join(M, X_odd), (0, 1, 3, 2)), [2, 16, 32])
         X32 = tl.reshape(tl.permute(tl.join(top, bottom), (0, 3, 1, 2)), [2, 32, 32])
@@ -122,8 +122,8 @@ def prepare_kernel(
         G_low, G_high = tl.split(tl.trans(tl.reshape(G_t, [2, 32])))
         b_low, b_high = tl.split(tl.trans(tl.reshape(b_t, [2, 32])))
         E = tl.reshape(_key_products(k, start, end, half[None, :] + 32, half[None, :], stride, K), [32, 32])
-        E *= tl.exp2(G_high[:, None] - G_low[None, :]) * b_high[:, None]
-        M = -tl.dot(X_high, tl.dot(E, X_low, input_precision="tf32x3"), input_precision="tf32x3")
+        E *= exp2(G_high[:, None] - G_low[None, :]) * b_high[:, None]
+        M = -dot_fp32(X_high, dot_fp32(E, X_low))
 
         at = A + tile * 4096 + half[:, None] * 64 + half[None, :]
         tl.store(at, (X_low * b_low[None, :]).to(A.dtype.element_ty))

@@ -7,7 +7,7 @@ left operands or results in registers, and only q, k, A and P (see triton_prepar
 import triton
 import triton.language as tl
 
-from ..triton_support import cast_tiles, load_tiles, store_tiles, tile_count, tile_width, zero_tiles
+from ..triton_support import cast_tiles, exp2, load_tiles, store_tiles, tile_count, tile_width, zero_tiles
 
 
 @triton.jit
@@ -26,11 +26,12 @@ def sequence_span(i_n, cu, chunk_start, T, NT, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def forward_scan_body(
-    q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT, i_v, i_nh,
+def forward_scan_kernel(
+    q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
     WITH_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, WITH_OUTPUT: tl.constexpr, WITH_STATES: tl.constexpr,
 ):  # fmt: skip
+    i_v, i_nh = tl.program_id(0), tl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
     start, end, first, count = sequence_span(i_n, cu, chunk_start, T, NT, VARLEN)
     dtype = k.dtype.element_ty
@@ -60,7 +61,7 @@ def forward_scan_body(
         predicted = tl.zeros([64, 64], tl.float32)  # [v, t]: what the state already holds for each key
         for i in tl.static_range(tile_count(K)):
             predicted = tl.dot(S_low[i], tl.trans(k_tiles[i]), predicted, input_precision="ieee")
-        predicted = (predicted * -tl.exp2(G_t)[None, :]).to(dtype)
+        predicted = (predicted * -exp2(G_t)[None, :]).to(dtype)
         new = tl.dot(tl.trans(v_t), tl.trans(a), input_precision="ieee")
         new = tl.dot(predicted, tl.trans(a), new, input_precision="ieee")
 
@@ -74,15 +75,15 @@ def forward_scan_body(
             out = tl.zeros([64, 64], tl.float32)
             for i in tl.static_range(tile_count(K)):
                 out = tl.dot(S_low[i], tl.trans(q_tiles[i]), out, input_precision="ieee")
-            out = out * (tl.exp2(G_t) * scale)[None, :]
+            out = out * (exp2(G_t) * scale)[None, :]
             out = tl.dot(new.to(dtype), tl.trans(p), out, input_precision="ieee")
             at = o + value + t[None, :] * (H * V) + cols_v[:, None]
             tl.store(at, out.to(o.dtype.element_ty), mask=valid[None, :])
 
-        written = (new * tl.exp2(G_end - G_t)[None, :]).to(dtype)
+        written = (new * exp2(G_end - G_t)[None, :]).to(dtype)
         S_next = ()
         for i in tl.static_range(tile_count(K)):
-            S_next = S_next + (tl.dot(written, k_tiles[i], S[i] * tl.exp2(G_end), input_precision="ieee"),)
+            S_next = S_next + (tl.dot(written, k_tiles[i], S[i] * exp2(G_end), input_precision="ieee"),)
         S = S_next
     if WITH_FINAL:
         for i in tl.static_range(tile_count(K)):
@@ -91,12 +92,13 @@ def forward_scan_body(
 
 
 @triton.jit
-def reverse_scan_body(
-    q, k, do, A, P, G, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT, i_v, i_nh,
+def reverse_scan_kernel(
+    q, k, do, A, P, G, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
     WITH_FINAL: tl.constexpr, WITH_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """Carries the gradient of S^T from the last chunk to the first. dv is also the gradient of v - exp(G) k S."""
+    i_v, i_nh = tl.program_id(0), tl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
     start, end, first, count = sequence_span(i_n, cu, chunk_start, T, NT, VARLEN)
     dtype = k.dtype.element_ty
@@ -130,56 +132,21 @@ def reverse_scan_body(
         dnew = tl.zeros([64, 64], tl.float32)  # [v, t]
         for i in tl.static_range(tile_count(K)):
             dnew = tl.dot(dS_low[i], tl.trans(k_tiles[i]), dnew, input_precision="ieee")
-        dnew = dnew * tl.exp2(G_end - G_t)[None, :]
+        dnew = dnew * exp2(G_end - G_t)[None, :]
         dnew = tl.dot(do_t, p, dnew, input_precision="ieee")
         dz = tl.dot(dnew.to(dtype), a, input_precision="ieee")
         at = dv + value + t[None, :] * (H * V) + cols_v[:, None]
         tl.store(at, dz.to(dv.dtype.element_ty), mask=valid[None, :])
 
-        decay = tl.exp2(G_t)[None, :]
+        decay = exp2(G_t)[None, :]
         from_keys = (dz * -decay).to(dtype)
         from_queries = (do_t * (decay * scale)).to(dtype)
         dS_next = ()
         for i in tl.static_range(tile_count(K)):
-            d = tl.dot(from_queries, q_tiles[i], dS[i] * tl.exp2(G_end), input_precision="ieee")
+            d = tl.dot(from_queries, q_tiles[i], dS[i] * exp2(G_end), input_precision="ieee")
             dS_next = dS_next + (tl.dot(from_keys, k_tiles[i], d, input_precision="ieee"),)
         dS = dS_next
     if WITH_INITIAL:
         for i in tl.static_range(tile_count(K)):
             cols = 64 * i + tl.arange(0, tile_width(K, i))
             tl.store(dinitial + state_at + cols[None, :] * V + rows_v[:, None], dS[i])
-
-
-@triton.jit
-def forward_scan_kernel(
-    q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
-    WITH_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, WITH_OUTPUT: tl.constexpr, WITH_STATES: tl.constexpr,
-):  # fmt: skip
-    forward_scan_body(
-        q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT,
-        tl.program_id(0), tl.program_id(1),
-        H, HK, K, V, VARLEN, WITH_INITIAL, WITH_FINAL, WITH_OUTPUT, WITH_STATES,
-    )  # fmt: skip
-
-
-@triton.jit
-def both_scans_kernel(
-    q, k, v, do, A, P, G, states, new_values, initial, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
-    WITH_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, RECOMPUTE: tl.constexpr,
-):  # fmt: skip
-    """The backward's two scans do not wait for each other: half the programs recompute the states, half go back."""
-    i_v, i_nh, forward = tl.program_id(0), tl.program_id(1), False
-    if RECOMPUTE:
-        i_nh, forward = i_nh // 2, i_nh % 2 == 1
-    if not forward:
-        reverse_scan_body(
-            q, k, do, A, P, G, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT, i_v, i_nh,
-            H, HK, K, V, VARLEN, WITH_FINAL, WITH_INITIAL,
-        )  # fmt: skip
-    else:
-        forward_scan_body(
-            q, k, v, A, P, G, v, states, new_values, initial, initial, cu, chunk_start, scale, T, NT, i_v, i_nh,
-            H, HK, K, V, VARLEN, WITH_INITIAL, False, False, True,
-        )  # fmt: skip
