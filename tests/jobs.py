@@ -49,7 +49,7 @@ def curve(
     load: str | None = None,
     save: str | None = None,
     async_save: bool = False,
-    lr: float = 3e-3,
+    lr: float = 1e-3,
 ) -> dict:
     """Train steps [start, steps) and return losses, gradient norms and this rank's parameters; load before, save after."""
     engine = make_engine(model, parallel, train)

@@ -1,0 +1,17 @@
+"""Where the model runs. Importing it hushes what megatron-core and torch warn of on import that no user can act on; what a
+run really uses instead of Transformer Engine, Apex or CUDA, it says itself.
+"""
+
+import logging
+import warnings
+
+for _message in (
+    ".*Transformer Engine and Apex are not installed.*",
+    ".*Apex is not installed.*",
+    ".*full scope is deprecated.*",  # megatron-core's own default value
+    ".*MimoModelConfig is experimental.*",
+    ".*grad attribute of a Tensor that is not a leaf.*",  # megatron-core's FP32 distributed optimizer looks on purpose
+    ".*torch.jit.script.* is deprecated.*",
+):
+    warnings.filterwarnings("ignore", message=_message)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"

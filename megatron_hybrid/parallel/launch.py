@@ -29,7 +29,7 @@ class Launch:
 
 
 def start_distributed(
-    launch: Launch, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30
+    launch: Launch, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30, quiet: bool = False
 ) -> ProcessGroupCollection:
     """Choose the device, join the other ranks and form the tensor, pipeline and data parallel groups.
 
@@ -37,7 +37,7 @@ def start_distributed(
     busiest communication stays inside a node.
     """
     chosen = setup_device(launch.local_rank)
-    if launch.rank == 0:
+    if launch.rank == 0 and not quiet:
         print(chosen, flush=True)
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
