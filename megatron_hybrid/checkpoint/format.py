@@ -22,7 +22,7 @@ FORMAT = "megatron_hybrid/1"
 INDEX = "index.json"
 STATES = ("master", "exp_avg", "exp_avg_sq")
 """Optimizer state of a tensor: fp32 master weight (where the model's is not fp32 itself) and Adam's two moments."""
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -84,6 +84,12 @@ class Index:
             mine.shards += entry.shards
 
 
+def _whole_numbers(values: list[int]) -> tuple[int, ...]:
+    if not all(type(value) is int for value in values):
+        raise TypeError(f"{values!r:.100} are not whole numbers")
+    return tuple(values)
+
+
 def tensors_from_json(data: dict[str, Any]) -> dict[str, TensorEntry]:
     """Parse and check the `tensors` of an index or of a rank's part of it.
 
@@ -92,21 +98,30 @@ def tensors_from_json(data: dict[str, Any]) -> dict[str, TensorEntry]:
     """
     tensors = {}
     for name, entry in data.items():
-        shape = tuple(entry["shape"])
+        shape = _whole_numbers(entry["shape"])
         shards = [
-            Shard(s["file"], s["entry"], tuple(s["offset"]), tuple(s["shape"]), tuple(s["range"]) if s["range"] else None)
+            Shard(s["file"], s["entry"], _whole_numbers(s["offset"]), _whole_numbers(s["shape"]), _whole_numbers(s["range"]) if s["range"] else None)
             for s in entry["shards"]
         ]
+        if not all(isinstance(text, str) for text in (entry["dtype"], *(shard.entry for shard in shards))):
+            raise TypeError(f"{name}: dtype and entry are text")
         for shard in shards:
             if not _FILE_NAME.fullmatch(shard.file):
                 raise CheckpointError(f"{name}: {shard.file!r} is not the name of a safetensors file in the checkpoint's folder")
             inside = len(shard.offset) == len(shard.shape) == len(shape) and all(
                 0 <= o and 0 < n and o + n <= total for o, n, total in zip(shard.offset, shard.shape, shape, strict=True)
             )
-            if not inside or (shard.range and not 0 <= shard.range[0] < shard.range[1] <= prod(shard.shape)):
+            if not inside or (shard.range and (len(shard.range) != 2 or not 0 <= shard.range[0] < shard.range[1] <= prod(shard.shape))):
                 raise CheckpointError(f"{name}: a shard at {shard.offset} of shape {shard.shape} lies outside the tensor's {shape}")
         tensors[name] = TensorEntry(entry["dtype"], shape, shards)
     return tensors
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return result
 
 
 def read_index(folder: Path) -> Index:
@@ -119,18 +134,23 @@ def read_index(folder: Path) -> Index:
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {INDEX}; name a folder such as RUN/checkpoints/step-00001000")
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(), object_pairs_hook=_no_key_twice)
         if data.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {data.get('format')!r}; this version reads {FORMAT!r}")
         tensors = tensors_from_json(data["tensors"])
         index = Index(data["model"], data["run"], data["state"], data["files"], tensors)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); use an earlier checkpoint") from error
-    for name, facts in index.files.items():
+        sizes = {name: (facts["bytes"], facts["sha256"]) for name, facts in index.files.items()}
+        if not all(isinstance(part, dict) for part in (index.model, index.run, index.state)):
+            raise TypeError("model, run and state are objects")
+    except CheckpointError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error!s:.200}); use an earlier checkpoint") from error
+    for name, (size, _) in sizes.items():
         if not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{path}: {name!r} is not the name of a safetensors file in the checkpoint's folder")
         file = folder / name
-        if not file.is_file() or file.stat().st_size != facts["bytes"]:
+        if not file.is_file() or file.stat().st_size != size:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "no file"
-            raise CheckpointError(f"{file}: {found}, {facts['bytes']} bytes were written; use an earlier checkpoint")
+            raise CheckpointError(f"{file}: {found}, {size!r:.50} bytes were written; use an earlier checkpoint")
     return index

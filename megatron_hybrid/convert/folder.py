@@ -21,7 +21,9 @@ def regular_file(folder: Path, name: str) -> Path:
         ConversionError: a path instead of a name, no such file, a link out of the folder, or a device or a pipe.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConversionError(f"{folder}: {name!r:.200} is not the name of a file in this folder; nothing outside it is read")
+        raise ConversionError(
+            f"{folder}: {name!r:.200} is not the name of a file in this folder; nothing outside it is read"
+        )
     path = folder / name
     try:
         real = path.resolve(strict=True)

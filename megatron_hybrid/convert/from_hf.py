@@ -21,13 +21,19 @@ def our_dtype(spec: TensorSpec, stored: str, wanted: str | None) -> str:
 def outputs(sources: dict[str, TensorSource], specs: dict[str, TensorSpec], wanted: str | None) -> list[OutputTensor]:
     """Every true tensor from its source."""
     return [
-        OutputTensor(name, our_dtype(spec, sources[name].dtype, wanted), spec.shape, lambda source=sources[name]: source)  # type: ignore[misc]
+        OutputTensor(
+            name, our_dtype(spec, sources[name].dtype, wanted), spec.shape, lambda source=sources[name]: source
+        )  # type: ignore[misc]
         for name, spec in specs.items()
     ]
 
 
 def from_huggingface(
-    folder: Path, target: Path, dtype: str | None = None, eos_token_id: int | None = None, max_file_bytes: int = MAX_FILE_BYTES
+    folder: Path,
+    target: Path,
+    dtype: str | None = None,
+    eos_token_id: int | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Conversion:
     """Plan the conversion of a Hugging Face folder to a checkpoint of ours; nothing is written yet.
 

@@ -4,7 +4,6 @@ A field is used, or known to have no effect on what the weights compute, or refu
 is refused too.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
@@ -81,7 +80,9 @@ def model_from_hf(config: dict[str, Any], eos_token_id: int | None = None) -> Mo
     if kind not in ARCHITECTURES:
         raise ConversionError(f"config.json: model_type {kind!r:.100} is not one of {', '.join(ARCHITECTURES)}")
     for name in sorted(config.keys() - _USED - _NO_EFFECT - _ONLY.keys()):
-        fields.problems.append(f"unknown field {name!r:.100} = {config[name]!r:.100}; what it changes is not known here")
+        fields.problems.append(
+            f"unknown field {name!r:.100} = {config[name]!r:.100}; what it changes is not known here"
+        )
     for name, values in _ONLY.items():
         if name in config and config[name] not in values:
             fields.problems.append(f"{name} = {config[name]!r:.100} cannot be represented; only {values[0]!r} can")
@@ -136,13 +137,17 @@ def _layers(fields: _Fields, kind: str) -> list[str]:
     if types is None and isinstance(indices, list) and all(type(i) is int for i in indices):
         attention = set(indices)
         types = ["full_attention" if i in attention else "linear_attention" for i in range(count)]
-    elif indices is not None and indices != [i for i, t in enumerate(types if isinstance(types, list) else []) if t == "full_attention"]:
+    elif indices is not None and indices != [
+        i for i, t in enumerate(types if isinstance(types, list) else []) if t == "full_attention"
+    ]:
         fields.problems.append("fla_hybrid_attention_indices does not say the same as layer_types")
     known = ("linear_attention", "full_attention") if kind == "olmo_hybrid" else ("sliding_attention", "full_attention")
     if types is None and kind == "olmo3":  # as released: every fourth sees everything
         types = [known[(i + 1) % 4 == 0] for i in range(count)]
     if not isinstance(types, list) or len(types) != count or any(t not in known for t in types):
-        fields.problems.append(f"layer_types is not a list of num_hidden_layers = {count} times {' or '.join(known)}: {types!r:.200}")
+        fields.problems.append(
+            f"layer_types is not a list of num_hidden_layers = {count} times {' or '.join(known)}: {types!r:.200}"
+        )
         return []
     return [_LAYER_TYPES[t] for t in types]
 
@@ -155,10 +160,14 @@ def _rope_theta(fields: _Fields, kind: str) -> float | None:
     """
     config = fields.config
     if config.get("rope_scaling") is not None:
-        fields.problems.append(f"rope_scaling = {config['rope_scaling']!r:.200} cannot be represented; only plain rotary embedding can")
+        fields.problems.append(
+            f"rope_scaling = {config['rope_scaling']!r:.200} cannot be represented; only plain rotary embedding can"
+        )
         return None
     if "rope_parameters" not in config and "rope_theta" not in config:
-        fields.problems.append("neither rope_parameters nor rope_theta is there; add rope_parameters (null: no rotary embedding)")
+        fields.problems.append(
+            "neither rope_parameters nor rope_theta is there; add rope_parameters (null: no rotary embedding)"
+        )
         return None
     parameters = config.get("rope_parameters")
     if parameters is None:
@@ -211,7 +220,11 @@ def _gdn(fields: _Fields, heads: int | None) -> dict[str, Any]:
     """transformers' defaults for what is absent: as many heads as the attention's, keys 3/4 of the hidden size."""
     key_heads = fields.get("linear_num_key_heads", int, heads)
     hidden = fields.config.get("hidden_size")
-    default_dim = int(0.75 * hidden / key_heads) if isinstance(hidden, int) and key_heads and 0 < key_heads < 1 << 31 > hidden else None
+    default_dim = (
+        int(0.75 * hidden / key_heads)
+        if isinstance(hidden, int) and key_heads and 0 < key_heads < 1 << 31 > hidden
+        else None
+    )
     key_dim = fields.get("linear_key_head_dim", int, default_dim)
     return {
         "num_key_heads": key_heads,
@@ -259,7 +272,9 @@ def model_type_for(model: ModelConfig) -> str:
     kinds = set(model.layers)
     if "G" not in kinds:
         if model.rope_theta is None:
-            raise ConversionError("model.rope_theta is null, and transformers' olmo3 always has rotary embedding: it cannot be exported")
+            raise ConversionError(
+                "model.rope_theta is null, and transformers' olmo3 always has rotary embedding: it cannot be exported"
+            )
         return "olmo3"
     for problem, why in (
         ("A" not in kinds, "has no full attention layer, and transformers' olmo_hybrid needs one"),

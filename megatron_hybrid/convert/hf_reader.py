@@ -36,7 +36,9 @@ def open_huggingface(folder: Path, eos_token_id: int | None = None) -> HuggingFa
         ConversionError: names the file, field or tensor that is unsafe, damaged, unknown, missing or of a wrong shape.
     """
     if not folder.is_dir():
-        raise ConversionError(f"{folder}: there is no such folder; give the folder that holds config.json and model.safetensors")
+        raise ConversionError(
+            f"{folder}: there is no such folder; give the folder that holds config.json and model.safetensors"
+        )
     stored, files = _weights(folder)
     config = read_json(regular_file(folder, _CONFIG), limit=1 << 20)
     model = model_from_hf(config, eos_token_id)
@@ -71,7 +73,9 @@ def _weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
         header = read_header(path)
         for name in header:
             if weight_map.get(name) != path.name:
-                raise ConversionError(f"{path}: it holds {name!r:.200}, which {_INDEX} puts into {weight_map.get(name)!r:.100}")
+                raise ConversionError(
+                    f"{path}: it holds {name!r:.200}, which {_INDEX} puts into {weight_map.get(name)!r:.100}"
+                )
         tensors |= header
     for name, file in weight_map.items():
         if name not in tensors:
@@ -85,9 +89,13 @@ def _sources(folder: Path, model: ModelConfig, stored: dict[str, StoredTensor]) 
     for theirs, tensor in stored.items():
         name = usual_name(model, theirs)
         if name in by_name:
-            raise ConversionError(f"{folder}: {theirs} and {by_name[name][0]} are two spellings of one tensor; one too many")
+            raise ConversionError(
+                f"{folder}: {theirs} and {by_name[name][0]} are two spellings of one tensor; one too many"
+            )
         if tensor.dtype not in TORCH_DTYPES:
-            raise ConversionError(f"{folder}: {theirs} is {tensor.dtype}; only {', '.join(TORCH_DTYPES)} are weights of such a model")
+            raise ConversionError(
+                f"{folder}: {theirs} is {tensor.dtype}; only {', '.join(TORCH_DTYPES)} are weights of such a model"
+            )
         by_name[name] = (theirs, tensor)
     tied = by_name.pop("lm_head.weight", None) if model.tie_embeddings else None
     sources, used, missing = {}, set(), []
@@ -112,7 +120,9 @@ def _sources(folder: Path, model: ModelConfig, stored: dict[str, StoredTensor]) 
     if missing:
         raise ConversionError(f"{folder}: tensors are missing: {_some(missing)}")
     if tied:
-        _check_tied(folder, sources["embedding.weight"], _whole(folder, model_tensors(model)["embedding.weight"], *tied))
+        _check_tied(
+            folder, sources["embedding.weight"], _whole(folder, model_tensors(model)["embedding.weight"], *tied)
+        )
     return sources
 
 

@@ -56,7 +56,9 @@ def split_into_files(tensors: Sequence[OutputTensor], max_bytes: int) -> dict[st
             held = 0
         groups[-1].append(tensor)
         held += tensor.nbytes
-    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": in_file_order(group) for n, group in enumerate(groups, 1)}
+    return {
+        f"model-{n:05d}-of-{len(groups):05d}.safetensors": in_file_order(group) for n, group in enumerate(groups, 1)
+    }
 
 
 def run(conversion: Conversion, ranks: Ranks, progress: Callable[[int], Progress]) -> None:
@@ -126,7 +128,9 @@ def _prepare(folder: Path, conversion: Conversion) -> None:
             return
     if os.path.lexists(folder):
         if not folder.is_dir() or folder.is_symlink() or not ((folder / _PLAN).is_file() or not any(folder.iterdir())):
-            raise ConversionError(f"{folder} is in the way, and no conversion made it; remove it or name another target")
+            raise ConversionError(
+                f"{folder} is in the way, and no conversion made it; remove it or name another target"
+            )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     _check_space(folder, conversion.nbytes)

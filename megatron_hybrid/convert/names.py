@@ -4,9 +4,16 @@ import re
 
 from megatron_hybrid.config.model import ModelConfig
 
-_OUTSIDE = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+_OUTSIDE = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "final_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 _NORMS = {
-    "G": {"mixer_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},  # pre-norm: before the mixer, before the MLP
+    "G": {
+        "mixer_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    },  # pre-norm: before the mixer, before the MLP
     "A": {"mixer_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"},  # post-norm: after each
 }
 _LAYER = re.compile(r"layers\.(\d+)\.(\w+)\.?(.*)")

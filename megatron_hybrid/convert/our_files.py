@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, Shard, TensorEntry, read_index
 from megatron_hybrid.checkpoint.writer import check_complete
+from megatron_hybrid.config import yaml_text
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import model_tensors
 from megatron_hybrid.convert.errors import ConversionError
@@ -16,14 +17,20 @@ from megatron_hybrid.convert.safetensors_header import StoredTensor, read_header
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
 from megatron_hybrid.convert.source import TORCH_DTYPES, StoredBox, TensorSource
 
-CONVERTED_STATE: dict[str, Any] = {"step": 0, "updates": 0}
-"""The state of a checkpoint that holds no training: a run that loads it begins at step 0 with a fresh optimizer."""
+CONVERTED_STATE: dict[str, Any] = {}
+"""The state of a checkpoint of weights alone: a run that loads it begins at step 0 with a fresh optimizer."""
 
 
 def write_index(
-    folder: Path, facts: Facts, files: dict[str, list[OutputTensor]], model: ModelConfig, origin: dict[str, Any], state: dict[str, Any]
+    folder: Path,
+    facts: Facts,
+    files: dict[str, list[OutputTensor]],
+    model: ModelConfig,
+    origin: dict[str, Any],
+    state: dict[str, Any],
 ) -> None:
-    """Write the index of a converted checkpoint; the files are there.
+    """Write the index of a converted checkpoint, and model.yaml: the `model` that a run's configuration must say. The files
+    are there.
 
     Args:
         facts: size and hash by file. origin: what it was converted from, for the record: `run.converted_from`.
@@ -38,6 +45,7 @@ def write_index(
             box = Shard(name, t.name, (0,) * len(t.shape), t.shape)
             index.tensors[t.name] = TensorEntry(t.dtype, t.shape, [box])
     check_complete(index, folder)
+    write_text(folder / "model.yaml", yaml_text.write({"model": index.model}))
     write_text(folder / INDEX, index.dump())
     read_index(folder)
 
@@ -51,7 +59,9 @@ class OurCheckpoint:
             ConversionError: not a checkpoint, damaged, unsafe, or not of the model it says.
         """
         if not folder.is_dir():
-            raise ConversionError(f"{folder}: there is no such folder; give a checkpoint such as RUN/checkpoints/step-00001000")
+            raise ConversionError(
+                f"{folder}: there is no such folder; give a checkpoint such as RUN/checkpoints/step-00001000"
+            )
         self.folder = folder
         try:
             regular_file(folder, INDEX)
@@ -70,7 +80,9 @@ class OurCheckpoint:
             if entry is None:
                 raise ConversionError(f"{self.folder}: tensor {name} is missing")
             if entry.shape != spec.shape or entry.dtype not in TORCH_DTYPES:
-                raise ConversionError(f"{self.folder}: {name} is {entry.dtype} {list(entry.shape)}, and {list(spec.shape)} by its model")
+                raise ConversionError(
+                    f"{self.folder}: {name} is {entry.dtype} {list(entry.shape)}, and {list(spec.shape)} by its model"
+                )
         for name in self.index.tensors:
             kind, _, rest = name.partition("/")
             if (rest if kind.startswith("optimizer.") else name) not in specs:
@@ -91,7 +103,9 @@ class OurCheckpoint:
         shape = shard.shape if shard.range is None else (shard.numel,)
         if found is None or found.dtype != dtype or found.shape != shape:
             what = f"{found.dtype} {list(found.shape)}" if found else "nothing"
-            raise ConversionError(f"{self.folder / shard.file}: {shard.entry} is {what}; the index says {dtype} {list(shape)}")
+            raise ConversionError(
+                f"{self.folder / shard.file}: {shard.entry} is {what}; the index says {dtype} {list(shape)}"
+            )
         return found
 
     def source(self, name: str) -> TensorSource:

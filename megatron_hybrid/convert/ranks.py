@@ -54,5 +54,7 @@ def find_ranks() -> Ranks:
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise ConversionError(f"started by mpirun, but mpi4py cannot be imported ({error}); pip install mpi4py, or run without mpirun") from None
+        raise ConversionError(
+            f"started by mpirun, but mpi4py cannot be imported ({error}); pip install mpi4py, or run without mpirun"
+        ) from None
     return Ranks(MPI.COMM_WORLD)

@@ -47,15 +47,21 @@ def _entry(path: Path, name: str, entry: object, data_at: int, size: int) -> Sto
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ConversionError(f"{where}: dtype {dtype!r:.50} is not one of {', '.join(ITEM_BYTES)}")
     if not _whole_numbers(shape, None) or not _whole_numbers(offsets, 2):
-        raise ConversionError(f"{where}: shape {shape!r:.100} or data_offsets {offsets!r:.100} are not whole numbers in range")
+        raise ConversionError(
+            f"{where}: shape {shape!r:.100} or data_offsets {offsets!r:.100} are not whole numbers in range"
+        )
     begin, end = offsets
     needed = ITEM_BYTES[dtype]
     for length in shape:
         needed *= length
     if end - begin != needed:
-        raise ConversionError(f"{where}: {dtype} {shape} needs {needed} bytes, its data_offsets {offsets} hold {end - begin}")
+        raise ConversionError(
+            f"{where}: {dtype} {shape} needs {needed} bytes, its data_offsets {offsets} hold {end - begin}"
+        )
     if data_at + end > size:
-        raise ConversionError(f"{where}: data_offsets {offsets} end behind the file's {size} bytes; it is cut short or damaged")
+        raise ConversionError(
+            f"{where}: data_offsets {offsets} end behind the file's {size} bytes; it is cut short or damaged"
+        )
     return StoredTensor(path, dtype, tuple(shape), data_at + begin, data_at + end)
 
 
@@ -70,9 +76,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ConversionError(f"{path}: a header of {length} bytes does not fit a file of {size}; it is no safetensors file")
+            raise ConversionError(
+                f"{path}: a header of {length} bytes does not fit a file of {size}; it is no safetensors file"
+            )
         if length > MAX_JSON_BYTES:
-            raise ConversionError(f"{path}: a header of {length} bytes is refused; real ones are far below {MAX_JSON_BYTES}")
+            raise ConversionError(
+                f"{path}: a header of {length} bytes is refused; real ones are far below {MAX_JSON_BYTES}"
+            )
         header = parse_json(file.read(length), f"{path}: header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -83,7 +93,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     at = data_at
     for name, tensor in ordered.items():
         if tensor.begin != at:
-            what = "overlaps the one before it" if tensor.begin < at else f"leaves {tensor.begin - at} bytes before it unused"
+            what = (
+                "overlaps the one before it"
+                if tensor.begin < at
+                else f"leaves {tensor.begin - at} bytes before it unused"
+            )
             raise ConversionError(f"{path}: {name!r:.200} {what}; the file is damaged")
         at = tensor.end
     if at != size:

@@ -46,10 +46,15 @@ def to_huggingface(
     """
     source = OurCheckpoint(checkpoint)
     model = source.model
-    tensors = [_output(source.source(name), spec, huggingface_name(model, name), dtype, all_dtype) for name, spec in model_tensors(model).items()]
+    tensors = [
+        _output(source.source(name), spec, huggingface_name(model, name), dtype, all_dtype)
+        for name, spec in model_tensors(model).items()
+    ]
     origin = _origin(source.index.run)
     weights_dtype = TORCH_NAMES[max(tensors, key=lambda t: t.nbytes).dtype]
-    config = hf_from_model(model, weights_dtype, positions or _positions(source.index.run, origin), origin.get("bos_token_id"))
+    config = hf_from_model(
+        model, weights_dtype, positions or _positions(source.index.run, origin), origin.get("bos_token_id")
+    )
     files = split_into_files(tensors, max_shard_bytes)
     if len(files) == 1:
         files = {"model.safetensors": next(iter(files.values()))}
@@ -58,10 +63,15 @@ def to_huggingface(
     def finish(written: Path, _: Facts) -> None:
         if len(files) > 1:
             weight_map = {t.name: file for file, group in files.items() for t in group}
-            index = {"metadata": {"total_size": sum(t.nbytes for t in tensors)}, "weight_map": dict(sorted(weight_map.items()))}
+            index = {
+                "metadata": {"total_size": sum(t.nbytes for t in tensors)},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
             write_text(written / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         write_text(written / "config.json", json.dumps(config, indent=2) + "\n")
-        generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config[name] is not None}
+        generation = {
+            name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config[name] is not None
+        }
         write_text(written / "generation_config.json", json.dumps(generation, indent=2) + "\n")
         write_text(written / "README.md", model_card(model, config, source.index, bool(copied)))
         for path in copied:
@@ -86,7 +96,10 @@ def _origin(run: dict[str, Any]) -> dict[str, Any]:
 
 def _positions(run: dict[str, Any], origin: dict[str, Any]) -> int:
     data = run.get("data") if isinstance(run, dict) else None
-    for value in (data.get("sequence_length") if isinstance(data, dict) else None, origin.get("max_position_embeddings")):
+    for value in (
+        data.get("sequence_length") if isinstance(data, dict) else None,
+        origin.get("max_position_embeddings"),
+    ):
         if type(value) is int and value > 0:
             return value
     return DEFAULT_POSITIONS

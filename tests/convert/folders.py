@@ -46,7 +46,9 @@ def spelled(model: ModelConfig, tensors: dict[str, torch.Tensor], spelling: str)
             name = name.replace("input_layernorm", "attention_layer_norm")
             name = name.replace("post_attention_layernorm", "feedforward_layer_norm")
         if spelling == "exporter":
-            name = name.replace("linear_attn.o_proj", "linear_attn.out_proj").replace("linear_attn.o_norm", "linear_attn.norm")
+            name = name.replace("linear_attn.o_proj", "linear_attn.out_proj").replace(
+                "linear_attn.o_norm", "linear_attn.norm"
+            )
         result[name] = tensor
     return result
 

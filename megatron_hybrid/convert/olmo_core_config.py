@@ -1,0 +1,311 @@
+"""OLMo-core's config.json (3.0, and the older one with `fla_hybrid` blocks) to a ModelConfig, every field accounted for."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_hybrid.config.errors import translate
+from megatron_hybrid.config.model import ModelConfig, fold_pattern
+from megatron_hybrid.convert.errors import ConversionError
+
+_ANY = object()
+"""A field that has no effect on what the weights compute."""
+_NORM = {
+    "name": ("rms", "fused_rms", "cute_rms"),
+    "elementwise_affine": (True, None),
+    "bias": (False,),
+    "full_precision": _ANY,
+    "dtype": _ANY,
+}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "model": {
+        "name": ("default",), "dtype": _ANY, "init_method": _ANY, "init_seed": _ANY, "embedding_init_std": _ANY, "freeze_params": _ANY,
+        "embedding_norm": (None,), "embed_scale": (None, 1),
+    },
+    "block": {
+        "dropout": (None, 0), "attention_residual_alpha": (None, 1), "feed_forward_residual_alpha": (None, 1), "feed_forward_moe": (None,),
+    },
+    "layer_norm": _NORM,
+    "feed_forward": {"name": ("default",), "bias": (False,), "dtype": _ANY, "activation": ("silu", None)},
+    "lm_head": {"name": ("default",), "bias": (False,), "dtype": _ANY, "loss_implementation": _ANY},
+    "attention": {
+        "name": ("default", "fused", None), "type": ("attention", None), "bias": (False,), "gate": (None,), "clip_qkv": (None,),
+        "dropout": (None, 0), "use_flash": _ANY, "backend": _ANY, "dtype": _ANY, "use_head_qk_norm": (None, False),
+        "scalable_softmax": (None, False), "qk_norm_per_head_gains": (None, False), "attention_sinks": (None, False),
+        "use_recompute_qkv_prep": _ANY,
+    },
+    "gated_delta_net": {"type": ("gated_delta_net",), "conv_bias": (False, None), "dtype": _ANY},
+    "rope": {
+        "name": ("default", "fused"), "full_precision": _ANY, "no_global_rope": (None, False), "scaling": (None,),
+        "partial_rotary_factor": (None, 1),
+    },
+    "sliding_window": {},
+    "fla": {"name": ("GatedDeltaNet",), "dtype": _ANY},
+    "fla_layer_kwargs": {"use_gate": (True,), "use_short_conv": (True,), "mode": _ANY, "conv_bias": (False,)},
+}  # fmt: skip
+"""Fields whose values do not matter, or must be one of these. What a default would be must be written, not guessed: `bias`."""
+_MUST_BE_SAID = {"bias"}
+
+
+class _Section:
+    """One object of the file: what is read from it, and complaints about the rest."""
+
+    def __init__(self, data: object, kind: str, where: str, problems: list[str]):
+        self.where, self.problems = where, problems
+        self.data: dict[str, Any] = data if isinstance(data, dict) else {}
+        if not isinstance(data, dict):
+            problems.append(f"{where} is {data!r:.100}, not an object")
+        self.read = {"_CLASS_"}
+        for name, values in _FIELDS[kind].items():
+            self.read.add(name)
+            if values is _ANY or (name not in self.data and name not in _MUST_BE_SAID):
+                continue
+            if self.data.get(name) not in values:
+                problems.append(
+                    f"{where}.{name} = {self.data.get(name)!r:.100} cannot be represented; only {values[0]!r} can"
+                )
+
+    def get(self, name: str, kind: type | tuple[type, ...] = object, default: Any = None) -> Any:
+        self.read.add(name)
+        value = self.data.get(name)
+        if value is None:
+            if default is ...:
+                self.problems.append(f"{self.where}.{name} is missing")
+            return None if default is ... else default
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and object not in kinds):
+            self.problems.append(f"{self.where}.{name} is {value!r:.100}")
+            return None
+        return value
+
+    def section(self, name: str, kind: str) -> "_Section":
+        return _Section(self.get(name), kind, f"{self.where}.{name}", self.problems)
+
+    def done(self) -> None:
+        for name in sorted(self.data.keys() - self.read):
+            if self.data[name] is not None:
+                self.problems.append(f"{self.where}: unknown field {name!r:.100} = {self.data[name]!r:.100}")
+
+
+def model_from_olmo_core(
+    config: dict[str, Any], eos_token_id: int | None = None, pad_token_id: int | None = None
+) -> ModelConfig:
+    """The model that an OLMo-core run's config.json describes.
+
+    Raises:
+        ConversionError: lists every field that is unknown, missing, or not representable.
+    """
+    problems: list[str] = []
+    data = config.get("model", config if "d_model" in config else None)
+    model = _Section(data, "model", "model", problems)
+    count = model.get("n_layers", int, ...)
+    blocks = _blocks(model, count) if count and 0 < count <= 4096 else []
+    if not blocks and not problems:
+        problems.append(f"model.n_layers {count!r} is not from 1 to 4096")
+    layers = [_block(block, index, len(blocks)) for index, block in enumerate(blocks)]
+    head = model.section("lm_head", "lm_head")
+    fields: dict[str, Any] = {
+        "hidden_size": model.get("d_model", int, ...),
+        "vocab_size": model.get("vocab_size", int, ...),
+        "init_std": model.get("init_std", (int, float), 0.02),
+        "tie_embeddings": model.get("tie_word_embeddings", bool, False),
+        "norm_eps": _eps(head, "layer_norm"),
+    }
+    head.done()
+    model.done()
+    if not problems:
+        fields |= _together(layers, fields, problems)
+    tokenizer = config.get("dataset", {}).get("tokenizer", {}) if isinstance(config.get("dataset"), dict) else {}
+    tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
+    fields["eos_token_id"] = eos_token_id if eos_token_id is not None else tokenizer.get("eos_token_id")
+    fields["pad_token_id"] = pad_token_id if pad_token_id is not None else tokenizer.get("pad_token_id")
+    if problems:
+        raise ConversionError("config.json: " + "; ".join(dict.fromkeys(problems[:10])))
+    try:
+        for name in ("init_std", "norm_eps", "rope_theta"):
+            fields[name] = None if fields[name] is None else float(fields[name])
+        return ModelConfig.model_validate(fields)
+    except OverflowError:
+        raise ConversionError("config.json: a number is out of range") from None
+    except ValidationError as error:
+        raise ConversionError(f"config.json: {str(translate(error, ModelConfig))[:2000]}") from None
+
+
+def _blocks(model: _Section, count: int) -> list[_Section]:
+    """The configuration of each layer's block."""
+    block, pattern, overrides = (
+        model.get("block", dict, ...) or {},
+        model.get("block_pattern", list),
+        model.get("block_overrides", dict, {}),
+    )
+    if pattern is not None:
+        if not pattern or not all(isinstance(name, str) and name in block for name in pattern):
+            model.problems.append(f"model.block_pattern {pattern!r:.100} names blocks that model.block does not have")
+            return []
+        names = [pattern[i % len(pattern)] for i in range(count)]
+        return [_Section(block[name], "block", f"model.block.{name}", model.problems) for name in names]
+    chosen = [(block, "model.block")] * count
+    for index, other in (overrides or {}).items():
+        if not index.isdecimal() or len(index) > 9 or int(index) >= count:
+            model.problems.append(f"model.block_overrides has no layer {index!r:.50}")
+            return []
+        chosen[int(index)] = (other, f"model.block_overrides.{index}")
+    return [_Section(data, "block", where, model.problems) for data, where in chosen]
+
+
+def _block(block: _Section, index: int, count: int) -> dict[str, Any]:
+    """What one layer says: its kind, and every width and constant of it."""
+    name = block.get("name", str, "default")
+    found: dict[str, Any] = {"norm_eps": _eps(block, "layer_norm")}
+    feed_forward = block.section("feed_forward", "feed_forward")
+    found["ffn_hidden_size"] = feed_forward.get("hidden_size", int, ...)
+    feed_forward.done()
+    old = name == "fla_hybrid"
+    indices = block.get("fla_hybrid_attention_indices", list, []) if old else None
+    mixer = block.get("sequence_mixer", dict) or block.get("attention", dict)
+    block.read |= {"sequence_mixer", "attention"}
+    linear = (
+        index not in indices
+        if old and indices is not None
+        else isinstance(mixer, dict) and mixer.get("type") == "gated_delta_net"
+    )
+    wanted = "default" if linear else "reordered_norm"
+    if not old and name != wanted:
+        norm = "before" if linear else "after"
+        block.problems.append(
+            f"{block.where}.name = {name!r:.50}: a block with its norms {norm} its parts is needed, {wanted!r}"
+        )
+    if old:
+        block.read.add("fla")
+    if linear:
+        found |= {"kind": "G"} | (
+            _old_gdn(block, mixer)
+            if old
+            else _gdn(_Section(mixer, "gated_delta_net", f"{block.where}.sequence_mixer", block.problems))
+        )
+    else:
+        found |= _attention(_Section(mixer, "attention", f"{block.where}.sequence_mixer", block.problems), index, count)
+    block.done()
+    return found
+
+
+def _gdn(mixer: _Section) -> dict[str, Any]:
+    heads = mixer.get("n_heads", int, ...)
+    found = {
+        "gdn_heads": heads,
+        "gdn_value_heads": mixer.get("n_v_heads", int, heads),
+        "gdn_head_dim": mixer.get("head_dim", int),
+        "gdn_expand_v": mixer.get("expand_v", (int, float), 2.0),
+        "gdn_negative": mixer.get("allow_neg_eigval", bool, True),
+        "gdn_conv": mixer.get("conv_size", int, 4),
+        "gdn_eps": mixer.get("norm_eps", (int, float), 1e-5),
+    }
+    mixer.done()
+    return found
+
+
+def _old_gdn(block: _Section, attention: Any) -> dict[str, Any]:
+    """fla's own layer in a wrapper: as many heads as the attention's, the rest among its keyword arguments."""
+    fla = block.section("fla", "fla")
+    arguments = fla.section("fla_layer_kwargs", "fla_layer_kwargs")
+    heads = attention.get("n_heads") if isinstance(attention, dict) else None
+    found = {
+        "gdn_heads": arguments.get("num_heads", int, heads),
+        "gdn_value_heads": arguments.get("num_v_heads", int, heads),
+        "gdn_head_dim": arguments.get("head_dim", int, ...),
+        "gdn_expand_v": arguments.get("expand_v", (int, float), 2.0),
+        "gdn_negative": arguments.get("allow_neg_eigval", bool, False),
+        "gdn_conv": arguments.get("conv_size", int, 4),
+        "gdn_eps": arguments.get("norm_eps", (int, float), 1e-5),
+    }
+    arguments.done()
+    fla.done()
+    return found
+
+
+def _attention(mixer: _Section, index: int, count: int) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "heads": mixer.get("n_heads", int, ...),
+        "kv_heads": mixer.get("n_kv_heads", int),
+        "head_dim": mixer.get("head_dim", int),
+        "qk_norm_eps": _eps(mixer, "qk_norm"),
+        "rope_theta": None,
+    }
+    if mixer.get("rope", dict) is not None:
+        rope = mixer.section("rope", "rope")
+        found["rope_theta"] = rope.get("theta", (int, float), 500_000)
+        rope.done()
+    window = _window(mixer, index, count)
+    found |= {"kind": "W" if window else "A", "window": window}
+    mixer.done()
+    return found
+
+
+def _window(mixer: _Section, index: int, count: int) -> int | None:
+    """Tokens that layer `index` sees; None: all."""
+    if mixer.get("sliding_window", dict) is None:
+        return None
+    window = mixer.section("sliding_window", "sliding_window")
+    pattern = window.get("pattern", list, ...) or []
+    first = window.get("force_full_attention_on_first_layer", bool, True)
+    last = window.get("force_full_attention_on_last_layer", bool, True)
+    window.done()
+    if not pattern or not all(type(w) is int and (w > 0 or w == -1) for w in pattern):
+        window.problems.append(f"{window.where}.pattern {pattern!r:.100} is not a list of window sizes, -1 for none")
+        return None
+    if (first and index == 0) or (last and index == count - 1):
+        return None
+    size = pattern[(index - 1 if first else index) % len(pattern)]
+    return None if size == -1 else size
+
+
+def _eps(section: _Section, name: str) -> Any:
+    norm = section.section(name, "layer_norm")
+    eps = norm.get("eps", (int, float), 1e-5)
+    norm.done()
+    return eps
+
+
+def _together(layers: list[dict[str, Any]], fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """One value for all layers, where our configuration has one."""
+
+    def same(name: str, default: Any = None) -> Any:
+        values = {layer[name] for layer in layers if layer.get(name) is not None}
+        if len(values) > 1:
+            problems.append(f"layers differ in {name}: {sorted(values)!r:.100}; one value for all can be represented")
+        return values.pop() if values else default
+
+    eps = {layer[name] for layer in layers for name in ("norm_eps", "qk_norm_eps") if name in layer} | {
+        fields["norm_eps"]
+    }
+    if len(eps) > 1:
+        problems.append(f"norms have different eps: {sorted(eps)!r:.100}; one value for all can be represented")
+    attention = [layer for layer in layers if layer["kind"] != "G"]
+    if len({layer["rope_theta"] for layer in attention}) > 1:
+        problems.append("attention layers differ in rope; one theta for all can be represented")
+    hidden, gdn_heads = fields["hidden_size"], same("gdn_heads")
+    heads = same("heads", gdn_heads)
+    head_dim, kv_heads = same("head_dim"), same("kv_heads")
+    result = {
+        "layer_pattern": fold_pattern([layer["kind"] for layer in layers]),
+        "ffn_hidden_size": same("ffn_hidden_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": None if kv_heads == heads else kv_heads,
+        "head_dim": None if head_dim and head_dim * heads == hidden else head_dim,
+        "rope_theta": attention[0]["rope_theta"] if attention else None,
+        "sliding_window": same("window"),
+        "gdn": None,
+    }
+    if gdn_heads is not None:
+        key_dim = same("gdn_head_dim", hidden // gdn_heads if gdn_heads > 0 else None)
+        expand, conv, negative = same("gdn_expand_v"), same("gdn_conv"), same("gdn_negative")
+        result["gdn"] = {
+            "num_key_heads": gdn_heads,
+            "num_value_heads": same("gdn_value_heads"),
+            "key_head_dim": key_dim,
+            "value_head_dim": int(key_dim * expand) if key_dim and 0 < expand < 1e6 else None,
+            "conv_kernel_size": conv,
+            "allow_negative_eigenvalues": negative,
+            "norm_eps": float(same("gdn_eps")),
+        }
+    return result

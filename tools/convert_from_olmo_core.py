@@ -1,0 +1,41 @@
+#!/usr/bin/env python
+"""An OLMo-core checkpoint (`stepN`, or its `model_and_optim`) to a checkpoint that training loads under any layout.
+
+python tools/convert_from_olmo_core.py runs/hybrid/step1000 checkpoints/hybrid-1000
+python tools/convert_from_olmo_core.py runs/hybrid/step1000 checkpoints/hybrid-1000 --dtype bf16 --no-optimizer
+
+AdamW's moments and its count of updates go along. OLMo-core need not be installed; no code in the files is run.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_hybrid.convert.command import DTYPES, convert
+from megatron_hybrid.convert.olmo_core import from_olmo_core
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, metavar="CKPT", help="folder with config.json and model_and_optim")
+    add("target", type=Path, metavar="OUT_CKPT", help="folder to make; it must not exist yet")
+    add("--dtype", choices=DTYPES, help="type of the weights (default: as they are); A_log and dt_bias are always fp32")
+    add("--no-optimizer", action="store_true", help="weights alone")
+    add("--config", type=Path, metavar="FILE", help="the run's config.json, where it is not in the folder")
+    add("--eos-token-id", type=int, metavar="N", help="default: of config.json's dataset.tokenizer")
+    add("--pad-token-id", type=int, metavar="N", help="default: of config.json's dataset.tokenizer")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    a = parse_arguments(argv)
+    options = (DTYPES.get(a.dtype), not a.no_optimizer, a.eos_token_id, a.pad_token_id, a.config)
+    return convert(lambda: from_olmo_core(a.source, a.target, *options), a.target, a.quiet)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""Whether a checkpoint is whole: hashes of its files, every tensor complete and finite, and equal to a Hugging Face folder.
+
+python tools/verify_checkpoint.py run/checkpoints/step-00010000
+python tools/verify_checkpoint.py checkpoints/olmo-hybrid-7b --against Olmo-Hybrid-7B
+
+Exit status 0: all is well; 1: something is not, each on a line of its own.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from megatron_hybrid.convert.verify import verify
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; see --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder with index.json")
+    parser.add_argument("--against", type=Path, metavar="HF_DIR", help="compare every tensor with this folder's")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    a = parse_arguments(argv)
+    try:
+        with Progress(console=Console(stderr=True), disable=a.quiet) as bar:
+            size = sum(path.stat().st_size for path in a.checkpoint.glob("*.safetensors"))
+            task = bar.add_task("verifying", total=2 * size)
+            verdict = verify(a.checkpoint, a.against, lambda count: bar.advance(task, count))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for problem in verdict.problems:
+        print(f"wrong: {problem}", file=sys.stderr)
+    compared = f", {verdict.compared} compared" if a.against else ""
+    compared += f" ({verdict.rounded} in the narrower of two types)" if verdict.rounded else ""
+    state = f"{len(verdict.problems)} problems" if verdict.problems else "all is well"
+    print(
+        f"{a.checkpoint}: {verdict.files} files, {verdict.tensors} tensors, {verdict.nbytes / 1e9:.2f} GB{compared}: {state}"
+    )
+    return 1 if verdict.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
