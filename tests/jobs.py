@@ -1,5 +1,6 @@
 """What tests run on ranks (tests/ranks.py): plain functions of plain arguments."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
-from megatron_hybrid.config.run import CheckpointConfig
+from megatron_hybrid.config.run import CheckpointConfig, RunConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.parallel.launch import Launch, start_distributed
 from megatron_hybrid.train.engine import MegatronEngine
@@ -49,7 +50,7 @@ def curve(
     load: str | None = None,
     save: str | None = None,
     async_save: bool = False,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
 ) -> dict:
     """Train steps [start, steps) and return losses, gradient norms and this rank's parameters; load before, save after."""
     engine = make_engine(model, parallel, train)
@@ -94,3 +95,47 @@ def logits_and_gradients(model: dict, tensors: dict[str, torch.Tensor], tokens: 
         for piece in pieces
     }
     return {"logits": logits.detach(), "gradients": gradients}
+
+
+def pretrain_run(config: dict) -> dict:
+    """A whole run by the trainer; where it stands at the end, and its parameters and moments."""
+    from megatron_hybrid.train.trainer import Trainer
+
+    run = RunConfig(**config)
+    groups = start_distributed(Launch.from_environment(), run.parallel, run.train.seed)
+    with Trainer(run, Launch.from_environment(), groups) as trainer:
+        progress = asdict(trainer.run())
+        return {"progress": progress, "window": trainer.skip.state_dict()} | everything(trainer.engine)
+
+
+def everything(engine: MegatronEngine) -> dict:
+    """Copies of this rank's parameters and optimizer state."""
+    shards = engine.optimizer.shards()
+    named = list(engine.layout.parameters(engine.chunks))
+    return {
+        "parameters": {name: p.detach().clone() for name, p, _ in named},
+        "moments": {f"{name}.{s}": v.clone() for name, p, _ in named if p in shards for s, v in shards[p].states.items()},
+    }
+
+
+def step_with_bad_gradient(model: dict, parallel: dict, train: dict, value: float, bad_rank: int) -> dict:
+    """A good step, then one where a rank's gradient of one parameter is not finite, then a good one."""
+    from megatron_hybrid.train.skip_step import SkipStep
+
+    engine = make_engine(model, parallel, train)
+    config, skip = ModelConfig(**model), SkipStep(TrainConfig(**train).skip_step)
+    states, reasons, norms = [], [], []
+    for step in range(3):
+        poison = step == 1 and torch.distributed.get_rank() == bad_rank
+        victim = next(p for name, p in engine.chunks[0].named_parameters() if "in_proj" in name)
+        hook = victim.register_hook(lambda gradient: gradient.clone().fill_(value)) if poison else None
+        batches = batches_of(engine, samples_of_step(step, train["global_batch_size"], config.vocab_size), 1)
+        losses = engine.forward_backward(batches)
+        if hook:
+            hook.remove()
+        norms.append(engine.gradient_norm())
+        reasons.append(skip.should_skip(losses.loss, norms[-1]))
+        if reasons[-1] is None:
+            engine.update(1e-3, norms[-1])
+        states.append(everything(engine))
+    return {"states": states, "reasons": reasons, "norms": norms}

@@ -5,6 +5,7 @@ whole q and k projections that tensor parallel ranks share.
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import nn
 
 
@@ -81,6 +82,8 @@ class QKNorm(nn.Module):
         super().__init__()
         self.true_widths, self.eps, self.group = true_widths, eps, group
         self.q_weight, self.k_weight = (_ones(width, config) for width in local_widths)
+        for weight in (self.q_weight, self.k_weight):  # so that the gradient norm counts every rank's part
+            set_tensor_model_parallel_attributes(weight, True, 0, 1)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q [..., local q width], k [..., local k width] -> the same, normalised."""

@@ -77,7 +77,7 @@ def one_rank(_pool):
     """The curve of one rank, by layer pattern: what every layout is compared with."""
     curves = {pattern: run(_pool(), 1, pattern, layout(), steps=20)[0] for pattern in (SHALLOW, DEEP)}
     for result in curves.values():
-        assert result["losses"][-1] < result["losses"][0] - 0.002, "it learns something"
+        assert result["losses"][-1] < result["losses"][0] - 0.01, "it learns something"
     return curves
 
 

@@ -1,0 +1,72 @@
+"""Pieces of parameters, and flattened ranges of them, against plain indexing."""
+
+import pytest
+import torch
+
+from megatron_hybrid.checkpoint.collect import _select, range_of_piece
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.presets import olmo_hybrid_7b, olmo_hybrid_tiny
+from megatron_hybrid.config.tensors import TensorSpec, model_tensors
+from megatron_hybrid.model.gated_delta_net import PackedWidths
+from megatron_hybrid.model.param_layout import ParamLayout, Piece
+
+
+@pytest.mark.parametrize(
+    ("shape", "at", "size"),
+    [((7,), (2,), (4,)), ((6, 5), (1, 0), (3, 5)), ((6, 5), (0, 0), (6, 3)), ((6, 5), (2, 1), (3, 3)), ((4, 4), (0, 0), (4, 4))],
+)
+def test_every_range_of_a_parameter_meets_its_piece_where_indexing_says(shape, at, size):
+    piece = Piece(TensorSpec("t", size, "matrix"), (0,) * len(size), size, at)
+    parameter = torch.arange(torch.Size(shape).numel()).view(shape)
+    inside = piece.view(parameter).flatten().tolist()
+    for start in range(parameter.numel()):
+        for stop in range(start + 1, parameter.numel() + 1):
+            expected = [value for value in inside if start <= value < stop]
+            lo, hi = range_of_piece(piece, shape, start, stop)
+            assert inside[lo:hi] == expected
+            assert _select(piece, shape, start, parameter.view(-1)[start:stop]).tolist() == expected
+
+
+def parameter_shapes(model: ModelConfig, tp: int) -> dict[str, tuple[int, ...]]:
+    """Local parameter shapes of one G and one A layer, as the modules make them."""
+    layout = ParamLayout(model, 0, tp)
+    widths, d, h, sizes = PackedWidths.of(model, tp), model.attention_head_dim, model.hidden_size, layout.sizes
+    q, kv = sizes.num_attention_heads * d // tp, sizes.num_key_value_heads * d // tp
+    return {
+        "embedding.word_embeddings.weight": (sizes.vocab_size // tp, h),
+        "output_layer.weight": (sizes.vocab_size // tp, h),
+        "decoder.layers.0.self_attention.in_proj.weight": (widths.total, h),
+        "decoder.layers.0.self_attention.conv_weight": (widths.conv, 4),
+        "decoder.layers.0.self_attention.A_log": (widths.a,),
+        "decoder.layers.0.self_attention.out_proj.weight": (h, widths.v),
+        "decoder.layers.0.mlp.linear_fc1.weight": (2 * model.ffn_hidden_size // tp, h),
+        "decoder.layers.0.mlp.linear_fc2.weight": (h, model.ffn_hidden_size // tp),
+        "decoder.layers.3.self_attention.linear_qkv.weight": (q + 2 * kv, h),
+        "decoder.layers.3.self_attention.qk_norm.q_weight": (q,),
+        "decoder.layers.3.self_attention.linear_proj.linear.weight": (h, q),
+    }
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("preset", [olmo_hybrid_7b, olmo_hybrid_tiny])
+def test_the_ranks_pieces_tile_each_tensor_once(preset, tp):
+    model = preset()
+    if tp > model.num_attention_heads:
+        pytest.skip("more ranks than heads")
+    held = dict.fromkeys(model_tensors(model), 0)
+    for name, shape in parameter_shapes(model, tp).items():
+        for rank in range(tp):
+            parameter = torch.empty(shape, device="meta")
+            for piece in ParamLayout(model, rank, tp).pieces(name, 0, parameter):
+                assert piece.view(parameter).shape == piece.shape, "the piece lies inside the parameter"
+                assert all(o + n <= total for o, n, total in zip(piece.offset, piece.shape, piece.tensor.shape, strict=True))
+                held[piece.tensor.name] += torch.Size(piece.shape).numel()
+    for name, count in held.items():
+        if count:
+            assert count == model_tensors(model)[name].numel, name
+    assert sum(count > 0 for count in held.values()) >= 20
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_every_rank_of_the_7b_has_an_aligned_in_proj(tp):
+    assert PackedWidths.of(olmo_hybrid_7b(), tp).total % 16 == 0

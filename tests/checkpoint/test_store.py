@@ -1,0 +1,159 @@
+"""Checkpoint folders: written whole or not at all, read back box by box, refused when damaged."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, read_index
+from megatron_hybrid.checkpoint.manager import CheckpointManager, complete_checkpoints, find_checkpoint
+from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, write_rank
+from megatron_hybrid.config.run import CheckpointConfig
+
+STATE = {"step": 7}
+
+
+def split(tensor: torch.Tensor, parts: int, name: str, rng: random.Random) -> list[SavedShard]:
+    """The tensor cut into row blocks, some of which are flattened and cut again anywhere."""
+    shards, cuts = [], sorted(rng.sample(range(1, tensor.shape[0]), parts - 1))
+    for start, stop in zip([0, *cuts], [*cuts, tensor.shape[0]], strict=True):
+        block = tensor[start:stop]
+        offset, shape = (start, *(0,) * (tensor.dim() - 1)), tuple(block.shape)
+        if rng.random() < 0.5 or block.numel() < 3:
+            shards.append(SavedShard(name, tuple(tensor.shape), offset, shape, block))
+        else:
+            ends = [0, *sorted(rng.sample(range(1, block.numel()), 2)), block.numel()]
+            shards += [
+                SavedShard(name, tuple(tensor.shape), offset, shape, block.flatten()[lo:hi], (lo, hi))
+                for lo, hi in zip(ends, ends[1:], strict=False)
+            ]
+    return shards
+
+
+def write(root, step: int, shards_by_rank: list[list[SavedShard]]):
+    folder, target = root / f".saving-step-{step:08d}", root / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    for rank, shards in enumerate(shards_by_rank):
+        write_rank(folder, rank, shards, {"rng": torch.arange(3) + rank})
+    finish(folder, target, Index({"m": 1}, {}, STATE), len(shards_by_rank), timeout_s=1)
+    return target
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    value = torch.arange(60.0).view(12, 5)
+    return write(tmp_path, 7, [[SavedShard("w", (12, 5), (0, 0), (12, 5), value)]])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_box_of_a_tensor_cut_anyhow(seed, tmp_path):
+    rng = random.Random(seed)
+    tensors = {"a": torch.randn(13, 7), "b": torch.randn(31), "c": torch.randn(8, 4).bfloat16()}
+    shards = [s for n, t in tensors.items() for s in split(t, rng.randint(2, 5), n, rng)]
+    rng.shuffle(shards)
+    folder = write(tmp_path, seed, [shards[::2], shards[1::2]])
+    with CheckpointReader(folder) as reader:
+        for name, tensor in tensors.items():
+            assert torch.equal(reader.read(name), tensor)
+            for _ in range(10):
+                at = tuple(rng.randrange(n) for n in tensor.shape)
+                size = tuple(rng.randint(1, n - o) for n, o in zip(tensor.shape, at, strict=True))
+                expected = tensor[tuple(slice(o, o + k) for o, k in zip(at, size, strict=True))]
+                found = reader.read(name, (at, size))
+                assert torch.equal(found, expected) and found.dtype == tensor.dtype
+        assert reader.index.state == STATE
+        assert reader.local_tensors(1)["rng"].tolist() == [1, 2, 3]
+
+
+def test_a_part_that_is_missing_is_not_committed(tmp_path):
+    half = SavedShard("w", (12, 5), (0, 0), (6, 5), torch.zeros(6, 5))
+    with pytest.raises(CheckpointError, match=r"w holds 30 values of 60"):
+        write(tmp_path, 3, [[half]])
+    assert complete_checkpoints(tmp_path) == []
+
+
+def test_a_rank_that_never_writes_is_named(tmp_path):
+    folder = tmp_path / ".saving"
+    folder.mkdir()
+    write_rank(folder, 0, [], {"x": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="rank-00001.*disk full"):
+        finish(folder, tmp_path / "step-00000001", Index({}, {}, {}), 2, timeout_s=0.1)
+
+
+def corrupt_json(path, change):
+    data = json.loads((path / INDEX).read_text())
+    change(data)
+    (path / INDEX).write_text(json.dumps(data))
+
+
+DAMAGES = {
+    "no index": (lambda p: (p / INDEX).unlink(), "has no index.json"),
+    "torn index": (lambda p: (p / INDEX).write_text((p / INDEX).read_text()[:100]), "damaged"),
+    "another format": (lambda p: corrupt_json(p, lambda d: d.update(format="x/9")), "this version reads"),
+    "file gone": (lambda p: (p / "rank-00000.safetensors").unlink(), "no file"),
+    "file short": (lambda p: (p / "rank-00000.safetensors").write_bytes(b"12345"), "5 bytes"),
+    "path outside": (
+        lambda p: corrupt_json(p, lambda d: d["tensors"]["w"]["shards"][0].update(file="../x.safetensors")),
+        "not the name of a safetensors file",
+    ),
+    "shard outside": (
+        lambda p: corrupt_json(p, lambda d: d["tensors"]["w"]["shards"][0].update(offset=[1, 0])),
+        "outside the tensor",
+    ),
+    "not an object": (lambda p: (p / INDEX).write_text("[]"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(damage, checkpoint):
+    work, message = DAMAGES[damage]
+    work(checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        read_index(checkpoint)
+
+
+def test_reading_what_is_not_there(checkpoint):
+    with CheckpointReader(checkpoint) as reader:
+        with pytest.raises(CheckpointError, match="no tensor x"):
+            reader.read("x")
+        with pytest.raises(CheckpointError, match="nothing lies at"):
+            reader.read("w", ((11, 0), (2, 5)))
+
+
+def test_finding_where_to_start(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    assert find_checkpoint("auto", root) is None
+    one = [[SavedShard("w", (2,), (0,), (2,), torch.zeros(2))]]
+    first, second = write(root, 5, one), write(root, 10, one)
+    (root / ".saving-step-00000015").mkdir()
+    (root / "step-00000020").mkdir()  # no index: not complete
+    assert find_checkpoint("auto", root) == second
+    assert find_checkpoint("none", root) is None
+    assert find_checkpoint(str(first), root) == first
+    assert find_checkpoint(str(tmp_path / "run"), root) == second
+    with pytest.raises(CheckpointError, match="no complete checkpoint there"):
+        find_checkpoint(str(tmp_path / "elsewhere"), root)
+
+
+def test_what_is_kept(tmp_path):
+    one = [[SavedShard("w", (2,), (0,), (2,), torch.zeros(2))]]
+    for step in range(10, 80, 10):
+        write(tmp_path, step, one)
+    manager = CheckpointManager.__new__(CheckpointManager)
+    manager.root, manager.config = tmp_path, CheckpointConfig(interval=10, keep_last=2, keep_every=30)
+    manager._tidy()
+    assert [p.name[-2:] for p in complete_checkpoints(tmp_path)] == ["30", "60", "70"]
+
+
+def test_an_error_in_the_background_reaches_the_training_loop():
+    writes = AsyncWrites()
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    writes.start(fail)
+    with pytest.raises(OSError, match="No space left"):
+        writes.wait()
+    writes.wait()  # raised once

@@ -1,0 +1,66 @@
+"""Stopping and going on: bit for bit under the same layout, the same curve under another."""
+
+import pytest
+import torch
+
+from tests import jobs
+from tests.distributed.test_same_curve import DEEP, MODEL, SHALLOW, TRAIN, assert_same, layout, run
+from tests.distributed.test_same_curve import one_rank as one_rank  # noqa: F401 - a fixture
+
+SAME = {
+    "one rank": (1, layout(), {}),
+    "one rank, bf16": (1, layout(), {"dtype": "bf16"}),
+    "DP2, plain optimizer, bf16": (2, layout(distributed_optimizer=False), {"dtype": "bf16"}),
+    "TP2, PP2": (4, layout(2, 2), {}),
+    "DP4, bf16, written in the background": (4, layout(), {"dtype": "bf16", "async_save": True}),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_same_layout_is_bit_identical(name, ranks, tmp_path):
+    count, parallel, more = SAME[name]
+    train = TRAIN | {"dtype": more.get("dtype", "fp32")}
+    common = dict(model=MODEL | {"layer_pattern": SHALLOW}, parallel=parallel, train=train)
+    straight = ranks.run(jobs.curve, count, steps=6, **common)
+    first = ranks.run(
+        jobs.curve, count, steps=3, save=str(tmp_path), async_save=more.get("async_save", False), **common
+    )
+    second = ranks.run(jobs.curve, count, start=3, steps=6, load=first[0]["path"], **common)
+    for one, a, b in zip(straight, first, second, strict=True):
+        assert a["losses"] + b["losses"] == one["losses"]
+        assert a["norms"] + b["norms"] == one["norms"]
+        assert one["updates"] == b["updates"] == 6
+        for parameter, value in one["parameters"].items():
+            assert torch.equal(value, b["parameters"][parameter]), parameter
+
+
+FROM = {"TP2, PP2": (4, layout(2, 2)), "TP4, padded": (4, layout(4)), "DP2, plain": (2, layout(distributed_optimizer=False))}
+TO = {
+    "one rank": (1, layout()),
+    "TP4, padded heads": (4, layout(4)),
+    "PP4, VPP2": (4, layout(pp=4, vpp=2)),
+    "TP2, DP2": (4, layout(2)),
+    "DP4": (4, layout()),
+    "DP2, plain optimizer": (2, layout(distributed_optimizer=False)),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(_pool, tmp_path_factory):
+    """A checkpoint of step 10, by the layout that wrote it."""
+    folders = {}
+    for name, (count, parallel) in FROM.items():
+        folder = tmp_path_factory.mktemp("saved")
+        folders[name] = run(_pool(), count, DEEP, parallel, steps=10, save=str(folder))[0]["path"]
+    return folders
+
+
+PAIRS = [("TP2, PP2", to) for to in TO] + [(s, t) for s in list(FROM)[1:] for t in ("one rank", "TP2, DP2")]
+
+
+@pytest.mark.parametrize(("source", "to"), PAIRS)
+def test_another_layout_goes_on_with_the_same_curve(source, to, ranks, saved, one_rank):  # noqa: F811
+    count, parallel = TO[to]
+    expected = {what: one_rank[DEEP][what][10:] for what in ("losses", "norms")}
+    for result in run(ranks, count, DEEP, parallel, start=10, steps=20, load=saved[source]):
+        assert_same(result, expected)

@@ -1,0 +1,106 @@
+"""The training loop on two ranks: what it writes, that it resumes bit for bit, that a bad step changes nothing."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_hybrid.checkpoint.manager import complete_checkpoints
+from tests import jobs
+
+MODEL = dict(
+    layer_pattern="GA",
+    hidden_size=32,
+    ffn_hidden_size=64,
+    vocab_size=97,
+    num_attention_heads=2,
+    gdn=dict(num_key_heads=2, num_value_heads=2, key_head_dim=8, value_head_dim=16),
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run of 6 steps on learnable tokens, evaluated and saved every 3."""
+    rng = np.random.default_rng(0)
+    tokens = np.cumsum(rng.integers(0, 3, 20_000)) % 97
+    tokens.astype("uint16").tofile(tmp_path / "tokens.npy")
+    source = [{"path": str(tmp_path / "tokens.npy")}]
+    return dict(
+        run_dir=str(tmp_path / "run"),
+        model=MODEL,
+        data=dict(train=source, validation=source, sequence_length=16),
+        train=dict(
+            steps=6,
+            global_batch_size=8,
+            micro_batch_size=2,
+            dtype="fp32",
+            eval_interval=3,
+            eval_batches=2,
+            optimizer=dict(lr=3e-3),
+            schedule=dict(warmup_steps=2),
+            batch_ramp=dict(start=4, increment=4, samples=16),
+        ),
+        checkpoint=dict(interval=3),
+        logging=dict(plot_interval=0),
+    )
+
+
+def metrics(config) -> list[dict]:
+    with open(f"{config['run_dir']}/metrics.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def test_a_run_leaves_what_it_should(ranks, config, tmp_path):
+    results = ranks.run(jobs.pretrain_run, 2, config=config)
+    assert results[0]["progress"] == {"step": 6, "samples": 32, "updates": 6}
+    lines = metrics(config)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["batch_size"] for line in lines] == [4, 4, 4, 4, 8, 8], "the ramp"
+    assert [line["lr"] for line in lines][:2] == [1.5e-3, 3e-3], "the warm-up"
+    assert lines[-1]["tokens"] == 32 * 16 and lines[-1]["tokens_per_s"] > 0 and lines[-1]["tflops"] > 0
+    assert abs(lines[0]["loss"] - math.log(97)) < 0.1 and lines[-1]["loss"] < lines[0]["loss"]
+    assert abs(lines[0]["z_loss"] - math.log(97) ** 2) < 0.5
+    assert [line["step"] for line in lines if line.get("eval_loss")] == [3, 6]
+    run = tmp_path / "run"
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "tensorboard", "checkpoints"} <= {p.name for p in run.iterdir()}
+    assert [p.name for p in complete_checkpoints(run / "checkpoints")] == ["step-00000003", "step-00000006"]
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(ranks, config, tmp_path):
+    straight = ranks.run(jobs.pretrain_run, 2, config=config | {"run_dir": str(tmp_path / "straight")})
+    half = config | {"train": config["train"] | {"steps": 3, "schedule": {"warmup_steps": 2, "decay_steps": 6}}}
+    ranks.run(jobs.pretrain_run, 2, config=half)
+    resumed = ranks.run(jobs.pretrain_run, 2, config=config)
+    for one, other in zip(straight, resumed, strict=True):
+        assert one["progress"] == other["progress"] and one["window"] == other["window"]
+        for what in ("parameters", "moments"):
+            assert one[what].keys() == other[what].keys()
+            for name, value in one[what].items():
+                assert torch.equal(value, other[what][name]), name
+    expected, found = metrics(config | {"run_dir": str(tmp_path / "straight")}), metrics(config)
+    for key in ("step", "loss", "z_loss", "grad_norm", "lr", "tokens", "batch_size"):
+        assert [line[key] for line in found] == [line[key] for line in expected], key
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("parallel", [dict(), dict(tensor_parallel_size=2), dict(distributed_optimizer=False)])
+def test_a_gradient_that_is_not_finite_changes_nothing(ranks, value, parallel):
+    train = dict(steps=3, global_batch_size=4, dtype="fp32")
+    for result in ranks.run(
+        jobs.step_with_bad_gradient, 2, model=MODEL, parallel=parallel, train=train, value=value, bad_rank=0
+    ):
+        before, bad, after = result["states"]
+        assert [reason is None for reason in result["reasons"]] == [True, False, True]
+        assert not math.isfinite(result["norms"][1])
+        for what in ("parameters", "moments"):
+            assert all(torch.equal(before[what][name], bad[what][name]) for name in before[what]), "bit-unchanged"
+            assert any(not torch.equal(bad[what][name], after[what][name]) for name in after[what]), "and then it goes on"
+
+
+def test_another_models_checkpoint_is_refused(ranks, config):
+    ranks.run(jobs.pretrain_run, 1, config=config)
+    wider = config | {"model": MODEL | {"ffn_hidden_size": 96}}
+    with pytest.raises(AssertionError, match=r"model.ffn_hidden_size is 64 there and 96 in this run"):
+        ranks.run(jobs.pretrain_run, 1, config=wider)
