@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import Choice, choose, has_module, missing_for_triton
+from ..dispatch import Choice, choose, has_module, missing_for_triton, triton_interpreted
 from .reference import gated_delta_rule_torch
 
 __all__ = ["explain", "gated_delta_rule"]
@@ -48,10 +48,10 @@ def gated_delta_rule(
         scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
     )
     choice = explain(q, k, v, g, beta, backend=backend, **options)
-    if choice.backend == "triton":
+    if choice.backend in ("hopper", "triton"):
         from .triton_op import gated_delta_rule_triton
 
-        return gated_delta_rule_triton(q, k, v, g, beta, save=save, **options)
+        return gated_delta_rule_triton(q, k, v, g, beta, save=save, hopper=choice.backend == "hopper", **options)
     if choice.backend == "fla":
         from .peer import gated_delta_rule_fla
 
@@ -62,6 +62,7 @@ def gated_delta_rule(
 def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choice:
     """Which backend a call would run, and why; takes the arguments of `gated_delta_rule`."""
     backends = {
+        "hopper": lambda: _missing_for_hopper(q, v),
         "triton": lambda: _missing_for_triton(q, v),
         "fla": lambda: _missing_for_fla(v),
         "torch": lambda: None,
@@ -73,6 +74,17 @@ def _missing_for_triton(q: torch.Tensor, v: torch.Tensor) -> str | None:
     lack = missing_for_triton(q, v)
     if lack is None:
         from .triton_op import missing
+
+        lack = missing(q, v)
+    return lack
+
+
+def _missing_for_hopper(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    lack = _missing_for_triton(q, v)
+    if lack is None and triton_interpreted():
+        lack = "Triton's interpreter does not run Gluon"
+    if lack is None:
+        from .gluon_op import missing
 
         lack = missing(q, v)
     return lack

@@ -4,6 +4,7 @@ Forward: prepare (chunk-parallel), then one scan that also writes o. Backward: w
 scan, then one chunk-parallel kernel for dq, dk, dg and dbeta. Every sum has a fixed order.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,12 @@ class Chunks:
         return cls(n, length, count, cu, first, document.to(torch.int32))
 
 
+    def states_like(self, v: torch.Tensor, key_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for every chunk's incoming S^T [chunks, H, V, K] and its new values [chunks, H, V, 64]."""
+        heads, dim = v.shape[2:]
+        return v.new_empty(self.count, heads, dim, key_dim), v.new_empty(self.count, heads, dim, CHUNK)
+
+
 @dataclass(frozen=True)
 class Scores:
     """What `prepare_kernel` writes: A, P [chunks, H, 64, 64] and G [chunks, H, 64] in units of log 2."""
@@ -79,18 +86,12 @@ def prepare(q, k, g, beta, scale, chunks: Chunks, varlen: bool) -> Scores:
     return out
 
 
-def states_like(v, key_dim, chunks: Chunks) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for every chunk's incoming S^T [chunks, H, V, K] and its new values [chunks, H, V, 64]."""
-    heads, dim = v.shape[2:]
-    return v.new_empty(chunks.count, heads, dim, key_dim), v.new_empty(chunks.count, heads, dim, CHUNK)
-
-
 def forward_scan(q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output, final, states):
     """The scan from the first chunk to the last, for any of o, the final state, and (states, new_values)."""
     (heads, dim_v), dim_k = v.shape[2:], k.shape[3]
     o = torch.empty_like(v) if output else None
     end = v.new_empty(chunks.sequences, heads, dim_k, dim_v, dtype=torch.float32) if final else None
-    kept = states_like(v, dim_k, chunks) if states else (None, None)
+    kept = chunks.states_like(v, dim_k) if states else (None, None)
     forward_scan_kernel[(dim_v // 64, chunks.sequences * heads)](
         q, k, v, scores.A, scores.P, scores.G, _or(o, v), _or(kept[0], v), _or(kept[1], v), _or(initial, v),
         _or(end, v), chunks.cu, chunks.first, scale, chunks.length, chunks.per_row,
@@ -100,34 +101,38 @@ def forward_scan(q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output,
     return o, end, kept
 
 
-def reverse_scan(q, k, do, scores, dfinal, cu_seqlens, scale, chunks, *, dinitial):
-    """The scan from the last chunk to the first: dv, the gradient of every chunk's outgoing state, and dinitial."""
+def backward_scans(q, k, v, do, scores, initial, dfinal, cu_seqlens, scale, chunks, kept):
+    """(states, new_values) if they were not kept, dv, the gradient of every chunk's outgoing state, and dinitial."""
     (heads, dim_v), dim_k = do.shape[2:], k.shape[3]
-    dv = torch.empty_like(do)
-    dstates = do.new_empty(chunks.count, heads, dim_v, dim_k)
-    start = do.new_empty(chunks.sequences, heads, dim_k, dim_v, dtype=torch.float32) if dinitial else None
+    if kept[0] is None:
+        kept = forward_scan(
+            q, k, v, scores, initial, cu_seqlens, scale, chunks, output=False, final=False, states=True
+        )[2]
+    dv, dstates = torch.empty_like(do), torch.empty_like(kept[0])
+    dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
     reverse_scan_kernel[(dim_v // 64, chunks.sequences * heads)](
-        q, k, do, scores.A, scores.P, scores.G, dv, dstates, _or(dfinal, do), _or(start, do), chunks.cu, chunks.first,
-        scale, chunks.length, chunks.per_row, H=heads, HK=k.shape[2], K=dim_k, V=dim_v,
-        VARLEN=cu_seqlens is not None, WITH_FINAL=dfinal is not None, WITH_INITIAL=dinitial, **scan_options(dim_k),
+        q, k, do, scores.A, scores.P, scores.G, dv, dstates, _or(dfinal, do), _or(dinitial, do), chunks.cu,
+        chunks.first, scale, chunks.length, chunks.per_row, H=heads, HK=k.shape[2], K=dim_k, V=dim_v,
+        VARLEN=cu_seqlens is not None, WITH_FINAL=dfinal is not None, WITH_INITIAL=initial is not None,
+        **scan_options(dim_k),
     )  # fmt: skip
-    return dv, dstates, start
+    return kept, dv, dstates, dinitial
 
 
 class GatedDeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save):
+    def forward(ctx, q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save, hopper):
         q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
         initial = initial if initial is None else initial.contiguous()
         chunks = Chunks.of(v, cu_seqlens)
         scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
-        o, final, kept = forward_scan(
+        o, final, kept = _scans(hopper).forward_scan(
             q, k, v, scores, initial, cu_seqlens, scale, chunks, output=True, final=output_final,
             states=save == "states",
         )  # fmt: skip
         kept_scores = (None,) * 3 if save == "inputs" else (scores.A, scores.P, scores.G)
         ctx.save_for_backward(q, k, v, g, beta, initial, cu_seqlens, *kept_scores, *kept)
-        ctx.scale = scale
+        ctx.scale, ctx.hopper = scale, hopper
         ctx.set_materialize_grads(False)
         return o, final
 
@@ -141,12 +146,8 @@ class GatedDeltaRule(torch.autograd.Function):
         scores = Scores(A, P, G)
         if A is None:
             scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
-        if kept[0] is None:
-            kept = forward_scan(
-                q, k, v, scores, initial, cu_seqlens, scale, chunks, output=False, final=False, states=True
-            )[2]
-        dv, dstates, dinitial = reverse_scan(
-            q, k, do, scores, dfinal, cu_seqlens, scale, chunks, dinitial=initial is not None
+        kept, dv, dstates, dinitial = _scans(ctx.hopper).backward_scans(
+            q, k, v, do, scores, initial, dfinal, cu_seqlens, scale, chunks, kept
         )
         dq, dk = (k.new_empty(*k.shape[:2], heads, dim_k) for _ in range(2))
         dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
@@ -159,7 +160,16 @@ class GatedDeltaRule(torch.autograd.Function):
             dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3) for x in (dq, dk))
         if dinitial is not None:
             dinitial = dinitial.to(initial.dtype)
-        return dq, dk, dv, dg, dbeta, dinitial, None, None, None, None
+        return dq, dk, dv, dg, dbeta, dinitial, None, None, None, None, None
+
+
+def _scans(hopper: bool):
+    """The module whose scans to launch."""
+    if hopper:
+        from . import gluon_op
+
+        return gluon_op
+    return sys.modules[__name__]
 
 
 def prepare_options() -> dict:
@@ -180,10 +190,11 @@ def _or(tensor: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
 
 
 def gated_delta_rule_triton(
-    q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, save="scores"
+    q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, save="scores",
+    hopper=False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Arguments and results: `gated_delta_rule`."""
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     return GatedDeltaRule.apply(
-        q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, save
+        q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, save, hopper
     )

@@ -1,0 +1,68 @@
+"""Launches of the Hopper scans (gluon_scan): the functions of the same names in triton_op, faster."""
+
+import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .gluon_scan import backward_scans_kernel, forward_scan_kernel, shared
+
+OPTIONS = dict(num_warps=4)
+
+
+def missing(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """What this backend lacks for a call that "triton" can run, or None."""
+    if not v.is_cuda or torch.cuda.get_device_capability(v.device) != (9, 0):
+        return "it needs a Hopper GPU (compute capability 9.0)"
+    if v.dtype != torch.bfloat16:
+        return f"it takes bf16, not {v.dtype}"
+    if q.shape[-1] not in (64, 96, 128):
+        return f"key_head_dim {q.shape[-1]} is none of 64, 96, 128"
+    if v.shape[0] * v.shape[1] >= 2**31:
+        return "token numbers must fit in 32 bits"
+    return None
+
+
+def _matrix(x: torch.Tensor, cols: int, width: int = 64) -> TensorDescriptor:
+    """x as rows of `cols` elements, copied in boxes of 64 by `width`."""
+    return TensorDescriptor(x, [x.numel() // cols, cols], [cols, 1], [64, width], shared(width))
+
+
+def _keyed(x: torch.Tensor, cols: int, dim: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Boxes of 64 columns, and of what is left of `dim` beyond the last 64 (or 64 again)."""
+    return _matrix(x, cols), _matrix(x, cols, dim % 64 or 64)
+
+
+def forward_scan(q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output, final, states):
+    (heads, dim_v), (key_heads, dim_k) = v.shape[2:], k.shape[2:]
+    o = torch.empty_like(v) if output else None
+    end = v.new_empty(chunks.sequences, heads, dim_k, dim_v, dtype=torch.float32) if final else None
+    kept = chunks.states_like(v, dim_k) if states else (None, None)
+    wide = _matrix(v, heads * dim_v)
+    keyed = [*_keyed(q, key_heads * dim_k, dim_k), *_keyed(k, key_heads * dim_k, dim_k)]
+    kept_desc = [*_keyed(kept[0], dim_k, dim_k), _matrix(kept[1], 64)] if states else [wide, wide, wide]
+    forward_scan_kernel[(dim_v // 64, chunks.sequences * heads)](
+        *keyed, wide, _matrix(scores.A, 64), _matrix(scores.P, 64), _matrix(o, heads * dim_v) if output else wide,
+        *kept_desc, scores.G, o if output else v, v if initial is None else initial, v if end is None else end,
+        chunks.cu, chunks.first, scale, chunks.length, chunks.per_row, H=heads, HK=key_heads, K=dim_k, V=dim_v,
+        VARLEN=cu_seqlens is not None, WITH_INITIAL=initial is not None, WITH_FINAL=final, WITH_OUTPUT=output,
+        WITH_STATES=states, **OPTIONS,
+    )  # fmt: skip
+    return o, end, kept
+
+
+def backward_scans(q, k, v, do, scores, initial, dfinal, cu_seqlens, scale, chunks, kept):
+    (heads, dim_v), (key_heads, dim_k) = v.shape[2:], k.shape[2:]
+    recompute = kept[0] is None
+    if recompute:
+        kept = chunks.states_like(v, dim_k)
+    dv, dstates = torch.empty_like(do), torch.empty_like(kept[0])
+    dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
+    backward_scans_kernel[(dim_v // 64, chunks.sequences * heads * (2 if recompute else 1))](
+        *_keyed(q, key_heads * dim_k, dim_k), *_keyed(k, key_heads * dim_k, dim_k), _matrix(v, heads * dim_v),
+        _matrix(do, heads * dim_v), _matrix(scores.A, 64), _matrix(scores.P, 64), _matrix(dv, heads * dim_v),
+        *_keyed(kept[0], dim_k, dim_k), _matrix(kept[1], 64), *_keyed(dstates, dim_k, dim_k), scores.G, dv,
+        v if initial is None else initial, v if dfinal is None else dfinal, v if dinitial is None else dinitial,
+        chunks.cu, chunks.first, scale, chunks.length, chunks.per_row, H=heads, HK=key_heads, K=dim_k, V=dim_v,
+        VARLEN=cu_seqlens is not None, WITH_INITIAL=initial is not None, WITH_FINAL=dfinal is not None,
+        RECOMPUTE=recompute, **OPTIONS,
+    )  # fmt: skip
+    return kept, dv, dstates, dinitial

@@ -1,0 +1,416 @@
+"""The two scans of triton_scan for Hopper, in Gluon: the same mathematics, with copies and products in flight by hand.
+
+Triton's compiler waits for every product of the chain and issues its copies late. Here tiles arrive by the bulk copy
+engine two chunks deep, independent products overlap, and stores leave through shared memory while the next products
+run. Four warps, one warpgroup: S^T [64 values, K] and every left operand stay in registers.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..triton_support import tile_count, tile_width
+
+
+@gluon.constexpr_function
+def mma(width):
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width, 16])
+
+
+@gluon.constexpr_function
+def operand(width):
+    return gl.DotOperandLayout(operand_index=0, parent=mma(width), k_width=2)
+
+
+@gluon.constexpr_function
+def shared(width):
+    return gl.NVMMASharedLayout.get_default_for([64, width], gl.bfloat16)
+
+
+@gluon.jit
+def exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _buffers(STAGES: gl.constexpr, DIM: gl.constexpr):
+    tiles = ()
+    for i in gl.static_range(tile_count(DIM)):
+        tiles = tiles + (gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, tile_width(DIM, i)], shared(tile_width(DIM, i))),)
+    return tiles
+
+
+@gluon.jit
+def _barriers(DIM: gl.constexpr):
+    """A barrier for each tile and stage, each tile's of its own: the compiler synchronizes what shares memory."""
+    bars = ()
+    for i in gl.static_range(tile_count(DIM)):
+        bar = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(2):
+            mbarrier.init(bar.index(stage), count=1)
+        bars = bars + (bar,)
+    return bars
+
+
+@gluon.jit
+def _expect(bars, stage, pred, DIM: gl.constexpr):
+    for i in gl.static_range(tile_count(DIM)):
+        mbarrier.expect(bars[i].index(stage), 128 * tile_width(DIM, i), pred=pred)
+
+
+@gluon.jit
+def _await(bars, stage, phase, DIM: gl.constexpr):
+    for i in gl.static_range(tile_count(DIM)):
+        mbarrier.wait(bars[i].index(stage), phase)
+
+
+@gluon.jit
+def _fetch(wide, narrow, row, col, buffers, bars, stage, pred, DIM: gl.constexpr):
+    for i in gl.static_range(tile_count(DIM)):
+        bar, to = bars[i].index(stage), buffers[i].index(stage)
+        if tile_width(DIM, i) == 64:
+            tma.async_copy_global_to_shared(wide, [row, col + 64 * i], bar, to, pred=pred)
+        else:
+            tma.async_copy_global_to_shared(narrow, [row, col + 64 * i], bar, to, pred=pred)
+
+
+@gluon.jit
+def _put(wide, narrow, row, buffers, tiles, DIM: gl.constexpr):
+    """Tiles to rows of a matrix DIM wide, through `buffers`; the caller has waited for their last store."""
+    for i in gl.static_range(tile_count(DIM)):
+        buffers[i].index(0).store(tiles[i])
+    fence_async_shared()
+    gl.thread_barrier()
+    for i in gl.static_range(tile_count(DIM)):
+        if tile_width(DIM, i) == 64:
+            tma.async_copy_shared_to_global(wide, [row, 64 * i], buffers[i].index(0))
+        else:
+            tma.async_copy_shared_to_global(narrow, [row, 64 * i], buffers[i].index(0))
+
+
+@gluon.jit
+def _put_transposed(desc, pointer, row, col, end, x, buffer, stride):
+    """x [values, tokens] to rows `row`... of desc; only those before `end`. The caller has waited as for `_put`."""
+    tile = buffer.permute((1, 0))
+    tile.store(x)
+    fence_async_shared()
+    gl.thread_barrier()
+    if row + 64 <= end:
+        tma.async_copy_shared_to_global(desc, [row, col], buffer)
+    else:
+        blocked: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        t = row + gl.arange(0, 64, layout=gl.SliceLayout(1, blocked))
+        at = t.to(gl.int64)[:, None] * stride + col + gl.arange(0, 64, layout=gl.SliceLayout(0, blocked))[None, :]
+        gl.store(pointer + at, buffer.load(blocked), mask=(t < end)[:, None])
+
+
+@gluon.jit
+def _carry(pointer, at, V: gl.constexpr, K: gl.constexpr, LOAD: gl.constexpr):
+    """S^T from a state stored [K, V], or zero."""
+    tiles = ()
+    for i in gl.static_range(tile_count(K)):
+        if LOAD:
+            rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma(tile_width(K, i))))
+            cols = 64 * i + gl.arange(0, tile_width(K, i), layout=gl.SliceLayout(0, mma(tile_width(K, i))))
+            tiles = tiles + (gl.load(pointer + at + cols[None, :] * V + rows[:, None]).to(gl.float32),)
+        else:
+            tiles = tiles + (gl.zeros([64, tile_width(K, i)], gl.float32, layout=mma(tile_width(K, i))),)
+    return tiles
+
+
+@gluon.jit
+def _uncarry(pointer, at, tiles, V: gl.constexpr, K: gl.constexpr):
+    for i in gl.static_range(tile_count(K)):
+        rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma(tile_width(K, i))))
+        cols = 64 * i + gl.arange(0, tile_width(K, i), layout=gl.SliceLayout(0, mma(tile_width(K, i))))
+        gl.store(pointer + at + cols[None, :] * V + rows[:, None], tiles[i])
+
+
+@gluon.jit
+def _low(tiles, K: gl.constexpr):
+    """bf16 copies of S^T's tiles, as left operands; and as they lie, to be stored."""
+    operands, stored = (), ()
+    for i in gl.static_range(tile_count(K)):
+        x = tiles[i].to(gl.bfloat16)
+        stored = stored + (x,)
+        operands = operands + (gl.convert_layout(x, operand(64)),)
+    return operands, stored
+
+
+@gluon.jit
+def _against_rows(operands, buffers, stage, acc, K: gl.constexpr):
+    """acc [64 values, 64 tokens] = S^T (the tiles in buffers)^T, in flight."""
+    acc = warpgroup_mma(operands[0], buffers[0].index(stage).permute((1, 0)), acc, use_acc=False, is_async=True)
+    for i in gl.static_range(1, tile_count(K)):
+        acc = warpgroup_mma(operands[i], buffers[i].index(stage).permute((1, 0)), acc, is_async=True)
+    return acc
+
+
+@gluon.jit
+def _add_rows(x, buffers, stage, accs, K: gl.constexpr):
+    """accs [64 values, K] += x [64 values, 64 tokens] (the tiles in buffers), in flight."""
+    out = ()
+    for i in gl.static_range(tile_count(K)):
+        left = gl.convert_layout(x, operand(tile_width(K, i)))
+        out = out + (warpgroup_mma(left, buffers[i].index(stage), accs[i], is_async=True),)
+    return out
+
+
+@gluon.jit
+def _scaled(tiles, factor, K: gl.constexpr):
+    out = ()
+    for i in gl.static_range(tile_count(K)):
+        out = out + (tiles[i] * factor,)
+    return out
+
+
+@gluon.jit
+def _landed(accs, K: gl.constexpr):
+    """Wait for everything in flight."""
+    if tile_count(K) == 1:
+        return (warpgroup_mma_wait(0, deps=(accs[0],)),)
+    else:
+        return warpgroup_mma_wait(0, deps=accs)
+
+
+@gluon.jit
+def _span(i_n, cu, chunk_start, T, NT, VARLEN: gl.constexpr):
+    if VARLEN:
+        start, end = gl.load(cu + i_n), gl.load(cu + i_n + 1)
+        first = gl.load(chunk_start + i_n)
+        count = gl.load(chunk_start + i_n + 1) - first
+    else:
+        start = i_n * T
+        end = start + T
+        first = i_n * NT
+        count = NT
+    return start, end, first, count
+
+
+@gluon.jit
+def _fetch_chunk(
+    k64, k32, q64, q32, v, A, P, k_in, q_in, v_in, a_in, p_in, k_bar, q_bar, v_bar, a_bar, p_bar,
+    row, key_col, value_col, square, stage, more, K: gl.constexpr, WITH_QUERIES: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of a chunk's tiles into `stage`, if there is such a chunk."""
+    _expect(k_bar, stage, more, K)
+    _expect(v_bar, stage, more, 64)
+    _expect(a_bar, stage, more, 64)
+    if WITH_QUERIES:
+        _expect(q_bar, stage, more, K)
+        _expect(p_bar, stage, more, 64)
+    gl.thread_barrier()  # every warp is done with what the copies overwrite
+    _fetch(k64, k32, row, key_col, k_in, k_bar, stage, more, K)
+    _fetch(v, v, row, value_col, v_in, v_bar, stage, more, 64)
+    _fetch(A, A, square, 0, a_in, a_bar, stage, more, 64)
+    if WITH_QUERIES:
+        _fetch(P, P, square, 0, p_in, p_bar, stage, more, 64)
+        _fetch(q64, q32, row, key_col, q_in, q_bar, stage, more, K)
+
+
+@gluon.jit
+def _gates_of(G, tile, more):
+    """A chunk's running gate sums G [64] and the last of them, into registers."""
+    t = gl.arange(0, 64, layout=gl.SliceLayout(0, mma(64)))
+    at = tile.to(gl.int64) * 64
+    return gl.load(G + at + t, mask=(t < 64) & more, other=0.0), gl.load(G + at + 63, mask=more, other=0.0)
+
+
+@gluon.jit
+def forward_scan_body(
+    q64, q32, k64, k32, v, A, P, o, states64, states32, new_values,
+    G, o_pointer, initial, final, cu, chunk_start, scale, T, NT, i_v, i_nh,
+    H: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, VARLEN: gl.constexpr,
+    WITH_INITIAL: gl.constexpr, WITH_FINAL: gl.constexpr, WITH_OUTPUT: gl.constexpr, WITH_STATES: gl.constexpr,
+):  # fmt: skip
+    i_n, i_h = i_nh // H, i_nh % H
+    start, end, first, count = _span(i_n, cu, chunk_start, T, NT, VARLEN)
+    key_col, value_col = i_h // (H // HK) * K, i_h * V + i_v * 64
+    k_in, v_in, a_in = _buffers(2, K), _buffers(2, 64), _buffers(2, 64)
+    k_bar, v_bar, a_bar = _barriers(K), _barriers(64), _barriers(64)
+    q_in, q_bar, p_in, p_bar = k_in, k_bar, a_in, a_bar
+    if WITH_OUTPUT:
+        q_in, q_bar, p_in, p_bar = _buffers(2, K), _barriers(K), _buffers(2, 64), _barriers(64)
+        o_out = _buffers(1, 64)
+    if WITH_STATES:
+        s_out, n_out = _buffers(1, K), _buffers(1, 64)
+    fence_async_shared()
+
+    S = _carry(initial, i_nh.to(gl.int64) * (K * V) + i_v * 64, V, K, WITH_INITIAL)
+    zero = gl.zeros([64, 64], gl.float32, layout=mma(64))
+    tile = first * H + i_h
+    _fetch_chunk(
+        k64, k32, q64, q32, v, A, P, k_in, q_in, v_in, a_in, p_in, k_bar, q_bar, v_bar, a_bar, p_bar,
+        start, key_col, value_col, tile * 64, 0, count > 0, K, WITH_OUTPUT,
+    )  # fmt: skip
+    G_next, G_end_next = _gates_of(G, tile, count > 0)
+    for c in range(count):
+        stage, phase = c % 2, (c // 2) % 2
+        tile = (first + c) * H + i_h
+        G_t, G_end = G_next, G_end_next
+        _fetch_chunk(
+            k64, k32, q64, q32, v, A, P, k_in, q_in, v_in, a_in, p_in, k_bar, q_bar, v_bar, a_bar, p_bar,
+            start + (c + 1) * 64, key_col, value_col, (tile + H) * 64, 1 - stage, c + 1 < count, K, WITH_OUTPUT,
+        )  # fmt: skip
+        G_next, G_end_next = _gates_of(G, tile + H, c + 1 < count)
+        S_left, S_low = _low(S, K)
+        decay = exp2(G_t)
+        a_t = a_in[0].index(stage).permute((1, 0))
+        _await(k_bar, stage, phase, K)
+        predicted = _against_rows(S_left, k_in, stage, zero, K)
+        _await(v_bar, stage, phase, 64)
+        _await(a_bar, stage, phase, 64)
+        new = warpgroup_mma(v_in[0].index(stage).permute((1, 0)), a_t, zero, use_acc=False, is_async=True)
+        if WITH_OUTPUT:
+            _await(q_bar, stage, phase, K)
+            out = _against_rows(S_left, q_in, stage, zero, K)
+            predicted = warpgroup_mma_wait(1 + tile_count(K), deps=(predicted,))
+        else:
+            predicted = warpgroup_mma_wait(1, deps=(predicted,))
+        left = gl.convert_layout((predicted * -decay[None, :]).to(gl.bfloat16), operand(64))
+        new = warpgroup_mma(left, a_t, new, is_async=True)
+        if WITH_STATES:
+            tma.store_wait(0)
+            gl.thread_barrier()
+            _put(states64, states32, tile * V + i_v * 64, s_out, S_low, K)
+        S = _scaled(S, exp2(G_end), K)
+        if WITH_OUTPUT:
+            new, out = warpgroup_mma_wait(0, deps=(new, out))
+        else:
+            new = warpgroup_mma_wait(0, deps=(new,))
+        new_low = new.to(gl.bfloat16)
+        written = (new * exp2(G_end - G_t)[None, :]).to(gl.bfloat16)
+        if WITH_OUTPUT:
+            out = out * (decay * scale)[None, :]
+        S = _add_rows(written, k_in, stage, S, K)
+        if WITH_STATES:
+            _put(new_values, new_values, tile * V + i_v * 64, n_out, (new_low,), 64)
+        if WITH_OUTPUT:
+            _await(p_bar, stage, phase, 64)
+            left = gl.convert_layout(new_low, operand(64))
+            out = warpgroup_mma(left, p_in[0].index(stage).permute((1, 0)), out, is_async=True)
+            out = warpgroup_mma_wait(0, deps=(out,))
+            tma.store_wait(0)
+            gl.thread_barrier()
+            _put_transposed(o, o_pointer, start + c * 64, value_col, end, out.to(gl.bfloat16), o_out[0].index(0), H * V)
+        S = _landed(S, K)
+    tma.store_wait(0)
+    if WITH_FINAL:
+        _uncarry(final, i_nh.to(gl.int64) * (K * V) + i_v * 64, S, V, K)
+
+
+@gluon.jit
+def reverse_scan_body(
+    q64, q32, k64, k32, do, A, P, dv, dstates64, dstates32,
+    G, dv_pointer, dfinal, dinitial, cu, chunk_start, scale, T, NT, i_v, i_nh,
+    H: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, VARLEN: gl.constexpr,
+    WITH_FINAL: gl.constexpr, WITH_INITIAL: gl.constexpr,
+):  # fmt: skip
+    i_n, i_h = i_nh // H, i_nh % H
+    start, end, first, count = _span(i_n, cu, chunk_start, T, NT, VARLEN)
+    key_col, value_col = i_h // (H // HK) * K, i_h * V + i_v * 64
+    k_in, q_in, do_in = _buffers(2, K), _buffers(2, K), _buffers(2, 64)
+    a_in, p_in, s_out = _buffers(2, 64), _buffers(2, 64), _buffers(1, K)
+    k_bar, q_bar, do_bar, a_bar, p_bar = _barriers(K), _barriers(K), _barriers(64), _barriers(64), _barriers(64)
+    fence_async_shared()
+    t = gl.arange(0, 64, layout=gl.SliceLayout(0, mma(64)))
+
+    dS = _carry(dfinal, i_nh.to(gl.int64) * (K * V) + i_v * 64, V, K, WITH_FINAL)
+    zero = gl.zeros([64, 64], gl.float32, layout=mma(64))
+    last = count - 1
+    tile = (first + last) * H + i_h
+    _fetch_chunk(
+        k64, k32, q64, q32, do, A, P, k_in, q_in, do_in, a_in, p_in, k_bar, q_bar, do_bar, a_bar, p_bar,
+        start + last * 64, key_col, value_col, tile * 64, 0, count > 0, K, True,
+    )  # fmt: skip
+    G_next, G_end_next = _gates_of(G, tile, count > 0)
+    for step in range(count):
+        stage, phase = step % 2, (step // 2) % 2
+        c = last - step
+        tile = (first + c) * H + i_h
+        G_t, G_end = G_next, G_end_next
+        _fetch_chunk(
+            k64, k32, q64, q32, do, A, P, k_in, q_in, do_in, a_in, p_in, k_bar, q_bar, do_bar, a_bar, p_bar,
+            start + (c - 1) * 64, key_col, value_col, (tile - H) * 64, 1 - stage, c > 0, K, True,
+        )  # fmt: skip
+        G_next, G_end_next = _gates_of(G, tile - H, c > 0)
+        dS_left, dS_low = _low(dS, K)
+        decay = exp2(G_t)
+        _await(k_bar, stage, phase, K)
+        dnew = _against_rows(dS_left, k_in, stage, zero, K)
+        _await(do_bar, stage, phase, 64)
+        _await(p_bar, stage, phase, 64)
+        do_t = do_in[0].index(stage).permute((1, 0))
+        inside = warpgroup_mma(do_t, p_in[0].index(stage), zero, use_acc=False, is_async=True)
+        # a chunk may reach into the next document: there q and do are another's, and only their product sees both
+        from_queries = gl.where(start + c * 64 + t < end, decay * scale, 0.0)
+        from_queries = gl.convert_layout(from_queries, gl.SliceLayout(0, operand(64)))
+        left_q = (do_t.load(operand(64)).to(gl.float32) * from_queries[None, :]).to(gl.bfloat16)
+        tma.store_wait(0)
+        gl.thread_barrier()
+        _put(dstates64, dstates32, tile * V + i_v * 64, s_out, dS_low, K)
+        dS = _scaled(dS, exp2(G_end), K)
+        inside, dnew = warpgroup_mma_wait(0, deps=(inside, dnew))
+        dnew = dnew * exp2(G_end - G_t)[None, :] + inside
+        left = gl.convert_layout(dnew.to(gl.bfloat16), operand(64))
+        _await(a_bar, stage, phase, 64)
+        dz = warpgroup_mma(left, a_in[0].index(stage), zero, use_acc=False, is_async=True)
+        _await(q_bar, stage, phase, K)
+        dS = _add_rows(left_q, q_in, stage, dS, K)
+        dz = warpgroup_mma_wait(tile_count(K), deps=(dz,))
+        dz_low = dz.to(gl.bfloat16)
+        dS = _add_rows((dz * -decay[None, :]).to(gl.bfloat16), k_in, stage, dS, K)
+        tma.store_wait(0)
+        gl.thread_barrier()
+        _put_transposed(dv, dv_pointer, start + c * 64, value_col, end, dz_low, s_out[0].index(0), H * V)
+        dS = _landed(dS, K)
+    tma.store_wait(0)
+    if WITH_INITIAL:
+        _uncarry(dinitial, i_nh.to(gl.int64) * (K * V) + i_v * 64, dS, V, K)
+
+
+@gluon.jit
+def forward_scan_kernel(
+    q64, q32, k64, k32, v, A, P, o, states64, states32, new_values,
+    G, o_pointer, initial, final, cu, chunk_start, scale, T, NT,
+    H: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, VARLEN: gl.constexpr,
+    WITH_INITIAL: gl.constexpr, WITH_FINAL: gl.constexpr, WITH_OUTPUT: gl.constexpr, WITH_STATES: gl.constexpr,
+):  # fmt: skip
+    forward_scan_body(
+        q64, q32, k64, k32, v, A, P, o, states64, states32, new_values, G, o_pointer, initial, final, cu, chunk_start,
+        scale, T, NT, gl.program_id(0), gl.program_id(1), H, HK, K, V, VARLEN, WITH_INITIAL, WITH_FINAL, WITH_OUTPUT,
+        WITH_STATES,
+    )  # fmt: skip
+
+
+@gluon.jit
+def backward_scans_kernel(
+    q64, q32, k64, k32, v, do, A, P, dv, states64, states32, new_values, dstates64, dstates32,
+    G, dv_pointer, initial, dfinal, dinitial, cu, chunk_start, scale, T, NT,
+    H: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, VARLEN: gl.constexpr,
+    WITH_INITIAL: gl.constexpr, WITH_FINAL: gl.constexpr, RECOMPUTE: gl.constexpr,
+):  # fmt: skip
+    """The reverse scan; with RECOMPUTE, every other program instead recomputes the states that were not saved."""
+    i_v, i_nh = gl.program_id(0), gl.program_id(1)
+    if RECOMPUTE:
+        if i_nh % 2 == 0:
+            reverse_scan_body(
+                q64, q32, k64, k32, do, A, P, dv, dstates64, dstates32, G, dv_pointer, dfinal, dinitial, cu,
+                chunk_start, scale, T, NT, i_v, i_nh // 2, H, HK, K, V, VARLEN, WITH_FINAL, WITH_INITIAL,
+            )  # fmt: skip
+        else:
+            forward_scan_body(
+                q64, q32, k64, k32, v, A, P, v, states64, states32, new_values, G, dv_pointer, initial, dinitial, cu,
+                chunk_start, scale, T, NT, i_v, i_nh // 2, H, HK, K, V, VARLEN, WITH_INITIAL, False, False, True,
+            )  # fmt: skip
+    else:
+        reverse_scan_body(
+            q64, q32, k64, k32, do, A, P, dv, dstates64, dstates32, G, dv_pointer, dfinal, dinitial, cu, chunk_start,
+            scale, T, NT, i_v, i_nh, H, HK, K, V, VARLEN, WITH_FINAL, WITH_INITIAL,
+        )  # fmt: skip
