@@ -57,7 +57,11 @@ def curve(
     config = ModelConfig(**model)
     mbs, gbs = train.get("micro_batch_size", 1), train["global_batch_size"]
     manager = CheckpointManager(
-        CheckpointConfig(async_save=async_save), Path(save or load or "."), engine.collector(), config.model_dump(mode="json"), {}
+        CheckpointConfig(async_save=async_save),
+        Path(save or load or "."),
+        engine.collector(),
+        config.model_dump(mode="json"),
+        {},
     )
     if load:
         state, _ = manager.load(Path(load))
@@ -73,10 +77,18 @@ def curve(
         path = manager.save(steps, {"updates": engine.optimizer.updates}, {})
         manager.close()
     parameters = {name: p.detach().clone() for name, p, _ in engine.layout.parameters(engine.chunks)}
-    return {"losses": losses, "norms": norms, "parameters": parameters, "path": str(path), "updates": engine.optimizer.updates}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "parameters": parameters,
+        "path": str(path),
+        "updates": engine.optimizer.updates,
+    }
 
 
-def logits_and_gradients(model: dict, tensors: dict[str, torch.Tensor], tokens: torch.Tensor, parallel: dict | None = None) -> dict:
+def logits_and_gradients(
+    model: dict, tensors: dict[str, torch.Tensor], tokens: torch.Tensor, parallel: dict | None = None
+) -> dict:
     """Our model with given weights on one rank or several: logits (this rank's), and gradients of the mean loss by true tensor."""
     engine = make_engine(model, parallel or {}, {"steps": 1, "global_batch_size": 1, "dtype": "fp32"}, tokens.shape[1])
     (chunk,) = engine.chunks
@@ -114,7 +126,9 @@ def everything(engine: MegatronEngine) -> dict:
     named = list(engine.layout.parameters(engine.chunks))
     return {
         "parameters": {name: p.detach().clone() for name, p, _ in named},
-        "moments": {f"{name}.{s}": v.clone() for name, p, _ in named if p in shards for s, v in shards[p].states.items()},
+        "moments": {
+            f"{name}.{s}": v.clone() for name, p, _ in named if p in shards for s, v in shards[p].states.items()
+        },
     }
 
 

@@ -56,7 +56,7 @@ def transformers_model(model: ModelConfig, seed: int = 0):
             elif "conv1d" in name:
                 parameter.copy_(0.4 * noise)
             else:
-                parameter.copy_(0.08 * noise)
+                parameter.copy_(0.05 * noise)
     return peer.float().eval()
 
 

@@ -29,11 +29,11 @@ def main() -> None:
             raise ValueError("--sequence-length is missing: the checkpoint does not name one")
         source = open_source(SourceConfig(path=arguments.data), model.config.vocab_size)
         dataset = FixedLengthDataset(source, length, seed=0, shuffle=False)
-        tokens = loss = 0.0
-        for tokens, loss in mean_loss(model, dataset, arguments.batch_size):
+        tokens, loss = 0, float("nan")
+        for tokens, loss in mean_loss(model, dataset, arguments.batch_size):  # noqa: B007 - the last pair is the result
             if sys.stderr.isatty():
                 print(f"\r{tokens:,} of {dataset.samples_per_epoch * length:,} tokens", end="", file=sys.stderr)
-        result = {"loss": loss, "perplexity": math.exp(loss), "tokens": int(tokens), "step": model.step}
+        result = {"loss": loss, "perplexity": math.exp(loss), "tokens": tokens, "step": model.step}
         text = "loss {loss:.5f} nats a token, perplexity {perplexity:.4f}, over {tokens:,} tokens".format(**result)
         print(json.dumps(result) if arguments.json else text)
         stop_distributed()

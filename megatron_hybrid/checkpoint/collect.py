@@ -91,7 +91,9 @@ class Collector:
                 turn += 1
                 weight, state = self._writes(turn, name, piece)
                 if weight:
-                    yield SavedShard(piece.tensor.name, piece.tensor.shape, piece.offset, piece.shape, piece.view(parameter.detach()))
+                    yield SavedShard(
+                        piece.tensor.name, piece.tensor.shape, piece.offset, piece.shape, piece.view(parameter.detach())
+                    )
                 if state and parameter in self.optimizer_shards:
                     yield from self._state_shards(parameter, piece)
 

@@ -80,7 +80,9 @@ class Index:
         for name, entry in tensors.items():
             mine = self.tensors.setdefault(name, TensorEntry(entry.dtype, entry.shape))
             if (mine.dtype, mine.shape) != (entry.dtype, entry.shape):
-                raise CheckpointError(f"{name}: ranks disagree, {mine.dtype} {mine.shape} and {entry.dtype} {entry.shape}")
+                raise CheckpointError(
+                    f"{name}: ranks disagree, {mine.dtype} {mine.shape} and {entry.dtype} {entry.shape}"
+                )
             mine.shards += entry.shards
 
 
@@ -100,19 +102,32 @@ def tensors_from_json(data: dict[str, Any]) -> dict[str, TensorEntry]:
     for name, entry in data.items():
         shape = _whole_numbers(entry["shape"])
         shards = [
-            Shard(s["file"], s["entry"], _whole_numbers(s["offset"]), _whole_numbers(s["shape"]), _whole_numbers(s["range"]) if s["range"] else None)
+            Shard(
+                s["file"],
+                s["entry"],
+                _whole_numbers(s["offset"]),
+                _whole_numbers(s["shape"]),
+                _whole_numbers(s["range"]) if s["range"] else None,
+            )
             for s in entry["shards"]
         ]
         if not all(isinstance(text, str) for text in (entry["dtype"], *(shard.entry for shard in shards))):
             raise TypeError(f"{name}: dtype and entry are text")
         for shard in shards:
             if not _FILE_NAME.fullmatch(shard.file):
-                raise CheckpointError(f"{name}: {shard.file!r} is not the name of a safetensors file in the checkpoint's folder")
+                raise CheckpointError(
+                    f"{name}: {shard.file!r} is not the name of a safetensors file in the checkpoint's folder"
+                )
             inside = len(shard.offset) == len(shard.shape) == len(shape) and all(
-                0 <= o and 0 < n and o + n <= total for o, n, total in zip(shard.offset, shard.shape, shape, strict=True)
+                o >= 0 and n > 0 and o + n <= total
+                for o, n, total in zip(shard.offset, shard.shape, shape, strict=True)
             )
-            if not inside or (shard.range and (len(shard.range) != 2 or not 0 <= shard.range[0] < shard.range[1] <= prod(shard.shape))):
-                raise CheckpointError(f"{name}: a shard at {shard.offset} of shape {shard.shape} lies outside the tensor's {shape}")
+            if not inside or (
+                shard.range and (len(shard.range) != 2 or not 0 <= shard.range[0] < shard.range[1] <= prod(shard.shape))
+            ):
+                raise CheckpointError(
+                    f"{name}: a shard at {shard.offset} of shape {shard.shape} lies outside the tensor's {shape}"
+                )
         tensors[name] = TensorEntry(entry["dtype"], shape, shards)
     return tensors
 
@@ -132,7 +147,9 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {INDEX}; name a folder such as RUN/checkpoints/step-00001000")
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: it has no {INDEX}; name a folder such as RUN/checkpoints/step-00001000"
+        )
     try:
         data = json.loads(path.read_text(), object_pairs_hook=_no_key_twice)
         if data.get("format") != FORMAT:
@@ -145,7 +162,9 @@ def read_index(folder: Path) -> Index:
     except CheckpointError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error!s:.200}); use an earlier checkpoint") from error
+        raise CheckpointError(
+            f"{path}: damaged ({type(error).__name__}: {error!s:.200}); use an earlier checkpoint"
+        ) from error
     for name, (size, _) in sizes.items():
         if not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{path}: {name!r} is not the name of a safetensors file in the checkpoint's folder")

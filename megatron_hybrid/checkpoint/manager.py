@@ -45,13 +45,17 @@ def find_checkpoint(load: str, root: Path) -> Path | None:
     for place in (folder, folder / "checkpoints"):
         if found := complete_checkpoints(place):
             return found[-1]
-    raise CheckpointError(f"checkpoint.load = {load}: no complete checkpoint there; give a folder with an {INDEX}, auto, or none")
+    raise CheckpointError(
+        f"checkpoint.load = {load}: no complete checkpoint there; give a folder with an {INDEX}, auto, or none"
+    )
 
 
 class CheckpointManager:
     """Saves, loads and tidies one run's checkpoints under `root`. Every rank calls the same methods."""
 
-    def __init__(self, config: CheckpointConfig, root: Path, collector: Collector, model: dict[str, Any], run: dict[str, Any]):
+    def __init__(
+        self, config: CheckpointConfig, root: Path, collector: Collector, model: dict[str, Any], run: dict[str, Any]
+    ):
         self.config, self.root, self.collector = config, root, collector
         self.model, self.run = model, run
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -112,7 +116,9 @@ class CheckpointManager:
         with CheckpointReader(folder) as reader:
             for field, value in self.model.items():
                 if reader.index.model.get(field) != value:
-                    raise CheckpointError(f"{folder}: model.{field} is {reader.index.model.get(field)!r} there and {value!r} in this run")
+                    raise CheckpointError(
+                        f"{folder}: model.{field} is {reader.index.model.get(field)!r} there and {value!r} in this run"
+                    )
             self.collector.load_weights(reader)
             if reader.has_optimizer():
                 self.collector.load_optimizer(reader)

@@ -54,7 +54,8 @@ class CheckpointReader:
     def local_tensors(self, rank: int) -> dict[str, torch.Tensor]:
         """What rank `rank` alone saved: its random state."""
         with safe_open(self.folder / f"rank-{rank:05d}.safetensors", framework="pt") as file:
-            return {name.removeprefix("local."): file.get_tensor(name) for name in file.keys() if name.startswith("local.")}  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith("local.")]  # noqa: SIM118 - it is no dict
+            return {name.removeprefix("local."): file.get_tensor(name) for name in names}
 
     def read(self, name: str, box: Box | None = None, state: str | None = None) -> torch.Tensor:
         """A box of a tensor, or of an optimizer state of it, in the dtype it was saved in, on the CPU.
@@ -92,7 +93,9 @@ class CheckpointReader:
                 result[_within(part, box[0])] = data
                 covered += count
         if covered != prod(box[1]) or result is None:
-            raise CheckpointError(f"{self.folder}: {name} has {covered} of the {prod(box[1])} values at {box[0]} of shape {box[1]}")
+            raise CheckpointError(
+                f"{self.folder}: {name} has {covered} of the {prod(box[1])} values at {box[0]} of shape {box[1]}"
+            )
         return result
 
     def _read_ranges(self, source: Box, part: Box, shards: list[Shard]) -> tuple[torch.Tensor, int]:

@@ -16,7 +16,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, Shard, TensorEntry, read_index, tensors_from_json
+from megatron_hybrid.checkpoint.format import (
+    INDEX,
+    CheckpointError,
+    Index,
+    Shard,
+    TensorEntry,
+    read_index,
+    tensors_from_json,
+)
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
@@ -71,7 +79,9 @@ def finish(folder: Path, target: Path, index: Index, world_size: int, timeout_s:
     parts = [folder / f"rank-{rank:05d}.json" for rank in range(world_size)]
     while missing := [part.stem for part in parts if not part.exists()]:
         if time.monotonic() > deadline:
-            raise CheckpointError(f"{folder}: {', '.join(missing[:4])} of {world_size} ranks wrote nothing in {timeout_s:.0f} s; is the disk full?")
+            raise CheckpointError(
+                f"{folder}: {', '.join(missing[:4])} of {world_size} ranks wrote nothing in {timeout_s:.0f} s; is the disk full?"
+            )
         time.sleep(0.02)
     for part in parts:
         data = json.loads(part.read_text())

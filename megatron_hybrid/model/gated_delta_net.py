@@ -9,14 +9,14 @@ Heads are shared over the tensor parallel ranks; each rank's slice of every weig
 from dataclasses import dataclass
 
 import torch
-from hybrid_kernels.conv_gates import conv_gates
-from hybrid_kernels.gated_delta_rule import gated_delta_rule
-from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch.utils.checkpoint import checkpoint
 
+from hybrid_kernels.conv_gates import conv_gates
+from hybrid_kernels.gated_delta_rule import gated_delta_rule
+from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.parallel.padding import FP8_ALIGNMENT, PaddedSizes, round_up
 

@@ -70,4 +70,3 @@ class MegatronEngine:
         return Collector(
             self.chunks, self.layout, self.groups, self.optimizer.shards(), self.parallel.distributed_optimizer
         )
-

@@ -84,7 +84,9 @@ def generate(
     if not prompt:
         raise ValueError("prompt is empty: give at least one token")
     if wrong := [token for token in prompt if not 0 <= token < model.config.vocab_size]:
-        raise ValueError(f"prompt has token {wrong[0]}: the model's vocabulary is {model.config.vocab_size}; is it the right tokenizer?")
+        raise ValueError(
+            f"prompt has token {wrong[0]}: the model's vocabulary is {model.config.vocab_size}; is it the right tokenizer?"
+        )
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(max_tokens):

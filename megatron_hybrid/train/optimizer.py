@@ -42,7 +42,9 @@ class Optimizer:
         layout: tells which tensor each parameter holds, hence its decay group.
     """
 
-    def __init__(self, wrapped: list[DistributedDataParallel], layout: ParamLayout, train: TrainConfig, parallel: ParallelConfig):
+    def __init__(
+        self, wrapped: list[DistributedDataParallel], layout: ParamLayout, train: TrainConfig, parallel: ParallelConfig
+    ):
         adam = train.optimizer
         self.chunks = [w.module for w in wrapped]
         self.clip, self.weight_decay = adam.clip_grad, adam.weight_decay

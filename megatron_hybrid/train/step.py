@@ -33,7 +33,9 @@ class BatchRunner:
         z_loss: weight of the z-loss in what is differentiated.
     """
 
-    def __init__(self, chunks: list, groups: ProcessGroupCollection, sequence_length: int, micro_batch_size: int, z_loss: float):
+    def __init__(
+        self, chunks: list, groups: ProcessGroupCollection, sequence_length: int, micro_batch_size: int, z_loss: float
+    ):
         self.chunks, self.groups, self.z_loss = chunks, groups, z_loss
         self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
         self.run_schedule = get_forward_backward_func()
@@ -99,5 +101,11 @@ def prepare_for_training(wrapped: list, optimizer) -> None:
     if ddp.overlap_param_gather and len(wrapped) > 1:
         config.param_sync_func = for_all("start_param_sync")
     for chunk in wrapped[1:]:
-        for field in ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func"):
+        for field in (
+            "grad_scale_func",
+            "finalize_model_grads_func",
+            "no_sync_func",
+            "grad_sync_func",
+            "param_sync_func",
+        ):
             setattr(chunk.module.config, field, getattr(config, field))

@@ -61,7 +61,9 @@ class Trainer:
         self.engine = MegatronEngine(config.model, train, config.parallel, data.sequence_length, groups)
         loader = dict(data_parallel_rank=groups.dp.rank(), data_parallel_size=groups.dp.size(), pin_memory=has_cuda())
         self.loader = BatchLoader(training, train.micro_batch_size, num_workers=data.num_workers, **loader)
-        self.validation = BatchLoader(validation, train.micro_batch_size, num_workers=0, **loader) if validation else None
+        self.validation = (
+            BatchLoader(validation, train.micro_batch_size, num_workers=0, **loader) if validation else None
+        )
 
         self.skip = SkipStep(train.skip_step)
         self.progress = Progress()

@@ -13,7 +13,13 @@ from megatron_hybrid.model.param_layout import ParamLayout, Piece
 
 @pytest.mark.parametrize(
     ("shape", "at", "size"),
-    [((7,), (2,), (4,)), ((6, 5), (1, 0), (3, 5)), ((6, 5), (0, 0), (6, 3)), ((6, 5), (2, 1), (3, 3)), ((4, 4), (0, 0), (4, 4))],
+    [
+        ((7,), (2,), (4,)),
+        ((6, 5), (1, 0), (3, 5)),
+        ((6, 5), (0, 0), (6, 3)),
+        ((6, 5), (2, 1), (3, 3)),
+        ((4, 4), (0, 0), (4, 4)),
+    ],
 )
 def test_every_range_of_a_parameter_meets_its_piece_where_indexing_says(shape, at, size):
     piece = Piece(TensorSpec("t", size, "matrix"), (0,) * len(size), size, at)
@@ -59,7 +65,9 @@ def test_the_ranks_pieces_tile_each_tensor_once(preset, tp):
             parameter = torch.empty(shape, device="meta")
             for piece in ParamLayout(model, rank, tp).pieces(name, 0, parameter):
                 assert piece.view(parameter).shape == piece.shape, "the piece lies inside the parameter"
-                assert all(o + n <= total for o, n, total in zip(piece.offset, piece.shape, piece.tensor.shape, strict=True))
+                assert all(
+                    o + n <= total for o, n, total in zip(piece.offset, piece.shape, piece.tensor.shape, strict=True)
+                )
                 held[piece.tensor.name] += torch.Size(piece.shape).numel()
     for name, count in held.items():
         if count:

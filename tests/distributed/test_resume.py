@@ -34,7 +34,11 @@ def test_same_layout_is_bit_identical(name, ranks, tmp_path):
             assert torch.equal(value, b["parameters"][parameter]), parameter
 
 
-FROM = {"TP2, PP2": (4, layout(2, 2)), "TP4, padded": (4, layout(4)), "DP2, plain": (2, layout(distributed_optimizer=False))}
+FROM = {
+    "TP2, PP2": (4, layout(2, 2)),
+    "TP4, padded": (4, layout(4)),
+    "DP2, plain": (2, layout(distributed_optimizer=False)),
+}
 TO = {
     "one rank": (1, layout()),
     "TP4, padded heads": (4, layout(4)),

@@ -45,7 +45,10 @@ LAYOUTS = {
     "PP2, uneven": (2, layout(pp=2, pipeline_split=[3, 1])),
     "PP2, VPP2": (2, layout(pp=2, vpp=2)),
     "TP4, padded heads": (4, layout(4)),
-    "TP4, padded heads, no sequence parallelism, full recompute": (4, layout(4, sequence_parallel=False, recompute="full")),
+    "TP4, padded heads, no sequence parallelism, full recompute": (
+        4,
+        layout(4, sequence_parallel=False, recompute="full"),
+    ),
     "PP4": (4, layout(pp=4)),
     "PP4, VPP2": (4, layout(pp=4, vpp=2)),
     "TP2, DP2": (4, layout(2)),
@@ -69,7 +72,9 @@ def assert_same(found: dict, expected: dict, tolerance: float = TOLERANCE) -> No
 
 
 def run(ranks, count: int, pattern: str, parallel: dict, **more) -> list[dict]:
-    return ranks.run(jobs.curve, count, model=MODEL | {"layer_pattern": pattern}, parallel=parallel, train=TRAIN, **more)
+    return ranks.run(
+        jobs.curve, count, model=MODEL | {"layer_pattern": pattern}, parallel=parallel, train=TRAIN, **more
+    )
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ CASES = {
     "grouped values": BASE | dict(gdn=GDN | dict(num_key_heads=2)),
     "grouped queries": BASE | dict(num_key_value_heads=2),
     "tied": BASE | dict(tie_embeddings=True),
-    "odd heads": BASE | dict(num_attention_heads=3, gdn=dict(num_key_heads=5, num_value_heads=5, key_head_dim=8, value_head_dim=16)),
+    "odd heads": BASE
+    | dict(num_attention_heads=3, gdn=dict(num_key_heads=5, num_value_heads=5, key_head_dim=8, value_head_dim=16)),
     "positive eigenvalues": BASE | dict(gdn=GDN | dict(allow_negative_eigenvalues=False)),
     "attention first": BASE | dict(layer_pattern="AGAG"),
     "sliding window": BASE | dict(layer_pattern="WWWA", gdn=None, sliding_window=16),
@@ -38,7 +39,9 @@ def test_same_as_transformers(case, ranks):
     torch.nn.functional.cross_entropy(theirs.flatten(0, 1), tokens.flatten()).backward()
     expected = true_tensors_of(peer, config, gradients=True)
 
-    (ours,) = ranks.run(jobs.logits_and_gradients, 1, model=CASES[case], tensors=true_tensors_of(peer, config), tokens=tokens)
+    (ours,) = ranks.run(
+        jobs.logits_and_gradients, 1, model=CASES[case], tensors=true_tensors_of(peer, config), tokens=tokens
+    )
 
     logits = ours["logits"][..., : config.vocab_size]
     assert (logits - theirs).norm() / theirs.norm() < 1e-5

@@ -96,7 +96,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ranks, value, parallel):
         assert not math.isfinite(result["norms"][1])
         for what in ("parameters", "moments"):
             assert all(torch.equal(before[what][name], bad[what][name]) for name in before[what]), "bit-unchanged"
-            assert any(not torch.equal(bad[what][name], after[what][name]) for name in after[what]), "and then it goes on"
+            assert any(not torch.equal(bad[what][name], after[what][name]) for name in after[what]), (
+                "and then it goes on"
+            )
 
 
 def test_another_models_checkpoint_is_refused(ranks, config):
