@@ -1,5 +1,7 @@
 """AdamW over megatron-core's data parallel wrappers, and the state that checkpoints need of it."""
 
+from itertools import chain
+
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -131,9 +133,15 @@ class Optimizer:
     def _main_parameters(self, part):
         """(model parameter, the fp32 tensor that Adam updates, its range of the flattened parameter)."""
         if isinstance(part, DistributedOptimizer):
-            for parameter, (group, order) in part.model_param_group_index_map.items():
-                extent = part._get_model_param_range_map(parameter)["param"]
-                yield parameter, part.optimizer.param_groups[group]["params"][order], extent.start, extent.end
+            # not model_param_group_index_map (distrib_optimizer.py:300): where a group has both fp32 and bf16 parameters,
+            # its places are not those of the optimizer's list, and A_log would get a matrix's moments
+            for models, mains in (
+                (part.model_fp32_groups, part.shard_fp32_groups),
+                (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            ):
+                for parameter, main in zip(chain(*models), chain(*mains), strict=True):
+                    extent = part._get_model_param_range_map(parameter)["param"]
+                    yield parameter, main, extent.start, extent.end
             return
         for chunk in self.chunks:
             for parameter in chunk.parameters():
