@@ -115,10 +115,11 @@ def _sources(folder: Path, model: ModelConfig, stored: dict[str, StoredTensor]) 
             continue
         missing.append(theirs)
     unknown = [by_name[name][0] for name in by_name.keys() - used]
+    problems = [f"tensors are missing: {_some(missing)}"] if missing else []
     if unknown:
-        raise ConversionError(f"{folder}: tensors that the model in {_CONFIG} does not have: {_some(sorted(unknown))}")
-    if missing:
-        raise ConversionError(f"{folder}: tensors are missing: {_some(missing)}")
+        problems.append(f"tensors that the model in {_CONFIG} does not have: {_some(sorted(unknown))}")
+    if problems:
+        raise ConversionError(f"{folder}: {'; '.join(problems)}")
     if tied:
         _check_tied(
             folder, sources["embedding.weight"], _whole(folder, model_tensors(model)["embedding.weight"], *tied)

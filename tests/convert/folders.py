@@ -25,7 +25,7 @@ MODELS = {
     "tied": BASE | dict(tie_embeddings=True),
     "no rotary": BASE | dict(rope_theta=None),
     "grouped values": BASE | dict(gdn=dict(num_key_heads=2, num_value_heads=6, key_head_dim=4, value_head_dim=6)),
-    "grouped queries": BASE | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=6),
+    "grouped queries": BASE | dict(num_attention_heads=4, num_key_value_heads=2),
     "attention first": BASE | dict(layer_pattern="AGAG", gdn=GDN | dict(allow_negative_eigenvalues=False)),
 }
 OLMO3 = BASE | dict(layer_pattern="WWWA", gdn=None, sliding_window=16, num_attention_heads=4)

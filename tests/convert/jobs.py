@@ -1,0 +1,42 @@
+"""What the conversion tests run on ranks."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_hybrid.checkpoint.manager import CheckpointManager
+from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.config.run import CheckpointConfig
+from tests.jobs import make_engine
+
+_TRAIN = {"steps": 1, "global_batch_size": 1, "dtype": "fp32"}
+
+
+def logits(checkpoint: str, tokens: torch.Tensor, new_tokens: int = 0, parallel: dict | None = None) -> dict:
+    """A checkpoint's logits [b, s, vocabulary or this rank's share of it], and a greedy continuation of tokens."""
+    with CheckpointReader(checkpoint) as reader:
+        model = reader.index.model
+        engine = make_engine(model, parallel or {}, _TRAIN, tokens.shape[1])
+        engine.collector().load_weights(reader)
+    (chunk,) = engine.chunks
+    with torch.no_grad():
+        result = chunk(tokens, None, None)
+        longer = tokens
+        for _ in range(new_tokens):
+            following = chunk(longer, None, None)[:, -1, : model["vocab_size"]].argmax(-1)
+            longer = torch.cat([longer, following[:, None]], dim=1)
+    return {"logits": result, "tokens": longer}
+
+
+def load_and_save(checkpoint: str, folder: str, parallel: dict, train: dict) -> dict:
+    """Load a checkpoint through the manager under a layout, and save it again under that layout."""
+    with CheckpointReader(checkpoint) as reader:
+        model = reader.index.model
+    engine = make_engine(model, parallel, _TRAIN | train)
+    manager = CheckpointManager(CheckpointConfig(), Path(folder), engine.collector(), model, {})
+    state, extra = manager.load(Path(checkpoint))
+    if state:
+        engine.optimizer.set_updates(state["updates"])
+    path = manager.save(1, {"updates": engine.optimizer.updates}, {})
+    manager.close()
+    return {"state": state, "extra": extra, "path": str(path), "updates": engine.optimizer.updates}

@@ -1,0 +1,380 @@
+"""Hostile and damaged files: a typed error, quickly, and nothing written."""
+
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_hybrid.convert.errors import ConversionError
+from megatron_hybrid.convert.hf_reader import open_huggingface
+from megatron_hybrid.convert.safetensors_header import read_header
+from tests.convert.folders import BASE, write_folder
+from tests.convert.test_huggingface import to_ours, to_theirs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def safetensors(header: bytes | dict, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(begin: int, end: int, shape: list, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+DAMAGED = {
+    "empty file": b"",
+    "three bytes": b"abc",
+    "header longer than the file": safetensors({"a": entry(0, 4, [1])}, bytes(4), length=1 << 20),
+    "header of 2^63 bytes": safetensors(b"{}", length=1 << 63),
+    "not JSON": safetensors(b"{nonsense}"),
+    "not UTF-8": safetensors(b'{"\xff\xfe": 1}'),
+    "a list": safetensors(b"[]"),
+    "nested too deep": safetensors(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+    "a number of 10,000 digits": safetensors(b'{"a":{"dtype":"F32","shape":[' + b"9" * 10_000 + b'],"data_offsets":[0,4]}}', bytes(4)),
+    "key twice": safetensors(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    "unknown dtype": safetensors({"a": entry(0, 4, [1], "F31")}, bytes(4)),
+    "size lies": safetensors({"a": entry(0, 4, [2])}, bytes(4)),
+    "size overflows": safetensors({"a": entry(0, 4, [1 << 40, 1 << 40, 1 << 40])}, bytes(4)),
+    "negative offset": safetensors({"a": entry(-4, 0, [1])}, bytes(4)),
+    "behind the end": safetensors({"a": entry(0, 8, [2])}, bytes(4)),
+    "overlap": safetensors({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12)),
+    "hole": safetensors({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, bytes(12)),
+    "bytes left over": safetensors({"a": entry(0, 4, [1])}, bytes(8)),
+    "true for a number": safetensors({"a": entry(0, 4, [True])}, bytes(4)),
+    "a fraction": safetensors({"a": entry(0, 4, [1.0])}, bytes(4)),
+    "metadata is a list": safetensors({"__metadata__": [], "a": entry(0, 4, [1])}, bytes(4)),
+    "an extra field": safetensors({"a": entry(0, 4, [1]) | {"x": 1}}, bytes(4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_are_refused_at_once(case, tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(DAMAGED[case])
+    (folder / "config.json").write_text("{}")
+    before = time.monotonic()
+    with pytest.raises(ConversionError, match="model.safetensors"):
+        read_header(folder / "model.safetensors")
+    assert to_ours(folder, tmp_path / "ours") == 1
+    assert time.monotonic() - before < 1
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_safetensors_writes_is_read(tmp_path):
+    tensors = {
+        "a": torch.zeros(3, 5),
+        "none": torch.zeros(0, 4),
+        "b": torch.ones(7, dtype=torch.bfloat16),
+        "scalar": torch.tensor(1.0),
+        "flag": torch.tensor([True]),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    assert {n: t.shape for n, t in read_header(tmp_path / "x.safetensors").items()} == {
+        n: tuple(t.shape) for n, t in tensors.items()
+    }
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_folder(tmp_path / "hf", BASE, shard="6KB")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\0b", "x" * 300])
+def test_names_that_leave_the_folder(folder, name, capsys):
+    shutil.copy(next(folder.glob("model-*")), folder.parent / "secret.safetensors")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    path.write_text(json.dumps(index))
+    assert to_ours(folder, folder.parent / "ours") == 1
+    assert "is not the name of a file" in capsys.readouterr().err
+    assert not (folder.parent / "ours").exists()
+
+
+def test_links_and_pipes(folder, capsys):
+    shard = next(folder.glob("model-*"))
+    outside = folder.parent / "outside.safetensors"
+    shard.rename(outside)
+    shard.symlink_to(outside)
+    assert to_ours(folder, folder.parent / "ours") == 1
+    assert "is not followed" in capsys.readouterr().err
+    shard.unlink()
+    os.mkfifo(shard)  # opening it would wait for ever
+    assert to_ours(folder, folder.parent / "ours") == 1
+    assert "not a regular file" in capsys.readouterr().err
+    shard.unlink()
+    shard.symlink_to(shard)
+    assert to_ours(folder, folder.parent / "ours") == 1
+    assert "no such file" in capsys.readouterr().err
+    shard.unlink()
+    outside.rename(folder / "inside.safetensors")
+    shard.symlink_to("inside.safetensors")
+    assert to_ours(folder, folder.parent / "ours") == 0
+
+
+def test_links_out_of_our_checkpoints(folder, capsys):
+    ours = folder.parent / "ours"
+    assert to_ours(folder, ours) == 0
+    file = next(ours.glob("*.safetensors"))
+    file.rename(folder.parent / "elsewhere")
+    file.symlink_to(folder.parent / "elsewhere")
+    assert to_theirs(ours, folder.parent / "export") == 1
+    assert "is not followed" in capsys.readouterr().err
+
+
+def test_pickles_are_refused_with_the_way_out(tmp_path, capsys):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text("{}")
+    assert to_ours(folder, tmp_path / "ours") == 1
+    told = capsys.readouterr().err
+    assert "pickle" in told and "save_pretrained" in told
+
+
+def test_targets_are_never_replaced(folder, capsys):
+    target = folder.parent / "ours"
+    target.mkdir()
+    (target / "precious").write_text("x")
+    assert to_ours(folder, target) == 1
+    assert "exists" in capsys.readouterr().err
+    assert [p.name for p in target.iterdir()] == ["precious"]
+    other = folder.parent / ".converting-new"
+    other.mkdir()
+    (other / "precious").write_text("x")
+    assert to_ours(folder, folder.parent / "new") == 1
+    assert "in the way" in capsys.readouterr().err
+    assert (other / "precious").exists()
+
+
+def test_interrupted_conversion_goes_on(folder, monkeypatch, capsys):
+    from megatron_hybrid.checkpoint.manager import complete_checkpoints, find_checkpoint
+    from megatron_hybrid.convert import job
+    from tools import convert_to_hf
+
+    ours, target = folder.parent / "ours", folder.parent / "export"
+    assert to_ours(folder, ours) == 0
+    written = []
+    real = job.write_file
+
+    def interrupted(path, *rest):
+        if len(written) == 2:
+            path.write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return real(path, *rest)
+
+    monkeypatch.setattr(job, "write_file", interrupted)
+    arguments = [str(ours), str(target), "--quiet", "--max-shard-size", "6KB"]
+    assert convert_to_hf.main(arguments) == 130
+    assert "run the same command again" in capsys.readouterr().err
+    assert not target.exists()
+    assert not complete_checkpoints(folder.parent)
+
+    again = []
+    monkeypatch.setattr(job, "write_file", lambda path, *rest: (again.append(path.name), real(path, *rest))[1])
+    assert convert_to_hf.main(arguments) == 0
+    assert len(written) == 2 and again and not set(written) & set(again)
+    assert not [p for p in folder.parent.iterdir() if p.name.startswith(".")]
+    assert not [p for p in target.iterdir() if "done" in p.name or "plan" in p.name]
+    monkeypatch.setattr(job, "write_file", real)
+    assert convert_to_hf.main([str(ours), str(folder.parent / "whole"), "--quiet", "--max-shard-size", "6KB"]) == 0
+    for path in target.iterdir():
+        assert path.read_bytes() == (folder.parent / "whole" / path.name).read_bytes()
+    assert find_checkpoint(str(ours), folder) == ours
+
+
+def test_a_changed_source_starts_anew(folder, monkeypatch):
+    from megatron_hybrid.convert import job
+
+    target = folder.parent / "ours"
+    real = job.write_file
+
+    def stop(path, *rest):
+        real(path, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "write_file", stop)
+    assert to_ours(folder, target) == 130
+    os.utime(next(folder.glob("model-*")))
+    monkeypatch.setattr(job, "write_file", real)
+    assert to_ours(folder, target) == 0
+
+
+def test_what_fails_midway_leaves_nothing(folder, monkeypatch, capsys):
+    from megatron_hybrid.convert import job
+
+    def broken(path, *rest):
+        path.write_bytes(b"x")
+        raise ConversionError("the source changed")
+
+    monkeypatch.setattr(job, "write_file", broken)
+    assert to_ours(folder, folder.parent / "ours") == 1
+    assert [p.name for p in folder.parent.iterdir()] == ["hf"]
+
+
+FUZZ = """
+import json, os, random, resource, shutil, sys, time
+from pathlib import Path
+work, seed, count, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+sys.path.insert(0, os.getcwd())
+from megatron_hybrid.convert.errors import ConversionError
+from megatron_hybrid.convert.from_hf import from_huggingface
+from megatron_hybrid.convert.job import run
+from megatron_hybrid.convert.ranks import Ranks
+from megatron_hybrid.convert.to_hf import to_huggingface
+from megatron_hybrid.convert.verify import verify
+from tests.convert.test_safety import mutated
+import pickle, tempfile, torch._dynamo if False else torch
+
+opened = set()
+watching = False
+def watch(event, arguments):
+    if watching and event == "open" and isinstance(arguments[0], (str, bytes)):
+        opened.add(os.path.realpath(os.fsdecode(arguments[0])))
+sys.addaudithook(watch)
+
+rng = random.Random(seed)
+places = {kind: sorted(p for p in (work / kind).iterdir()) for kind in ("hf", "ours")}
+originals = {p: p.read_bytes() for paths in places.values() for p in paths}
+outcome = {"refused": 0, "converted": 0}
+target = work / "out" / "target"
+target.parent.mkdir()
+start = time.monotonic()
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+slowest, done = 0.0, 0
+while done < count and time.monotonic() - start < seconds:
+    kind = rng.choice(["hf", "hf", "ours"])
+    victims = rng.sample(places[kind], rng.choice([1, 1, 1, 2]))
+    for path in victims:
+        path.write_bytes(mutated(rng, originals[path], path.suffix == ".json"))
+    began = time.monotonic()
+    watching = True
+    try:
+        plan = from_huggingface if kind == "hf" else to_huggingface
+        conversion = plan(work / kind, target)
+        run(conversion, Ranks(), lambda total: lambda count: None)
+        if kind == "ours":
+            verify(work / kind)
+        outcome["converted"] += 1
+    except ConversionError:
+        outcome["refused"] += 1
+        assert not target.exists() and not list(target.parent.iterdir()), "something was written"
+    finally:
+        watching = False
+    slowest = max(slowest, time.monotonic() - began)
+    shutil.rmtree(target, ignore_errors=True)
+    for path in victims:
+        path.write_bytes(originals[path])
+    done += 1
+inside = str(work.resolve()) + os.sep
+python = tuple(os.path.realpath(p) + os.sep for p in {sys.prefix, sys.base_prefix, os.getcwd()})
+strange = [p for p in opened if not p.startswith(inside) and not p.startswith(python)]
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
+print(json.dumps(outcome | {"done": done, "slowest": slowest, "strange": strange, "grown_kib": grown}))
+"""
+FUZZ = FUZZ.replace("import pickle, tempfile, torch._dynamo if False else torch\n", "")
+
+
+def mutated(rng: random.Random, data: bytes, is_json: bool) -> bytes:
+    """One of many kinds of damage, from a flipped bit to a header that means harm."""
+    if not is_json and rng.random() < 0.6:  # aim at the header
+        length = int.from_bytes(data[:8], "little")
+        header = _mutated_json(rng, data[8 : 8 + length])
+        stated = rng.choice([len(header)] * 6 + [len(header) + 8, 0, 1 << 40, (1 << 64) - 1, rng.randrange(1 << 20)])
+        return stated.to_bytes(8, "little") + header + data[8 + length :]
+    if is_json and rng.random() < 0.8:
+        return _mutated_json(rng, data)
+    kind, at = rng.randrange(6), rng.randrange(len(data))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data + rng.randbytes(rng.randrange(1, 64))
+    if kind == 2:
+        return data[:at] + data[at + rng.randrange(1, 32) :]
+    if kind == 3:
+        return data[:at] + rng.randbytes(rng.randrange(1, 16)) + data[at:]
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 8, 100])):
+        changed[rng.randrange(len(changed) if kind == 4 else min(64, len(changed)))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+HARM: list = [
+    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**30, 1.5, 1e308, float("nan"), float("inf"), "", "F32", "F64", "../x", "/etc/passwd", "..",
+    "model.safetensors", "a\0b", "x" * 300, [], [[]], {}, [0, 4], [4, 0], [-4, 0], [1 << 40] * 3, {"a": 1}, ["q"] * 3, "olmo3", "\ud800",
+]  # fmt: skip
+
+
+def _mutated_json(rng: random.Random, data: bytes) -> bytes:
+    kind = rng.randrange(10)
+    if kind == 0:  # text, wherever
+        at = rng.randrange(len(data))
+        return data[:at] + rng.choice([b'"', b"{", b"[", b",", b"9" * 5000, b"\xff", b"[" * 3000, b"\\u0000"]) + data[at:]
+    value = json.loads(data)
+    places = []
+
+    def walk(node: object) -> None:
+        keys = node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+        for key in keys:
+            places.append((node, key))
+            walk(node[key])  # type: ignore[index]
+
+    walk(value)
+    for _ in range(rng.choice([1, 1, 1, 3])):
+        node, key = rng.choice(places)
+        if isinstance(node, list) and key >= len(node) or isinstance(node, dict) and key not in node:
+            continue
+        if kind < 3 and isinstance(node, dict):
+            moved = node.pop(key)
+            if kind == 2:
+                node[rng.choice(["../x", "", "a", f"{key}x", "model.layers.0.mlp.up_proj.weight"])] = moved
+        elif kind == 3 and isinstance(node[key], int) and not isinstance(node[key], bool):
+            node[key] += rng.choice([-1, 1, -4, 4, 8, 1 << 32, -node[key]])
+        elif kind == 4:
+            other, where = rng.choice(places)
+            if not (isinstance(other, list) and where >= len(other) or isinstance(other, dict) and where not in other):
+                node[key] = json.loads(json.dumps(other[where]))
+        else:
+            node[key] = rng.choice(HARM)
+    text = json.dumps(value).encode()
+    if kind == 9 and text.startswith(b"{") and b":" in text:  # the first entry twice
+        first = json.dumps(next(iter(value.items()), ("a", 1)))[1:-1].replace(", ", ":", 1).encode()
+        text = b"{" + first + b"," + text[1:]
+    return text
+
+
+@pytest.mark.slow
+def test_fuzzing(tmp_path):
+    """5,000 damaged files, headers and indices of both formats: refused or harmless, in bounded time and memory."""
+    small = BASE | dict(layer_pattern="GA", vocab_size=11)
+    write_folder(tmp_path / "hf", small, shard="6KB")
+    for path in (tmp_path / "hf").glob("generation*"):
+        path.unlink()
+    assert to_ours(tmp_path / "hf", tmp_path / "ours") == 0
+    (tmp_path / "ours/model.yaml").unlink()
+    command = [sys.executable, "-c", FUZZ, str(tmp_path), "20260101", "5000", "150"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["done"] == 5000, report
+    assert report["refused"] > 3000 and report["converted"] > 50, report
+    assert report["strange"] == [], report
+    assert report["slowest"] < 1 and report["grown_kib"] < 300_000, report
+
+
+def test_planning_reads_headers_alone(folder):
+    assert open_huggingface(folder).sources.keys() >= {"embedding.weight", "output.weight"}

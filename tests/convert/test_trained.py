@@ -1,0 +1,82 @@
+"""A trained checkpoint, whatever layout trained it, is in transformers the same model; and theirs is ours under any layout."""
+
+import pytest
+import torch
+
+from megatron_hybrid.convert.verify import verify
+from tests import jobs
+from tests.convert import jobs as convert_jobs
+from tests.convert.folders import weights, write_folder
+from tests.convert.test_huggingface import equal, to_ours, to_theirs
+
+MODEL = dict(
+    layer_pattern="GGGA",
+    hidden_size=48,
+    ffn_hidden_size=96,
+    vocab_size=131,
+    num_attention_heads=6,  # TP4 pads to 8
+    gdn=dict(num_key_heads=6, num_value_heads=6, key_head_dim=8, value_head_dim=16),
+)
+STEPS = 50
+TRAIN = dict(steps=STEPS, global_batch_size=8, micro_batch_size=1, dtype="fp32")
+LAYOUTS = {
+    "TP2xPP2": dict(tensor_parallel_size=2, pipeline_parallel_size=2),
+    "TP4 with padded heads": dict(tensor_parallel_size=4),
+}
+TOKENS = torch.randint(0, 131, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_trained_model_is_the_same_in_transformers(layout, ranks, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    run = ranks.run(jobs.curve, 4, model=MODEL, parallel=LAYOUTS[layout], train=TRAIN, steps=STEPS, save=str(tmp_path / "run"))
+    assert run[0]["losses"][-1] < run[0]["losses"][0] - 0.3  # it has learnt something
+    checkpoint = run[0]["path"]
+    assert not verify(checkpoint_path := tmp_path / "run" / f"step-{STEPS:08d}").problems
+    assert str(checkpoint_path) == checkpoint
+
+    assert to_theirs(checkpoint, tmp_path / "export") == 0
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", attn_implementation="eager").eval()
+    prompt = TOKENS[:, :8]
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+        continued = theirs.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    (ours,) = ranks.run(convert_jobs.logits, 1, checkpoint=checkpoint, tokens=TOKENS)
+    (greedy,) = ranks.run(convert_jobs.logits, 1, checkpoint=checkpoint, tokens=prompt, new_tokens=12)
+    logits = ours["logits"][..., :131]
+    assert relative_error(logits, expected) < 1e-5
+    assert (logits - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+    assert torch.equal(greedy["tokens"], continued)
+    assert not verify(checkpoint_path, tmp_path / "export").problems
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_their_model_is_the_same_under_any_layout(layout, ranks, tmp_path):
+    peer = write_folder(tmp_path / "hf", MODEL)
+    assert to_ours(tmp_path / "hf", tmp_path / "ours") == 0
+    with torch.no_grad():
+        expected = peer(TOKENS).logits
+    checkpoint = str(tmp_path / "ours")
+
+    (alone,) = ranks.run(convert_jobs.logits, 1, checkpoint=checkpoint, tokens=TOKENS)
+    assert relative_error(alone["logits"][..., :131], expected) < 1e-5
+    if "PP" not in layout:
+        shared = ranks.run(convert_jobs.logits, 4, checkpoint=checkpoint, tokens=TOKENS, parallel=LAYOUTS[layout])
+        together = torch.cat([r["logits"] for r in shared], dim=-1)[..., :131]
+        assert relative_error(together, expected) < 1e-5
+
+    saved = ranks.run(
+        convert_jobs.load_and_save, 4, checkpoint=checkpoint, folder=str(tmp_path / "run"), parallel=LAYOUTS[layout], train={}
+    )
+    assert saved[0]["state"] == {}
+    again = tmp_path / "run/step-00000001"
+    assert not verify(again, tmp_path / "hf").problems
+    assert to_theirs(again, tmp_path / "hf2") == 0
+    assert to_theirs(checkpoint, tmp_path / "hf3") == 0
+    assert equal(weights(tmp_path / "hf2"), weights(tmp_path / "hf3"))
