@@ -7,7 +7,7 @@ An op lists its backends from the fastest to the plainest. Each says, for a give
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -48,7 +48,7 @@ def choose(op: str, backends: Mapping[str, Callable[[], str | None]], requested:
     raise ValueError(f"{op}: no backend can run this call: {rejected}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def has_module(name: str) -> bool:
     """Whether a Python module can be imported, without importing it."""
     return importlib.util.find_spec(name) is not None

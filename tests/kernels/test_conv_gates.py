@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hybrid_kernels.conv_gates import conv_gates, widths
 
+from hybrid_kernels.conv_gates import conv_gates, widths
 from hybrid_kernels.testing import packed_inputs, relative_error
 
 DIMS = dict(num_key_heads=2, num_value_heads=4, key_head_dim=6, value_head_dim=8)

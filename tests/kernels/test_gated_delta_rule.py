@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
 from hybrid_kernels.gated_delta_rule.reference import gated_delta_rule_recurrent, gated_delta_rule_torch
-
 from hybrid_kernels.testing import delta_rule_inputs, relative_error
 
 
@@ -69,9 +69,7 @@ def test_agrees_with_transformers():
 
 
 def test_gradcheck():
-    inputs = [
-        x.requires_grad_() for x in delta_rule_inputs(1, 5, 1, 2, 3, 2, dtype=torch.float64)
-    ]
+    inputs = [x.requires_grad_() for x in delta_rule_inputs(1, 5, 1, 2, 3, 2, dtype=torch.float64)]
     initial = torch.randn(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda *x: gated_delta_rule(*x[:5], initial_state=x[5], output_final_state=True), (*inputs, initial)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 
+from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from hybrid_kernels.testing import relative_error
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..triton_support import even_width, sigmoid
-from .triton_rows import L2_EPS, row_tiles, seen, tap_tiles, add_products, zero_rows
+from .triton_rows import L2_EPS, add_products, row_tiles, seen, tap_tiles, zero_rows
 
 
 @triton.jit
@@ -61,14 +61,20 @@ def _channels(
             position = tl.load(positions + t, mask=t < T, other=0)
         s0, s1 = seen(x0, position, 0, VARLEN, DIM), seen(x1, position, 1, VARLEN, DIM)
         s2, s3 = seen(x2, position, 2, VARLEN, DIM), seen(x3, position, 3, VARLEN, DIM)
-        y = add_products(add_products(add_products(add_products(nothing, w3, s0, DIM), w2, s1, DIM), w1, s2, DIM), w0, s3, DIM)
+        y = add_products(
+            add_products(add_products(add_products(nothing, w3, s0, DIM), w2, s1, DIM), w1, s2, DIM), w0, s3, DIM
+        )
         dy = _pre_activation_gradient(y, d, NORM, DIM)
         if step < L:  # the three tokens past a segment are the next one's to count
             dw3, dw2 = add_products(dw3, dy, s0, DIM), add_products(dw2, dy, s1, DIM)
             dw1, dw0 = add_products(dw1, dy, s2, DIM), add_products(dw0, dy, s3, DIM)
         dy1, dy2 = seen(dy, position, 1, VARLEN, DIM), seen(dy, position, 2, VARLEN, DIM)
         done = add_products(due3, w0, seen(dy, position, 3, VARLEN, DIM), DIM)
-        due3, due2, due1 = add_products(due2, w1, dy2, DIM), add_products(due1, w2, dy1, DIM), add_products(nothing, w3, dy, DIM)
+        due3, due2, due1 = (
+            add_products(due2, w1, dy2, DIM),
+            add_products(due1, w2, dy1, DIM),
+            add_products(nothing, w3, dy, DIM),
+        )
         ready = (t - 3 < T) & (step >= 3)
         for i in tl.static_range(DIM // even_width(DIM)):
             cols = even_width(DIM) * i + tl.arange(0, even_width(DIM))

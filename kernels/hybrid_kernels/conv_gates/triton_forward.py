@@ -10,6 +10,7 @@ import triton.language as tl
 from ..triton_support import even_width, sigmoid
 from .triton_rows import L2_EPS, add_products, row_tiles, seen, tap_tiles, zero_rows
 
+
 @triton.jit
 def softplus(x):
     return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))

@@ -60,7 +60,7 @@ class ConvGates(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv, dg, dbeta, dgate=None):
         packed, weight, A_log, dt_bias, positions = ctx.saved_tensors
-        c, (length, batch, width) = ctx.constants, packed.shape
+        c, (length, batch, _) = ctx.constants, packed.shape
         dq, dk, dv, dg, dbeta = (x.contiguous() for x in (dq, dk, dv, dg, dbeta))
         blocks = triton.cdiv(length, SEGMENTS * BACKWARD_SEGMENT)
         dpacked = torch.empty_like(packed)

@@ -11,7 +11,7 @@ L2_EPS = tl.constexpr(1e-6)
 @triton.jit
 def zero_rows(S: tl.constexpr, DIM: tl.constexpr):
     tiles = ()
-    for i in tl.static_range(DIM // even_width(DIM)):
+    for _ in tl.static_range(DIM // even_width(DIM)):
         tiles = tiles + (tl.zeros([S, even_width(DIM)], tl.float32),)
     return tiles
 

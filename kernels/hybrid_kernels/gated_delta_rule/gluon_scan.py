@@ -42,7 +42,9 @@ def exp2(x):
 def _buffers(STAGES: gl.constexpr, DIM: gl.constexpr):
     tiles = ()
     for i in gl.static_range(tile_count(DIM)):
-        tiles = tiles + (gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, tile_width(DIM, i)], shared(tile_width(DIM, i))),)
+        tiles = tiles + (
+            gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, tile_width(DIM, i)], shared(tile_width(DIM, i))),
+        )
     return tiles
 
 
@@ -50,7 +52,7 @@ def _buffers(STAGES: gl.constexpr, DIM: gl.constexpr):
 def _barriers(DIM: gl.constexpr):
     """A barrier for each tile and stage, each tile's of its own: the compiler synchronizes what shares memory."""
     bars = ()
-    for i in gl.static_range(tile_count(DIM)):
+    for _ in gl.static_range(tile_count(DIM)):
         bar = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(2):
             mbarrier.init(bar.index(stage), count=1)

@@ -57,7 +57,6 @@ class Chunks:
         first = torch.cat([ends.new_zeros(1), ends])
         return cls(n, length, count, cu, first, document.to(torch.int32))
 
-
     def states_like(self, v: torch.Tensor, key_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for every chunk's incoming S^T [chunks, H, V, K] and its new values [chunks, H, V, 64]."""
         heads, dim = v.shape[2:]
@@ -173,7 +172,7 @@ def _scans(hopper: bool):
 
 
 def prepare_options() -> dict:
-    return dict(num_warps=4, num_stages=1)
+    return dict(num_warps=2, num_stages=1)
 
 
 def scan_options(key_dim: int) -> dict:
@@ -190,11 +189,19 @@ def _or(tensor: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
 
 
 def gated_delta_rule_triton(
-    q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, save="scores",
+    q,
+    k,
+    v,
+    g,
+    beta,
+    *,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    cu_seqlens=None,
+    save="scores",
     hopper=False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Arguments and results: `gated_delta_rule`."""
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    return GatedDeltaRule.apply(
-        q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, save, hopper
-    )
+    return GatedDeltaRule.apply(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, save, hopper)

@@ -25,7 +25,9 @@ def _places(row, B, T, H, gate_stride_s, gate_stride_b, D: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(o, gate, weight, y, rows, B, T, H, gate_stride_s, gate_stride_b, eps, D: tl.constexpr, R: tl.constexpr):
+def forward_kernel(
+    o, gate, weight, y, rows, B, T, H, gate_stride_s, gate_stride_b, eps, D: tl.constexpr, R: tl.constexpr
+):
     row = tl.program_id(0) * R + tl.arange(0, R)
     valid = row < rows
     at_o, at_gate, at_y = _places(row, B, T, H, gate_stride_s, gate_stride_b, D)
