@@ -5,7 +5,7 @@ import json
 import math
 import sys
 
-from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.config.errors import UserError, no_traceback
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         model = load_model(arguments.checkpoint)
         length = arguments.sequence_length or model.run.get("data", {}).get("sequence_length")
         if not length:
-            raise ValueError("--sequence-length is missing: the checkpoint does not name one")
+            raise UserError("--sequence-length is missing: the checkpoint does not name one")
         source = open_source(SourceConfig(path=arguments.data), model.config.vocab_size)
         dataset = FixedLengthDataset(source, length, seed=0, shuffle=False)
         tokens, loss = 0, float("nan")

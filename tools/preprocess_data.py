@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_hybrid.data.documents import ReadOptions
-from megatron_hybrid.data.preprocess import preprocess
+from megatron_hybrid.data.preprocess import parse_split, preprocess
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,22 +35,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sha256", action="store_true", help="put a hash of the tokens into PREFIX.json")
     add("--overwrite", action="store_true", help="replace an existing dataset")
     return parser.parse_args(argv)
-
-
-def parse_split(shares: str | None, names: str) -> dict[str, float] | None:
-    """`0.99,0.01` and `train,validation` to shares by name. Raises ValueError."""
-    if shares is None:
-        return None
-    keys = names.split(",")
-    try:
-        values = [float(share) for share in shares.split(",")]
-    except ValueError:
-        raise ValueError(f"--split {shares}: numbers with commas between are needed, such as 0.99,0.01") from None
-    if len(values) != len(keys) or len(set(keys)) != len(keys):
-        raise ValueError(
-            f"--split {shares}: {len(values)} shares for the names {names}: give --split-names, one a share"
-        )
-    return dict(zip(keys, values, strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
                 progress=lambda consumed, total: bar.update(task, completed=consumed, total=total),
             )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print(f"preprocess_data: {error}", file=sys.stderr)
+        return 78  # EX_CONFIG of sysexits.h, as the other tools
     except KeyboardInterrupt:
         print("interrupted: nothing written", file=sys.stderr)
         return 130

@@ -5,12 +5,10 @@ Exit codes: 0 done, 78 wrong configuration, data or checkpoint.
 
 import argparse
 import os
-import sys
 
 from megatron_hybrid.config.describe import describe
+from megatron_hybrid.config.errors import no_traceback
 from megatron_hybrid.config.load import load_run
-
-BAD_CONFIG = 78  # EX_CONFIG of sysexits.h
 
 
 def main() -> None:
@@ -21,7 +19,7 @@ def main() -> None:
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of ranks (default: the launcher's)")
     arguments = parser.parse_args()
     world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
-    try:
+    with no_traceback():
         config = load_run(arguments.config, arguments.overrides)
         if arguments.dry_run:
             print(describe(config, world_size))
@@ -31,10 +29,6 @@ def main() -> None:
         from megatron_hybrid.train.trainer import pretrain
 
         pretrain(config, Launch.from_environment())
-    except ValueError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"pretrain: {error}", file=sys.stderr)
-        sys.exit(BAD_CONFIG)
 
 
 if __name__ == "__main__":

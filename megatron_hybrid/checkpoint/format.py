@@ -18,6 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.config.errors import UserError
+
 FORMAT = "megatron_hybrid/1"
 INDEX = "index.json"
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -25,7 +27,7 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is incomplete, damaged or does not fit; names the file or tensor and what to do."""
 
 

@@ -1,9 +1,11 @@
 """Errors a user reads: each wrong field with its remedy, one line each."""
 
+import os
 import reprlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -16,7 +18,15 @@ from megatron_hybrid.config.base import Section
 Location = tuple[int | str, ...]
 
 
-class ConfigError(ValueError):
+BAD_INPUT = 78
+"""Exit status of a tool that was given something wrong: EX_CONFIG of sysexits.h."""
+
+
+class UserError(ValueError):
+    """Something a user gave is wrong; the message says what, where, and what to do. Tools print it without a traceback."""
+
+
+class ConfigError(UserError):
     """What is wrong with a configuration: `(field, message)` pairs, a line each when printed.
 
     Validators raise it with fields relative to their own section; `translate` puts the section's name before them.
@@ -37,11 +47,16 @@ class ConfigError(ValueError):
 
 @contextmanager
 def no_traceback() -> Iterator[None]:
-    """Around a tool's loading of its configuration: a ConfigError ends the process with its message alone, status 1."""
+    """Around what a tool does: a UserError ends the process with its message alone, status BAD_INPUT.
+
+    Of the ranks of a run, the first prints it.
+    """
     try:
         yield
-    except ConfigError as error:
-        sys.exit(f"wrong configuration:\n{error}")
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
 
 class Problems(list[tuple[str, str]]):

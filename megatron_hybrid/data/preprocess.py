@@ -241,3 +241,19 @@ def _write_summary(prefix: str, summary: Summary) -> None:
     partial = Path(f"{prefix}.json.partial")
     partial.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, f"{prefix}.json")
+
+
+def parse_split(shares: str | None, names: str) -> dict[str, float] | None:
+    """`0.99,0.01` and `train,validation` to shares by name. Raises ValueError."""
+    if shares is None:
+        return None
+    keys = names.split(",")
+    try:
+        values = [float(share) for share in shares.split(",")]
+    except ValueError:
+        raise ValueError(f"--split {shares}: numbers with commas between are needed, such as 0.99,0.01") from None
+    if len(values) != len(keys) or len(set(keys)) != len(keys):
+        raise ValueError(
+            f"--split {shares}: {len(values)} shares for the names {names}: give --split-names, one a share"
+        )
+    return dict(zip(keys, values, strict=True))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.run import LoggingConfig
 
 
@@ -20,15 +21,15 @@ def check_sinks(config: LoggingConfig) -> None:
     """Fail before a run starts rather than at its first step.
 
     Raises:
-        ValueError: a sink was asked for whose package is not installed.
+        UserError: a sink was asked for whose package is not installed.
     """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
+        raise UserError(
             "logging.tensorboard = true, but the package tensorboard is not installed: pip install tensorboard, "
             "or set logging.tensorboard=false"
         )
     if config.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
+        raise UserError(
             f"logging.wandb_project = {config.wandb_project!r}, but the package wandb is not installed: "
             "pip install -e '.[wandb]', or set logging.wandb_project=null"
         )
@@ -40,7 +41,7 @@ def make_sinks(
     """The sinks a config asks for, in run_dir. On resuming at start_step, what they hold beyond it is overwritten.
 
     Raises:
-        ValueError: as check_sinks.
+        UserError: as check_sinks.
     """
     check_sinks(config)
     sinks: list[Sink] = []

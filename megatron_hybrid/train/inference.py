@@ -14,6 +14,7 @@ import torch
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.checkpoint.manager import find_checkpoint
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.data.dataset import FixedLengthDataset
@@ -79,12 +80,12 @@ def generate(
         temperature: 0 takes the likeliest token. top_k: draw among the k likeliest; 0: among all.
 
     Raises:
-        ValueError: an empty prompt, or a token the model does not have.
+        UserError: an empty prompt, or a token the model does not have.
     """
     if not prompt:
-        raise ValueError("prompt is empty: give at least one token")
+        raise UserError("prompt is empty: give at least one token")
     if wrong := [token for token in prompt if not 0 <= token < model.config.vocab_size]:
-        raise ValueError(
+        raise UserError(
             f"prompt has token {wrong[0]}: the model's vocabulary is {model.config.vocab_size}; is it the right tokenizer?"
         )
     generator = torch.Generator().manual_seed(seed)

@@ -42,6 +42,6 @@ with no_traceback():
 """
     done, seconds = python(code)
     assert seconds < 2
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("wrong configuration:\nmodel.layer_pattern: 'GGGA*999999999' makes more than")
+    assert done.returncode == 78 and done.stdout == ""
+    assert done.stderr.startswith("-c: model.layer_pattern: 'GGGA*999999999' makes more than")
     assert "Traceback" not in done.stderr

@@ -204,7 +204,7 @@ def test_overrides_of_every_kind(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.train.optimizer.lr == 1e-5 and run.train.optimizer.betas == (0.8, 0.99)
     assert run.train.eval_interval is None and run.train.steps == 1000
-    assert [(s.path, s.weight) for s in run.data.train] == [("data/tiny/train", 2.0), ("more", 3.0)]
+    assert [(s.path, s.weight) for s in run.data.train] == [("data/tiny_train", 2.0), ("more", 3.0)]
     assert run.train.batch_ramp is not None and run.train.batch_ramp.samples == 200
     assert run.checkpoint.load == "none" and run.run_dir == "runs/a=b" and run.parallel.pipeline_split == (3, 5)
 

@@ -267,7 +267,7 @@ def test_the_command(tmp_path, jsonl, root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing.jsonl"], "error: nothing.jsonl: no such file or folder"),
+        (["nothing.jsonl"], "preprocess_data: nothing.jsonl: no such file or folder"),
         (["IN", "--split", "0.5"], "1 shares for the names train,validation"),
         (["IN", "--split", "a,b"], "numbers with commas between"),
         (["IN", "--json-key", "body"], "in.jsonl:1: no member 'body'"),
@@ -275,5 +275,5 @@ def test_the_command(tmp_path, jsonl, root):
 )
 def test_the_command_fails_in_one_line(tmp_path, jsonl, root, arguments, message):
     done = run_tool(root, *[str(jsonl) if a == "IN" else a for a in arguments], "--output", tmp_path / "out")
-    assert done.returncode == 1
+    assert done.returncode == 78
     assert message in done.stderr and "Traceback" not in done.stderr

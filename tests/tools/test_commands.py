@@ -33,7 +33,7 @@ def test_dry_run_prints_the_resolved_run(root):
 @pytest.mark.parametrize(
     ("override", "field", "remedy"),
     [
-        ("parallel.pipeline_parallel_size=3", "parallel.pipeline_parallel_size", "nearest"),
+        ("parallel.pipeline_parallel_size=3", "parallel.pipeline_parallel_size", "set it to 2"),
         ("train.optimzer.lr=1", "train.optimzer", "optimizer"),
         ("model.hidden_size=-1", "model.hidden_size", "1"),
     ],
