@@ -17,7 +17,7 @@ MODEL = dict(
     num_attention_heads=6,  # TP4 pads to 8
     gdn=dict(num_key_heads=6, num_value_heads=6, key_head_dim=8, value_head_dim=16),
 )
-STEPS = 50
+STEPS = 24
 TRAIN = dict(steps=STEPS, global_batch_size=8, micro_batch_size=1, dtype="fp32")
 LAYOUTS = {
     "TP2xPP2": dict(tensor_parallel_size=2, pipeline_parallel_size=2),
@@ -35,7 +35,7 @@ def test_trained_model_is_the_same_in_transformers(layout, ranks, tmp_path):
     from transformers import AutoModelForCausalLM
 
     run = ranks.run(jobs.curve, 4, model=MODEL, parallel=LAYOUTS[layout], train=TRAIN, steps=STEPS, save=str(tmp_path / "run"))
-    assert run[0]["losses"][-1] < run[0]["losses"][0] - 0.3  # it has learnt something
+    assert run[0]["losses"][-1] < run[0]["losses"][0] - 0.2  # it has learnt something
     checkpoint = run[0]["path"]
     assert not verify(checkpoint_path := tmp_path / "run" / f"step-{STEPS:08d}").problems
     assert str(checkpoint_path) == checkpoint
@@ -46,7 +46,9 @@ def test_trained_model_is_the_same_in_transformers(layout, ranks, tmp_path):
     prompt = TOKENS[:, :8]
     with torch.no_grad():
         expected = theirs(TOKENS).logits
-        continued = theirs.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        continued = theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
     (ours,) = ranks.run(convert_jobs.logits, 1, checkpoint=checkpoint, tokens=TOKENS)
     (greedy,) = ranks.run(convert_jobs.logits, 1, checkpoint=checkpoint, tokens=prompt, new_tokens=12)
     logits = ours["logits"][..., :131]
