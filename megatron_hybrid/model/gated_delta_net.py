@@ -15,7 +15,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_kernels.conv_gates import conv_gates
+from hybrid_kernels.conv_gates import explain as explain_conv_gates
+from hybrid_kernels.gated_delta_rule import explain as explain_gated_delta_rule
 from hybrid_kernels.gated_delta_rule import gated_delta_rule
+from hybrid_kernels.gated_rmsnorm import explain as explain_gated_rmsnorm
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.parallel.padding import FP8_ALIGNMENT, PaddedSizes, round_up
@@ -111,14 +114,35 @@ class GatedDeltaNet(MegatronModule):
             self.conv_weight,
             self.A_log,
             self.dt_bias,
-            num_key_heads=widths.q // gdn.key_head_dim,
-            num_value_heads=widths.a,
-            key_head_dim=gdn.key_head_dim,
-            value_head_dim=gdn.value_head_dim,
-            allow_negative_eigenvalues=gdn.allow_negative_eigenvalues,
+            **self._sizes(),
         )
         o, _ = gated_delta_rule(q, k, v, g, beta)
         gate = packed_sbw[..., widths.conv : widths.conv + widths.gate]
         # every rank's heads use this weight: its gradient is the sum over the ranks, with and without sequence parallelism
         weight = copy_to_tensor_model_parallel_region(self.o_norm_weight, group=self.tp_group)
         return gated_rmsnorm(o, gate, weight, gdn.norm_eps)
+
+    def _sizes(self) -> dict:
+        gdn, widths = self.gdn, self.widths
+        return dict(
+            num_key_heads=widths.q // gdn.key_head_dim,
+            num_value_heads=widths.a,
+            key_head_dim=gdn.key_head_dim,
+            value_head_dim=gdn.value_head_dim,
+            allow_negative_eigenvalues=gdn.allow_negative_eigenvalues,
+        )
+
+    def backends(self, sequence_length: int, batch_size: int) -> list[str]:
+        """Which backend each op runs for such a micro-batch, and why; one line an op."""
+        gdn, widths, s, b = self.gdn, self.widths, sequence_length, batch_size
+        like = torch.empty((), dtype=self.config.params_dtype, device=self.A_log.device)  # expanded: no memory
+        gates = self.A_log.detach()[:1].expand(b, s, widths.a)
+        q = like.expand(b, s, widths.q // gdn.key_head_dim, gdn.key_head_dim)
+        v = like.expand(b, s, widths.a, gdn.value_head_dim)
+        packed = like.expand(s, b, widths.total)
+        choices = (
+            explain_conv_gates(packed, self.conv_weight, **self._sizes()),
+            explain_gated_delta_rule(q, q, v, gates, gates),
+            explain_gated_rmsnorm(v, packed[..., : widths.gate], self.o_norm_weight),
+        )
+        return [str(choice) for choice in choices]

@@ -15,3 +15,6 @@ for _message in (
 ):
     warnings.filterwarnings("ignore", message=_message)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
+logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(
+    lambda record: "full_param_layout not provided" not in record.getMessage()  # it then computes what we would pass
+)

@@ -8,7 +8,6 @@ decide (CPU initialisation, fusions, batched p2p) is decided there, in model/meg
 import contextlib
 import functools
 import logging
-import os
 import sys
 import time
 
@@ -18,8 +17,8 @@ CPU = torch.device("cpu")
 
 
 def has_cuda() -> bool:
-    """Whether this process computes on a GPU. HYBRID_DEVICE=cpu keeps it off one that is there."""
-    return os.environ.get("HYBRID_DEVICE", "") != "cpu" and torch.cuda.is_available()
+    """Whether this process computes on a GPU. CUDA_VISIBLE_DEVICES= (empty) keeps it off one that is there."""
+    return torch.cuda.is_available()
 
 
 def local_device() -> torch.device:
@@ -43,8 +42,7 @@ def setup_device(local_rank: int) -> str:
         torch.cuda.set_device(local_rank)
         return f"device: CUDA over NCCL ({torch.cuda.get_device_name()}, {count} visible on this node)"
     use_cpu_backend()
-    why = "HYBRID_DEVICE=cpu" if torch.cuda.is_available() else "no CUDA device is visible"
-    return f"device: CPU over gloo, {torch.get_num_threads()} threads a rank ({why})"
+    return f"device: CPU over gloo, {torch.get_num_threads()} threads a rank (no CUDA device is visible)"
 
 
 class _Event:

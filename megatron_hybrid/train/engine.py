@@ -10,6 +10,7 @@ from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.model.gated_delta_net import GatedDeltaNet
 from megatron_hybrid.model.hybrid_model import build_model
 from megatron_hybrid.model.initialize import initialize
 from megatron_hybrid.model.param_layout import ParamLayout
@@ -31,7 +32,7 @@ class MegatronEngine:
         sequence_length: int,
         groups: ProcessGroupCollection,
     ):
-        self.groups, self.parallel = groups, parallel
+        self.groups, self.parallel, self.sequence_length = groups, parallel, sequence_length
         self.chunks = build_model(model, parallel, train.dtype, sequence_length, groups)
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         initialize(self.chunks, self.layout, train.seed)
@@ -47,6 +48,11 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self.run(batches)
+
+    def backends(self, batch_size: int) -> list[str]:
+        """Which kernels the Gated DeltaNet layers of this rank run, and why."""
+        mixers = (module for chunk in self.chunks for module in chunk.modules() if isinstance(module, GatedDeltaNet))
+        return next((mixer.backends(self.sequence_length, batch_size) for mixer in mixers), [])
 
     def gradient_norm(self) -> float:
         return self.optimizer.gradient_norm()

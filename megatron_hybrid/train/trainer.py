@@ -90,6 +90,8 @@ class Trainer:
             device_name=torch.cuda.get_device_name() if has_cuda() else None,
             settings=config.model_dump(mode="json"),
         )
+        for line in self.engine.backends(train.micro_batch_size):
+            self.logger.info(line)
         self.logger.info(f"resumed from {resumed}" if resumed else "started from initial weights")
 
     def __enter__(self) -> "Trainer":
