@@ -12,7 +12,7 @@ from megatron_hybrid.convert.folder import has_file, read_json, regular_file
 from megatron_hybrid.convert.hf_config import model_from_hf
 from megatron_hybrid.convert.names import huggingface_name, usual_name
 from megatron_hybrid.convert.safetensors_header import StoredTensor, read_header
-from megatron_hybrid.convert.source import TORCH_DTYPES, OpenFiles, TensorSource, stacked
+from megatron_hybrid.convert.source import TORCH_NAMES, OpenFiles, TensorSource, stacked
 
 _INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -92,9 +92,9 @@ def _sources(folder: Path, model: ModelConfig, stored: dict[str, StoredTensor]) 
             raise ConversionError(
                 f"{folder}: {theirs} and {by_name[name][0]} are two spellings of one tensor; one too many"
             )
-        if tensor.dtype not in TORCH_DTYPES:
+        if tensor.dtype not in TORCH_NAMES:
             raise ConversionError(
-                f"{folder}: {theirs} is {tensor.dtype}; only {', '.join(TORCH_DTYPES)} are weights of such a model"
+                f"{folder}: {theirs} is {tensor.dtype}; only {', '.join(TORCH_NAMES)} are weights of such a model"
             )
         by_name[name] = (theirs, tensor)
     tied = by_name.pop("lm_head.weight", None) if model.tie_embeddings else None

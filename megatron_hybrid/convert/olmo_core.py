@@ -13,7 +13,7 @@ from megatron_hybrid.convert.job import Conversion, Facts, split_into_files
 from megatron_hybrid.convert.olmo_core_config import model_from_olmo_core
 from megatron_hybrid.convert.our_files import CONVERTED_STATE, write_index
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
-from megatron_hybrid.convert.source import TORCH_DTYPES, OpenFiles
+from megatron_hybrid.convert.source import TORCH_NAMES, OpenFiles
 from megatron_hybrid.convert.torch_checkpoint import METADATA, TorchCheckpoint
 
 _OUTSIDE = {
@@ -151,7 +151,7 @@ def _weight_keys(stored: TorchCheckpoint, model: ModelConfig) -> dict[str, str]:
 def _check(stored: TorchCheckpoint, key: str, spec: TensorSpec) -> None:
     tensor = stored.tensors[key]
     shape = (spec.shape[0], 1, spec.shape[1]) if spec.kind == "conv" else spec.shape
-    if tensor.shape != shape or tensor.dtype not in TORCH_DTYPES:
+    if tensor.shape != shape or tensor.dtype not in TORCH_NAMES:
         raise ConversionError(
             f"{stored.folder}: {key} is {tensor.dtype} {list(tensor.shape)}, and {list(shape)} by config.json"
         )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, Shard, TensorEntry, read_index
-from megatron_hybrid.checkpoint.writer import check_complete
 from megatron_hybrid.config import yaml_text
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import model_tensors
@@ -15,7 +14,7 @@ from megatron_hybrid.convert.hf_config import stored_model
 from megatron_hybrid.convert.job import Facts, write_text
 from megatron_hybrid.convert.safetensors_header import StoredTensor, read_header
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
-from megatron_hybrid.convert.source import TORCH_DTYPES, StoredBox, TensorSource
+from megatron_hybrid.convert.source import TORCH_NAMES, StoredBox, TensorSource
 
 CONVERTED_STATE: dict[str, Any] = {}
 """The state of a checkpoint of weights alone: a run that loads it begins at step 0 with a fresh optimizer."""
@@ -44,7 +43,6 @@ def write_index(
         for t in tensors:
             box = Shard(name, t.name, (0,) * len(t.shape), t.shape)
             index.tensors[t.name] = TensorEntry(t.dtype, t.shape, [box])
-    check_complete(index, folder)
     write_text(folder / "model.yaml", yaml_text.write({"model": index.model}))
     write_text(folder / INDEX, index.dump())
     read_index(folder)
@@ -79,7 +77,7 @@ class OurCheckpoint:
             entry = self.index.tensors.get(name)
             if entry is None:
                 raise ConversionError(f"{self.folder}: tensor {name} is missing")
-            if entry.shape != spec.shape or entry.dtype not in TORCH_DTYPES:
+            if entry.shape != spec.shape or entry.dtype not in TORCH_NAMES:
                 raise ConversionError(
                     f"{self.folder}: {name} is {entry.dtype} {list(entry.shape)}, and {list(spec.shape)} by its model"
                 )

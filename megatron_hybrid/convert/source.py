@@ -1,6 +1,7 @@
 """Reading a stored tensor a block of rows at a time, wherever its parts lie.
 
-Plain reads, not memory maps: a mapped file's pages count as resident memory, a 15 GB checkpoint's would all stay.
+Plain reads, not memory maps: a mapped file's pages count as resident memory, a 15 GB checkpoint's would all stay. torch is
+imported where values are cast, not before: most conversions move bytes, and are done by the time it would be there.
 """
 
 import os
@@ -10,24 +11,34 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.safetensors_header import ITEM_BYTES, StoredTensor
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BLOCK_BYTES = 16 << 20
-"""Read, cast and written at once."""
+TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""What weights may be stored as."""
+BLOCK_BYTES = 4 << 20
+"""Read, cast, hashed and written at once: small enough to stay in a processor's cache from one to the next."""
 _MAX_BOXES = 4096
 """Parts of one tensor; far more than there are ranks, few enough to compare all with all."""
 
 
 class OpenFiles:
-    """The files being read, a few at a time."""
+    """The files being read, a few at a time, and the memory they are read into."""
 
     def __init__(self, limit: int = 32):
         self._limit = limit
         self._open: OrderedDict[Path, int] = OrderedDict()
+        self._buffers = [bytearray(), bytearray(), bytearray()]
+
+    def buffer(self, nbytes: int) -> memoryview:
+        """Memory for a block, used again two blocks later: fresh memory would cost a page fault every 4 KiB."""
+        memory = self._buffers.pop(0)
+        if len(memory) < nbytes:
+            memory = bytearray(nbytes)
+        self._buffers.append(memory)
+        return memoryview(memory)[:nbytes]
 
     def descriptor(self, path: Path) -> int:
         if path not in self._open:
@@ -121,18 +132,17 @@ class TensorSource:
             raise ConversionError(f"{self.name}: its parts hold {held} of {needed} values")
         return self
 
-    def blocks(self, files: OpenFiles, limit: int = BLOCK_BYTES) -> Iterator[bytearray]:
-        """The tensor's bytes in order, in pieces of whole rows of about `limit` bytes."""
+    def blocks(self, files: OpenFiles, limit: int = BLOCK_BYTES) -> Iterator[memoryview]:
+        """The tensor's bytes in order, in pieces of whole rows of about `limit` bytes; one is good until the next but one."""
         row_bytes = self.columns * ITEM_BYTES[self.dtype]
         step = max(1, limit // max(1, row_bytes))
         for first in range(0, self.rows, step):
             yield self._read_rows(files, first, min(first + step, self.rows))
 
-    def _read_rows(self, files: OpenFiles, first: int, last: int) -> bytearray:
+    def _read_rows(self, files: OpenFiles, first: int, last: int) -> memoryview:
         item = ITEM_BYTES[self.dtype]
         width = self.columns * item
-        data = bytearray((last - first) * width)
-        whole = memoryview(data)
+        whole = files.buffer((last - first) * width)
         for box in self.boxes:
             lo, hi = max(first, box.row), min(last, box.row + box.rows)
             if lo >= hi:
@@ -142,11 +152,11 @@ class TensorSource:
             if box.columns == self.columns:
                 files.read_into(box.path, at, whole[(lo - first) * width : (hi - first) * width])
                 continue
-            part = torch.empty(hi - lo, box_width, dtype=torch.uint8)
-            files.read_into(box.path, at, memoryview(part.numpy()).cast("B"))
-            target = torch.frombuffer(data, dtype=torch.uint8).view(last - first, width)
+            part = np.empty((hi - lo, box_width), np.uint8)
+            files.read_into(box.path, at, memoryview(part).cast("B"))
+            target = np.frombuffer(whole, np.uint8).reshape(last - first, width)
             target[lo - first : hi - first, box.column * item : box.column * item + box_width] = part
-        return data
+        return whole
 
 
 def stacked(name: str, parts: list[StoredTensor], shape: tuple[int, ...], first: int = 0) -> TensorSource:
@@ -166,9 +176,11 @@ def stacked(name: str, parts: list[StoredTensor], shape: tuple[int, ...], first:
     return TensorSource(name, parts[0].dtype, shape, tuple(boxes)).check()
 
 
-def cast(block: bytearray, dtype: str, to: str) -> bytearray | memoryview:
+def cast(block: memoryview, dtype: str, to: str) -> memoryview:
     """A block's values in another type."""
     if dtype == to:
         return block
-    values = torch.frombuffer(block, dtype=TORCH_DTYPES[dtype]).to(TORCH_DTYPES[to])
+    import torch
+
+    values = torch.frombuffer(block, dtype=getattr(torch, TORCH_NAMES[dtype])).to(getattr(torch, TORCH_NAMES[to]))
     return memoryview(values.view(torch.uint8).numpy()).cast("B")

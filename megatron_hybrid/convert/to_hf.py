@@ -14,9 +14,8 @@ from megatron_hybrid.convert.job import Conversion, Facts, split_into_files, wri
 from megatron_hybrid.convert.names import huggingface_name
 from megatron_hybrid.convert.our_files import OurCheckpoint
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
-from megatron_hybrid.convert.source import TensorSource
+from megatron_hybrid.convert.source import TORCH_NAMES, TensorSource
 
-TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "tokenizer.model", "chat_template.jinja",

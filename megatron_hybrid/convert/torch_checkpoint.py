@@ -19,8 +19,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.folder import has_file, regular_file
 from megatron_hybrid.convert.safetensors_header import ITEM_BYTES, StoredTensor
@@ -294,11 +292,12 @@ class TorchCheckpoint:
         """The value of a tensor of one element."""
         (part,) = self.tensors[key].parts
         stored = self._stored(key, part)
-        torch_dtype = {v: k for k, v in _DTYPES.items()}[stored.dtype]
+        formats = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
+        if stored.dtype not in formats:
+            raise ConversionError(f"{self.folder}: {key} is {stored.dtype}; a number was expected")
         with open(stored.path, "rb") as file:
             file.seek(stored.begin)
-            data = bytearray(file.read(ITEM_BYTES[stored.dtype]))
-        return torch.frombuffer(data, dtype=getattr(torch, torch_dtype)).item()
+            return struct.unpack(formats[stored.dtype], file.read(ITEM_BYTES[stored.dtype]))[0]
 
     def _stored(self, key: str, part: _Part) -> StoredTensor:
         """Where the numbers of a part begin, in the zip that torch.save wrote."""

@@ -12,8 +12,9 @@ from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf_reader import HuggingFaceFolder, open_huggingface
 from megatron_hybrid.convert.our_files import OurCheckpoint
 from megatron_hybrid.convert.safetensors_header import ITEM_BYTES
-from megatron_hybrid.convert.source import BLOCK_BYTES, TORCH_DTYPES, OpenFiles
+from megatron_hybrid.convert.source import BLOCK_BYTES, TORCH_NAMES, OpenFiles
 
+TORCH_DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 _PRECISION = {"F32": 2, "F16": 1, "BF16": 0}
 
 

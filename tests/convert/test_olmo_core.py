@@ -354,6 +354,8 @@ def test_checkpoints_that_olmo_core_writes(flat, olmo_core, tmp_path):
         lm_head=LMHeadConfig(layer_norm=norm, bias=False),
     )
     model = config.build(init_device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_()
     optimizer = SkipStepAdamWConfig(lr=1e-3).build(model)
     for _ in range(3):
         for parameter in model.parameters():
