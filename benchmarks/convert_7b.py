@@ -104,7 +104,12 @@ def measure(work: Path, ranks: list[int], repeats: int) -> tuple[dict[str, list[
         one("cp", ["cp", "-r", str(source), str(back)], source, back)
         shutil.rmtree(back)
         for count in ranks:
-            one(f"from_hf, {count}", [*tool("convert_from_hf.py", count), str(source), str(ours), "--quiet"], source, ours)
+            one(
+                f"from_hf, {count}",
+                [*tool("convert_from_hf.py", count), str(source), str(ours), "--quiet"],
+                source,
+                ours,
+            )
         for count in ranks:
             one(f"to_hf, {count}", [*tool("convert_to_hf.py", count), str(ours), str(back), "--quiet"], ours, back)
     names = [path.name for path in source.glob("*.safetensors")]
@@ -118,16 +123,46 @@ def rows(results: dict[str, list[dict[str, float]]], same: bool) -> list[dict[st
     best = {name: min(r["seconds"] for r in runs) for name, runs in results.items()}
     table: list[dict[str, Any]] = []
 
-    def add(case: str, metric: str, unit: str, ours: float, peer: float | None, name: str | None, goal: float | None, met: bool | None):
+    def add(
+        case: str,
+        metric: str,
+        unit: str,
+        ours: float,
+        peer: float | None,
+        name: str | None,
+        goal: float | None,
+        met: bool | None,
+    ):
         ratio = None if peer is None else peer / ours
-        table.append(dict(case=case, metric=metric, unit=unit, ours=ours, peer=peer, peer_name=name, ratio=ratio, goal=goal, met=met))
+        table.append(
+            dict(
+                case=case,
+                metric=metric,
+                unit=unit,
+                ours=ours,
+                peer=peer,
+                peer_name=name,
+                ratio=ratio,
+                goal=goal,
+                met=met,
+            )
+        )
 
     for name, runs in results.items():
         if name == "cp":
             continue
         case = f"{name} rank{'s' if name[-1] != '1' else ''}"
         add(case, "time", "s", best[name], copied, "cp", 1 / GOAL_RATIO, best[name] <= GOAL_RATIO * copied)
-        add(case, "processor time", "s", min(r["cpu"] for r in runs), min(r["cpu"] for r in results["cp"]), "cp", None, None)
+        add(
+            case,
+            "processor time",
+            "s",
+            min(r["cpu"] for r in runs),
+            min(r["cpu"] for r in results["cp"]),
+            "cp",
+            None,
+            None,
+        )
         peak = max(r["rss"] for r in runs) / 1e9
         add(case, "peak resident memory of a process", "GB", peak, None, None, GOAL_GB, peak < GOAL_GB)
         alone = best[name.rpartition(" ")[0] + " 1"]
@@ -154,12 +189,18 @@ def main() -> int:
         sys.exit(f"{a.work} exists; name a folder to make")
     try:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, __file__, "--generate", "--work", str(a.work), "--preset", a.preset], check=True, env=environment)
+        subprocess.run(
+            [sys.executable, __file__, "--generate", "--work", str(a.work), "--preset", a.preset],
+            check=True,
+            env=environment,
+        )
         nbytes = sum(path.stat().st_size for path in (a.work / "hf").iterdir())
         results, same = measure(a.work, a.ranks, a.repeats)
     finally:
         shutil.rmtree(a.work, ignore_errors=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     report = {
         "benchmark": "convert_7b",
@@ -167,7 +208,8 @@ def main() -> int:
         "commit": commit,
         "command": "python benchmarks/convert_7b.py --work DIR" + (f" --repeats {a.repeats}" if a.repeats > 1 else ""),
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory; {nbytes / 1e9:.2f} GB converted",
-        "versions": {name: version(name) for name in ("torch", "safetensors", "mpi4py")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "safetensors", "mpi4py")}
+        | {"python": platform.python_version()},
         "runs": results,
         "rows": rows(results, same),
     }

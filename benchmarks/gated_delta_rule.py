@@ -24,7 +24,8 @@ HARD = (
     ("cosine 1, beta 1.99, gate -1e-3", dict(cosine=1.0, beta=1.99, gate=-1e-3)),
     ("gate -50", dict(gate=-50.0)),
 )
-SHAPES = ((1, 8192, 30), (1, 8192, 15), (1, 8192, 8), (4, 8192, 30), (1, 65536, 15))
+SHAPES = ((1, 8192, 30), (4, 8192, 30), "ragged", (1, 8192, 15), (1, 65536, 15), (1, 8192, 8))
+SHORT = [0, 1, 1, 500, 1700, 1701, 4096]
 RAGGED = [0, 1, 1, 500, 1700, 1701, 4096, 4160, 8192]
 
 
@@ -38,9 +39,9 @@ def results(inputs, backend, **options):
 def errors() -> list[dict]:
     rows = []
     cases = [(name, 1024, None, hard) for name, hard in HARD]
-    cases += [(f"T {t}", t, None, {}) for t in (1, 63, 64, 65, 8192)] + [("ragged", 8192, RAGGED, {})]
+    cases += [(f"T {t}", t, None, {}) for t in (1, 63, 64, 65, 4096)] + [("ragged", 4096, SHORT, {})]
     for name, length, bounds, hard in cases:
-        inputs = delta_rule_inputs(1, length, 4, 4, K, V, dtype=torch.bfloat16, device="cuda", **hard)
+        inputs = delta_rule_inputs(1, length, 30, 30, K, V, dtype=torch.bfloat16, device="cuda", **hard)
         cu = None if bounds is None else torch.tensor(bounds, device="cuda", dtype=torch.int32)
         exact = results([x.double() for x in inputs], "torch", cu_seqlens=cu)
         peer = results(inputs, "fla", cu_seqlens=cu)
@@ -58,29 +59,30 @@ def errors() -> list[dict]:
     return rows
 
 
-def measure(backend, inputs, do, cu) -> dict:
+def measure(backend, inputs, do, cu, save="scores") -> dict:
     """Times, launches and memory of one implementation at one shape."""
 
     def forward():
         with torch.no_grad():
-            gated_delta_rule(*inputs, cu_seqlens=cu, backend=backend)
+            gated_delta_rule(*inputs, cu_seqlens=cu, backend=backend, save=save)
 
     def both():
-        torch.autograd.grad(gated_delta_rule(*inputs, cu_seqlens=cu, backend=backend)[0], inputs, do)
+        o, _ = gated_delta_rule(*inputs, cu_seqlens=cu, backend=backend, save=save)
+        torch.autograd.grad(o, inputs, do)
 
     out = {"forward": gpu_ms(forward), "forward + backward": gpu_ms(both), "cpu": cpu_ms(both)}
     launched = kernels(both)
     print(backend, {name: round(us) for name, (_, us) in launched.items() if us > 5}, flush=True)
     out["kernels"] = sum(count for count, _ in launched.values())
     start = torch.cuda.memory_allocated()
-    o, _ = gated_delta_rule(*inputs, cu_seqlens=cu, backend=backend)
+    o, _ = gated_delta_rule(*inputs, cu_seqlens=cu, backend=backend, save=save)
     out["saved"] = (torch.cuda.memory_allocated() - start - o.nbytes) / (inputs[0].shape[0] * inputs[0].shape[1])
     return out
 
 
-def times() -> list[dict]:
+def times(shapes) -> list[dict]:
     rows = []
-    for shape in (*SHAPES, "ragged"):
+    for shape in shapes:
         batch, length, heads = SHAPES[0] if shape == "ragged" else shape
         name = f"B {batch}, T {length}, H {heads}" + (", ragged" if shape == "ragged" else "")
         print(name, flush=True)
@@ -89,8 +91,11 @@ def times() -> list[dict]:
         inputs = [x.repeat(batch, 8, *[1] * (x.dim() - 2)).requires_grad_() for x in small]
         do = torch.randn_like(inputs[2])
         peer = measure("fla", inputs, do, cu)
-        for backend, goals in (("hopper", (1.6, 1.6)), ("triton", (1.4, 1.6))):
-            ours, case = measure(backend, inputs, do, cu), f"{name}, {backend}"
+        for backend, save, goals in (
+            ("hopper", "scores", (1.6, 1.6)), ("hopper", "states", (1.6, 1.6)), ("triton", "scores", (1.4, 1.6))
+        ):  # fmt: skip
+            ours = measure(backend, inputs, do, cu, save)
+            case = f"{name}, {backend}, saving {save}"
             for metric, goal in zip(("forward", "forward + backward"), goals):
                 rows.append(row(case, metric, "ms", ours[metric], peer[metric], "fla 0.6", goal))
             for metric, unit, key in (
@@ -103,4 +108,10 @@ def times() -> list[dict]:
 
 
 if __name__ == "__main__":
-    write("gated_delta_rule", errors() + times())
+    rows = times(SHAPES[:2])  # the result file grows as it goes: fla compiles for minutes at new head numbers
+    write("gated_delta_rule", rows)
+    rows += errors()
+    write("gated_delta_rule", rows)
+    for shape in SHAPES[2:]:
+        rows += times([shape])
+        write("gated_delta_rule", rows)

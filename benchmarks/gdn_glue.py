@@ -36,7 +36,7 @@ def torch_conv_gates(packed, weight, A_log, dt_bias):
 def fla_gated_rmsnorm(o, gate, weight, eps):
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
 
-    y = rms_norm_gated(o, gate.transpose(0, 1).unflatten(-1, (H, V)), weight, None, eps=eps)
+    y = rms_norm_gated(o, gate.transpose(0, 1).unflatten(-1, (H, V)).contiguous(), weight, None, eps=eps)
     return y.flatten(2).transpose(0, 1).contiguous()
 
 
@@ -106,14 +106,17 @@ if __name__ == "__main__":
         },
         (forward, forward + T * (4 * channels + 2 * VALUE + 2 * width)), 2.0,
     )  # fmt: skip
-    o = torch.randn(1, T, H, V, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    gate = packed[0].detach()[..., channels : channels + VALUE].clone().requires_grad_()
-    weight = torch.randn(V, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    exact = lambda *x: gated_rmsnorm_torch(*x, 1e-5)  # noqa: E731
     norms = {
         "ours": lambda *x: gated_rmsnorm(*x, 1e-5, backend="triton"),
         "fla 0.6 rms_norm_gated": lambda *x: fla_gated_rmsnorm(*x, 1e-5),
         "torch.compile of the reference": torch.compile(lambda *x: gated_rmsnorm_torch(*x, 1e-5)),
     }
     exact = lambda *x: gated_rmsnorm_torch(*x, 1e-5)  # noqa: E731
-    rows += compare("gated_rmsnorm", [o, gate, weight], exact, norms, (T * 6 * VALUE, T * 16 * VALUE), 1.2)
+    for batch in (1, 4):  # with a batch, [b, s, H, d] and [s, b, H*d] differ in memory too
+        o = torch.randn(batch, T // batch, H, V, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        gate = torch.randn(T // batch, batch, VALUE, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        weight = torch.randn(V, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        name = f"gated_rmsnorm, batch {batch}"
+        rows += compare(name, [o, gate, weight], exact, norms, (T * 6 * VALUE, T * 16 * VALUE), 1.2)
     write("gdn_glue", rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+_printed = [0]  # rows already shown, for a benchmark that writes more than once
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -107,5 +108,6 @@ def write(benchmark: str, rows: list[dict]) -> None:
     lines = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1)[:-2]
     lines += ',\n "rows": [\n  ' + ",\n  ".join(json.dumps(r) for r in rows) + "\n ]\n}\n"
     (args.out / f"{benchmark}-{short}.json").write_text(lines)
-    for r in rows:
+    for r in rows[_printed[0] :]:
         print(*(f"{k}={v}" for k, v in r.items() if v is not None), flush=True)
+    _printed[0] = len(rows)

@@ -1,9 +1,11 @@
 """Launches of the Hopper scans (gluon_scan): the functions of the same names in triton_op, faster."""
 
+from functools import cache
+
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .gluon_scan import backward_scans_kernel, forward_scan_kernel, shared
+from .gluon_scan import forward_scan_kernel, reverse_scan_kernel, shared
 
 OPTIONS = dict(num_warps=4)
 
@@ -16,14 +18,25 @@ def missing(q: torch.Tensor, v: torch.Tensor) -> str | None:
         return f"it takes bf16, not {v.dtype}"
     if q.shape[-1] not in (64, 96, 128):
         return f"key_head_dim {q.shape[-1]} is none of 64, 96, 128"
-    if v.shape[0] * v.shape[1] >= 2**31:
-        return "token numbers must fit in 32 bits"
+    if (q.data_ptr() | v.data_ptr()) % 16:
+        return "q, k and v must start on 16-byte boundaries"
+    if v.shape[0] * v.shape[1] * v.shape[2] >= 2**31:
+        return "batch * tokens * heads must fit in 31 bits"
     return None
 
 
+@cache
+def _layout(width: int):
+    """Kept, because making one takes longer than a launch."""
+    return shared(width)
+
+
 def _matrix(x: torch.Tensor, cols: int, width: int = 64) -> TensorDescriptor:
-    """x as rows of `cols` elements, copied in boxes of 64 by `width`."""
-    return TensorDescriptor(x, [x.numel() // cols, cols], [cols, 1], [64, width], shared(width))
+    """x as rows of `cols` elements, copied in boxes of 64 by `width`. `missing` has done the constructor's checks."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = x, [x.numel() // cols, cols], [cols, 1]
+    descriptor.block_shape, descriptor.layout, descriptor.padding = [64, width], _layout(width), "zero"
+    return descriptor
 
 
 def _keyed(x: torch.Tensor, cols: int, dim: int) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -51,18 +64,17 @@ def forward_scan(q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output,
 
 def backward_scans(q, k, v, do, scores, initial, dfinal, cu_seqlens, scale, chunks, kept):
     (heads, dim_v), (key_heads, dim_k) = v.shape[2:], k.shape[2:]
-    recompute = kept[0] is None
-    if recompute:
-        kept = chunks.states_like(v, dim_k)
+    if kept[0] is None:
+        kept = forward_scan(
+            q, k, v, scores, initial, cu_seqlens, scale, chunks, output=False, final=False, states=True
+        )[2]
     dv, dstates = torch.empty_like(do), torch.empty_like(kept[0])
     dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
-    backward_scans_kernel[(dim_v // 64, chunks.sequences * heads * (2 if recompute else 1))](
-        *_keyed(q, key_heads * dim_k, dim_k), *_keyed(k, key_heads * dim_k, dim_k), _matrix(v, heads * dim_v),
-        _matrix(do, heads * dim_v), _matrix(scores.A, 64), _matrix(scores.P, 64), _matrix(dv, heads * dim_v),
-        *_keyed(kept[0], dim_k, dim_k), _matrix(kept[1], 64), *_keyed(dstates, dim_k, dim_k), scores.G, dv,
-        v if initial is None else initial, v if dfinal is None else dfinal, v if dinitial is None else dinitial,
-        chunks.cu, chunks.first, scale, chunks.length, chunks.per_row, H=heads, HK=key_heads, K=dim_k, V=dim_v,
-        VARLEN=cu_seqlens is not None, WITH_INITIAL=initial is not None, WITH_FINAL=dfinal is not None,
-        RECOMPUTE=recompute, **OPTIONS,
+    reverse_scan_kernel[(dim_v // 64, chunks.sequences * heads)](
+        *_keyed(q, key_heads * dim_k, dim_k), *_keyed(k, key_heads * dim_k, dim_k), _matrix(do, heads * dim_v),
+        _matrix(scores.A, 64), _matrix(scores.P, 64), _matrix(dv, heads * dim_v), *_keyed(dstates, dim_k, dim_k),
+        scores.G, dv, v if dfinal is None else dfinal, v if dinitial is None else dinitial, chunks.cu, chunks.first,
+        scale, chunks.length, chunks.per_row, H=heads, HK=key_heads, K=dim_k, V=dim_v, VARLEN=cu_seqlens is not None,
+        WITH_FINAL=dfinal is not None, WITH_INITIAL=initial is not None, **OPTIONS,
     )  # fmt: skip
     return kept, dv, dstates, dinitial

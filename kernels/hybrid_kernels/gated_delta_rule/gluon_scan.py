@@ -39,6 +39,14 @@ def exp2(x):
 
 
 @gluon.jit
+def _bf16_now(x):
+    """x in bf16, kept before the products that follow: moved among them, it makes the assembler wait for each."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=False, pack=2
+    )
+
+
+@gluon.jit
 def _buffers(STAGES: gl.constexpr, DIM: gl.constexpr):
     tiles = ()
     for i in gl.static_range(tile_count(DIM)):
@@ -139,7 +147,7 @@ def _low(tiles, K: gl.constexpr):
     """bf16 copies of S^T's tiles, as left operands; and as they lie, to be stored."""
     operands, stored = (), ()
     for i in gl.static_range(tile_count(K)):
-        x = tiles[i].to(gl.bfloat16)
+        x = _bf16_now(tiles[i])
         stored = stored + (x,)
         operands = operands + (gl.convert_layout(x, operand(64)),)
     return operands, stored
@@ -166,9 +174,15 @@ def _add_rows(x, buffers, stage, accs, K: gl.constexpr):
 
 @gluon.jit
 def _scaled(tiles, factor, K: gl.constexpr):
+    """tiles * factor; kept where it stands, as `_bf16_now`."""
     out = ()
     for i in gl.static_range(tile_count(K)):
-        out = out + (tiles[i] * factor,)
+        factors = gl.full([64, tile_width(K, i)], 1.0, gl.float32, layout=mma(tile_width(K, i))) * factor
+        out = out + (
+            gl.inline_asm_elementwise(
+                "mul.f32 $0, $1, $2;", "=f,f,f", [tiles[i], factors], dtype=gl.float32, is_pure=False, pack=1
+            ),
+        )
     return out
 
 
@@ -225,12 +239,13 @@ def _gates_of(G, tile, more):
 
 
 @gluon.jit
-def forward_scan_body(
+def forward_scan_kernel(
     q64, q32, k64, k32, v, A, P, o, states64, states32, new_values,
-    G, o_pointer, initial, final, cu, chunk_start, scale, T, NT, i_v, i_nh,
+    G, o_pointer, initial, final, cu, chunk_start, scale, T, NT,
     H: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, VARLEN: gl.constexpr,
     WITH_INITIAL: gl.constexpr, WITH_FINAL: gl.constexpr, WITH_OUTPUT: gl.constexpr, WITH_STATES: gl.constexpr,
 ):  # fmt: skip
+    i_v, i_nh = gl.program_id(0), gl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
     start, end, first, count = _span(i_n, cu, chunk_start, T, NT, VARLEN)
     key_col, value_col = i_h // (H // HK) * K, i_h * V + i_v * 64
@@ -252,68 +267,75 @@ def forward_scan_body(
         start, key_col, value_col, tile * 64, 0, count > 0, K, WITH_OUTPUT,
     )  # fmt: skip
     G_next, G_end_next = _gates_of(G, tile, count > 0)
+    out_low = zero.to(gl.bfloat16)  # the last chunk's outputs: they leave while the next chunk's first products run
     for c in range(count):
         stage, phase = c % 2, (c // 2) % 2
         tile = (first + c) * H + i_h
         G_t, G_end = G_next, G_end_next
+        S_left, S_low = _low(S, K)
+        _await(k_bar, stage, phase, K)
+        predicted = _against_rows(S_left, k_in, stage, zero, K)
+        _await(v_bar, stage, phase, 64)
+        _await(a_bar, stage, phase, 64)
+        a_t = a_in[0].index(stage).permute((1, 0))
+        new = warpgroup_mma(v_in[0].index(stage).permute((1, 0)), a_t, zero, use_acc=False, is_async=True)
         _fetch_chunk(
             k64, k32, q64, q32, v, A, P, k_in, q_in, v_in, a_in, p_in, k_bar, q_bar, v_bar, a_bar, p_bar,
             start + (c + 1) * 64, key_col, value_col, (tile + H) * 64, 1 - stage, c + 1 < count, K, WITH_OUTPUT,
         )  # fmt: skip
         G_next, G_end_next = _gates_of(G, tile + H, c + 1 < count)
-        S_left, S_low = _low(S, K)
         decay = exp2(G_t)
-        a_t = a_in[0].index(stage).permute((1, 0))
-        _await(k_bar, stage, phase, K)
-        predicted = _against_rows(S_left, k_in, stage, zero, K)
-        _await(v_bar, stage, phase, 64)
-        _await(a_bar, stage, phase, 64)
-        new = warpgroup_mma(v_in[0].index(stage).permute((1, 0)), a_t, zero, use_acc=False, is_async=True)
+        if WITH_OUTPUT:
+            if c > 0:
+                tma.store_wait(0)
+                gl.thread_barrier()
+                _put_transposed(o, o_pointer, start + (c - 1) * 64, value_col, end, out_low, o_out[0].index(0), H * V)
+        predicted = warpgroup_mma_wait(1, deps=(predicted,))
+        left = gl.convert_layout((predicted * -decay[None, :]).to(gl.bfloat16), operand(64))
+        new = warpgroup_mma(left, a_t, new, is_async=True)
         if WITH_OUTPUT:
             _await(q_bar, stage, phase, K)
             out = _against_rows(S_left, q_in, stage, zero, K)
-            predicted = warpgroup_mma_wait(1 + tile_count(K), deps=(predicted,))
-        else:
-            predicted = warpgroup_mma_wait(1, deps=(predicted,))
-        left = gl.convert_layout((predicted * -decay[None, :]).to(gl.bfloat16), operand(64))
-        new = warpgroup_mma(left, a_t, new, is_async=True)
         if WITH_STATES:
             tma.store_wait(0)
             gl.thread_barrier()
             _put(states64, states32, tile * V + i_v * 64, s_out, S_low, K)
         S = _scaled(S, exp2(G_end), K)
         if WITH_OUTPUT:
-            new, out = warpgroup_mma_wait(0, deps=(new, out))
+            new = warpgroup_mma_wait(tile_count(K), deps=(new,))
         else:
             new = warpgroup_mma_wait(0, deps=(new,))
         new_low = new.to(gl.bfloat16)
         written = (new * exp2(G_end - G_t)[None, :]).to(gl.bfloat16)
-        if WITH_OUTPUT:
-            out = out * (decay * scale)[None, :]
         S = _add_rows(written, k_in, stage, S, K)
         if WITH_STATES:
             _put(new_values, new_values, tile * V + i_v * 64, n_out, (new_low,), 64)
         if WITH_OUTPUT:
             _await(p_bar, stage, phase, 64)
             left = gl.convert_layout(new_low, operand(64))
+            out = warpgroup_mma_wait(tile_count(K), deps=(out,)) * (decay * scale)[None, :]
             out = warpgroup_mma(left, p_in[0].index(stage).permute((1, 0)), out, is_async=True)
-            out = warpgroup_mma_wait(0, deps=(out,))
+            out_low = warpgroup_mma_wait(0, deps=(out,)).to(gl.bfloat16)
+        S = _landed(S, K)
+    if WITH_OUTPUT:
+        if count > 0:
             tma.store_wait(0)
             gl.thread_barrier()
-            _put_transposed(o, o_pointer, start + c * 64, value_col, end, out.to(gl.bfloat16), o_out[0].index(0), H * V)
-        S = _landed(S, K)
+            row = start + (count - 1) * 64
+            _put_transposed(o, o_pointer, row, value_col, end, out_low, o_out[0].index(0), H * V)
     tma.store_wait(0)
     if WITH_FINAL:
         _uncarry(final, i_nh.to(gl.int64) * (K * V) + i_v * 64, S, V, K)
 
 
 @gluon.jit
-def reverse_scan_body(
+def reverse_scan_kernel(
     q64, q32, k64, k32, do, A, P, dv, dstates64, dstates32,
-    G, dv_pointer, dfinal, dinitial, cu, chunk_start, scale, T, NT, i_v, i_nh,
+    G, dv_pointer, dfinal, dinitial, cu, chunk_start, scale, T, NT,
     H: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, VARLEN: gl.constexpr,
     WITH_FINAL: gl.constexpr, WITH_INITIAL: gl.constexpr,
 ):  # fmt: skip
+    i_v, i_nh = gl.program_id(0), gl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
     start, end, first, count = _span(i_n, cu, chunk_start, T, NT, VARLEN)
     key_col, value_col = i_h // (H // HK) * K, i_h * V + i_v * 64
@@ -337,19 +359,19 @@ def reverse_scan_body(
         c = last - step
         tile = (first + c) * H + i_h
         G_t, G_end = G_next, G_end_next
-        _fetch_chunk(
-            k64, k32, q64, q32, do, A, P, k_in, q_in, do_in, a_in, p_in, k_bar, q_bar, do_bar, a_bar, p_bar,
-            start + (c - 1) * 64, key_col, value_col, (tile - H) * 64, 1 - stage, c > 0, K, True,
-        )  # fmt: skip
-        G_next, G_end_next = _gates_of(G, tile - H, c > 0)
         dS_left, dS_low = _low(dS, K)
-        decay = exp2(G_t)
         _await(k_bar, stage, phase, K)
         dnew = _against_rows(dS_left, k_in, stage, zero, K)
         _await(do_bar, stage, phase, 64)
         _await(p_bar, stage, phase, 64)
         do_t = do_in[0].index(stage).permute((1, 0))
         inside = warpgroup_mma(do_t, p_in[0].index(stage), zero, use_acc=False, is_async=True)
+        _fetch_chunk(
+            k64, k32, q64, q32, do, A, P, k_in, q_in, do_in, a_in, p_in, k_bar, q_bar, do_bar, a_bar, p_bar,
+            start + (c - 1) * 64, key_col, value_col, (tile - H) * 64, 1 - stage, c > 0, K, True,
+        )  # fmt: skip
+        G_next, G_end_next = _gates_of(G, tile - H, c > 0)
+        decay = exp2(G_t)
         # a chunk may reach into the next document: there q and do are another's, and only their product sees both
         from_queries = gl.where(start + c * 64 + t < end, decay * scale, 0.0)
         from_queries = gl.convert_layout(from_queries, gl.SliceLayout(0, operand(64)))
@@ -357,11 +379,11 @@ def reverse_scan_body(
         tma.store_wait(0)
         gl.thread_barrier()
         _put(dstates64, dstates32, tile * V + i_v * 64, s_out, dS_low, K)
-        dS = _scaled(dS, exp2(G_end), K)
         inside, dnew = warpgroup_mma_wait(0, deps=(inside, dnew))
         dnew = dnew * exp2(G_end - G_t)[None, :] + inside
         left = gl.convert_layout(dnew.to(gl.bfloat16), operand(64))
         _await(a_bar, stage, phase, 64)
+        dS = _scaled(dS, exp2(G_end), K)
         dz = warpgroup_mma(left, a_in[0].index(stage), zero, use_acc=False, is_async=True)
         _await(q_bar, stage, phase, K)
         dS = _add_rows(left_q, q_in, stage, dS, K)
@@ -375,44 +397,3 @@ def reverse_scan_body(
     tma.store_wait(0)
     if WITH_INITIAL:
         _uncarry(dinitial, i_nh.to(gl.int64) * (K * V) + i_v * 64, dS, V, K)
-
-
-@gluon.jit
-def forward_scan_kernel(
-    q64, q32, k64, k32, v, A, P, o, states64, states32, new_values,
-    G, o_pointer, initial, final, cu, chunk_start, scale, T, NT,
-    H: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, VARLEN: gl.constexpr,
-    WITH_INITIAL: gl.constexpr, WITH_FINAL: gl.constexpr, WITH_OUTPUT: gl.constexpr, WITH_STATES: gl.constexpr,
-):  # fmt: skip
-    forward_scan_body(
-        q64, q32, k64, k32, v, A, P, o, states64, states32, new_values, G, o_pointer, initial, final, cu, chunk_start,
-        scale, T, NT, gl.program_id(0), gl.program_id(1), H, HK, K, V, VARLEN, WITH_INITIAL, WITH_FINAL, WITH_OUTPUT,
-        WITH_STATES,
-    )  # fmt: skip
-
-
-@gluon.jit
-def backward_scans_kernel(
-    q64, q32, k64, k32, v, do, A, P, dv, states64, states32, new_values, dstates64, dstates32,
-    G, dv_pointer, initial, dfinal, dinitial, cu, chunk_start, scale, T, NT,
-    H: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, VARLEN: gl.constexpr,
-    WITH_INITIAL: gl.constexpr, WITH_FINAL: gl.constexpr, RECOMPUTE: gl.constexpr,
-):  # fmt: skip
-    """The reverse scan; with RECOMPUTE, every other program instead recomputes the states that were not saved."""
-    i_v, i_nh = gl.program_id(0), gl.program_id(1)
-    if RECOMPUTE:
-        if i_nh % 2 == 0:
-            reverse_scan_body(
-                q64, q32, k64, k32, do, A, P, dv, dstates64, dstates32, G, dv_pointer, dfinal, dinitial, cu,
-                chunk_start, scale, T, NT, i_v, i_nh // 2, H, HK, K, V, VARLEN, WITH_FINAL, WITH_INITIAL,
-            )  # fmt: skip
-        else:
-            forward_scan_body(
-                q64, q32, k64, k32, v, A, P, v, states64, states32, new_values, G, dv_pointer, initial, dinitial, cu,
-                chunk_start, scale, T, NT, i_v, i_nh // 2, H, HK, K, V, VARLEN, WITH_INITIAL, False, False, True,
-            )  # fmt: skip
-    else:
-        reverse_scan_body(
-            q64, q32, k64, k32, do, A, P, dv, dstates64, dstates32, G, dv_pointer, dfinal, dinitial, cu, chunk_start,
-            scale, T, NT, i_v, i_nh, H, HK, K, V, VARLEN, WITH_FINAL, WITH_INITIAL,
-        )  # fmt: skip
