@@ -107,7 +107,7 @@ class Trainer:
         config, first = self.config, self.launch.rank == 0
         if not first:
             dist.barrier()
-        opened = build_train_and_validation(config.data, config.model.vocab_size, self.run_dir / "data_checks")
+        opened = build_train_and_validation(config.data, config.model.vocab_size, self.run_dir)
         if first:
             dist.barrier()
         return opened

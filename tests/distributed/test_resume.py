@@ -1,10 +1,12 @@
 """Stopping and going on: bit for bit under the same layout, the same curve under another."""
 
+from functools import cache
+
 import pytest
 import torch
 
 from tests import jobs
-from tests.distributed.test_same_curve import DEEP, MODEL, SHALLOW, TRAIN, assert_same, layout, run
+from tests.distributed.test_same_curve import DEEP, MODEL, SHALLOW, TRAIN, assert_same, layout, run, slow_unless
 from tests.distributed.test_same_curve import one_rank as one_rank  # noqa: F401 - a fixture
 
 SAME = {
@@ -16,7 +18,10 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("name", SAME)
+QUICK = ("one rank, bf16", "TP2, PP2", ("TP2, PP2", "one rank"), ("TP2, PP2", "DP4"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_unless(name in QUICK)) for name in SAME])
 def test_same_layout_is_bit_identical(name, ranks, tmp_path):
     count, parallel, more = SAME[name]
     train = TRAIN | {"dtype": more.get("dtype", "fp32")}
@@ -51,20 +56,22 @@ TO = {
 
 @pytest.fixture(scope="module")
 def saved(_pool, tmp_path_factory):
-    """A checkpoint of step 10, by the layout that wrote it."""
-    folders = {}
-    for name, (count, parallel) in FROM.items():
-        folder = tmp_path_factory.mktemp("saved")
-        folders[name] = run(_pool(), count, DEEP, parallel, steps=10, save=str(folder))[0]["path"]
-    return folders
+    """A checkpoint of step 10, given the name of the layout that is to write it."""
+
+    @cache
+    def folder(name: str) -> str:
+        count, parallel = FROM[name]
+        return run(_pool(), count, DEEP, parallel, steps=10, save=str(tmp_path_factory.mktemp("saved")))[0]["path"]
+
+    return folder
 
 
 PAIRS = [("TP2, PP2", to) for to in TO] + [(s, t) for s in list(FROM)[1:] for t in ("one rank", "TP2, DP2")]
 
 
-@pytest.mark.parametrize(("source", "to"), PAIRS)
+@pytest.mark.parametrize(("source", "to"), [pytest.param(*p, marks=slow_unless(p in QUICK)) for p in PAIRS])
 def test_another_layout_goes_on_with_the_same_curve(source, to, ranks, saved, one_rank):  # noqa: F811
     count, parallel = TO[to]
     expected = {what: one_rank[DEEP][what][10:] for what in ("losses", "norms")}
-    for result in run(ranks, count, DEEP, parallel, start=10, steps=20, load=saved[source]):
+    for result in run(ranks, count, DEEP, parallel, start=10, steps=20, load=saved(source)):
         assert_same(result, expected)

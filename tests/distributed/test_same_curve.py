@@ -60,6 +60,13 @@ LAYOUTS = {
 }
 
 
+QUICK = ("one rank, selective recompute", "DP2", "TP2", "PP2, VPP2", "TP2, PP2", "TP4, padded heads")
+
+
+def slow_unless(quick: bool) -> list:
+    return [] if quick else [pytest.mark.slow]
+
+
 def relative_difference(found: list[float], expected: list[float]) -> float:
     assert len(found) == len(expected)
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
@@ -86,7 +93,7 @@ def one_rank(_pool):
     return curves
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_unless(name in QUICK)) for name in LAYOUTS])
 def test_layout(name, ranks, one_rank):
     count, parallel = LAYOUTS[name]
     pattern = DEEP if parallel["pipeline_parallel_size"] * parallel["virtual_pipeline_parallel_size"] > 2 else SHALLOW
