@@ -3,7 +3,6 @@
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -16,7 +15,6 @@ from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.model.megatron_config import DTYPES
 from megatron_hybrid.model.param_layout import ParamLayout
-from megatron_hybrid.parallel.device import local_device
 
 _DECAY_GROUPS = {"embedding": "embedding", "norm": "norm", "A_log": "gdn_scalars", "dt_bias": "gdn_scalars"}
 
@@ -85,17 +83,9 @@ class Optimizer:
 
     @torch.no_grad()
     def gradient_norm(self) -> float:
-        """Global norm over all parameters of the model, after reduction and before clipping.
-
-        Summed in fp64: megatron-core's fp32 sum is off by 1e-5 on the CPU, by other amounts under other layouts.
-        """
+        """Global norm over all parameters of the model, after reduction and before clipping."""
         self.megatron.prepare_grads()
-        gradients = [g for part in self._parts() for g in part.get_grads_for_grad_norm()]
-        total = torch.zeros((), dtype=torch.float64, device=local_device())
-        if gradients:
-            total = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum()
-        dist.all_reduce(total, group=self._parts()[0].get_grad_stats_parallel_group())
-        return total.sqrt().item()
+        return float(self.megatron.get_grad_norm())
 
     @torch.no_grad()
     def step(self, lr: float, gradient_norm: float) -> None:
