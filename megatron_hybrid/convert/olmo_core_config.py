@@ -23,7 +23,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "embedding_norm": (None,), "embed_scale": (None, 1),
     },
     "block": {
-        "dropout": (None, 0), "attention_residual_alpha": (None, 1), "feed_forward_residual_alpha": (None, 1), "feed_forward_moe": (None,),
+        "dropout": (None, 0), "attention_residual_alpha": (None, 1), "feed_forward_residual_alpha": (None, 1),
+        "feed_forward_moe": (None,),
     },
     "layer_norm": _NORM,
     "feed_forward": {"name": ("default",), "bias": (False,), "dtype": _ANY, "activation": ("silu", None)},

@@ -1,17 +1,12 @@
 """torch.distributed.checkpoint folders, read without running what is in them.
 
 Such a folder keeps its directory of tensors in a pickle (`.metadata`), and each tensor as `torch.save` wrote it: a zip
-whose `data.pkl` is a pickle too. A pickle is a program; loading one as usual runs whatever it names. Here a pickle can
-name only the stand-ins below: plain records, tuples and text of this module. Nothing of torch, of the standard library or
-of anyone's package is imported, called or built, so a hostile file can at worst be refused. Before that, its opcodes are
-walked once without executing them, which bounds what it may allocate. The numbers themselves are not pickled: they are
-read as bytes, at places that are checked against the file.
+whose `data.pkl` is a pickle too. Both are read by `restricted_pickle`, which runs nothing. The numbers themselves are not
+pickled: they are read as bytes, at places that are checked against the file.
 """
 
 import io
 import os
-import pickle
-import pickletools
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -21,168 +16,13 @@ from typing import Any
 
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.folder import has_file, regular_file
+from megatron_hybrid.convert.restricted_pickle import ENTRY_NAMES, METADATA_NAMES, Storage, Tensor, restricted_load
 from megatron_hybrid.convert.safetensors_header import ITEM_BYTES, StoredTensor
 from megatron_hybrid.convert.source import StoredBox, TensorSource
 
 METADATA = ".metadata"
 _MAX_METADATA_BYTES, _MAX_ENTRY_PICKLE_BYTES = 1 << 30, 1 << 16
-_DTYPES = {
-    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64", "int32": "I32", "int16": "I16",
-    "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-_STORAGES = {
-    "FloatStorage": "F32", "BFloat16Storage": "BF16", "HalfStorage": "F16", "DoubleStorage": "F64", "LongStorage": "I64",
-    "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
-}  # fmt: skip
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-
-
-class _Record:
-    """Stands in for a class: keeps what the pickle says of an object and does nothing."""
-
-    def __init__(self, *arguments: Any):
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            vars(self).update({k: v for k, v in state.items() if isinstance(k, str)})
-        else:
-            self.state = state
-
-
-class _Chunk(_Record):
-    offsets: Any = None
-    sizes: Any = None
-
-
-class _Tensor(_Record):
-    properties: Any = None
-    size: Any = None
-    chunks: Any = None
-
-
-class _Bytes(_Record):
-    pass
-
-
-class _Properties(_Record):
-    state: Any = ()
-
-
-class _Index(_Record):
-    fqn: Any = None
-    offset: Any = None
-
-
-class _Storage(_Record):
-    relative_path: Any = None
-    offset: Any = None
-    length: Any = None
-    transform_descriptors: Any = None
-
-
-class _Metadata(_Record):
-    state_dict_metadata: Any = None
-    storage_data: Any = None
-
-
-class _First:
-    """Stands in for a function or a type: its first argument. (A class, since a pickle may set a function's defaults.)"""
-
-    def __new__(cls, value: Any = None, *_: Any) -> Any:
-        return value
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-class _Size(_First):
-    """torch.Size: the tuple that it is made of."""
-
-    def __new__(cls, values: Any = (), *_: Any) -> Any:
-        return values
-
-
-class _Text(_First):
-    """pathlib's paths."""
-
-    def __new__(cls, *parts: Any) -> Any:
-        return "/".join(p for p in parts if isinstance(p, str))
-
-
-class _Rebuilt(_First):
-    """torch._utils._rebuild_tensor_v2: what the tensor would be made of."""
-
-    def __new__(cls, storage: Any = None, offset: Any = None, size: Any = None, stride: Any = None, *_: Any) -> Any:
-        return ("tensor", storage, offset, size, stride)
-
-
-_METADATA_MODULE, _FILESYSTEM_MODULE = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-)
-_METADATA_NAMES: dict[tuple[str, str], Any] = {
-    (_METADATA_MODULE, "Metadata"): _Metadata,
-    (_METADATA_MODULE, "TensorStorageMetadata"): _Tensor,
-    (_METADATA_MODULE, "BytesStorageMetadata"): _Bytes,
-    (_METADATA_MODULE, "ChunkStorageMetadata"): _Chunk,
-    (_METADATA_MODULE, "TensorProperties"): _Properties,
-    (_METADATA_MODULE, "MetadataIndex"): _Index,
-    (_METADATA_MODULE, "StorageMeta"): _Record,
-    (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"): _First,
-    (_FILESYSTEM_MODULE, "_StorageInfo"): _Storage,
-    ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): _Storage,
-    ("torch", "Size"): _Size,
-    ("torch.serialization", "_get_layout"): _First,
-    ("pathlib", "PosixPath"): _Text,
-    ("pathlib._local", "PosixPath"): _Text,
-    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
-}
-_ENTRY_NAMES: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _Rebuilt,
-    ("collections", "OrderedDict"): _Record,
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, names: dict[tuple[str, str], Any], where: str):
-        super().__init__(io.BytesIO(data))
-        self._names, self._where = names, where
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._names[module, name]
-        except KeyError:
-            raise ConversionError(
-                f"{self._where}: it names {module}.{name}, which no checkpoint of tensors needs; refused"
-            ) from None
-
-    def persistent_load(self, key: Any) -> Any:
-        if self._names is not _ENTRY_NAMES:
-            raise ConversionError(f"{self._where}: persistent objects do not belong there; refused")
-        return key
-
-
-def restricted_load(data: bytes, names: dict[tuple[str, str], Any], where: str) -> Any:
-    """Unpickle what is made of `names` alone.
-
-    Raises:
-        ConversionError: anything else, or damage.
-    """
-    try:
-        memo = 0
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "MEMOIZE":
-                memo += 1
-            elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                memo += 1
-                if not isinstance(argument, int) or argument > memo:  # a far index would allocate all before it
-                    raise ConversionError(f"{where}: a memo index of {argument!r} in its pickle; refused")
-        return _Unpickler(data, names, where).load()
-    except ConversionError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a damaged pickle can fail in any way, and none of them is ours to tell apart
-        raise ConversionError(f"{where}: damaged ({type(error).__name__}: {str(error)[:200]})") from None
 
 
 @dataclass(frozen=True)
@@ -221,22 +61,22 @@ class TorchCheckpoint:
             )
         if path.stat().st_size > _MAX_METADATA_BYTES:
             raise ConversionError(f"{path}: larger than {_MAX_METADATA_BYTES >> 20} MiB; refused")
-        metadata = restricted_load(path.read_bytes(), _METADATA_NAMES, str(path))
+        metadata = restricted_load(path.read_bytes(), METADATA_NAMES, str(path))
         try:
             places = {(i.fqn, i.offset): s for i, s in metadata.storage_data.items()}
             self.tensors = {
                 name: self._tensor(name, entry, places)
                 for name, entry in metadata.state_dict_metadata.items()
-                if isinstance(entry, _Tensor)
+                if isinstance(entry, Tensor)
             }
             self.others = {
-                name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, _Tensor)
+                name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, Tensor)
             }
         except (AttributeError, TypeError, KeyError, IndexError) as error:
             raise ConversionError(f"{path}: damaged ({type(error).__name__}: {str(error)[:200]})") from None
         self.files = [path, *sorted({part.path for t in self.tensors.values() for part in t.parts})]
 
-    def _tensor(self, name: str, entry: _Tensor, places: dict[tuple[str, Any], _Storage]) -> TorchTensor:
+    def _tensor(self, name: str, entry: Tensor, places: dict[tuple[str, Any], Storage]) -> TorchTensor:
         dtype, shape = entry.properties.state[0], tuple(entry.size)
         if dtype not in ITEM_BYTES or not _sizes(shape):
             raise ConversionError(
@@ -318,7 +158,7 @@ class TorchCheckpoint:
             raise ConversionError(f"{where}: its data.pkl is too large; refused")
         if "byteorder" in members and archive.read(members["byteorder"])[:6] != b"little":
             raise ConversionError(f"{where}: big-endian; not readable")
-        described = restricted_load(archive.read(members["data.pkl"]), _ENTRY_NAMES, where)
+        described = restricted_load(archive.read(members["data.pkl"]), ENTRY_NAMES, where)
         if not isinstance(described, tuple) or len(described) != 5 or described[0] != "tensor":
             raise ConversionError(f"{where}: not a plain tensor; not readable")
         _, storage, offset, size, stride = described

@@ -126,7 +126,9 @@ def test_dtype_option_rounds_once(tmp_path):
     assert verdict.rounded == len(ours) - 6
 
 
-@pytest.mark.parametrize("rope", [dict(rope_parameters=None), dict(rope_parameters={"rope_theta": None}), dict(rope_theta=None)])
+@pytest.mark.parametrize(
+    "rope", [dict(rope_parameters=None), dict(rope_parameters={"rope_theta": None}), dict(rope_theta=None)]
+)
 def test_no_rotary_embedding_is_kept_by_every_spelling(rope, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -228,11 +230,14 @@ def test_models_that_transformers_cannot_compute_are_refused(change, told, tmp_p
     model = ModelConfig(**BASE | change)
     index = tmp_path / "ours/index.json"
     data = json.loads(index.read_text())
-    tensors = {
-        n: dict(dtype="F32", shape=s.shape, shards=[dict(file="model-00001-of-00001.safetensors", entry=n, offset=[0] * len(s.shape), shape=s.shape, range=None)])
-        for n, s in model_tensors(model).items()
-    }  # fmt: skip
-    save_file({n: torch.zeros(s.shape) for n, s in model_tensors(model).items()}, tmp_path / "ours/model-00001-of-00001.safetensors")
+    tensors = {}
+    for n, s in model_tensors(model).items():
+        shard = dict(file="model-00001-of-00001.safetensors", entry=n, offset=[0] * len(s.shape), shape=s.shape, range=None)
+        tensors[n] = dict(dtype="F32", shape=s.shape, shards=[shard])
+    save_file(
+        {n: torch.zeros(s.shape) for n, s in model_tensors(model).items()},
+        tmp_path / "ours/model-00001-of-00001.safetensors",
+    )
     size = (tmp_path / "ours/model-00001-of-00001.safetensors").stat().st_size
     data["files"]["model-00001-of-00001.safetensors"]["bytes"] = size
     index.write_text(json.dumps(data | dict(model=model.model_dump(mode="json"), tensors=tensors)))
@@ -260,7 +265,13 @@ def test_tokenizer_files_are_copied_and_nothing_else(tmp_path, capsys):
 def test_model_yaml_is_what_a_run_must_say(tmp_path):
     write_folder(tmp_path / "hf", BASE)
     assert to_ours(tmp_path / "hf", tmp_path / "ours") == 0
-    overrides = ["run_dir=x", "data.sequence_length=32", "data.train=[{path: x}]", "train.steps=1", "train.global_batch_size=1"]
+    overrides = [
+        "run_dir=x",
+        "data.sequence_length=32",
+        "data.train=[{path: x}]",
+        "train.steps=1",
+        "train.global_batch_size=1",
+    ]
     run = load_run(str(tmp_path / "ours/model.yaml"), overrides)
     assert run.model == ModelConfig(**BASE)
 

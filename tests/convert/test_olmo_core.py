@@ -62,15 +62,22 @@ def olmo_core_config(model: ModelConfig, old: bool = False) -> dict:
     if gdn is None:
         config["block"] = block
     elif old:
-        arguments = dict(head_dim=gdn.key_head_dim, expand_v=gdn.value_head_dim / gdn.key_head_dim, use_gate=True, allow_neg_eigval=True)
+        arguments = dict(
+            head_dim=gdn.key_head_dim,
+            expand_v=gdn.value_head_dim / gdn.key_head_dim,
+            use_gate=True,
+            allow_neg_eigval=True,
+        )
         fla = dict(name="GatedDeltaNet", dtype="float32", fla_layer_kwargs=arguments)
         indices = [i for i, k in enumerate(model.layers) if k == "A"]
-        config["block"] = dict(name="fla_hybrid", attention=attention, fla=fla, fla_hybrid_attention_indices=indices, **shared)
+        config["block"] = dict(
+            name="fla_hybrid", attention=attention, fla=fla, fla_hybrid_attention_indices=indices, **shared
+        )
     else:
         mixer = dict(
             type="gated_delta_net", n_heads=gdn.num_key_heads, n_v_heads=gdn.num_value_heads, head_dim=gdn.key_head_dim,
-            expand_v=gdn.value_head_dim / gdn.key_head_dim, allow_neg_eigval=gdn.allow_negative_eigenvalues, conv_size=4, conv_bias=False,
-            norm_eps=1e-5, dtype="float32",
+            expand_v=gdn.value_head_dim / gdn.key_head_dim, allow_neg_eigval=gdn.allow_negative_eigenvalues, conv_size=4,
+            conv_bias=False, norm_eps=1e-5, dtype="float32",
         )  # fmt: skip
         config["block"] = dict(gdn=dict(name="default", sequence_mixer=mixer, **shared), attn=block)
         config["block_pattern"] = ["gdn" if k == "G" else "attn" for k in model.layers]
@@ -105,7 +112,11 @@ def save(folder: Path, config: dict, state: dict) -> Path:
     return folder
 
 
-CASES = {**{name: (fields, False) for name, fields in MODELS.items()}, "olmo3": (OLMO3, False), "older names": (BASE, True)}
+CASES = {
+    **{name: (fields, False) for name, fields in MODELS.items()},
+    "olmo3": (OLMO3, False),
+    "older names": (BASE, True),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,7 +146,9 @@ def test_optimizer_goes_along(dtype, tmp_path, ranks):
         for name, spec in model_tensors(model).items():
             key = olmo_core_names(name)[0]
             for part in ("exp_avg", "exp_avg_sq"):
-                assert torch.equal(reader.read(name, state=part), state["optim"][f"state.{key}.{part}"].view(spec.shape))
+                assert torch.equal(
+                    reader.read(name, state=part), state["optim"][f"state.{key}.{part}"].view(spec.shape)
+                )
             if dtype == "bf16" and not spec.always_fp32:
                 assert torch.equal(reader.read(name, state="master"), state["model"][key].view(spec.shape))
                 assert torch.equal(reader.read(name), state["model"][key].view(spec.shape).bfloat16())
@@ -172,7 +185,9 @@ def _save_sharded(folder: str, fields: dict) -> None:
 def test_sharded_over_ranks(tmp_path, ranks):
     ranks.run(_save_sharded, 3, folder=str(tmp_path / "step1"), fields=BASE)
     (tmp_path / "step1/config.json").write_text(json.dumps(olmo_core_config(ModelConfig(**BASE))))
-    whole = save(tmp_path / "whole", olmo_core_config(ModelConfig(**BASE)), olmo_core_state(ModelConfig(**BASE), optimizer=True))
+    whole = save(
+        tmp_path / "whole", olmo_core_config(ModelConfig(**BASE)), olmo_core_state(ModelConfig(**BASE), optimizer=True)
+    )
     assert len(list((tmp_path / "step1/model_and_optim").glob("*.distcp"))) >= 3
     assert to_ours(tmp_path / "step1", tmp_path / "a") == 0
     assert to_ours(whole, tmp_path / "b") == 0
@@ -213,7 +228,8 @@ def test_missing_and_unknown_tensors(tmp_path, capsys):
     cases = {
         f"missing: {name}": {"model": {k: v for k, v in state["model"].items() if k != name}},
         "does not have: model.extra": {"model": state["model"] | {"extra": torch.zeros(1)}},
-        "missing optimizer state": state | {"optim": {k: v for k, v in state["optim"].items() if not k.endswith(f"{name}.exp_avg")}},
+        "missing optimizer state": state
+        | {"optim": {k: v for k, v in state["optim"].items() if not k.endswith(f"{name}.exp_avg")}},
         "different numbers of updates": state | {"optim": state["optim"] | {f"state.{name}.step": torch.tensor(3.0)}},
     }
     for number, (told, changed) in enumerate(cases.items()):
@@ -300,35 +316,68 @@ def test_released_shapes_are_understood():
 
     for preset in (olmo_hybrid_7b(), olmo3_7b()):
         assert model_from_olmo_core(json.loads(json.dumps(olmo_core_config(preset)))) == preset
-    assert model_from_olmo_core(json.loads(json.dumps(olmo_core_config(olmo_hybrid_7b(), old=True)))) == olmo_hybrid_7b()
+    assert (
+        model_from_olmo_core(json.loads(json.dumps(olmo_core_config(olmo_hybrid_7b(), old=True)))) == olmo_hybrid_7b()
+    )
+
+
+class FusedRMSNormGated(torch.nn.Module):
+    """fla's gated output norm, in plain torch."""
+
+    def __init__(self, width, eps, device=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(width, device=device))
+        self.eps = eps
+
+    def forward(self, x, gate):
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return normed * self.weight * torch.nn.functional.silu(gate)
+
+
+def _convolution(x, weight, bias, activation, **_):
+    """fla's causal convolution [b, s, channels], in plain torch."""
+    assert bias is None and activation == "silu"
+    padded = torch.nn.functional.pad(x.transpose(1, 2), (weight.shape[1] - 1, 0))
+    mixed = torch.nn.functional.conv1d(padded, weight.unsqueeze(1), groups=weight.shape[0])
+    return torch.nn.functional.silu(mixed).transpose(1, 2), None
 
 
 @pytest.fixture
 def olmo_core(monkeypatch):
-    """OLMo-core itself; without fla its output norm is a stand-in with the same weight, and nothing is computed."""
-    package = pytest.importorskip("olmo_core", reason="ai2-olmo-core is not installed: pip install ai2-olmo-core==3.0.0")
+    """OLMo-core itself. Where fla is missing, or there is no GPU for it, the three pieces of fla that it uses are plain torch;
+    its delta rule is then transformers'."""
+    package = pytest.importorskip(
+        "olmo_core", reason="ai2-olmo-core is not installed: pip install ai2-olmo-core==3.0.0"
+    )
     pytest.importorskip("olmo_core.nn.transformer.config", reason="ai2-olmo-core's own requirements are not installed")
     try:
         import fla.modules  # noqa: F401
-    except ImportError:
-        from olmo_core.nn.attention import recurrent
 
-        class FusedRMSNormGated(torch.nn.Module):
-            def __init__(self, width, eps, device=None):
-                super().__init__()
-                self.weight = torch.nn.Parameter(torch.ones(width, device=device))
+        has_fla = torch.cuda.is_available()
+    except ImportError:
+        has_fla = False
+    if not has_fla:
+        from olmo_core.nn import convolution
+        from olmo_core.nn.attention import recurrent
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+        def delta_rule(q, k, v, g, beta, cu_seqlens, use_qk_l2norm_in_kernel):
+            return torch_chunk_gated_delta_rule(
+                q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel
+            )
 
         modules = types.ModuleType("fla.modules")
         modules.FusedRMSNormGated = FusedRMSNormGated  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "fla", types.ModuleType("fla"))
         monkeypatch.setitem(sys.modules, "fla.modules", modules)
         monkeypatch.setattr(recurrent, "has_fla", lambda: True)
+        monkeypatch.setattr(recurrent, "dispatch_chunk_gated_delta_rule", delta_rule)
+        monkeypatch.setattr(convolution, "dispatch_causal_conv1d", _convolution)
     return package
 
 
-@pytest.mark.parametrize("flat", [True, False])
-def test_checkpoints_that_olmo_core_writes(flat, olmo_core, tmp_path):
-    from olmo_core.distributed.checkpoint import save_model_and_optim_state
+def build_olmo_core():
+    """OLMo-core's model of BASE with random weights, and its configuration."""
     from olmo_core.nn.attention import AttentionConfig
     from olmo_core.nn.attention.recurrent import GatedDeltaNetConfig
     from olmo_core.nn.feed_forward import FeedForwardConfig
@@ -336,7 +385,6 @@ def test_checkpoints_that_olmo_core_writes(flat, olmo_core, tmp_path):
     from olmo_core.nn.lm_head import LMHeadConfig
     from olmo_core.nn.rope import RoPEConfig
     from olmo_core.nn.transformer.config import TransformerBlockConfig, TransformerConfig
-    from olmo_core.optim import SkipStepAdamWConfig
 
     norm = LayerNormConfig(name="rms", eps=1e-6, bias=False)
     shared = dict(layer_norm=norm, feed_forward=FeedForwardConfig(hidden_size=40, bias=False))
@@ -354,8 +402,19 @@ def test_checkpoints_that_olmo_core_writes(flat, olmo_core, tmp_path):
         lm_head=LMHeadConfig(layer_norm=norm, bias=False),
     )
     model = config.build(init_device="cpu")
-    for parameter in model.parameters():
-        parameter.data.normal_()
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.1 * noise if "norm" in name else noise if "A_log" in name else 0.2 * noise
+    return model, config
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_checkpoints_that_olmo_core_writes(flat, olmo_core, tmp_path):
+    from olmo_core.distributed.checkpoint import save_model_and_optim_state
+    from olmo_core.optim import SkipStepAdamWConfig
+
+    model, config = build_olmo_core()
     optimizer = SkipStepAdamWConfig(lr=1e-3).build(model)
     for _ in range(3):
         for parameter in model.parameters():
@@ -375,5 +434,23 @@ def test_checkpoints_that_olmo_core_writes(flat, olmo_core, tmp_path):
             parameter = theirs[olmo_core_names(name)[0]]
             assert torch.equal(reader.read(name), parameter.detach().view(spec.shape)), name
             for part in ("exp_avg", "exp_avg_sq"):
-                assert torch.equal(reader.read(name, state=part), optimizer.state[parameter][part].view(spec.shape)), name
+                assert torch.equal(reader.read(name, state=part), optimizer.state[parameter][part].view(spec.shape)), (
+                    name
+                )
     assert not verify(tmp_path / "ours").problems
+
+
+def test_logits_agree_with_olmo_core(olmo_core, tmp_path, ranks):
+    from olmo_core.distributed.checkpoint import save_model_and_optim_state
+
+    model, config = build_olmo_core()
+    save_model_and_optim_state(tmp_path / "step0/model_and_optim", model)
+    (tmp_path / "step0/config.json").write_text(json.dumps({"model": config.as_config_dict()}))
+    assert to_ours(tmp_path / "step0", tmp_path / "ours") == 0
+    tokens = torch.randint(0, 67, (2, 40), generator=torch.Generator().manual_seed(1))
+    device = "cuda" if torch.cuda.is_available() and "fla.ops" in sys.modules else "cpu"
+    with torch.no_grad():
+        expected = model.to(device)(tokens.to(device)).cpu()
+    (ours,) = ranks.run(convert_jobs.logits, 1, checkpoint=str(tmp_path / "ours"), tokens=tokens)
+    error = (ours["logits"][..., :67] - expected).norm() / expected.norm()
+    assert error < (1e-5 if device == "cpu" else 1e-2), error

@@ -32,6 +32,7 @@ def entry(begin: int, end: int, shape: list, dtype: str = "F32") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+ONE = json.dumps(entry(0, 4, [1])).encode()
 DAMAGED = {
     "empty file": b"",
     "three bytes": b"abc",
@@ -42,7 +43,7 @@ DAMAGED = {
     "a list": safetensors(b"[]"),
     "nested too deep": safetensors(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
     "a number of 10,000 digits": safetensors(b'{"a":{"dtype":"F32","shape":[' + b"9" * 10_000 + b'],"data_offsets":[0,4]}}', bytes(4)),
-    "key twice": safetensors(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)),
+    "key twice": safetensors(b'{"a":%s,"a":%s}' % (ONE, ONE), bytes(4)),
     "unknown dtype": safetensors({"a": entry(0, 4, [1], "F31")}, bytes(4)),
     "size lies": safetensors({"a": entry(0, 4, [2])}, bytes(4)),
     "size overflows": safetensors({"a": entry(0, 4, [1 << 40, 1 << 40, 1 << 40])}, bytes(4)),
@@ -92,7 +93,9 @@ def folder(tmp_path) -> Path:
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\0b", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\0b", "x" * 300]
+)
 def test_names_that_leave_the_folder(folder, name, capsys):
     shutil.copy(next(folder.glob("model-*")), folder.parent / "secret.safetensors")
     path = folder / "model.safetensors.index.json"
@@ -314,8 +317,9 @@ def mutated(rng: random.Random, data: bytes, is_json: bool) -> bytes:
 
 
 HARM: list = [
-    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**30, 1.5, 1e308, float("nan"), float("inf"), "", "F32", "F64", "../x", "/etc/passwd", "..",
-    "model.safetensors", "a\0b", "x" * 300, [], [[]], {}, [0, 4], [4, 0], [-4, 0], [1 << 40] * 3, {"a": 1}, ["q"] * 3, "olmo3", "\ud800",
+    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**30, 1.5, 1e308, float("nan"), float("inf"), "", "F32", "F64",
+    "../x", "/etc/passwd", "..", "model.safetensors", "a\0b", "x" * 300, [], [[]], {}, [0, 4], [4, 0], [-4, 0], [1 << 40] * 3, {"a": 1}, ["q"] * 3,
+    "olmo3", "\ud800",
 ]  # fmt: skip
 
 
@@ -323,7 +327,9 @@ def _mutated_json(rng: random.Random, data: bytes) -> bytes:
     kind = rng.randrange(10)
     if kind == 0:  # text, wherever
         at = rng.randrange(len(data))
-        return data[:at] + rng.choice([b'"', b"{", b"[", b",", b"9" * 5000, b"\xff", b"[" * 3000, b"\\u0000"]) + data[at:]
+        return (
+            data[:at] + rng.choice([b'"', b"{", b"[", b",", b"9" * 5000, b"\xff", b"[" * 3000, b"\\u0000"]) + data[at:]
+        )
     value = json.loads(data)
     places = []
 

@@ -60,12 +60,17 @@ def test_memory_is_bounded(tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
     conv = {n: (s.shape[0], 1, s.shape[1]) for n, s in specs.items() if s.kind == "conv"}
-    save_file({huggingface_name(model, n): torch.zeros(conv.get(n, s.shape)) for n, s in specs.items()}, folder / "model.safetensors")
+    save_file(
+        {huggingface_name(model, n): torch.zeros(conv.get(n, s.shape)) for n, s in specs.items()},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps(hf_from_model(model, "float32", 512)))
     largest = max(s.numel for s in specs.values()) * 4
 
     def measure(*arguments: str) -> dict:
-        result = subprocess.run([sys.executable, "-c", MEASURE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=250)
+        result = subprocess.run(
+            [sys.executable, "-c", MEASURE, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=250
+        )
         assert result.returncode == 0, result.stderr[-2000:]
         return json.loads(result.stdout)
 
@@ -126,10 +131,18 @@ def test_ranks_write_the_same_bytes_as_one_process(tmp_path):
     from tools import convert_from_hf, convert_to_hf
 
     assert convert_from_hf.main([str(tmp_path / "hf"), str(tmp_path / "ours"), "--quiet"]) == 0
-    assert convert_to_hf.main([str(tmp_path / "ours"), str(tmp_path / "one"), "--quiet", "--max-shard-size", "6KB"]) == 0
+    assert (
+        convert_to_hf.main([str(tmp_path / "ours"), str(tmp_path / "one"), "--quiet", "--max-shard-size", "6KB"]) == 0
+    )
 
     result = mpirun(
-        3, "tools/convert_to_hf.py", str(tmp_path / "ours"), str(tmp_path / "three"), "--quiet", "--max-shard-size", "6KB"
+        3,
+        "tools/convert_to_hf.py",
+        str(tmp_path / "ours"),
+        str(tmp_path / "three"),
+        "--quiet",
+        "--max-shard-size",
+        "6KB",
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("GB in") == 1

@@ -34,7 +34,9 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_trained_model_is_the_same_in_transformers(layout, ranks, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    run = ranks.run(jobs.curve, 4, model=MODEL, parallel=LAYOUTS[layout], train=TRAIN, steps=STEPS, save=str(tmp_path / "run"))
+    run = ranks.run(
+        jobs.curve, 4, model=MODEL, parallel=LAYOUTS[layout], train=TRAIN, steps=STEPS, save=str(tmp_path / "run")
+    )
     assert run[0]["losses"][-1] < run[0]["losses"][0] - 0.2  # it has learnt something
     checkpoint = run[0]["path"]
     assert not verify(checkpoint_path := tmp_path / "run" / f"step-{STEPS:08d}").problems
@@ -74,7 +76,12 @@ def test_their_model_is_the_same_under_any_layout(layout, ranks, tmp_path):
         assert relative_error(together, expected) < 1e-5
 
     saved = ranks.run(
-        convert_jobs.load_and_save, 4, checkpoint=checkpoint, folder=str(tmp_path / "run"), parallel=LAYOUTS[layout], train={}
+        convert_jobs.load_and_save,
+        4,
+        checkpoint=checkpoint,
+        folder=str(tmp_path / "run"),
+        parallel=LAYOUTS[layout],
+        train={},
     )
     assert saved[0]["state"] == {}
     again = tmp_path / "run/step-00000001"
