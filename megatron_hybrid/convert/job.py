@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,14 @@ from typing import Any
 
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.ranks import Ranks
-from megatron_hybrid.convert.safetensors_writer import OutputTensor, Progress, header_bytes, in_file_order, write_file
+from megatron_hybrid.convert.safetensors_writer import (
+    OutputTensor,
+    Progress,
+    Settle,
+    header_bytes,
+    in_file_order,
+    write_file,
+)
 
 _PLAN, _DONE = "plan.json", ".done.json"
 Facts = dict[str, dict[str, Any]]
@@ -85,9 +93,10 @@ def run(conversion: Conversion, ranks: Ranks, progress: Callable[[int], Progress
         sizes = [sum(t.nbytes for t in tensors) for tensors in conversion.files.values()]
         mine = [names[i] for i in ranks.share(sizes) if not (folder / (names[i] + _DONE)).exists()]
         advance = progress(sum(t.nbytes for name in mine for t in conversion.files[name]))
-        for name in mine:
-            facts = write_file(folder / name, conversion.files[name], advance, conversion.with_hash)
-            _write_json(folder / (name + _DONE), facts)
+        with ThreadPoolExecutor(1) as disk:  # the next file is begun while one is put on disk
+            settled = [disk.submit(_settle, folder / name, _begin(folder / name, conversion, advance)) for name in mine]
+            for future in settled:
+                future.result()
     except (ValueError, OSError) as failure:
         error = failure
     try:
@@ -104,13 +113,21 @@ def run(conversion: Conversion, ranks: Ranks, progress: Callable[[int], Progress
     ranks.agree(error)
 
 
+def _begin(path: Path, conversion: Conversion, advance: Progress) -> Settle:
+    return write_file(path, conversion.files[path.name], advance, conversion.with_hash)
+
+
+def _settle(path: Path, settle: Settle) -> None:
+    _write_json(path.with_name(path.name + _DONE), settle())
+
+
 def how_to_go_on(target: Path) -> str:
     """What to say of an interrupted conversion to `target`."""
     folder = target.parent / f".converting-{target.name}"
     done = len(list(folder.glob("*" + _DONE)))
     if not folder.exists():
         return f"{target} was not written"
-    return f"{target} was not written; {done} finished files are in {folder}: run the same command again to go on, or remove that folder"
+    return f"{target} was not written; {done} finished files are in {folder}: run the same command again to go on, or remove it"
 
 
 def _check_target(target: Path) -> None:
@@ -145,13 +162,19 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _plan(conversion: Conversion) -> dict[str, Any]:
-    sources = [[str(p), (s := p.stat()).st_size, s.st_mtime_ns] for p in conversion.sources]
     headers = {name: hashlib.sha256(header_bytes(tensors)).hexdigest() for name, tensors in conversion.files.items()}
-    return {"sources": sources, "headers": headers, "hash": conversion.with_hash}
+    return {"sources": _sources(conversion), "headers": headers, "hash": conversion.with_hash}
+
+
+def _sources(conversion: Conversion) -> list[list[Any]]:
+    return [[str(p), (s := p.stat()).st_size, s.st_mtime_ns] for p in conversion.sources]
 
 
 def _publish(folder: Path, conversion: Conversion) -> None:
     """Check that all files are there, write the rest, and give the folder its name."""
+    if json.loads((folder / _PLAN).read_text())["sources"] != _sources(conversion):
+        shutil.rmtree(folder)
+        raise ConversionError("the files being converted changed meanwhile; start anew when they no longer do")
     facts: Facts = {}
     for name in conversion.files:
         done = folder / (name + _DONE)

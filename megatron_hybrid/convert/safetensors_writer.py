@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.safetensors_header import ITEM_BYTES
-from megatron_hybrid.convert.source import OpenFiles, TensorSource, cast
+from megatron_hybrid.convert.source import BLOCK_BYTES, OpenFiles, TensorSource, cast
 
 _COPY_BYTES = 64 << 20
 _NO_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM}
@@ -56,67 +56,102 @@ def header_bytes(tensors: Sequence[OutputTensor]) -> bytes:
 
 
 class _Hash:
-    """SHA-256 on a second thread (hashing releases the interpreter's lock), one block behind the writing."""
+    """SHA-256 of a file while it is written, on a second thread: hashing and reading release the interpreter's lock."""
 
-    def __init__(self, wanted: bool):
-        self._hash = hashlib.sha256() if wanted else None
-        self._pool = ThreadPoolExecutor(1) if wanted else None
-        self._last: Future | None = None
+    def __init__(self):
+        self._hash = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+        self._files = OpenFiles()
+        self._pending: list[Future] = []
 
-    def update(self, block) -> None:
-        if self._hash and self._pool:
-            self.wait()
-            self._last = self._pool.submit(self._hash.update, block)
+    def block(self, data) -> None:
+        """Hash a block; it must stay as it is until the next but one."""
+        self._wait()
+        self._pending.append(self._pool.submit(self._hash.update, data))
 
-    def wait(self) -> None:
-        if self._last:
-            self._last.result()
+    def region(self, path: Path, at: int, count: int) -> None:
+        """Hash bytes that the kernel copies from `path`."""
+        self._pending.append(self._pool.submit(self._region, path, at, count))
 
-    def hexdigest(self) -> str | None:
-        self.wait()
-        return self._hash.hexdigest() if self._hash else None
+    def _region(self, path: Path, at: int, count: int) -> None:
+        while count:
+            buffer = self._files.buffer(min(count, BLOCK_BYTES))
+            self._files.read_into(path, at, buffer)
+            self._hash.update(buffer)
+            at, count = at + len(buffer), count - len(buffer)
+
+    def _wait(self) -> None:
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def hexdigest(self) -> str:
+        self._wait()
+        return self._hash.hexdigest()
 
     def close(self) -> None:
-        if self._pool:
-            self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
+        self._files.close()
 
 
-def write_file(path: Path, tensors: Sequence[OutputTensor], progress: Progress, with_hash: bool) -> dict[str, object]:
-    """Write one file and put it safely on disk.
+Settle = Callable[[], dict[str, object]]
+
+
+def write_file(path: Path, tensors: Sequence[OutputTensor], progress: Progress, with_hash: bool) -> Settle:
+    """Write one file.
+
+    Bytes that need no cast are copied by the kernel.
 
     Args:
         progress: called with the bytes written since the last call.
-        with_hash: also return the file's SHA-256. Without it, bytes that need no cast are copied by the kernel.
+        with_hash: find the file's SHA-256 too.
 
     Returns:
-        {"bytes": size of the file, "sha256": hash or None}
+        What is to be called before the file counts, on any thread: it waits until the file is hashed and safely on disk, and
+        returns {"bytes": size of the file, "sha256": hash or None}.
 
     Raises:
         ConversionError: a source that cannot be read, or is not what was planned.
     """
-    hashing = _Hash(with_hash)
+    hashing = _Hash() if with_hash else None
+    out = open(path, "wb", buffering=0)  # noqa: SIM115 - closed when it has settled
     try:
-        with open(path, "wb", buffering=0) as out, OpenFiles() as files:
+        with OpenFiles() as files:
             header = header_bytes(tensors)
             _write(out, header)
-            hashing.update(header)
+            if hashing:
+                hashing.block(header)
             for tensor in tensors:
                 source = tensor.open()
                 if source.shape != tensor.shape:
                     raise ConversionError(f"{tensor.name}: {source.name} is {source.shape}, {tensor.shape} was planned")
-                if not with_hash and source.dtype == tensor.dtype and source.contiguous:
-                    _copy(out, source, files, progress)
+                if source.dtype == tensor.dtype and source.contiguous:
+                    _copy(out, source, files, hashing, progress)
                     continue
                 for block in source.blocks(files):
                     data = cast(block, source.dtype, tensor.dtype)
-                    hashing.update(data)
+                    if hashing:
+                        hashing.block(data)
                     _write(out, data)
                     progress(len(data))
-            size = out.tell()
+    except BaseException:
+        _close(out, hashing)
+        raise
+
+    def settle() -> dict[str, object]:
+        try:
+            digest = hashing.hexdigest() if hashing else None
             os.fsync(out.fileno())
-        return {"bytes": size, "sha256": hashing.hexdigest()}
-    finally:
+            return {"bytes": out.tell(), "sha256": digest}
+        finally:
+            _close(out, hashing)
+
+    return settle
+
+
+def _close(out, hashing: _Hash | None) -> None:
+    if hashing:
         hashing.close()
+    out.close()
 
 
 def _write(out, data) -> None:
@@ -125,11 +160,13 @@ def _write(out, data) -> None:
         view = view[out.write(view) :]
 
 
-def _copy(out, source: TensorSource, files: OpenFiles, progress: Progress) -> None:
+def _copy(out, source: TensorSource, files: OpenFiles, hashing: _Hash | None, progress: Progress) -> None:
     """Copy whole rows without bringing them into this process, where the kernel can."""
     item_rows = source.nbytes // source.rows
     for box in sorted(source.boxes, key=lambda b: b.row):
         descriptor, at, left = files.descriptor(box.path), box.at, box.rows * item_rows
+        if hashing:
+            hashing.region(box.path, at, left)
         while left:
             try:
                 count = os.copy_file_range(descriptor, out.fileno(), min(left, _COPY_BYTES), offset_src=at)

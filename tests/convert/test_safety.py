@@ -207,7 +207,7 @@ def test_a_changed_source_starts_anew(folder, monkeypatch):
     real = job.write_file
 
     def stop(path, *rest):
-        real(path, *rest)
+        real(path, *rest)()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "write_file", stop)
@@ -318,8 +318,8 @@ def mutated(rng: random.Random, data: bytes, is_json: bool) -> bytes:
 
 HARM: list = [
     None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**30, 1.5, 1e308, float("nan"), float("inf"), "", "F32", "F64",
-    "../x", "/etc/passwd", "..", "model.safetensors", "a\0b", "x" * 300, [], [[]], {}, [0, 4], [4, 0], [-4, 0], [1 << 40] * 3, {"a": 1}, ["q"] * 3,
-    "olmo3", "\ud800",
+    "../x", "/etc/passwd", "..", "model.safetensors", "a\0b", "x" * 300, [], [[]], {}, [0, 4], [4, 0], [-4, 0], [1 << 40] * 3,
+    {"a": 1}, ["q"] * 3, "olmo3", "\ud800",
 ]  # fmt: skip
 
 
@@ -384,3 +384,18 @@ def test_fuzzing(tmp_path):
 
 def test_planning_reads_headers_alone(folder):
     assert open_huggingface(folder).sources.keys() >= {"embedding.weight", "output.weight"}
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(folder, monkeypatch, capsys):
+    from megatron_hybrid.convert import job
+
+    real = job.write_file
+
+    def changing(path, *rest):
+        os.utime(next(folder.glob("model-*")))
+        return real(path, *rest)
+
+    monkeypatch.setattr(job, "write_file", changing)
+    assert to_ours(folder, folder.parent / "ours") == 1
+    assert "changed meanwhile" in capsys.readouterr().err
+    assert [p.name for p in folder.parent.iterdir()] == ["hf"]
