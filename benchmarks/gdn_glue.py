@@ -106,7 +106,6 @@ if __name__ == "__main__":
         },
         (forward, forward + T * (4 * channels + 2 * VALUE + 2 * width)), 2.0,
     )  # fmt: skip
-    exact = lambda *x: gated_rmsnorm_torch(*x, 1e-5)  # noqa: E731
     norms = {
         "ours": lambda *x: gated_rmsnorm(*x, 1e-5, backend="triton"),
         "fla 0.6 rms_norm_gated": lambda *x: fla_gated_rmsnorm(*x, 1e-5),

@@ -238,7 +238,7 @@ def _gates_of(G, tile, more):
     return gl.load(G + at + t, mask=(t < 64) & more, other=0.0), gl.load(G + at + 63, mask=more, other=0.0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["T", "NT"])
 def forward_scan_kernel(
     q64, q32, k64, k32, v, A, P, o, states64, states32, new_values,
     G, o_pointer, initial, final, cu, chunk_start, scale, T, NT,
@@ -285,7 +285,7 @@ def forward_scan_kernel(
         )  # fmt: skip
         G_next, G_end_next = _gates_of(G, tile + H, c + 1 < count)
         decay = exp2(G_t)
-        if WITH_OUTPUT:
+        if WITH_OUTPUT:  # noqa: SIM102  (known at compile time; the one below is not)
             if c > 0:
                 tma.store_wait(0)
                 gl.thread_barrier()
@@ -317,7 +317,7 @@ def forward_scan_kernel(
             out = warpgroup_mma(left, p_in[0].index(stage).permute((1, 0)), out, is_async=True)
             out_low = warpgroup_mma_wait(0, deps=(out,)).to(gl.bfloat16)
         S = _landed(S, K)
-    if WITH_OUTPUT:
+    if WITH_OUTPUT:  # noqa: SIM102
         if count > 0:
             tma.store_wait(0)
             gl.thread_barrier()
@@ -328,7 +328,7 @@ def forward_scan_kernel(
         _uncarry(final, i_nh.to(gl.int64) * (K * V) + i_v * 64, S, V, K)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["T", "NT"])
 def reverse_scan_kernel(
     q64, q32, k64, k32, do, A, P, dv, dstates64, dstates32,
     G, dv_pointer, dfinal, dinitial, cu, chunk_start, scale, T, NT,

@@ -8,74 +8,87 @@ R[i, i] / beta_i^2. The gradient of G needs no [64, 64] sums: it is q.dq plus k 
 import triton
 import triton.language as tl
 
-from ..triton_support import exp2, load_tiles, store_tiles, tile_count, zero_tiles
+from ..triton_support import exp2, tile_count, tile_width
 from .triton_prepare import BETA_MIN, chunk_span
 
 
 @triton.jit
-def gradients_kernel(
-    q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta,
-    cu, chunk_start, chunk_document, scale, T, NT,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
+def _tile(base, rows, mask, stride, WIDTH: tl.constexpr):
+    return tl.load(base + rows[:, None] * stride + tl.arange(0, WIDTH)[None, :], mask=mask[:, None], other=0.0)
+
+
+@triton.jit
+def _part(
+    q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta, start, end, tile, i_h, scale, offset,
+    WITH_BETA, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    i_c, i_h = tl.program_id(1), tl.program_id(0)
-    start, end, _ = chunk_span(i_c, cu, chunk_start, chunk_document, T, NT, VARLEN)
-    if start < end:
-        dtype = k.dtype.element_ty
-        t, rows_v = tl.arange(0, 64), tl.arange(0, 64)
-        valid, every = start + t < end, rows_v < 64
-        tile = i_c.to(tl.int64) * H + i_h
-        G_t, G_end = tl.load(G + tile * 64 + t), tl.load(G + tile * 64 + 63)
+    """Columns offset ... offset + WIDTH of dq and dk, their share of dg, and dbeta if asked for."""
+    dtype = k.dtype.element_ty
+    t = tl.arange(0, 64)
+    valid, every = start + t < end, t < 64
+    G_t, G_end = tl.load(G + tile * 64 + t), tl.load(G + tile * 64 + 63)
+    dP, R = tl.zeros([64, 64], tl.float32), tl.zeros([64, 64], tl.float32)
+    from_q, from_new = tl.zeros([64, WIDTH], tl.float32), tl.zeros([64, WIDTH], tl.float32)
+    from_z = tl.zeros([64, WIDTH], tl.float32)
+    kept = tl.zeros([64], tl.float32)  # per value row: <dS', S>
+    for i_v in range(V // 64):
+        at = (start * H + i_h) * V + i_v * 64
+        do_t, dz_t = _tile(do + at, t, valid, H * V, 64), _tile(dv + at, t, valid, H * V, 64)
+        new = _tile(new_values + (tile * V + i_v * 64) * 64, t, every, 64, 64)  # [v, t]
+        state = (tile * V + i_v * 64) * K + offset
+        S, dS = _tile(states + state, t, every, K, WIDTH), _tile(dstates + state, t, every, K, WIDTH)
+        dP = tl.dot(do_t, new, dP, input_precision="ieee")
+        R = tl.dot(dz_t, new, R, input_precision="ieee")
+        from_q = tl.dot(do_t, S, from_q, input_precision="ieee")
+        from_z = tl.dot(dz_t, S, from_z, input_precision="ieee")
+        from_new = tl.dot(tl.trans(new), dS, from_new, input_precision="ieee")
+        kept += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
 
-        dP, R = tl.zeros([64, 64], tl.float32), tl.zeros([64, 64], tl.float32)
-        from_q, from_new, from_z = zero_tiles(64, K), zero_tiles(64, K), zero_tiles(64, K)
-        kept = tl.zeros([64], tl.float32)  # per value row: <dS', S>
-        for i_v in range(V // 64):
-            at = (start * H + i_h) * V + i_v * 64 + t[:, None] * (H * V) + rows_v[None, :]
-            do_t = tl.load(do + at, mask=valid[:, None], other=0.0)
-            dz_t = tl.load(dv + at, mask=valid[:, None], other=0.0)
-            new = tl.load(new_values + (tile * V + i_v * 64) * 64 + rows_v[:, None] * 64 + t[None, :])  # [v, t]
-            state = (tile * V + i_v * 64) * K
-            S = load_tiles(states + state, rows_v, every, K, K)
-            dS = load_tiles(dstates + state, rows_v, every, K, K)
-            dP = tl.dot(do_t, new, dP, input_precision="ieee")
-            R = tl.dot(dz_t, new, R, input_precision="ieee")
-            next_q, next_new, next_z = (), (), ()
-            for i in tl.static_range(tile_count(K)):
-                next_q = next_q + (tl.dot(do_t, S[i], from_q[i], input_precision="ieee"),)
-                next_z = next_z + (tl.dot(dz_t, S[i], from_z[i], input_precision="ieee"),)
-                next_new = next_new + (tl.dot(tl.trans(new), dS[i], from_new[i], input_precision="ieee"),)
-                kept += tl.sum(S[i].to(tl.float32) * dS[i].to(tl.float32), 1)
-            from_q, from_new, from_z = next_q, next_new, next_z
-
+    on_diagonal = t[:, None] == t[None, :]
+    if WITH_BETA:
         b_t = tl.maximum(tl.load(beta + (start + t) * H + i_h, mask=valid, other=1.0).to(tl.float32), BETA_MIN)
-        on_diagonal = t[:, None] == t[None, :]
         db_t = tl.sum(tl.where(on_diagonal, R, 0.0), 1) / b_t / b_t
         tl.store(dbeta + (start + t) * H + i_h, db_t.to(dbeta.dtype.element_ty), mask=valid)
-        between = exp2(tl.where(t[:, None] >= t[None, :], G_t[:, None] - G_t[None, :], float("-inf")))
-        dP = (dP * between * scale).to(dtype)
-        R = tl.where(on_diagonal, 0.0, -R * between).to(dtype)
+    between = exp2(tl.where(t[:, None] >= t[None, :], G_t[:, None] - G_t[None, :], float("-inf")))
+    dP = (dP * between * scale).to(dtype)
+    R = tl.where(on_diagonal, 0.0, -R * between).to(dtype)
 
-        key = (start * HK + i_h // (H // HK)) * K
-        q_tiles, k_tiles = load_tiles(q + key, t, valid, HK * K, K), load_tiles(k + key, t, valid, HK * K, K)
-        dG, to_end = tl.zeros([64], tl.float32), tl.zeros([64], tl.float32)
-        dq_tiles, dk_tiles = (), ()
-        for i in tl.static_range(tile_count(K)):
-            q_f, k_f = q_tiles[i].to(tl.float32), k_tiles[i].to(tl.float32)
-            dq_i = from_q[i] * (exp2(G_t) * scale)[:, None]
-            dq_i = tl.dot(dP, k_tiles[i], dq_i, input_precision="ieee")
-            early = from_z[i] * -exp2(G_t)[:, None]  # terms of dk whose decay grows with G_i
-            early = tl.dot(R, k_tiles[i], early, input_precision="ieee")
-            end_i = from_new[i] * exp2(G_end - G_t)[:, None]
-            late = tl.dot(tl.trans(dP), q_tiles[i], end_i, input_precision="ieee")  # and those whose decay shrinks
-            late = tl.dot(tl.trans(R), k_tiles[i], late, input_precision="ieee")
-            dG += tl.sum(q_f * dq_i + k_f * (early - late), 1)
-            to_end += tl.sum(k_f * end_i, 1)
-            dq_tiles = dq_tiles + (dq_i,)
-            dk_tiles = dk_tiles + (early + late,)
-        out = (start * H + i_h) * K
-        store_tiles(dq + out, t, valid, H * K, dq_tiles, K)
-        store_tiles(dk + out, t, valid, H * K, dk_tiles, K)
-        last = tl.sum(to_end, 0) + tl.sum(kept, 0) * exp2(G_end)
-        dg_t = tl.cumsum(dG, 0, reverse=True) + last
-        tl.store(dg + (start + t) * H + i_h, dg_t.to(dg.dtype.element_ty), mask=valid)
+    key = (start * HK + i_h // (H // HK)) * K + offset
+    q_t, k_t = _tile(q + key, t, valid, HK * K, WIDTH), _tile(k + key, t, valid, HK * K, WIDTH)
+    dq_t = tl.dot(dP, k_t, from_q * (exp2(G_t) * scale)[:, None], input_precision="ieee")
+    early = from_z * -exp2(G_t)[:, None]  # terms of dk whose decay grows with G_i
+    early = tl.dot(R, k_t, early, input_precision="ieee")
+    to_end = from_new * exp2(G_end - G_t)[:, None]
+    late = tl.dot(tl.trans(dP), q_t, to_end, input_precision="ieee")  # and those whose decay shrinks
+    late = tl.dot(tl.trans(R), k_t, late, input_precision="ieee")
+    q_f, k_f = q_t.to(tl.float32), k_t.to(tl.float32)
+    dG = tl.sum(q_f * dq_t + k_f * (early - late), 1)
+    last = tl.sum(tl.sum(k_f * to_end, 1), 0) + tl.sum(kept, 0) * exp2(G_end)
+    tl.store(dg + (start + t) * H + i_h, tl.cumsum(dG, 0, reverse=True) + last, mask=valid)
+    at = ((start + t) * H + i_h)[:, None] * K + offset + tl.arange(0, WIDTH)[None, :]
+    tl.store(dq + at, dq_t.to(dq.dtype.element_ty), mask=valid[:, None])
+    tl.store(dk + at, (early + late).to(dk.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "NT"])
+def gradients_kernel(
+    q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta,
+    cu, chunk_start, chunk_document, scale, T, NT, part_stride,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """One program a chunk, head and tile of K; so two fit a multiprocessor, and one's loads hide the other's end."""
+    part, i_h, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, end, _ = chunk_span(i_c, cu, chunk_start, chunk_document, T, NT, VARLEN)
+    if start < end:
+        tile = i_c.to(tl.int64) * H + i_h
+        dg += part.to(tl.int64) * part_stride
+        if part < tile_count(K) - 1:
+            _part(
+                q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta, start, end, tile, i_h, scale,
+                part * 64, part == 0, H, HK, K, V, tile_width(K, 0),
+            )  # fmt: skip
+        else:
+            _part(
+                q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta, start, end, tile, i_h, scale,
+                part * 64, part == 0, H, HK, K, V, tile_width(K, tile_count(K) - 1),
+            )  # fmt: skip

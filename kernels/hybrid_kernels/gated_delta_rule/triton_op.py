@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..dispatch import missing_for_triton, triton_interpreted
+from ..triton_support import tile_count
 from .triton_gradients import gradients_kernel
 from .triton_prepare import prepare_kernel
 from .triton_scan import forward_scan_kernel, reverse_scan_kernel
@@ -125,6 +126,7 @@ class GatedDeltaRule(torch.autograd.Function):
         initial = initial if initial is None else initial.contiguous()
         chunks = Chunks.of(v, cu_seqlens)
         scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
+        save = save if any(ctx.needs_input_grad) else "inputs"
         o, final, kept = _scans(hopper).forward_scan(
             q, k, v, scores, initial, cu_seqlens, scale, chunks, output=True, final=output_final,
             states=save == "states",
@@ -149,12 +151,14 @@ class GatedDeltaRule(torch.autograd.Function):
             q, k, v, do, scores, initial, dfinal, cu_seqlens, scale, chunks, kept
         )
         dq, dk = (k.new_empty(*k.shape[:2], heads, dim_k) for _ in range(2))
-        dg, dbeta = torch.empty_like(g), torch.empty_like(beta)
-        gradients_kernel[(heads, chunks.count)](
+        parts = tile_count(dim_k)
+        dg, dbeta = torch.empty(parts, *g.shape, device=g.device, dtype=torch.float32), torch.empty_like(beta)
+        gradients_kernel[(parts, heads, chunks.count)](
             q, k, beta, do, dv, scores.G, *kept, dstates, dq, dk, dg, dbeta, chunks.cu, chunks.first, chunks.document,
-            scale, chunks.length, chunks.per_row, H=heads, HK=key_heads, K=dim_k, V=dim_v,
+            scale, chunks.length, chunks.per_row, g.numel(), H=heads, HK=key_heads, K=dim_k, V=dim_v,
             VARLEN=cu_seqlens is not None, **gradients_options(dim_k),
         )  # fmt: skip
+        dg = dg.sum(0).to(g.dtype)
         if heads != key_heads:
             dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3) for x in (dq, dk))
         if dinitial is not None:

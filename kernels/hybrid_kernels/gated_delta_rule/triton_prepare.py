@@ -60,7 +60,7 @@ def _pairs(x, N: tl.constexpr, SIZE: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(x, [N, 2, SIZE]), (0, 2, 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def prepare_kernel(
     q, k, g, beta, A, P, G, cu, chunk_start, chunk_document, scale, T, NT,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, VARLEN: tl.constexpr, WITH_P: tl.constexpr,

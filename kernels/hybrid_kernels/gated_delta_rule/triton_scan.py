@@ -25,7 +25,7 @@ def sequence_span(i_n, cu, chunk_start, T, NT, VARLEN: tl.constexpr):
     return start, end, first, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def forward_scan_kernel(
     q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
@@ -91,7 +91,7 @@ def forward_scan_kernel(
             tl.store(final + state_at + cols[None, :] * V + rows_v[:, None], S[i])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def reverse_scan_kernel(
     q, k, do, A, P, G, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
