@@ -32,7 +32,7 @@ def generate(folder: Path, preset: str) -> None:
 
     from megatron_hybrid.config.presets import preset as find_preset
     from megatron_hybrid.config.tensors import model_tensors
-    from megatron_hybrid.convert.hf_config import hf_from_model
+    from megatron_hybrid.convert.hf_export import hf_from_model
     from megatron_hybrid.convert.job import split_into_files
     from megatron_hybrid.convert.names import huggingface_name
     from megatron_hybrid.convert.safetensors_writer import OutputTensor, header_bytes

@@ -1,4 +1,4 @@
-"""transformers' config.json of `olmo_hybrid` and `olmo3` to a ModelConfig and back, every field accounted for.
+"""transformers' config.json of `olmo_hybrid` and `olmo3` to a ModelConfig, every field accounted for.
 
 A field is used, or known to have no effect on what the weights compute, or refused. A value that ModelConfig cannot say
 is refused too.
@@ -8,15 +8,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_hybrid.config.errors import ConfigError, translate
+from megatron_hybrid.config.errors import translate
 from megatron_hybrid.config.model import ModelConfig, fold_pattern
 from megatron_hybrid.convert.errors import ConversionError
 
 ARCHITECTURES = {"olmo_hybrid": "OlmoHybridForCausalLM", "olmo3": "Olmo3ForCausalLM"}
-_LAYER_TYPES = {"linear_attention": "G", "full_attention": "A", "sliding_attention": "W"}
-_OUTPUT_NORM_EPS = 1e-5
+LAYER_TYPES = {"linear_attention": "G", "full_attention": "A", "sliding_attention": "W"}
+OUTPUT_NORM_EPS = 1e-5
 """Fixed in transformers: no field of config.json says it."""
-DEFAULT_POSITIONS = 65536
 
 _USED = {
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -149,7 +148,7 @@ def _layers(fields: _Fields, kind: str) -> list[str]:
             f"layer_types is not a list of num_hidden_layers = {count} times {' or '.join(known)}: {types!r:.200}"
         )
         return []
-    return [_LAYER_TYPES[t] for t in types]
+    return [LAYER_TYPES[t] for t in types]
 
 
 def _rope_theta(fields: _Fields, kind: str) -> float | None:
@@ -172,7 +171,7 @@ def _rope_theta(fields: _Fields, kind: str) -> float | None:
     parameters = config.get("rope_parameters")
     if parameters is None:
         found = [config.get("rope_theta")]
-    elif isinstance(parameters, dict) and (nested := parameters.keys() & _LAYER_TYPES.keys()):
+    elif isinstance(parameters, dict) and (nested := parameters.keys() & LAYER_TYPES.keys()):
         found = [_one_theta(fields, f"rope_parameters.{name}", parameters[name]) for name in sorted(nested)]
         flat = {name: value for name, value in parameters.items() if name not in nested}
         if flat:  # what transformers leaves beside the layer types where a plain form was given
@@ -233,7 +232,7 @@ def _gdn(fields: _Fields, heads: int | None) -> dict[str, Any]:
         "value_head_dim": fields.get("linear_value_head_dim", int, 2 * key_dim if key_dim else None),
         "conv_kernel_size": fields.get("linear_conv_kernel_dim", int, 4),
         "allow_negative_eigenvalues": fields.get("linear_allow_neg_eigval", bool, True),
-        "norm_eps": _OUTPUT_NORM_EPS,
+        "norm_eps": OUTPUT_NORM_EPS,
         "a_init_range": [_float(fields, "linear_a_log_min", 0.0), _float(fields, "linear_a_log_max", 16.0)],
         "dt_init_range": [_float(fields, "linear_dt_min", 1e-3), _float(fields, "linear_dt_max", 0.1)],
         "dt_init_floor": _float(fields, "linear_dt_init_floor", 1e-4),
@@ -247,105 +246,3 @@ def _float(fields: _Fields, name: str, default: float) -> float:
     except OverflowError:
         fields.problems.append(f"{name} is out of range")
         return default
-
-
-def stored_model(model: dict[str, Any], where: str) -> ModelConfig:
-    """The model that a checkpoint of ours says it holds.
-
-    Raises:
-        ConversionError: not a valid configuration.
-    """
-    try:
-        return ModelConfig.model_validate(model)
-    except ValidationError as error:
-        raise ConversionError(f"{where}: its model is not valid: {str(translate(error, ModelConfig))[:2000]}") from None
-    except (ConfigError, ValueError) as error:
-        raise ConversionError(f"{where}: its model is not valid: {error!s:.500}") from None
-
-
-def model_type_for(model: ModelConfig) -> str:
-    """Which of transformers' classes computes this model.
-
-    Raises:
-        ConversionError: none of them; says why.
-    """
-    kinds = set(model.layers)
-    if "G" not in kinds:
-        if model.rope_theta is None:
-            raise ConversionError(
-                "model.rope_theta is null, and transformers' olmo3 always has rotary embedding: it cannot be exported"
-            )
-        return "olmo3"
-    for problem, why in (
-        ("A" not in kinds, "has no full attention layer, and transformers' olmo_hybrid needs one"),
-        ("W" in kinds, "mixes Gated DeltaNet with sliding windows, and transformers' olmo_hybrid has none"),
-    ):
-        if problem:
-            raise ConversionError(f"model.layer_pattern = {model.layer_pattern} {why}: it cannot be exported")
-    assert model.gdn is not None
-    if model.gdn.norm_eps != _OUTPUT_NORM_EPS:
-        raise ConversionError(
-            f"model.gdn.norm_eps = {model.gdn.norm_eps}, and transformers' olmo_hybrid has {_OUTPUT_NORM_EPS} fixed: it cannot be exported"
-        )
-    return "olmo_hybrid"
-
-
-def hf_from_model(model: ModelConfig, dtype: str, positions: int, bos_token_id: int | None = None) -> dict[str, Any]:
-    """The config.json of a model; `model_from_hf` reads it back equal.
-
-    Args:
-        dtype: torch's name of the weights' type, such as bfloat16.
-        positions: max_position_embeddings; what generation tools take for the longest sequence.
-
-    Raises:
-        ConversionError: a model that transformers cannot compute.
-    """
-    kind = model_type_for(model)
-    names = {symbol: name for name, symbol in _LAYER_TYPES.items()}
-    # A null theta, not null rope_parameters: transformers 5 turns those into its default theta, 10,000.
-    rope = {"rope_type": "default", "rope_theta": model.rope_theta}
-    config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "dtype": dtype,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.kv_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": positions,
-        "initializer_range": model.init_std,
-        "rms_norm_eps": model.norm_eps,
-        "use_cache": True,
-        "tie_word_embeddings": model.tie_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rope_parameters": rope if kind == "olmo_hybrid" else {"full_attention": rope, "sliding_attention": dict(rope)},
-        "layer_types": [names[k] for k in model.layers],
-        "bos_token_id": bos_token_id,
-        "eos_token_id": model.eos_token_id,
-        "pad_token_id": model.pad_token_id,
-    }
-    if model.attention_head_dim * model.num_attention_heads != model.hidden_size:
-        config["head_dim"] = model.attention_head_dim
-    if kind == "olmo3":
-        config["sliding_window"] = model.sliding_window
-    else:
-        gdn = model.gdn
-        assert gdn is not None
-        config |= {
-            "linear_num_key_heads": gdn.num_key_heads,
-            "linear_num_value_heads": gdn.num_value_heads,
-            "linear_key_head_dim": gdn.key_head_dim,
-            "linear_value_head_dim": gdn.value_head_dim,
-            "linear_conv_kernel_dim": gdn.conv_kernel_size,
-            "linear_allow_neg_eigval": gdn.allow_negative_eigenvalues,
-            "linear_a_log_min": gdn.a_init_range[0],
-            "linear_a_log_max": gdn.a_init_range[1],
-            "linear_dt_min": gdn.dt_init_range[0],
-            "linear_dt_max": gdn.dt_init_range[1],
-            "linear_dt_init_floor": gdn.dt_init_floor,
-        }
-    return config

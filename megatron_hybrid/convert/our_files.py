@@ -4,13 +4,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, Shard, TensorEntry, read_index
 from megatron_hybrid.config import yaml_text
+from megatron_hybrid.config.errors import ConfigError, translate
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import model_tensors
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.folder import regular_file
-from megatron_hybrid.convert.hf_config import stored_model
 from megatron_hybrid.convert.job import Facts, write_text
 from megatron_hybrid.convert.safetensors_header import StoredTensor, read_header
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
@@ -46,6 +48,20 @@ def write_index(
     write_text(folder / "model.yaml", yaml_text.write({"model": index.model}))
     write_text(folder / INDEX, index.dump())
     read_index(folder)
+
+
+def stored_model(model: dict[str, Any], where: str) -> ModelConfig:
+    """The model that a checkpoint of ours says it holds.
+
+    Raises:
+        ConversionError: not a valid configuration.
+    """
+    try:
+        return ModelConfig.model_validate(model)
+    except ValidationError as error:
+        raise ConversionError(f"{where}: its model is not valid: {str(translate(error, ModelConfig))[:2000]}") from None
+    except (ConfigError, ValueError) as error:
+        raise ConversionError(f"{where}: its model is not valid: {error!s:.500}") from None
 
 
 class OurCheckpoint:

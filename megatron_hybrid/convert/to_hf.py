@@ -9,7 +9,7 @@ from megatron_hybrid.config.tensors import TensorSpec, model_tensors
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.folder import has_file, regular_file
 from megatron_hybrid.convert.hf_card import model_card
-from megatron_hybrid.convert.hf_config import DEFAULT_POSITIONS, hf_from_model
+from megatron_hybrid.convert.hf_export import DEFAULT_POSITIONS, hf_from_model
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files, write_text
 from megatron_hybrid.convert.names import huggingface_name
 from megatron_hybrid.convert.our_files import OurCheckpoint

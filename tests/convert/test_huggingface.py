@@ -11,7 +11,8 @@ from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import model_tensors
-from megatron_hybrid.convert.hf_config import hf_from_model, model_from_hf
+from megatron_hybrid.convert.hf_config import model_from_hf
+from megatron_hybrid.convert.hf_export import hf_from_model
 from megatron_hybrid.convert.verify import verify
 from tests.convert.folders import BASE, GDN, MODELS, OLMO3, SPELLINGS, edit_json, weights, write_folder
 from tests.peers import true_tensors_of
@@ -232,7 +233,9 @@ def test_models_that_transformers_cannot_compute_are_refused(change, told, tmp_p
     data = json.loads(index.read_text())
     tensors = {}
     for n, s in model_tensors(model).items():
-        shard = dict(file="model-00001-of-00001.safetensors", entry=n, offset=[0] * len(s.shape), shape=s.shape, range=None)
+        shard = dict(
+            file="model-00001-of-00001.safetensors", entry=n, offset=[0] * len(s.shape), shape=s.shape, range=None
+        )
         tensors[n] = dict(dtype="F32", shape=s.shape, shards=[shard])
     save_file(
         {n: torch.zeros(s.shape) for n, s in model_tensors(model).items()},

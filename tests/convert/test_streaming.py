@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import model_tensors
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.hf_config import hf_from_model
+from megatron_hybrid.convert.hf_export import hf_from_model
 from megatron_hybrid.convert.job import split_into_files
 from megatron_hybrid.convert.names import huggingface_name
 from megatron_hybrid.convert.ranks import Ranks, find_ranks
