@@ -3,20 +3,18 @@
 python benchmarks/layout_parity.py
 """
 
-import datetime
-import json
 import os
-import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def main() -> None:
+    from report import bounded, write
+
     from tests import jobs
     from tests.distributed.test_same_curve import (
         DEEP,
@@ -46,21 +44,10 @@ def main() -> None:
         for what, metric in (("losses", "loss"), ("norms", "gradient norm")):
             worst = relative_difference(found[what], one[pattern][what])
             rows.append(
-                dict(case=f"{name} ({count} ranks)", metric=f"largest relative difference of the {metric}", unit="", ours=worst,
-                     peer=None, peer_name=None, ratio=None, goal=TOLERANCE, met=worst <= TOLERANCE)
-            )  # fmt: skip
-            print(rows[-1]["case"], metric, f"{worst:.1e}", flush=True)
+                bounded(f"{name} ({count} ranks)", f"largest relative difference of the {metric}", "", worst, TOLERANCE)
+            )
     pool.close()
-    result = dict(
-        benchmark="layout_parity",
-        date=datetime.date.today().isoformat(),
-        commit=None,
-        command="python benchmarks/layout_parity.py",
-        machine=f"CPU, {os.cpu_count()} cores",
-        versions={"python": platform.python_version()} | {p: metadata.version(p) for p in ("torch", "megatron-core")},
-        rows=rows,
-    )
-    (ROOT / "benchmarks/results/layout_parity-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    write("layout_parity", rows, ("torch", "megatron-core"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Result files: benchmarks/results/<benchmark>-<machine>.json, from which benchmarks/tables.py makes BENCHMARKS.md."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def row(case, metric, unit, ours, peer=None, peer_name=None, goal=None, higher_is_better=False) -> dict:
+    """A figure of ours beside a peer's; `ratio` above 1 means ours is better, and `goal` is for the ratio."""
+    ratio = None
+    if peer is not None and ours:
+        ratio = round(ours / peer if higher_is_better else peer / ours, 3)
+    met = None if goal is None or ratio is None else ratio >= goal
+    return dict(case=case, metric=metric, unit=unit, ours=_short(ours), peer=_short(peer), peer_name=peer_name,
+                ratio=ratio, goal=goal, met=met)  # fmt: skip
+
+
+def bounded(case, metric, unit, ours, goal) -> dict:
+    """A figure of ours that is to stay at or below a goal."""
+    return dict(case=case, metric=metric, unit=unit, ours=_short(ours), peer=None, peer_name=None, ratio=None,
+                goal=goal, met=None if goal is None else bool(ours <= goal))  # fmt: skip
+
+
+def _short(x):
+    return float(f"{x:.4g}") if isinstance(x, float) else x
+
+
+def write(benchmark: str, rows: list[dict], packages: tuple[str, ...], machine: str | None = None, notes=()) -> None:
+    """Write the result file and print its rows.
+
+    Args:
+        packages: whose versions are recorded. machine: None: this CPU.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", default=None, help="where git is not at hand")
+    args, _ = parser.parse_known_args()
+    name = machine or f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    short = next((x for x in ("H100", "H200", "A100", "B200") if x in name), "cpu" if machine is None else name)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    result = dict(
+        benchmark=benchmark,
+        date=datetime.date.today().isoformat(),
+        commit=args.commit or git.stdout.strip() or None,
+        command=f"python benchmarks/{Path(sys.argv[0]).name}",
+        machine=name,
+        versions=versions,
+        notes=list(notes),
+    )
+    lines = json.dumps(result, indent=1)[:-2]
+    lines += ',\n "rows": [\n  ' + ",\n  ".join(json.dumps(r) for r in rows) + "\n ]\n}\n"
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{benchmark}-{short}.json").write_text(lines)
+    for r in rows:
+        print(*(f"{k}={v}" for k, v in r.items() if v is not None), flush=True)
