@@ -50,20 +50,23 @@ class Conversion:
 
 
 def split_into_files(tensors: Sequence[OutputTensor], max_bytes: int) -> dict[str, list[OutputTensor]]:
-    """Tensors in order over as few files as hold at most `max_bytes` each, of about the same size.
+    """Tensors in order over few files of about the same size, at most `max_bytes` each: an even number, which two ranks share well.
 
     A tensor is never split: one larger than `max_bytes` has a file to itself.
     """
     total = sum(t.nbytes for t in tensors)
-    even = max(1, -(-total // max(1, -(-total // max_bytes))))
+    count = max(1, -(-total // max_bytes))
+    count += count % 2 if count > 1 else 0
+    even = max(1, -(-total // count))
     groups: list[list[OutputTensor]] = [[]]
-    held = 0
+    at = held = turn = 0
     for tensor in tensors:
-        if groups[-1] and (held + tensor.nbytes > max_bytes or held + tensor.nbytes // 2 > even):
+        due = (at + tensor.nbytes // 2) // even  # the share that the tensor's middle falls into
+        if groups[-1] and (due > turn or held + tensor.nbytes > max_bytes):
             groups.append([])
             held = 0
         groups[-1].append(tensor)
-        held += tensor.nbytes
+        at, held, turn = at + tensor.nbytes, held + tensor.nbytes, due
     return {
         f"model-{n:05d}-of-{len(groups):05d}.safetensors": in_file_order(group) for n, group in enumerate(groups, 1)
     }

@@ -1,6 +1,7 @@
 """Sharing a conversion over processes: MPI ranks where `mpirun` started them, else this process alone."""
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,12 +26,20 @@ class Ranks:
             the error handed in, or another rank's as an OSError or a ConversionError.
         """
         told = (isinstance(error, OSError), f"{type(error).__name__}: {error}") if error else None
+        self._wait_for_all()
         everyone = self._communicator.allgather(told) if self._communicator else [told]
         if error:
             raise error
         for rank, other in enumerate(everyone):
             if other:
                 raise (OSError if other[0] else ConversionError)(f"rank {rank} failed: {other[1]}")
+
+    def _wait_for_all(self) -> None:
+        """Sleep until every rank is here: MPI's own waiting would take a core from those that still work."""
+        if self._communicator:
+            barrier = self._communicator.Ibarrier()
+            while not barrier.Test():
+                time.sleep(0.01)
 
     def share(self, sizes: Sequence[int]) -> list[int]:
         """Indices of the files that this rank writes: the largest first, each to the rank with the least so far."""
