@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,12 @@ def gpu_ms(fn: Callable[[], object], samples: int = 20, warmup: int = 3) -> floa
         fn()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(2e6 * samples))  # clock cycles: about 1 ms a sample
+    start = time.perf_counter()
+    for _ in range(samples):
+        fn()
+    host_seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(2 * host_seconds * 2e9))  # clock cycles: twice what Python needs to queue the samples
     for before, after in events:
         before.record()
         fn()
@@ -34,8 +40,6 @@ def gpu_ms(fn: Callable[[], object], samples: int = 20, warmup: int = 3) -> floa
 
 def cpu_ms(fn: Callable[[], object], samples: int = 20) -> float:
     """Median milliseconds that Python needs to launch one call."""
-    import time
-
     times = []
     for _ in range(samples):
         torch.cuda.synchronize()

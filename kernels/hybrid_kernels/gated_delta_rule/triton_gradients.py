@@ -47,6 +47,7 @@ def _part(
     on_diagonal = t[:, None] == t[None, :]
     if WITH_BETA:
         b_t = tl.maximum(tl.load(beta + (start + t) * H + i_h, mask=valid, other=1.0).to(tl.float32), BETA_MIN)
+        b_t = b_t.to(dtype).to(tl.float32)  # as A's diagonal holds it, so that its rounding cancels
         db_t = tl.sum(tl.where(on_diagonal, R, 0.0), 1) / b_t / b_t
         tl.store(dbeta + (start + t) * H + i_h, db_t.to(dbeta.dtype.element_ty), mask=valid)
     between = exp2(tl.where(t[:, None] >= t[None, :], G_t[:, None] - G_t[None, :], float("-inf")))
