@@ -9,7 +9,8 @@ import os
 os.environ["FLA_FLASH_QLA"] = "0"  # the peer is fla's own kernels
 
 import torch  # noqa: E402
-from kernel_timing import cpu_ms, gpu_ms, kernels, row, write  # noqa: E402
+from kernel_timing import cpu_ms, gpu_ms, kernels, write_gpu  # noqa: E402
+from report import row  # noqa: E402
 
 from hybrid_kernels.gated_delta_rule import gated_delta_rule  # noqa: E402
 from hybrid_kernels.testing import delta_rule_inputs, relative_error  # noqa: E402
@@ -109,9 +110,9 @@ def times(shapes) -> list[dict]:
 
 if __name__ == "__main__":
     rows = times(SHAPES[:2])  # the result file grows as it goes: fla compiles for minutes at new head numbers
-    write("gated_delta_rule", rows)
+    write_gpu("gated_delta_rule", rows)
     rows += errors()
-    write("gated_delta_rule", rows)
+    write_gpu("gated_delta_rule", rows)
     for shape in SHAPES[2:]:
         rows += times([shape])
-        write("gated_delta_rule", rows)
+        write_gpu("gated_delta_rule", rows)

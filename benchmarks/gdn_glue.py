@@ -1,7 +1,8 @@
 """conv_gates and gated_rmsnorm at OLMo Hybrid's sizes, against fla's modules and torch.compile of the references."""
 
 import torch
-from kernel_timing import cpu_ms, gpu_ms, kernels, row, write
+from kernel_timing import cpu_ms, gpu_ms, kernels, write_gpu
+from report import row
 
 from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.conv_gates.reference import conv_gates_torch
@@ -118,4 +119,4 @@ if __name__ == "__main__":
         weight = torch.randn(V, device="cuda", dtype=torch.bfloat16).requires_grad_()
         name = f"gated_rmsnorm, batch {batch}"
         rows += compare(name, [o, gate, weight], exact, norms, (T * 6 * VALUE, T * 16 * VALUE), 1.2)
-    write("gdn_glue", rows)
+    write_gpu("gdn_glue", rows)

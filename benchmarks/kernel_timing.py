@@ -1,20 +1,12 @@
-"""What the kernel benchmarks share: GPU time by events with the CPU running ahead, and the result file."""
+"""What the kernel benchmarks share: GPU time by events with the CPU running ahead, launches by the profiler."""
 
-import argparse
-import datetime
-import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 
 import torch
+from report import write
 
 _printed = [0]  # rows already shown, for a benchmark that writes more than once
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def gpu_ms(fn: Callable[[], object], samples: int = 20, warmup: int = 3) -> float:
@@ -67,51 +59,8 @@ def kernels(fn: Callable[[], object], calls: int = 5) -> dict[str, tuple[float, 
     }
 
 
-def row(case, metric, unit, ours, peer=None, peer_name=None, goal=None, higher_is_better=False) -> dict:
-    """One row of a result file; `ratio` above 1 means that ours is better."""
-    ratio = None
-    if peer is not None and ours:
-        ratio = round(ours / peer if higher_is_better else peer / ours, 3)
-    met = None if goal is None or ratio is None else ratio >= goal
-    values = dict(ours=_short(ours), peer=_short(peer), peer_name=peer_name, ratio=ratio, goal=goal, met=met)
-    return dict(case=case, metric=metric, unit=unit, **values)
-
-
-def _short(x):
-    return float(f"{x:.4g}") if isinstance(x, float) else x
-
-
-def write(benchmark: str, rows: list[dict]) -> None:
-    """benchmarks/results/<benchmark>-<gpu>.json, or under --out; prints the rows too."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--commit", default=None, help="where git is not at hand")
-    args, _ = parser.parse_known_args()
-    gpu = torch.cuda.get_device_name()
-    short = next((name for name in ("H100", "H200", "A100", "B200") if name in gpu), gpu.replace(" ", "-"))
-    commit = args.commit
-    if commit is None:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
-        commit = git.stdout.strip() or None
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "flash-linear-attention", "tilelang"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    result = dict(
-        benchmark=benchmark,
-        date=datetime.date.today().isoformat(),
-        commit=commit,
-        command=f"python benchmarks/{Path(sys.argv[0]).name}",
-        machine=gpu,
-        versions=versions,
-        rows=rows,
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    lines = json.dumps({k: v for k, v in result.items() if k != "rows"}, indent=1)[:-2]
-    lines += ',\n "rows": [\n  ' + ",\n  ".join(json.dumps(r) for r in rows) + "\n ]\n}\n"
-    (args.out / f"{benchmark}-{short}.json").write_text(lines)
-    for r in rows[_printed[0] :]:
-        print(*(f"{k}={v}" for k, v in r.items() if v is not None), flush=True)
+def write_gpu(benchmark: str, rows: list[dict]) -> None:
+    """The result file of this GPU; may be called again as rows come in."""
+    packages = ("torch", "triton", "flash-linear-attention", "tilelang")
+    write(benchmark, rows, packages, machine=torch.cuda.get_device_name(), printed=_printed[0])
     _printed[0] = len(rows)

@@ -46,7 +46,6 @@ def main() -> None:
             rows.append(
                 bounded(f"{name} ({count} ranks)", f"largest relative difference of the {metric}", "", worst, TOLERANCE)
             )
-    pool.close()
     write("layout_parity", rows, ("torch", "megatron-core"))
 
 

@@ -33,18 +33,22 @@ def _short(x):
     return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
-def write(benchmark: str, rows: list[dict], packages: tuple[str, ...], machine: str | None = None, notes=()) -> None:
+def write(
+    benchmark: str, rows: list[dict], packages: tuple[str, ...], machine: str | None = None, notes=(), printed: int = 0
+) -> None:
     """Write the result file and print its rows.
 
     Args:
-        packages: whose versions are recorded. machine: None: this CPU.
+        packages: whose versions are recorded. machine: None: this CPU. printed: rows that were printed before.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", default=None, help="where git is not at hand")
     args, _ = parser.parse_known_args()
     name = machine or f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    short = next((x for x in ("H100", "H200", "A100", "B200") if x in name), "cpu" if machine is None else name)
+    short = next(
+        (x for x in ("H100", "H200", "A100", "B200") if x in name), "cpu" if machine is None else name.replace(" ", "-")
+    )
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -65,5 +69,5 @@ def write(benchmark: str, rows: list[dict], packages: tuple[str, ...], machine: 
     lines += ',\n "rows": [\n  ' + ",\n  ".join(json.dumps(r) for r in rows) + "\n ]\n}\n"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{benchmark}-{short}.json").write_text(lines)
-    for r in rows:
+    for r in rows[printed:]:
         print(*(f"{k}={v}" for k, v in r.items() if v is not None), flush=True)

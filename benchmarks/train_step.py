@@ -53,7 +53,8 @@ def measure(pattern: str, recompute: str, groups, steps: int = 8) -> dict:
 
 
 def main() -> None:
-    from kernel_timing import row, write
+    from kernel_timing import write_gpu
+    from report import row
 
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
@@ -65,7 +66,7 @@ def main() -> None:
         for metric, unit in (("step", "ms"), ("tokens", "tokens/s/GPU"), ("tflops", "TFLOP/s"), ("memory", "GB")):
             rows.append(row(case, metric, unit, found[metric], higher_is_better=metric in ("tokens", "tflops")))
     if groups.dp.rank() == 0:
-        write("train_step", rows)
+        write_gpu("train_step", rows)
     stop_distributed()
 
 

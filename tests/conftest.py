@@ -45,23 +45,8 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def _pool():
-    """One pool of ranks at a time, replaced when a job broke it."""
+def ranks():
+    """`ranks.run(function, world_size, **kwargs)`: the function on that many gloo ranks (tests/ranks.py)."""
     from tests.ranks import RankPool
 
-    pools: list[RankPool] = []
-
-    def get() -> RankPool:
-        if not pools or not pools[-1].alive:
-            pools.append(RankPool())
-        return pools[-1]
-
-    yield get
-    for pool in pools:
-        pool.close()
-
-
-@pytest.fixture
-def ranks(_pool):
-    """`ranks.run(function, world_size, **kwargs)`: the function on that many gloo ranks (tests/ranks.py)."""
-    return _pool()
+    return RankPool()

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_hybrid.checkpoint.format import state_name
+from megatron_hybrid.checkpoint.format import STATES, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import SavedShard
 from megatron_hybrid.model.param_layout import ParamLayout, Piece
@@ -122,9 +122,17 @@ class Collector:
             for piece in pieces:
                 piece.view(parameter).copy_(reader.read(piece.tensor.name, (piece.offset, piece.shape)))
 
-    @torch.no_grad()
     def load_optimizer(self, reader: CheckpointReader) -> None:
-        """Fill this rank's optimizer state. Only the rows that this rank's range touches are read."""
+        """Fill this rank's optimizer state: moments and master weights."""
+        self._load_states(reader, STATES)
+
+    def load_masters(self, reader: CheckpointReader) -> None:
+        """Fill the fp32 master weights alone, from the checkpoint's or else from its weights; moments stay as they are."""
+        self._load_states(reader, ("master",))
+
+    @torch.no_grad()
+    def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...]) -> None:
+        # only the rows that this rank's range touches are read
         for _, parameter, pieces in self.parameters:
             shard = self.optimizer_shards.get(parameter)
             if shard is None:
@@ -132,6 +140,8 @@ class Collector:
             width = prod(parameter.shape[1:])
             first, last = shard.start // width, -(-shard.stop // width)
             for state, flat in shard.states.items():
+                if state not in wanted:
+                    continue
                 rows = torch.zeros(last - first, *parameter.shape[1:], dtype=flat.dtype)
                 for piece in pieces:
                     self._read_rows(reader, piece, state, first, rows)

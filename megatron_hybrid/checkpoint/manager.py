@@ -12,7 +12,9 @@ from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, write_rank
+from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.run import CheckpointConfig
+from megatron_hybrid.config.tensors import model_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -104,8 +106,8 @@ class CheckpointManager:
             if not (keep_every and step and step % keep_every == 0):
                 shutil.rmtree(folder)
 
-    def load(self, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
-        """Load weights, and the optimizer where the checkpoint has one.
+    def load(self, folder: Path, weights_only: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
+        """Load weights and, unless it is only they that are wanted, the optimizer where the checkpoint has one.
 
         Returns:
             The run's state, and this rank's own tensors: None where another number of ranks wrote the checkpoint.
@@ -114,19 +116,33 @@ class CheckpointManager:
             CheckpointError: another model's checkpoint, naming the first field that differs.
         """
         with CheckpointReader(folder) as reader:
-            for field, value in self.model.items():
-                if reader.index.model.get(field) != value:
-                    raise CheckpointError(
-                        f"{folder}: model.{field} is {reader.index.model.get(field)!r} there and {value!r} in this run"
-                    )
+            self._check_model(folder, ModelConfig(**reader.index.model))
             self.collector.load_weights(reader)
+            if weights_only:
+                self.collector.load_masters(reader)
+                dist.barrier()
+                return {}, None
             if reader.has_optimizer():
                 self.collector.load_optimizer(reader)
+            else:
+                self.collector.load_masters(reader)
             state, extra = reader.index.state, None
             if state.get("world_size") == self.world_size:
                 extra = reader.local_tensors(self.rank)
         dist.barrier()
         return state, extra
+
+    def _check_model(self, folder: Path, theirs: ModelConfig) -> None:
+        """The checkpoint's model has this run's tensors. What has no part in their shapes (rope_theta) may differ."""
+        mine = ModelConfig(**self.model)
+        if model_tensors(mine) == model_tensors(theirs):
+            return
+        ours, other = (
+            m.model_dump() | {"layer_pattern": "".join(m.layers), "head_dim": m.attention_head_dim}
+            for m in (mine, theirs)
+        )
+        field = next(name for name, value in ours.items() if other[name] != value)
+        raise CheckpointError(f"{folder}: model.{field} is {other[field]!r} there and {ours[field]!r} in this run")
 
     def check(self) -> None:
         """Raise what went wrong in a background save, if anything did."""

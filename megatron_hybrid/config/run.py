@@ -25,6 +25,10 @@ class CheckpointConfig(Section):
     load: str = Field("auto", min_length=1)
     """`auto`: resume from the run's newest complete checkpoint, if any. `none`: start anew. Or a folder."""
 
+    weights_only: bool = False
+    """Of the checkpoint that `load` names, take the weights alone: a new stage, with its own schedule, data and moments. The
+    run's own checkpoints are always resumed whole."""
+
     @model_validator(mode="after")
     def _check(self) -> "CheckpointConfig":
         if self.keep_every is None:

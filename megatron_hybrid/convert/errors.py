@@ -1,5 +1,7 @@
 """What a conversion says when it cannot be done."""
 
+from megatron_hybrid.config.errors import UserError
 
-class ConversionError(ValueError):
+
+class ConversionError(UserError):
     """Files that are damaged, unsafe, incomplete or not representable; names what is wrong and the remedy."""

@@ -108,19 +108,19 @@ class GatedDeltaNet(MegatronModule):
         return self.out_proj(mixed)
 
     def _mix(self, packed_sbw: torch.Tensor) -> torch.Tensor:
-        gdn, widths = self.gdn, self.widths
-        q, k, v, g, beta = conv_gates(
+        # conv_gates hands the gate out, too: slicing it here would cost a gradient as wide as in_proj once more
+        q, k, v, g, beta, gate = conv_gates(
             packed_sbw,
             self.conv_weight,
             self.A_log,
             self.dt_bias,
             **self._sizes(),
+            return_gate=True,
         )
         o, _ = gated_delta_rule(q, k, v, g, beta)
-        gate = packed_sbw[..., widths.conv : widths.conv + widths.gate]
         # every rank's heads use this weight: its gradient is the sum over the ranks, with and without sequence parallelism
         weight = copy_to_tensor_model_parallel_region(self.o_norm_weight, group=self.tp_group)
-        return gated_rmsnorm(o, gate, weight, gdn.norm_eps)
+        return gated_rmsnorm(o, gate, weight, self.gdn.norm_eps)
 
     def _sizes(self) -> dict:
         gdn, widths = self.gdn, self.widths

@@ -185,7 +185,7 @@ class Trainer:
         folder = mine[-1] if mine and load != "none" else find_checkpoint(load, root)
         if folder is None:
             return None
-        state, local = self.checkpoints.load(folder)
+        state, local = self.checkpoints.load(folder, self.config.checkpoint.weights_only and folder not in mine)
         if state:
             self.progress = Progress(state["step"], state["samples"], state["updates"])
             self.engine.optimizer.set_updates(self.progress.updates)

@@ -55,13 +55,13 @@ TO = {
 
 
 @pytest.fixture(scope="module")
-def saved(_pool, tmp_path_factory):
+def saved(ranks, tmp_path_factory):
     """A checkpoint of step 10, given the name of the layout that is to write it."""
 
     @cache
     def folder(name: str) -> str:
         count, parallel = FROM[name]
-        return run(_pool(), count, DEEP, parallel, steps=10, save=str(tmp_path_factory.mktemp("saved")))[0]["path"]
+        return run(ranks, count, DEEP, parallel, steps=10, save=str(tmp_path_factory.mktemp("saved")))[0]["path"]
 
     return folder
 

@@ -85,9 +85,9 @@ def run(ranks, count: int, pattern: str, parallel: dict, **more) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(_pool):
+def one_rank(ranks):
     """The curve of one rank, by layer pattern: what every layout is compared with."""
-    curves = {pattern: run(_pool(), 1, pattern, layout(), steps=20)[0] for pattern in (SHALLOW, DEEP)}
+    curves = {pattern: run(ranks, 1, pattern, layout(), steps=20)[0] for pattern in (SHALLOW, DEEP)}
     for result in curves.values():
         assert result["losses"][-1] < result["losses"][0] - 0.01, "it learns something"
     return curves

@@ -106,3 +106,26 @@ def test_another_models_checkpoint_is_refused(ranks, config):
     wider = config | {"model": MODEL | {"ffn_hidden_size": 96}}
     with pytest.raises(AssertionError, match=r"model.ffn_hidden_size is 64 there and 96 in this run"):
         ranks.run(jobs.pretrain_run, 1, config=wider)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_new_stage_starts_from_anothers_weights_alone(dtype, ranks, config, tmp_path):
+    first = config | {"train": config["train"] | {"dtype": dtype}}
+    (one, _) = ranks.run(jobs.pretrain_run, 2, config=first)
+    second = first | {
+        "run_dir": str(tmp_path / "stage2"),
+        "train": first["train"] | {"steps": 3, "optimizer": dict(lr=1e-9)},
+        "checkpoint": dict(interval=3, load=first["run_dir"], weights_only=True),
+    }
+    (two, _) = ranks.run(jobs.pretrain_run, 2, config=second)
+    assert two["progress"]["step"] == 3 and metrics(second)[0]["step"] == 1
+    for name, value in one["parameters"].items():
+        torch.testing.assert_close(two["parameters"][name], value, rtol=1e-4 if dtype == "fp32" else 1e-2, atol=1e-6)
+
+
+def test_a_pattern_may_be_written_another_way_and_rope_may_be_dropped(ranks, config):
+    ranks.run(jobs.pretrain_run, 1, config=config)
+    again = config | {"model": MODEL | {"layer_pattern": "G,A", "rope_theta": None, "head_dim": 16}}
+    again["train"] = config["train"] | {"steps": 7}
+    (result,) = ranks.run(jobs.pretrain_run, 1, config=again)
+    assert result["progress"]["step"] == 7
