@@ -4,10 +4,12 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source tools/env.sh
+config=examples/configs/pretrain_hybrid_tiny.yaml
 
+python tools/pretrain.py "$config" "$@" --dry-run --world-size 4 >/dev/null # a wrong override ends here, with one message
 if [ ! -e data/tiny_train.idx ] || [ ! -e data/tiny_validation.idx ]; then
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
     python tools/preprocess_data.py "$stdlib" --include '*.py' --exclude 'site-packages/*' 'test/*' '*/test/*' '*/tests/*' \
         --output data/tiny --split 0.99,0.01 --overwrite
 fi
-exec torchrun --standalone --nproc-per-node 4 tools/pretrain.py examples/configs/pretrain_hybrid_tiny.yaml "$@"
+exec torchrun --standalone --nproc-per-node 4 tools/pretrain.py "$config" "$@"
