@@ -14,7 +14,7 @@ from typing import Any
 _PRELOAD = ["torch", "megatron_hybrid.train.trainer", "tests.jobs"]
 
 
-def _work(rank: int, world_size: int, store: str, function: Callable, kwargs: dict, outbox, done) -> None:
+def _work(rank: int, world_size: int, store: str, function: Callable, kwargs: dict, outbox, end) -> None:
     import torch
     import torch.distributed as dist
 
@@ -25,7 +25,7 @@ def _work(rank: int, world_size: int, store: str, function: Callable, kwargs: di
         outbox.put((rank, True, function(**kwargs)))
     except BaseException:  # noqa: BLE001 - reported to the test
         outbox.put((rank, False, traceback.format_exc()))
-    done.wait(300)  # tensors in a result are shared memory of this process; and the others may still talk to it
+    end.poll(300)  # tensors in a result are shared memory of this process; and the others may still talk to it
     os._exit(0)  # gloo's threads have nothing left to say
 
 
@@ -39,11 +39,11 @@ class RankPool:
     def run(self, function: Callable, world_size: int, timeout: float = 280, **kwargs: Any) -> list[Any]:
         """function(**kwargs) on ranks 0 .. world_size - 1; their results in rank order. A failing rank fails the test."""
         with tempfile.TemporaryDirectory() as folder:
-            outbox, done = self._context.Queue(), self._context.Event()
+            outbox, (end, held) = self._context.Queue(), self._context.Pipe(duplex=False)
             processes = [
                 self._context.Process(
                     target=_work,
-                    args=(rank, world_size, f"{folder}/store", function, kwargs, outbox, done),
+                    args=(rank, world_size, f"{folder}/store", function, kwargs, outbox, end),
                     daemon=True,
                 )
                 for rank in range(world_size)
@@ -53,7 +53,7 @@ class RankPool:
             try:
                 return self._collect(processes, outbox, time.monotonic() + timeout)
             finally:
-                done.set()
+                held.close()  # no lock to share with processes that may have been killed: they see the pipe end
                 for process in processes:
                     process.join(5)
                     process.kill()
