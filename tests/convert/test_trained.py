@@ -30,7 +30,9 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(layout, marks=[] if layout == "TP2xPP2" else [pytest.mark.slow]) for layout in LAYOUTS]
+)
 def test_trained_model_is_the_same_in_transformers(layout, ranks, tmp_path):
     from transformers import AutoModelForCausalLM
 
