@@ -53,7 +53,7 @@ class ParamLayout:
         for chunk in chunks:
             offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
             for name, parameter in chunk.named_parameters():
-                yield self._global_name(name, offset), parameter, self.pieces(name, offset, parameter)
+                yield self._global_name(name, offset), parameter, self.pieces(name, offset)
 
     @staticmethod
     def _global_name(name: str, layer_offset: int) -> str:
@@ -62,7 +62,7 @@ class ParamLayout:
             parts[2] = str(int(parts[2]) + layer_offset)
         return ".".join(parts)
 
-    def pieces(self, name: str, layer_offset: int, parameter: torch.Tensor) -> list[Piece]:
+    def pieces(self, name: str, layer_offset: int) -> list[Piece]:
         """Pieces of the parameter `name` of a chunk whose first layer is `layer_offset`."""
         parts = name.split(".")
         if parts[:2] != ["decoder", "layers"]:
