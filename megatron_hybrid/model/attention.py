@@ -12,8 +12,8 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch.utils.checkpoint import checkpoint
 
 from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.padding import PaddedSizes
 from megatron_hybrid.model.norms import QKNorm
-from megatron_hybrid.parallel.padding import PaddedSizes
 
 
 def rotate(x_sbhd: torch.Tensor, angles_s11d: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ class SelfAttention(MegatronModule):
     """The attention mixer of one layer, on this rank's heads.
 
     `linear_qkv`'s output on a rank is `[q | k | v]`, heads in order. Dummy heads that tensor parallelism adds have zero
-    weights (parallel/padding.py).
+    weights (config/padding.py).
     """
 
     def __init__(self, config, submodules, layer_number, pg_collection, model: ModelConfig, name=None, **_):

@@ -21,7 +21,7 @@ from hybrid_kernels.gated_delta_rule import gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import explain as explain_gated_rmsnorm
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.parallel.padding import FP8_ALIGNMENT, PaddedSizes, round_up
+from megatron_hybrid.config.padding import PackedWidths
 
 
 @dataclass
@@ -30,36 +30,6 @@ class GatedDeltaNetSubmodules:
 
     in_proj: type
     out_proj: type
-
-
-@dataclass(frozen=True)
-class PackedWidths:
-    """What one rank's in_proj output holds, in this order; `padding` aligns the width for FP8 and for fast bf16 kernels."""
-
-    q: int
-    k: int
-    v: int
-    gate: int
-    b: int
-    a: int
-    padding: int
-
-    @classmethod
-    def of(cls, model: ModelConfig, tensor_parallel_size: int) -> "PackedWidths":
-        gdn, sizes = model.gdn, PaddedSizes.of(model, tensor_parallel_size)
-        key_heads, heads = sizes.gdn_key_heads // tensor_parallel_size, sizes.gdn_value_heads // tensor_parallel_size
-        key, value = key_heads * gdn.key_head_dim, heads * gdn.value_head_dim
-        used = 2 * (key + value + heads)
-        return cls(key, key, value, value, heads, heads, round_up(used, FP8_ALIGNMENT) - used)
-
-    @property
-    def conv(self) -> int:
-        """Channels of the convolution: q, k and v."""
-        return self.q + self.k + self.v
-
-    @property
-    def total(self) -> int:
-        return self.conv + self.gate + self.b + self.a + self.padding
 
 
 class GatedDeltaNet(MegatronModule):

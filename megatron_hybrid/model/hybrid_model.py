@@ -8,12 +8,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.model.cross_entropy import vocab_parallel_losses
 from megatron_hybrid.model.layer_specs import stack_submodules
 from megatron_hybrid.model.megatron_config import hybrid_layer_pattern, transformer_config
 from megatron_hybrid.model.norms import RMSNorm
-from megatron_hybrid.parallel.padding import PaddedSizes
 
 
 class HybridLayers(HybridStack):

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.parallel.device import has_cuda
-from megatron_hybrid.parallel.padding import PaddedSizes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

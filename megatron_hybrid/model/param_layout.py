@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.padding import PaddedSizes, true_part
 from megatron_hybrid.config.tensors import TensorSpec, model_tensors
-from megatron_hybrid.parallel.padding import PaddedSizes, true_part
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_hybrid.config.padding import PaddedSizes, round_up, true_part
 from megatron_hybrid.config.presets import olmo_hybrid_7b
-from megatron_hybrid.parallel.padding import PaddedSizes, round_up, true_part
 
 
 @pytest.mark.parametrize(("tp", "heads"), [(1, 30), (2, 30), (4, 32), (8, 32)])

@@ -1,7 +1,7 @@
 """Sizes that tensor parallelism needs a little larger than the model has them, and what is left of them on each rank.
 
 Padding is exact: dummy heads have zero weights, give zero output and receive zero gradient, so they stay zero, and
-checkpoints do not hold them. Dummy vocabulary rows are masked out of the softmax. No torch here.
+checkpoints do not hold them. Dummy vocabulary rows are masked out of the softmax.
 """
 
 from dataclasses import dataclass
@@ -41,6 +41,38 @@ class PaddedSizes:
             gdn_value_heads=gdn_key * (model.gdn.num_value_heads // model.gdn.num_key_heads) if model.gdn else 0,
             vocab_size=round_up(model.vocab_size, FP8_ALIGNMENT * tp),
         )
+
+
+@dataclass(frozen=True)
+class PackedWidths:
+    """What one rank's Gated DeltaNet in_proj output holds, in this order; `padding` aligns the width for FP8 and for fast
+    bf16 kernels."""
+
+    q: int
+    k: int
+    v: int
+    gate: int
+    b: int
+    a: int
+    padding: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, tensor_parallel_size: int) -> "PackedWidths":
+        gdn, sizes = model.gdn, PaddedSizes.of(model, tensor_parallel_size)
+        assert gdn is not None, "asked of a model without Gated DeltaNet layers"
+        key_heads, heads = sizes.gdn_key_heads // tensor_parallel_size, sizes.gdn_value_heads // tensor_parallel_size
+        key, value = key_heads * gdn.key_head_dim, heads * gdn.value_head_dim
+        used = 2 * (key + value + heads)
+        return cls(key, key, value, value, heads, heads, round_up(used, FP8_ALIGNMENT) - used)
+
+    @property
+    def conv(self) -> int:
+        """Channels of the convolution: q, k and v."""
+        return self.q + self.k + self.v
+
+    @property
+    def total(self) -> int:
+        return self.conv + self.gate + self.b + self.a + self.padding
 
 
 def true_part(true_size: int, padded_size: int, rank: int, ranks: int) -> tuple[int, int]:
