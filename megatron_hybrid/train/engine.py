@@ -3,6 +3,8 @@
 MegatronEngine is megatron-core's: its schedules, data parallel wrappers and optimizers.
 """
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -22,6 +24,7 @@ class MegatronEngine:
     """The model on this rank, its optimizer, and how a global batch runs through the pipeline.
 
     Weights are initial ones, the same under every layout, until a checkpoint is loaded through `collector()`.
+    `fill(chunks, layout, seed)` writes them: measurements, whose values do not matter, fill faster.
     """
 
     def __init__(
@@ -31,11 +34,12 @@ class MegatronEngine:
         parallel: ParallelConfig,
         sequence_length: int,
         groups: ProcessGroupCollection,
+        fill: Callable = initialize,
     ):
         self.groups, self.parallel, self.sequence_length = groups, parallel, sequence_length
         self.chunks = build_model(model, parallel, train.dtype, sequence_length, groups)
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
-        initialize(self.chunks, self.layout, train.seed)
+        fill(self.chunks, self.layout, train.seed)
         self.wrapped = wrap_data_parallel(self.chunks, parallel)
         self.optimizer = Optimizer(self.wrapped, self.layout, train, parallel)
         prepare_for_training(self.wrapped, self.optimizer)
