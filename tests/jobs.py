@@ -8,6 +8,7 @@ import torch
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import CheckpointConfig, RunConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.parallel.launch import Launch, start_distributed
@@ -16,11 +17,14 @@ from megatron_hybrid.train.engine import MegatronEngine
 SEQUENCE_LENGTH = 32
 
 
-def make_engine(model: dict, parallel: dict, train: dict, sequence_length: int = SEQUENCE_LENGTH) -> MegatronEngine:
+def make_engine(
+    model: dict, parallel: dict, train: dict, sequence_length: int = SEQUENCE_LENGTH, precision: dict | None = None
+) -> MegatronEngine:
     """An engine on the ranks that this is called on."""
     parallel, train = ParallelConfig(**parallel), TrainConfig(**train)
     groups = start_distributed(Launch.from_environment(), parallel, train.seed)
-    return MegatronEngine(ModelConfig(**model), train, parallel, sequence_length, groups)
+    precision = PrecisionConfig(**(precision or {}))
+    return MegatronEngine(ModelConfig(**model), train, parallel, sequence_length, groups, precision)
 
 
 def batches_of(engine: MegatronEngine, samples: torch.Tensor, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
@@ -51,9 +55,11 @@ def curve(
     save: str | None = None,
     async_save: bool = False,
     lr: float = 3e-3,
+    precision: dict | None = None,
+    sequence_length: int = SEQUENCE_LENGTH,
 ) -> dict:
     """Train steps [start, steps) and return losses, gradient norms and this rank's parameters; load before, save after."""
-    engine = make_engine(model, parallel, train)
+    engine = make_engine(model, parallel, train, sequence_length, precision)
     config = ModelConfig(**model)
     mbs, gbs = train.get("micro_batch_size", 1), train["global_batch_size"]
     manager = CheckpointManager(
@@ -68,7 +74,8 @@ def curve(
         engine.optimizer.set_updates(state["updates"])
     losses, norms = [], []
     for step in range(start, steps):
-        batches = batches_of(engine, samples_of_step(step, gbs, config.vocab_size), mbs)
+        samples = samples_of_step(step, gbs, config.vocab_size, sequence_length)
+        batches = batches_of(engine, samples, mbs)
         losses.append(engine.forward_backward(batches).loss)
         norms.append(engine.gradient_norm())
         engine.update(lr, norms[-1])
@@ -99,8 +106,8 @@ def logits_and_gradients(
                 for dim, (at, n) in enumerate(zip(piece.offset, piece.shape, strict=True)):
                     box = box.narrow(dim, at, n)
                 piece.view(parameter).copy_(box)
-    logits = chunk(tokens, None, None)
-    chunk(tokens, None, None, labels=tokens)[0].mean().backward()
+    logits = chunk(tokens)
+    chunk(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32))[0].backward()
     gradients = {
         piece.tensor.name: piece.view(p.main_grad if p.grad is None else p.grad).clone()
         for _, p, pieces in engine.layout.parameters([chunk])

@@ -14,6 +14,7 @@ from megatron_hybrid.checkpoint.format import STATES, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import SavedShard
 from megatron_hybrid.model.param_layout import ParamLayout, Piece
+from megatron_hybrid.precision.fp8_state import Fp8State
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Collector:
         self.layout, self.groups = layout, groups
         self.optimizer_shards, self.optimizer_sharded = optimizer_shards, optimizer_sharded
         self.parameters = list(layout.parameters(chunks))
+        self.fp8 = Fp8State(chunks)
 
     def _writes(self, turn: int, name: str, piece: Piece) -> tuple[bool, bool]:
         """Whether this rank saves (the weight, the optimizer state) of a piece."""
@@ -96,6 +98,10 @@ class Collector:
                     )
                 if state and parameter in self.optimizer_shards:
                     yield from self._state_shards(parameter, piece)
+        if self.groups.dp.rank() == self.groups.tp.rank() == 0:
+            for name, tensor in self.fp8.tensors().items():
+                shape = tuple(tensor.shape)
+                yield SavedShard(name, shape, (0,) * len(shape), shape, tensor)
 
     def _state_shards(self, parameter: torch.nn.Parameter, piece: Piece) -> Iterator[SavedShard]:
         shard, shape = self.optimizer_shards[parameter], tuple(parameter.shape)
@@ -123,8 +129,9 @@ class Collector:
                 piece.view(parameter).copy_(reader.read(piece.tensor.name, (piece.offset, piece.shape)))
 
     def load_optimizer(self, reader: CheckpointReader) -> None:
-        """Fill this rank's optimizer state: moments and master weights."""
+        """Fill this rank's optimizer state: moments and master weights; and the scales of FP8."""
         self._load_states(reader, STATES)
+        self.fp8.restore(lambda name: reader.read(name) if name in reader.index.tensors else None)
 
     def load_masters(self, reader: CheckpointReader) -> None:
         """Fill the fp32 master weights alone, from the checkpoint's or else from its weights; moments stay as they are."""

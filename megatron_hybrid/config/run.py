@@ -8,6 +8,7 @@ from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
 
 
@@ -70,6 +71,7 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 

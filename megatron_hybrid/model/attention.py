@@ -6,22 +6,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.utils.checkpoint import checkpoint
 
+from hybrid_kernels.qk_norm_rope import explain as explain_qk_norm_rope
+from hybrid_kernels.qk_norm_rope import qk_norm_rope
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.padding import PaddedSizes
-from megatron_hybrid.model.norms import QKNorm
-
-
-def rotate(x_sbhd: torch.Tensor, angles_s11d: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [s, b, heads, d] by angles [s, 1, 1, d] (two equal halves), in fp32 inside."""
-    x = x_sbhd.float()
-    low, high = x.chunk(2, dim=-1)
-    rotated = torch.cat((-high, low), dim=-1)
-    return (x * angles_s11d.cos() + rotated * angles_s11d.sin()).to(x_sbhd.dtype)
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -80,9 +74,13 @@ class SelfAttention(MegatronModule):
         self.linear_qkv = submodules.linear_qkv(
             hidden, sum(self.splits) * tp.size(), gather_output=False, tp_comm_buffer_name="qkv", **linear
         )
-        self.qk_norm = QKNorm(
-            config, (model.num_attention_heads * d, model.kv_heads * d), (q_width, kv_width), model.norm_eps, tp
+        self.norm = dict(
+            head_dim=d,
+            true_widths=(model.num_attention_heads * d, model.kv_heads * d),
+            eps=model.norm_eps,
+            group=tp if tp.size() > 1 else None,
         )
+        self.q_norm_weight, self.k_norm_weight = self._norm_weight(q_width), self._norm_weight(kv_width)
         self.core_attention = submodules.core_attention(
             config=config,
             layer_number=layer_number,
@@ -95,6 +93,12 @@ class SelfAttention(MegatronModule):
             q_width * tp.size(), hidden, input_is_parallel=True, tp_comm_buffer_name="proj", **linear
         )
 
+    def _norm_weight(self, width: int) -> torch.nn.Parameter:
+        ones = torch.ones(width, device=torch.cuda.current_device(), dtype=self.config.params_dtype)
+        weight = torch.nn.Parameter(ones)
+        set_tensor_model_parallel_attributes(weight, True, 0, 1)  # so that the gradient norm counts every rank's part
+        return weight
+
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary_pos_emb=None, **_):
         """hidden_states [s, b, h] (this rank's tokens under sequence parallelism) -> ([s, b, h], None)."""
         qkv, _ = self.linear_qkv(hidden_states)
@@ -105,9 +109,11 @@ class SelfAttention(MegatronModule):
         return self.linear_proj(context)
 
     def _attend(self, qkv_sbw: torch.Tensor, rotary_pos_emb) -> torch.Tensor:
-        q, k, v = qkv_sbw.split(self.splits, dim=-1)
-        q, k = self.qk_norm(q, k)
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
-        if rotary_pos_emb is not None:
-            q, k = rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb)
-        return self.core_attention(q, k, v.contiguous(), attention_mask=None, attn_mask_type=AttnMaskType.causal)
+        q, k, v = qk_norm_rope(qkv_sbw, self.q_norm_weight, self.k_norm_weight, rotary_pos_emb, **self.norm)
+        return self.core_attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal)
+
+    def backends(self, sequence_length: int, batch_size: int) -> list[str]:
+        """Which backend QK norm and rotary embedding run, and why."""
+        width = len(self.q_norm_weight) + 2 * len(self.k_norm_weight)
+        qkv = self.q_norm_weight.detach()[:1].expand(sequence_length, batch_size, width)  # no memory
+        return [str(explain_qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight))]

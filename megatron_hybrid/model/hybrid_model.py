@@ -5,64 +5,158 @@ from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from hybrid_kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
-from megatron_hybrid.model.cross_entropy import vocab_parallel_losses
+from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model.layer_specs import stack_submodules
 from megatron_hybrid.model.megatron_config import hybrid_layer_pattern, transformer_config
-from megatron_hybrid.model.norms import RMSNorm
+from megatron_hybrid.model.parts import Parts, choose_parts
+from megatron_hybrid.precision.context import around_layers
+
+Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""What is differentiated; the mean cross-entropy in nats a token; the mean z-loss, unweighted. The last two detached."""
 
 
 class HybridLayers(HybridStack):
-    """HybridStack with our final norm: its own is hard-coded to Transformer Engine's (hybrid_block.py:215)."""
+    """HybridStack with our final norm (its own is hard-coded to Transformer Engine's, hybrid_block.py:215) and FP8 context."""
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config, *args, parts: Parts, precision: PrecisionConfig, **kwargs):
         super().__init__(config, *args, **{**kwargs, "post_layer_norm": False})
-        self.post_layer_norm = True
+        self.precision, self.post_layer_norm = precision, True
         if self.post_process:
-            self.final_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.final_norm = parts.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, *args, **kwargs):
+        with around_layers(self.precision, self.config):
+            return super().forward(*args, **kwargs)
+
+
+class _GradientIsInMainGrad(torch.autograd.Function):
+    """The identity on a weight whose gradient a kernel adds to `main_grad`: tells DDP so, and wakes its hook."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, _):
+        ctx.weight.grad_added_to_main_grad = True
+        return torch.empty_like(ctx.weight)  # never read
 
 
 class HybridLanguageModel(HybridModel):
     """One pipeline stage (or one virtual stage of it) of the language model."""
 
     def __init__(
-        self, model: ModelConfig, parallel: ParallelConfig, dtype: str, sequence_length: int, pg_collection, vp_stage
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        parts: Parts,
+        dtype: str,
+        sequence_length: int,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None,
     ):
-        config = transformer_config(model, parallel, dtype)
-        self.model = model
+        self.model, tied = model, model.tie_embeddings
+        layers = ModuleSpec(
+            module=HybridLayers,
+            params=dict(parts=parts, precision=precision),
+            submodules=stack_submodules(model, parts),
+        )
         super().__init__(
-            config,
-            ModuleSpec(module=HybridLayers, submodules=stack_submodules(model)),
+            transformer_config(model, parallel, precision, dtype),
+            layers,
             PaddedSizes.of(model, parallel.tensor_parallel_size).vocab_size,
             sequence_length,
             hybrid_layer_pattern=hybrid_layer_pattern(model, parallel),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            share_embeddings_and_output_weights=model.tie_embeddings,
+            share_embeddings_and_output_weights=tied,
             position_embedding_type="none" if model.rope_theta is None else "rope",
             rotary_base=model.rope_theta or 0,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
 
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """labels [b, s], logits [s, b, vocabulary / tp] -> [2, b, s]: cross-entropy and z-loss of each token."""
-        losses = vocab_parallel_losses(logits, labels.t().contiguous(), self.model.vocab_size, self.pg_collection.tp)
-        return torch.stack(losses).transpose(1, 2)
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> torch.Tensor | Losses:
+        """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the Losses (z_loss is the weight
+        of the z-loss). On a stage that is not the last: hidden states [s, b, h], of this rank's tokens.
+
+        megatron-core's own forward has inference and multi-token prediction in it as well, and always makes all logits.
+        """
+        x_sbh, angles = None, None
+        if self.pre_process:
+            x_sbh = self.embedding(input_ids=tokens, position_ids=None)
+        if self.position_embedding_type == "rope":
+            angles = self.rotary_pos_emb(tokens.shape[1])
+        x_sbh = self.decoder(hidden_states=x_sbh, attention_mask=None, rotary_pos_emb=angles)
+        if not self.post_process:
+            return x_sbh
+        weight = self.shared_embedding_or_output_weight() if self.model.tie_embeddings else None
+        if labels is None:
+            logits, _ = self.output_layer(x_sbh, weight=weight)
+            return logits.transpose(0, 1).contiguous()
+        return self._losses(x_sbh, weight, labels, loss_mask, z_loss)
+
+    def _losses(self, x_sbh, tied_weight, labels, loss_mask, z_loss) -> Losses:
+        group, buffer = self.pg_collection.tp, None
+        if self.config.sequence_parallel:
+            x_sbh = gather_from_sequence_parallel_region(x_sbh, group=group)
+        else:
+            x_sbh = copy_to_tensor_model_parallel_region(x_sbh, group=group)
+        weight = tied_weight
+        if weight is None:
+            weight = self.output_layer.weight
+            buffer = getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None
+            if buffer is not None:
+                weight = _GradientIsInMainGrad.apply(weight)
+        return linear_cross_entropy(
+            x_sbh,
+            weight,
+            labels.t().contiguous(),
+            loss_mask.t().contiguous(),
+            true_vocab_size=self.model.vocab_size,
+            z_loss_weight=z_loss,
+            group=group if group.size() > 1 else None,
+            grad_weight_buffer=buffer,
+        )
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, dtype: str, sequence_length: int, groups: ProcessGroupCollection
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    dtype: str,
+    sequence_length: int,
+    groups: ProcessGroupCollection,
 ) -> list[HybridLanguageModel]:
-    """This rank's model chunks, one a virtual stage, on its device. Weights are not initialised (model/param_layout.py)."""
+    """This rank's model chunks, one a virtual stage, on its device. Weights are not initialised (model/initialize.py).
+
+    Raises:
+        ConfigError: a format or parts that cannot run here.
+    """
+    parts, _ = choose_parts(precision, dtype)
     chunks = []
     for stage in range(parallel.virtual_pipeline_parallel_size):
         vp_stage = stage if parallel.virtual_pipeline_parallel_size > 1 else None
         if vp_stage is not None:
             parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
-        chunks.append(HybridLanguageModel(model, parallel, dtype, sequence_length, groups, vp_stage))
+        chunks.append(HybridLanguageModel(model, parallel, precision, parts, dtype, sequence_length, groups, vp_stage))
     return chunks

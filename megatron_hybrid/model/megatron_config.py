@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.parallel.device import has_cuda
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,7 +23,25 @@ def hybrid_layer_pattern(model: ModelConfig, parallel: ParallelConfig) -> str:
     return "|".join(stages)
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: str) -> TransformerConfig:
+def _fp8(precision: PrecisionConfig) -> dict:
+    if not precision.fp8:
+        return {}
+    start, end = precision.bf16_layers_at_start, precision.bf16_layers_at_end
+    return dict(
+        fp8="hybrid",
+        fp8_recipe=precision.linear.removeprefix("fp8_"),
+        fp8_amax_history_len=precision.amax_history,
+        fp8_amax_compute_algo="max",
+        first_last_layers_bf16=bool(start or end),
+        num_layers_at_start_in_bf16=start,
+        num_layers_at_end_in_bf16=end,
+        disable_parameter_transpose_cache=not precision.cache_weights,
+    )
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, dtype: str
+) -> TransformerConfig:
     """The TransformerConfig of a run. Heads and vocabulary are the padded ones; everything else is the model's."""
     cuda, sizes = has_cuda(), PaddedSizes.of(model, parallel.tensor_parallel_size)
     virtual = parallel.virtual_pipeline_parallel_size
@@ -73,4 +92,5 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: str)
         moe_token_dispatcher_type="alltoall",
         **window,
         **recompute,
+        **_fp8(precision),
     )

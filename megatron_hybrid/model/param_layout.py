@@ -91,6 +91,7 @@ class ParamLayout:
             "mlp.linear_fc1.weight": lambda: self._stacked(
                 (f"{mlp}.gate_proj.weight", ffn), (f"{mlp}.up_proj.weight", ffn)
             ),
+            "mlp.linear_fc1.layer_norm_weight": lambda: self._replicated(f"{prefix}.mlp_norm.weight"),
             "mlp.linear_fc2.weight": lambda: self._columns(f"{mlp}.down_proj.weight", ffn),
             "mlp.linear_fc2.linear.weight": lambda: self._columns(f"{mlp}.down_proj.weight", ffn),
             "mlp.linear_fc2.norm.weight": lambda: self._replicated(f"{prefix}.mlp_norm.weight"),
@@ -103,6 +104,7 @@ class ParamLayout:
         key, value = sizes.gdn_key_heads * gdn.key_head_dim, heads * gdn.value_head_dim
         packed = (("q", key), ("k", key), ("v", value), ("gate", value), ("b", heads), ("a", heads))
         table = {
+            "self_attention.in_proj.layer_norm_weight": lambda: self._replicated(f"{prefix}.mixer_norm.weight"),
             "self_attention.in_proj.weight": lambda: self._stacked(
                 *((f"{mixer}.{n}_proj.weight", w) for n, w in packed)
             ),
@@ -126,8 +128,8 @@ class ParamLayout:
             "self_attention.linear_qkv.weight": lambda: self._stacked(
                 *((f"{mixer}.{n}_proj.weight", w) for n, w in packed)
             ),
-            "self_attention.qk_norm.q_weight": lambda: self._stacked((f"{mixer}.q_norm.weight", q)),
-            "self_attention.qk_norm.k_weight": lambda: self._stacked((f"{mixer}.k_norm.weight", kv)),
+            "self_attention.q_norm_weight": lambda: self._stacked((f"{mixer}.q_norm.weight", q)),
+            "self_attention.k_norm_weight": lambda: self._stacked((f"{mixer}.k_norm.weight", kv)),
             "self_attention.linear_proj.linear.weight": lambda: self._columns(f"{mixer}.o_proj.weight", q),
             "self_attention.linear_proj.norm.weight": lambda: self._replicated(f"{prefix}.mixer_norm.weight"),
         }

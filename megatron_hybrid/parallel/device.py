@@ -134,6 +134,7 @@ def use_cpu_backend() -> None:
     _patch_device_queries()
     _patch_tensor_placement()
     _patch_random_state()
+    _patch_fused_optimizers()
     # megatron-core decorates small functions with torch.compile: on the CPU that costs 30 s of compiling, for nothing
     torch.compiler.set_stance("force_eager")
 
@@ -191,3 +192,21 @@ def _patch_random_state() -> None:
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: generator.set_state(state)
     logger = logging.getLogger(megatron_random.__name__)
     logger.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _patch_fused_optimizers() -> None:
+    # optimizer/{__init__,optimizer,clip_grads,distrib_optimizer}.py take the CUDA kernels of Transformer Engine or Apex
+    # wherever these are installed, whatever the device
+    import megatron.core.optimizer as package
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    package.Adam, package.SGD, package.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
+    distrib_optimizer.Adam = torch.optim.Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None

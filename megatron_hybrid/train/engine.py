@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.model.gated_delta_net import GatedDeltaNet
 from megatron_hybrid.model.hybrid_model import build_model
@@ -34,10 +35,11 @@ class MegatronEngine:
         parallel: ParallelConfig,
         sequence_length: int,
         groups: ProcessGroupCollection,
+        precision: PrecisionConfig = PrecisionConfig(),  # noqa: B008 - frozen
         fill: Callable = initialize,
     ):
         self.groups, self.parallel, self.sequence_length = groups, parallel, sequence_length
-        self.chunks = build_model(model, parallel, train.dtype, sequence_length, groups)
+        self.chunks = build_model(model, parallel, precision, train.dtype, sequence_length, groups)
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         fill(self.chunks, self.layout, train.seed)
         self.wrapped = wrap_data_parallel(self.chunks, parallel)

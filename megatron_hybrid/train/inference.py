@@ -17,6 +17,7 @@ from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.data.dataset import FixedLengthDataset
 from megatron_hybrid.model.hybrid_model import HybridLanguageModel, build_model
 from megatron_hybrid.model.param_layout import ParamLayout
@@ -50,7 +51,7 @@ def load_model(path: str, dtype: str = "fp32") -> LoadedModel:
     groups = start_distributed(Launch(0, 0, 1), parallel, seed=0, quiet=True)
     with CheckpointReader(folder) as reader:
         config = ModelConfig(**reader.index.model)
-        (network,) = build_model(config, parallel, dtype, sequence_length=1, groups=groups)
+        (network,) = build_model(config, parallel, PrecisionConfig(), dtype, sequence_length=1, groups=groups)
         layout = ParamLayout(config, 0, 1)
         Collector([network], layout, groups, {}, optimizer_sharded=False).load_weights(reader)
         return LoadedModel(network.eval(), config, reader.index.run, reader.index.state.get("step"))
@@ -64,9 +65,10 @@ def mean_loss(model: LoadedModel, dataset: FixedLengthDataset, batch_size: int =
     for first in range(0, samples, batch_size):
         rows = [torch.from_numpy(dataset.sample(i)) for i in range(first, min(first + batch_size, samples))]
         tokens = torch.stack(rows).to(device)
-        losses = model.network(tokens[:, :-1].contiguous(), None, None, labels=tokens[:, 1:].contiguous())[0]
-        total += losses.double().sum().item()
-        count += losses.numel()
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        _, loss, _ = model.network(inputs, labels, torch.ones_like(labels, dtype=torch.float32))
+        total += loss.double().item() * labels.numel()
+        count += labels.numel()
         yield count, total / count
 
 
@@ -92,7 +94,7 @@ def generate(
     tokens = list(prompt)
     for _ in range(max_tokens):
         row = torch.tensor([tokens], device=local_device())
-        logits = model.network(row, None, None)[0, -1, : model.config.vocab_size].float().cpu()
+        logits = model.network(row)[0, -1, : model.config.vocab_size].float().cpu()
         token = _choose(logits, temperature, top_k, generator)
         if token == model.config.eos_token_id:
             return

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -62,13 +61,13 @@ class BatchRunner:
     def _forward_step(self, batches: Iterator[Batch], model):
         batch, device = next(batches), local_device()
         batch = {name: batch[name].to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask")}
-        output = model(batch["tokens"], None, None, labels=batch["labels"])
-        return output, partial(self._loss, batch["loss_mask"])
+        output = model(batch["tokens"], batch["labels"], batch["loss_mask"], self.z_loss)
+        return output, self._loss
 
-    def _loss(self, mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        # divided by all tokens, masked or not: every layout weighs a token alike
-        means = (losses * mask).sum((1, 2)) / mask.numel()
-        return means[0] + self.z_loss * means[1], {"losses": means.detach()}
+    @staticmethod
+    def _loss(losses: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        total, cross_entropy, z_loss = losses
+        return total, {"losses": torch.stack((cross_entropy, z_loss))}
 
     def _mean(self, outputs: Iterable[dict[str, Tensor]]) -> Losses:
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):

@@ -58,7 +58,9 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         train, data = config.train, config.data
         training, validation = self._open_data()
-        self.engine = MegatronEngine(config.model, train, config.parallel, data.sequence_length, groups)
+        self.engine = MegatronEngine(
+            config.model, train, config.parallel, data.sequence_length, groups, config.precision
+        )
         loader = dict(data_parallel_rank=groups.dp.rank(), data_parallel_size=groups.dp.size(), pin_memory=has_cuda())
         self.loader = BatchLoader(training, train.micro_batch_size, num_workers=data.num_workers, **loader)
         self.validation = (

@@ -48,7 +48,7 @@ def parameter_shapes(model: ModelConfig, tp: int) -> dict[str, tuple[int, ...]]:
         "decoder.layers.0.mlp.linear_fc1.weight": (2 * model.ffn_hidden_size // tp, h),
         "decoder.layers.0.mlp.linear_fc2.weight": (h, model.ffn_hidden_size // tp),
         "decoder.layers.3.self_attention.linear_qkv.weight": (q + 2 * kv, h),
-        "decoder.layers.3.self_attention.qk_norm.q_weight": (q,),
+        "decoder.layers.3.self_attention.q_norm_weight": (q,),
         "decoder.layers.3.self_attention.linear_proj.linear.weight": (h, q),
     }
 

@@ -20,10 +20,10 @@ def logits(checkpoint: str, tokens: torch.Tensor, new_tokens: int = 0, parallel:
         engine.collector().load_weights(reader)
     (chunk,) = engine.chunks
     with torch.no_grad():
-        result = chunk(tokens, None, None)
+        result = chunk(tokens)
         longer = tokens
         for _ in range(new_tokens):
-            following = chunk(longer, None, None)[:, -1, : model["vocab_size"]].argmax(-1)
+            following = chunk(longer)[:, -1, : model["vocab_size"]].argmax(-1)
             longer = torch.cat([longer, following[:, None]], dim=1)
     return {"logits": result, "tokens": longer}
 

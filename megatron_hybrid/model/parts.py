@@ -1,0 +1,57 @@
+"""The parts that layers are built from: linears, norm, attention. Chosen once, by the configuration and the device."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.model.attention import ScaledDotProductAttention
+from megatron_hybrid.model.norms import RMSNorm
+from megatron_hybrid.parallel.device import has_cuda
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Constructors with the arguments of megatron-core's modules of the same kind."""
+
+    name: str
+    column_linear: type
+    norm_column_linear: type | None
+    """RMSNorm and column-parallel linear in one; None: the layer's own norm stands before a column_linear."""
+    row_linear: type
+    norm: type
+    attention: type
+
+
+LOCAL = Parts(
+    "megatron-core and torch", ColumnParallelLinear, None, RowParallelLinear, RMSNorm, ScaledDotProductAttention
+)
+
+
+def choose_parts(precision: PrecisionConfig, dtype: str) -> tuple[Parts, str]:
+    """The parts of a run, and why.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for, by name or by an FP8 format, where it cannot run.
+    """
+    installed = find_spec("transformer_engine") is not None
+    obstacles = [
+        (not has_cuda(), "no CUDA device is visible"),
+        (not installed, "Transformer Engine is not installed (HYBRID_EXTRAS=dev,gpu source tools/env.sh)"),
+        (dtype == "fp32", "train.dtype is fp32, which Transformer Engine multiplies in TF32"),
+    ]
+    obstacle = next((reason for there, reason in obstacles if there), None)
+    if precision.parts == "local":
+        return LOCAL, "precision.parts = local"
+    if obstacle is None:
+        from megatron_hybrid.model.te_parts import transformer_engine_parts
+
+        reason = "precision.parts = transformer_engine" if precision.parts != "auto" else "bf16 on a GPU"
+        return transformer_engine_parts(precision), reason
+    if precision.parts == "transformer_engine":
+        raise ConfigError.at("precision.parts", f"transformer_engine cannot run: {obstacle}; set it to auto")
+    if precision.fp8:
+        raise ConfigError.at("precision.linear", f"{precision.linear} cannot run: {obstacle}; set it to null")
+    return LOCAL, obstacle

@@ -1,0 +1,70 @@
+"""Transformer Engine's linears, norm and attention as megatron-core wraps them, for our layers.
+
+Weight gradients go from the matrix product straight into DDP's fp32 buffer (`main_grad`). megatron-core's own switch for that
+would ask Apex's kernel of its output layer as well, so only these parts get it.
+"""
+
+import copy
+
+from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TENorm,
+    TERowParallelLinear,
+)
+from transformer_engine.pytorch import fp8_autocast
+
+from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.model.parts import Parts
+from megatron_hybrid.precision.recipes import attention_recipe
+
+
+def _into_main_grad(config):
+    config = copy.copy(config)
+    config.gradient_accumulation_fusion = True
+    return config
+
+
+class ColumnLinear(TEColumnParallelLinear):
+    """A column-parallel linear."""
+
+    def __init__(self, *args, config, **kwargs):
+        super().__init__(*args, config=_into_main_grad(config), **kwargs)
+
+
+class NormColumnLinear(TELayerNormColumnParallelLinear):
+    """RMSNorm, then a column-parallel linear: one cast to FP8 for both, and the norm's output is not kept twice."""
+
+    def __init__(self, *args, config, **kwargs):
+        super().__init__(*args, config=_into_main_grad(config), **kwargs)
+
+
+class RowLinear(TERowParallelLinear):
+    """A row-parallel linear."""
+
+    def __init__(self, *args, config, **kwargs):
+        super().__init__(*args, config=_into_main_grad(config), **kwargs)
+
+
+class Fp8Attention(TEDotProductAttention):
+    """Attention in FP8 with delayed scaling, whatever recipe the linears around it have: the only one that trains on Hopper.
+
+    Its scales are updated with the linears', when the outermost FP8 context ends (precision/context.py).
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.recipe = attention_recipe(config.fp8_amax_history_len)
+
+    def forward(self, *args, **kwargs):
+        group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
+        with fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=group):
+            return super().forward(*args, **kwargs)
+
+
+def transformer_engine_parts(precision: PrecisionConfig) -> Parts:
+    """Parts whose linears follow the FP8 context they run in."""
+    attention = Fp8Attention if precision.attention == "fp8" else TEDotProductAttention
+    return Parts("Transformer Engine", ColumnLinear, NormColumnLinear, RowLinear, TENorm, attention)
