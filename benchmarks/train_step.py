@@ -1,72 +1,189 @@
-"""One training step of a slice of OLMo Hybrid 7B (its widths, four or eight of its layers) on the GPUs at hand: bf16, sequence
-8192, forward, backward, optimizer, as the trainer runs it.
+"""Training steps of OLMo Hybrid 7B on the GPUs at hand, as the trainer runs them: forward, backward, optimizer, at sequence 8192.
 
-python benchmarks/train_step.py            (torchrun for several GPUs: data parallel)
+python benchmarks/train_step.py                                    one GPU: slices of the model (its widths, four of its layers)
+torchrun --nproc-per-node 2 benchmarks/train_step.py               several: the whole model, by layout and format
+    --only TEXT   cases whose name has TEXT      --profile   where the time goes, by kind of kernel
 """
 
+import argparse
+import gc
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 SEQUENCE = 8192
-CASES = {"GGGA": "none", "GGGA*2": "none", "GGGA*2, selective recompute": "selective"}
+PEAK_TFLOPS = 989  # dense bf16, also for FP8
+FORMATS = {
+    "bf16": {},
+    "FP8 tensorwise": {"linear": "fp8_tensorwise"},
+    "FP8 tensorwise, attention": {"linear": "fp8_tensorwise", "attention": "fp8"},
+    "FP8 delayed, attention": {"linear": "fp8_delayed", "attention": "fp8"},
+    "FP8 blockwise": {"linear": "fp8_blockwise"},
+}
+GOALS = {"bf16": 11500, "FP8": 15500}  # tokens a second and GPU, of the whole model on H200
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+LAYOUTS = {
+    1: {"TP1": {}},
+    2: {
+        "TP1 x DP2": OVERLAP,
+        "TP2": {"tensor_parallel_size": 2},
+        "PP2": {"pipeline_parallel_size": 2},
+    },
+    4: {
+        "TP1 x DP4": OVERLAP,
+        "TP2 x DP2": {"tensor_parallel_size": 2, **OVERLAP},
+        "TP4": {"tensor_parallel_size": 4},
+        "PP2 x DP2": {"pipeline_parallel_size": 2, **OVERLAP},
+        "PP4": {"pipeline_parallel_size": 4},
+    },
+}
+KINDS = {  # of kernels, by parts of their names; the first that fits
+    "communication": ("nccl",),
+    "attention": ("fmha", "flash", "cudnn_generated", "sdpa"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "cublas"),
+    "delta rule": ("delta", "scan", "prepare", "gradients", "segment"),
+    "convolution and gates": ("conv_gates", "_conv"),
+    "loss head": ("cross_entropy", "softmax", "_loss"),
+    "gated norm, q and k norm": ("gated_rmsnorm", "qk_norm", "rope"),
+    "RMSNorm": ("rmsnorm", "norm"),
+    "casts to FP8": ("quantize", "cast", "transpose", "amax"),
+    "optimizer and gradient norm": ("multi_tensor", "adam", "l2norm"),
+}
 
 
-def measure(pattern: str, recompute: str, groups, steps: int = 8) -> dict:
-    """Median seconds of a step, and peak memory, of a model of this pattern."""
-    from megatron_hybrid.config.flops import training_flops_per_token
-    from megatron_hybrid.config.parallel import ParallelConfig
-    from megatron_hybrid.config.presets import olmo_hybrid_7b
-    from megatron_hybrid.config.train import TrainConfig
-    from megatron_hybrid.train.engine import MegatronEngine
+def timed(engine, batches, steps: int) -> dict:
+    """Median seconds of a step, and peak bytes, on this rank; ready to be profiled afterwards."""
 
-    model = olmo_hybrid_7b().model_copy(update={"layer_pattern": pattern.split(",")[0]})
-    train = TrainConfig(steps=1, global_batch_size=groups.dp.size(), dtype="bf16")
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    engine = MegatronEngine(model, train, ParallelConfig(recompute=recompute), SEQUENCE, groups)
-    for line in engine.backends(1):
-        print(line, flush=True)
-    tokens = torch.randint(0, model.vocab_size, (1, SEQUENCE + 1))
-    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(1, SEQUENCE)}
+    def step():
+        engine.forward_backward(batches)
+        engine.update(1e-5, engine.gradient_norm())
+
     seconds = []
-    for _ in range(steps + 3):
+    for _ in range(steps + 2):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        engine.forward_backward([batch])
-        engine.update(1e-4, engine.gradient_norm())
+        step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    step = sorted(seconds[3:])[steps // 2]
-    flops = training_flops_per_token(model, SEQUENCE) * SEQUENCE
-    return {
-        "step": step * 1e3,
-        "tokens": SEQUENCE / step,
-        "tflops": flops / step / 1e12,
-        "memory": torch.cuda.max_memory_allocated() / 1e9,
-    }
+    return {"seconds": sorted(seconds[2:])[steps // 2], "bytes": torch.cuda.max_memory_allocated(), "step": step}
+
+
+def kernel_kinds(engine_step) -> dict[str, float]:
+    """Kind of kernel -> milliseconds of one step on this GPU; kernels that overlap count each."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        engine_step()
+        torch.cuda.synchronize()
+    kinds, names = defaultdict(float), defaultdict(float)
+    for event in profiler.key_averages():
+        if event.device_time_total:
+            name = event.key.lower()
+            kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other elementwise")
+            kinds[kind] += event.device_time_total / 1e3
+            names[f"{kind}: {event.key[:90]} x{event.count}"] += event.device_time_total / 1e3
+    for name, ms in sorted(names.items(), key=lambda item: -item[1])[:60]:
+        print(f"{ms:9.2f} ms  {name}", flush=True)
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
+
+def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
+    """Build the engine, time it, take it apart."""
+    from megatron_hybrid.config.parallel import ParallelConfig
+    from megatron_hybrid.config.precision import PrecisionConfig
+    from megatron_hybrid.config.train import TrainConfig
+    from megatron_hybrid.train.engine import MegatronEngine
+    from megatron_hybrid.train.measure import fill_at_random
+
+    train = TrainConfig(steps=1, global_batch_size=args.sequences, dtype="bf16")
+    config = ParallelConfig(**parallel, recompute=args.recompute)
+    torch.cuda.reset_peak_memory_stats()
+    engine = MegatronEngine(
+        model, train, config, SEQUENCE, groups, precision=PrecisionConfig(**precision), fill=fill_at_random
+    )
+    if groups.dp.rank() == groups.tp.rank() == groups.pp.rank() == 0:
+        print(*engine.backends(1), sep="\n", flush=True)
+    batches = []
+    for _ in range(args.sequences // groups.dp.size()):
+        tokens = torch.randint(0, model.vocab_size, (1, SEQUENCE + 1))
+        batches.append({"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(1, SEQUENCE)})
+    found = timed(engine, batches, args.steps)
+    step = found.pop("step")
+    found["kinds"] = kernel_kinds(step) if args.profile else {}
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return found | {name: max(one[name] for one in everyone) for name in ("seconds", "bytes")}
+
+
+def rows_of(case: str, found: dict, model, args, whole: bool) -> list[dict]:
+    from report import row
+
+    from megatron_hybrid.config.flops import training_flops_per_token
+
+    world = dist.get_world_size()
+    tokens = args.sequences * SEQUENCE / found["seconds"] / world
+    tflops = tokens * training_flops_per_token(model, SEQUENCE) / 1e12
+    goal = next(goal for name, goal in GOALS.items() if name in case) if whole else None
+    rows = [
+        row(case, "tokens", "tokens/s/GPU", tokens, higher_is_better=True),
+        row(case, "work", "TFLOP/s/GPU", tflops, higher_is_better=True),
+        row(case, "MFU", "of 989 TFLOP/s", tflops / PEAK_TFLOPS, higher_is_better=True),
+        row(case, "peak memory", "GB", found["bytes"] / 1e9),
+    ]
+    rows[0] |= {"goal": goal, "met": None if goal is None else bool(tokens >= goal)}
+    total = sum(found["kinds"].values())
+    return rows + [row(case, f"kernels: {kind}", f"ms of {total:.0f}", ms) for kind, ms in found["kinds"].items()]
 
 
 def main() -> None:
     from kernel_timing import write_gpu
-    from report import row
 
     from megatron_hybrid.config.parallel import ParallelConfig
+    from megatron_hybrid.config.presets import olmo_hybrid_7b
     from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
 
-    groups = start_distributed(Launch.from_environment(), ParallelConfig(), seed=0)
-    rows = []
-    for case, recompute in CASES.items():
-        found = measure(case, recompute, groups)
-        for metric, unit in (("step", "ms"), ("tokens", "tokens/s/GPU"), ("tflops", "TFLOP/s"), ("memory", "GB")):
-            rows.append(row(case, metric, unit, found[metric], higher_is_better=metric in ("tokens", "tflops")))
-    if groups.dp.rank() == 0:
-        write_gpu("train_step", rows)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="cases whose name has this")
+    parser.add_argument("--profile", action="store_true", help="where the time goes")
+    parser.add_argument("--layers", default=None, help="pattern; default: the whole model, four layers on one GPU")
+    parser.add_argument("--recompute", default="none")
+    parser.add_argument("--sequences", type=int, default=8, help="of a global batch")
+    parser.add_argument("--steps", type=int, default=3)
+    args, _ = parser.parse_known_args()
+    launch = Launch.from_environment()
+    whole = args.layers is None and launch.world_size > 1
+    model = olmo_hybrid_7b()
+    if not whole:
+        model = model.model_copy(update={"layer_pattern": args.layers or "GGGA"})
+    rows: list[dict] = []
+    for layout, parallel in LAYOUTS[launch.world_size].items():
+        groups = start_distributed(launch, ParallelConfig(**parallel), seed=0, quiet=bool(rows))
+        for name, precision in FORMATS.items():
+            case = f"{'whole' if whole else model.layer_pattern}, {layout}, {name}"
+            if args.recompute != "none":
+                case += f", {args.recompute} recompute"
+            if args.only not in case:
+                continue
+            try:
+                found = run_case(model, parallel, precision, groups, args)
+            except torch.OutOfMemoryError as error:
+                print(f"{case}: does not fit: {str(error)[:150]}", flush=True)
+                stop_distributed()
+                raise SystemExit(1) from None
+            rows += rows_of(case, found, model, args, whole)
+            gc.collect()
+            torch.cuda.empty_cache()
+            if launch.rank == 0:
+                write_gpu("train_step" if launch.world_size == 1 else f"train_step_x{launch.world_size}", rows)
+        parallel_state.destroy_model_parallel()
     stop_distributed()
 
 
