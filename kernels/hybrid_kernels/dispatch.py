@@ -49,9 +49,14 @@ def choose(op: str, backends: Mapping[str, Callable[[], str | None]], requested:
 
 
 @cache
+def _find(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile sees through a dispatch
 def has_module(name: str) -> bool:
     """Whether a Python module can be imported, without importing it."""
-    return importlib.util.find_spec(name) is not None
+    return _find(name)
 
 
 def triton_interpreted() -> bool:

@@ -1,5 +1,7 @@
 """What kernel tests and benchmarks share: inputs, random and hard in known ways, and the error they are judged by."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
@@ -85,3 +87,33 @@ def qkv_inputs(length, batch, heads, groups, head_dim, *, dtype=torch.float32, d
     angles = torch.outer(torch.arange(length).float(), frequency)
     angles = torch.cat((angles, angles), -1)[:, None, None].to(device)
     return qkv.to(device, dtype), *(weight.to(device, dtype) for weight in weights), angles
+
+
+class MirrorGroup:
+    """A process group of two of which this process is the first, and the second holds what this one holds."""
+
+    def rank(self):
+        return 0
+
+    def size(self):
+        return 2
+
+
+@contextmanager
+def mirrored(collectives):
+    """Within it, `collectives` (torch.distributed) answers a MirrorGroup without a second process.
+
+    all_reduce: both give the same. all_gather_into_tensor of `linear_cross_entropy`'s [3, n]: the second rank's logits
+    are the same, and no label is among them.
+    """
+
+    def gather(out, mine, group):
+        first, second = out.view(2, *mine.shape)
+        first.copy_(mine), second.copy_(mine), second[2].zero_()
+
+    real = collectives.all_reduce, collectives.all_gather_into_tensor
+    collectives.all_reduce, collectives.all_gather_into_tensor = (lambda x, group: x.mul_(2)), gather
+    try:
+        yield MirrorGroup()
+    finally:
+        collectives.all_reduce, collectives.all_gather_into_tensor = real

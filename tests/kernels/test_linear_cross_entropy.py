@@ -98,3 +98,11 @@ def test_says_what_it_chose_and_refuses_what_does_not_fit():
         arguments = dict(hidden=hidden, weight=weight, labels=labels, loss_mask=mask, **OPTIONS) | change
         with pytest.raises(ValueError, match=field):
             linear_cross_entropy(**arguments)
+
+
+def test_compiles_in_one_graph():
+    inputs = loss_inputs((7,), 8, 48, 45)
+    compiled = torch.compile(lambda *x: linear_cross_entropy(*x, **OPTIONS), fullgraph=True, backend="eager")
+    torch.testing.assert_close(
+        gradients(compiled, *inputs), gradients(lambda *x: linear_cross_entropy(*x, **OPTIONS), *inputs)
+    )

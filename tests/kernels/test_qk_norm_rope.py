@@ -88,3 +88,11 @@ def test_says_what_it_chose_and_refuses_what_does_not_fit():
         qk_norm_rope(qkv, q_weight, k_weight, angles[:4], **options)
     with pytest.raises(ValueError, match="not on a CUDA device"):
         qk_norm_rope(qkv, q_weight, k_weight, angles, backend="triton", **options)
+
+
+def test_compiles_in_one_graph():
+    inputs = qkv_inputs(5, 2, 4, 2, 6)
+    compiled = torch.compile(qk_norm_rope, fullgraph=True, backend="eager")
+    options = dict(true_widths=(24, 12), **OPTIONS)
+    for mine, theirs in zip(compiled(*inputs, **options), qk_norm_rope(*inputs, **options)):
+        torch.testing.assert_close(mine, theirs)
