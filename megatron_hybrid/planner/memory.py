@@ -1,0 +1,163 @@
+"""The most memory that a rank's CUDA tensors take, by part. Its states are exact; its activations follow the table."""
+
+from dataclasses import dataclass, field
+
+from megatron_hybrid.config.model import LAYER_KINDS, LayerKind
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.planner.activations import Setting, head_bytes, layer_bytes
+from megatron_hybrid.planner.parameters import dummy_head_parameters, layer_parameters, rank_state
+from megatron_hybrid.planner.plan import Chunk, Plan, Widths
+from megatron_hybrid.planner.schedule import chunks_in_flight
+
+GB = 1e9
+FIXED_BYTES = 0.15e9
+"""cuBLAS and Transformer Engine workspaces, rotary angles, batches."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part of one rank, at the worst time of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    fp8_weights: float
+    """FP8 copies of the weights."""
+    activations: dict[LayerKind, float]
+    """Kept by each kind of layer, over all micro-batches in flight."""
+    ends: float
+    """Kept by the embedding's and the head's part."""
+    logits: float
+    """A chunk of the logits, and the output weight's gradient."""
+    transient: float
+    """What a backward pass needs beyond all this, and workspaces."""
+    padding: float = field(compare=False, default=0.0)
+    """How much of all these only dummy heads and padded widths take."""
+    pipeline_rank: int = 0
+
+    @property
+    def total(self) -> float:
+        """What torch.cuda.max_memory_allocated is to show."""
+        parts = (self.weights, self.gradients, self.optimizer, self.fp8_weights, self.ends, self.logits, self.transient)
+        return sum(parts) + sum(self.activations.values())
+
+    def parts(self) -> dict[str, float]:
+        """Name -> bytes of what is there, largest groups first as a person would ask for them."""
+        named = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        named["FP8 weights"] = self.fp8_weights
+        named |= {f"activations: {LAYER_KINDS[kind]}": size for kind, size in self.activations.items()}
+        named |= {"activations: ends": self.ends, "logits": self.logits, "backward and workspaces": self.transient}
+        return {name: size for name, size in named.items() if size}
+
+    def line(self) -> str:
+        """`expected memory: 57.8 GB a GPU at most (weights 14.9, gradients 29.7, ...)`, for a run's start."""
+        short = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer + self.fp8_weights}
+        short["activations"] = sum(self.activations.values()) + self.ends
+        short["logits and backward"] = self.logits + self.transient
+        parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in short.items())
+        return f"expected memory: {self.total / GB:.1f} GB of tensors a GPU at most ({parts})"
+
+
+def expected(config: RunConfig, world_size: int) -> Memory:
+    """Of the run's fullest rank; `config.check_world(world_size)` has passed."""
+    return fullest(Plan.of(config, world_size))
+
+
+def fullest(plan: Plan) -> Memory:
+    """Of the pipeline rank that needs most: nearly always the first, which has most in flight, or the last (the head)."""
+    return max((rank_memory(plan, rank) for rank in range(plan.pp)), key=lambda memory: memory.total)
+
+
+def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
+    """Of one pipeline rank (data parallel rank 0, which holds no less than the others)."""
+    state = rank_state(plan, pipeline_rank)
+    chunks, of = plan.chunks_of(pipeline_rank), Setting.of(plan)
+    flying = chunks_in_flight(plan.pp, plan.vpp, plan.microbatches, pipeline_rank)
+    activations: dict[LayerKind, float] = {}
+    padding, ends, logits, transient = _state_padding(plan, pipeline_rank), 0.0, 0.0, 0.0
+    for chunk, count in zip(chunks, flying, strict=True):
+        for kind in dict.fromkeys(chunk.kinds):
+            size, true = (_saved(plan, kind, widths, of) for widths in (plan.widths, plan.true_widths))
+            layers = chunk.kinds.count(kind) * count * plan.tokens
+            activations[kind] = activations.get(kind, 0.0) + layers * size
+            padding += layers * (size - true)
+        ends += _ends(plan, chunk, count, of)
+        during = _backward(plan, chunk, of)
+        if chunk.head:
+            head = head_bytes(plan)
+            ends += head.saved - 4 * plan.widths.vocab * plan.widths.hidden
+            logits = 4 * plan.widths.vocab * plan.widths.hidden + head.logits
+            during = max(0.0, during - logits)  # never at the same time
+        transient = max(transient, during)
+    return Memory(
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        fp8_weights=_fp8_weights(plan, chunks),
+        activations=activations,
+        ends=ends,
+        logits=logits,
+        transient=transient + FIXED_BYTES + _dummy_weight_gradients(plan, chunks),
+        padding=padding,
+        pipeline_rank=pipeline_rank,
+    )
+
+
+def _saved(plan: Plan, kind: LayerKind, widths: Widths, of: Setting) -> float:
+    return layer_bytes(kind, widths, of, plan.parallel.recompute).saved
+
+
+def _ends(plan: Plan, chunk: Chunk, in_flight: int, of: Setting) -> float:
+    """A chunk's tokens and labels; the last stage's outputs are freed once sent."""
+    return 24.0 * plan.tokens * in_flight if chunk.embedding or chunk.head else 0.0
+
+
+def _backward(plan: Plan, chunk: Chunk, of: Setting) -> float:
+    """The most that a chunk's backward pass needs beyond all that is kept: later layers have freed theirs by then."""
+    most, freed = 0.0, 0.0
+    for kind in reversed(chunk.kinds):
+        layer = layer_bytes(kind, plan.widths, of, plan.parallel.recompute)
+        most = max(most, layer.transient * plan.tokens - freed)
+        freed += layer.saved * plan.tokens
+    if chunk.embedding:  # its gradient comes whole, in the weight's dtype
+        most = max(most, plan.widths.vocab * plan.widths.hidden * plan.element - freed)
+    return most
+
+
+def _matrices(plan: Plan, kind: LayerKind) -> dict[str, float]:
+    """Elements of a layer's matrices that Transformer Engine multiplies."""
+    names = ("in_proj", "out_proj", "qkv", "o_proj", "fc1", "fc2")
+    return {name: size for name, size, _ in layer_parameters(plan.model, kind, plan.widths) if name in names}
+
+
+def _fp8_weights(plan: Plan, chunks: tuple[Chunk, ...]) -> float:
+    """A cast of each matrix and its transpose, over the micro-batches of a step or for one layer at a time."""
+    if plan.precision.linear is None:
+        return 0.0
+    low, high = plan.precision.bf16_layers_at_start, plan.model.num_layers - plan.precision.bf16_layers_at_end
+    sizes = [
+        2 * sum(_matrices(plan, kind).values())
+        for chunk in chunks
+        for index, kind in enumerate(chunk.kinds, chunk.first_layer)
+        if low <= index < high
+    ]
+    return sum(sizes) if plan.precision.cache_weights else max(sizes, default=0.0)
+
+
+def _dummy_weight_gradients(plan: Plan, chunks: tuple[Chunk, ...]) -> float:
+    """Transformer Engine adds weight gradients to DDP's buffer and hands autograd a dummy, one for each shape."""
+    if not plan.transformer_engine:
+        return plan.element * max(max(_matrices(plan, kind).values()) for chunk in chunks for kind in chunk.kinds)
+    shapes = {
+        (name if name in ("fc1", "fc2") else f"{name} {kind == 'G'}"): size
+        for chunk in chunks
+        for kind in dict.fromkeys(chunk.kinds)
+        for name, size in _matrices(plan, kind).items()
+    }
+    return plan.element * sum(shapes.values())
+
+
+def _state_padding(plan: Plan, pipeline_rank: int) -> float:
+    sharded = plan.parallel.distributed_optimizer
+    per_parameter = plan.element + 4 + (12 if plan.element == 2 else 8) / (plan.dp if sharded else 1)
+    return dummy_head_parameters(plan, pipeline_rank) * per_parameter

@@ -1,0 +1,171 @@
+"""Steps of the trainer's engine on made-up tokens, timed, and the memory they take: what the planner predicts.
+
+python -m megatron_hybrid.train.measure CONFIG.yaml [--steps 10]     (torchrun for several ranks; writes one JSON line)
+"""
+
+import argparse
+import gc
+import json
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.config.load import load_run
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.parallel.device import has_cuda
+from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
+from megatron_hybrid.train.engine import MegatronEngine
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one rank. Bytes are CUDA tensors', as torch.cuda.memory_allocated counts them; 0 on a CPU."""
+
+    seconds: float
+    """Median of the timed steps."""
+    peak_bytes: int
+    """The most at any time of a step: what the planner's memory means."""
+    resting_bytes: int
+    """Between steps: weights, gradients, optimizer state."""
+    update_peak_bytes: int
+    """The most while the optimizer steps."""
+    saved_by_layer: tuple[int, ...] = ()
+    """What the forward pass of one micro-batch keeps: before the first layer, by each layer, after the last. Without
+    pipeline parallelism only."""
+
+
+def fill_at_random(chunks, layout, seed: int) -> None:
+    """Weights of about the right size, drawn on the device: zeros would draw less power, and so run faster."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+
+
+def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers: bool = False) -> Measured:
+    """Build the run's engine, train `warmup` + `steps` steps on random tokens, and take it down again.
+
+    Args:
+        groups: process groups of config.parallel (`start_distributed`).
+        layers: find out what each layer keeps for the backward pass, too.
+    """
+    train, cuda = config.train, has_cuda()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    engine = _engine(config, groups)
+    batches = _batches(config, groups)
+    seconds: list[float] = []
+    peak = update_peak = 0
+    for _ in range(warmup + steps):
+        _synchronize()
+        start = time.perf_counter()
+        engine.forward_backward(batches)
+        norm = engine.gradient_norm()
+        peak = max(peak, _take_peak())
+        engine.update(train.optimizer.lr, norm)
+        _synchronize()
+        seconds.append(time.perf_counter() - start)
+        update_peak = max(update_peak, _take_peak())
+    found = Measured(
+        seconds=sorted(seconds[warmup:])[steps // 2],
+        peak_bytes=max(peak, update_peak),
+        resting_bytes=torch.cuda.memory_allocated() if cuda else 0,
+        update_peak_bytes=update_peak,
+        saved_by_layer=_saved_by_layer(engine, batches[0]) if layers and cuda else (),
+    )
+    del engine, batches
+    gc.collect()
+    return found
+
+
+def _engine(config: RunConfig, groups) -> MegatronEngine:
+    return MegatronEngine(
+        config.model,
+        config.train,
+        config.parallel,
+        config.data.sequence_length,
+        groups,
+        precision=config.precision,
+        fill=fill_at_random,
+    )
+
+
+def _batches(config: RunConfig, groups) -> list[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of one global batch."""
+    b, s = config.train.micro_batch_size, config.data.sequence_length
+    generator = torch.Generator().manual_seed(groups.dp.rank())
+    batches = []
+    for _ in range(config.train.global_batch_size // (b * groups.dp.size())):
+        tokens = torch.randint(0, config.model.vocab_size, (b, s + 1), generator=generator)
+        batches.append({"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(b, s)})
+    return batches
+
+
+def _saved_by_layer(engine: MegatronEngine, batch: dict[str, torch.Tensor]) -> tuple[int, ...]:
+    """Bytes that stay allocated after each part of one forward pass: embedding, layers, head."""
+    (chunk,) = engine.wrapped
+    layers = list(engine.chunks[0].decoder.layers)
+    marks = [torch.cuda.memory_allocated()]
+
+    def mark(*_):
+        marks.append(torch.cuda.memory_allocated())
+
+    hooks = [layers[0].register_forward_pre_hook(mark)] + [layer.register_forward_hook(mark) for layer in layers]
+    output, _ = engine.run._forward_step(iter([batch]), chunk)
+    mark()
+    for hook in hooks:
+        hook.remove()
+    del output
+    return tuple(after - before for before, after in zip(marks, marks[1:]))
+
+
+def _synchronize() -> None:
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def _take_peak() -> int:
+    """The most allocated since the last call."""
+    if not has_cuda():
+        return 0
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def gather(found: Measured) -> dict:
+    """Over all ranks: the slowest's time, the fullest's memory."""
+    everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, asdict(found))
+    fullest = max(everyone, key=lambda one: one["peak_bytes"])
+    return fullest | {
+        "seconds": max(one["seconds"] for one in everyone),
+        "peak_by_rank": [one["peak_bytes"] for one in everyone],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a run's YAML file; its data is not read")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    with no_traceback():
+        launch = Launch.from_environment()
+        config = load_run(arguments.config, arguments.overrides)
+        config.check_world(launch.world_size)
+        groups = start_distributed(launch, config.parallel, config.train.seed, quiet=True)
+        found = gather(measure(config, groups, arguments.steps))
+        if launch.rank == 0:
+            device = torch.cuda.get_device_name() if has_cuda() else "cpu"
+            print(json.dumps(found | {"device": device}), flush=True)
+        stop_distributed()
+
+
+if __name__ == "__main__":
+    main()

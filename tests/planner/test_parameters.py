@@ -1,0 +1,78 @@
+"""Bytes of weights, gradients and optimizer state: equal to what the trainer allocates, on every rank."""
+
+import pytest
+
+from megatron_hybrid.config.flops import count_parameters
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.presets import SIZED, olmo_hybrid_7b, olmo_hybrid_tiny
+from megatron_hybrid.planner.parameters import dummy_head_parameters, rank_parameters, rank_state
+from megatron_hybrid.planner.plan import Plan
+from tests.planner import jobs
+
+
+def layout(tp=1, pp=1, vpp=1, **more) -> dict:
+    return dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp, **more)
+
+
+def plan_of(model: ModelConfig, parallel: dict, world_size: int, dtype: str = "bf16") -> Plan:
+    return Plan(model, ParallelConfig(**parallel), world_size, 32, 1, 8, dtype)
+
+
+TINY = dict(vocab_size=131, hidden_size=40, ffn_hidden_size=72, num_attention_heads=3, head_dim=8, eos_token_id=None)
+MODEL = olmo_hybrid_tiny().model_copy(update=TINY)
+WINDOWED = MODEL.model_copy(update=dict(layer_pattern="GWA,GG", sliding_window=8, num_key_value_heads=1))
+TIED = MODEL.model_copy(update=dict(tie_embeddings=True))
+OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
+CASES = {
+    # name: (ranks, model, layout, dtype)
+    "one rank": (1, MODEL, layout(), "bf16"),
+    "one rank, fp32, plain optimizer": (1, MODEL, layout(distributed_optimizer=False), "fp32"),
+    "DP4": (4, MODEL, layout(), "bf16"),
+    "DP3, fp32, overlapped": (3, WINDOWED, layout(**OVERLAP), "fp32"),
+    "DP2, plain optimizer": (2, WINDOWED, layout(distributed_optimizer=False), "bf16"),
+    "TP3, padded heads": (3, MODEL, layout(3), "bf16"),
+    "TP2, DP2": (4, MODEL, layout(2), "bf16"),
+    "TP2, PP2": (4, MODEL, layout(2, 2), "bf16"),
+    "PP2, VPP2, DP2": (4, MODEL, layout(pp=2, vpp=2, **OVERLAP), "bf16"),
+    "PP2, DP2, tied embeddings": (4, TIED, layout(pp=2), "bf16"),
+    "PP3, uneven": (3, MODEL, layout(pp=3, pipeline_split=[1, 5, 2]), "bf16"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_is_what_the_trainer_allocates(name, ranks):
+    count, model, parallel, dtype = CASES[name]
+    train = dict(steps=1, global_batch_size=count * 4, dtype=dtype)
+    plan = plan_of(model, parallel, count, dtype)
+    for found in ranks.run(
+        jobs.state_bytes, count, model=model.model_dump(mode="json"), parallel=parallel, train=train
+    ):
+        state = rank_state(plan, found["pipeline_rank"], found["dp_rank"])
+        assert rank_parameters(plan, found["pipeline_rank"]) == found["parameters"]
+        assert state.weights == found["weights"]
+        assert state.gradients == found["gradients"]
+        assert state.optimizer == found["optimizer"]
+
+
+@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_ranks_without_padding_add_up_to_the_model(name, pp):
+    model = SIZED[name]()
+    plan = plan_of(model, layout(pp=pp), pp)
+    padding = sum(dummy_head_parameters(plan, rank) for rank in range(pp))
+    assert sum(rank_parameters(plan, rank) for rank in range(pp)) - padding == count_parameters(model)
+
+
+def test_the_7b_is_exact():
+    plan = plan_of(olmo_hybrid_7b(), layout(), 1)
+    assert rank_parameters(plan, 0) - dummy_head_parameters(plan, 0) == 7_430_870_688
+    aligned = 24 * 4 * olmo_hybrid_7b().hidden_size  # in_proj's rows, 17,340 rounded up to 17,344
+    assert rank_parameters(plan, 0) - 7_430_870_688 == aligned
+
+
+def test_dummy_heads_are_counted():
+    plan = plan_of(olmo_hybrid_7b(), layout(4), 4)
+    heads = 2 / 30 * 1 / 4  # of the true mixers, a rank
+    mixers = 24 * 3840 * (2 * 2880 + 3 * 5760 + 60) + 8 * 4 * 3840 * 3840
+    assert dummy_head_parameters(plan, 0) == pytest.approx(heads * mixers, rel=2e-3)
