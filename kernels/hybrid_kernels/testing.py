@@ -68,25 +68,25 @@ def loss_inputs(shape, hidden_size, rows, vocab_size, *, dtype=torch.float32, de
     Labels are among the first `vocab_size` rows, the first token's the last of them; a few tokens are masked, one of
     them with the label -100. `spread`: the standard deviation of the logits.
     """
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(*shape, hidden_size, generator=generator, dtype=torch.float64)
-    weight = torch.randn(rows, hidden_size, generator=generator, dtype=torch.float64) * spread / hidden_size**0.5
-    labels = torch.randint(0, vocab_size, shape, generator=generator)
-    mask = (torch.rand(shape, generator=generator) > 0.2).float()
+    drawn = dict(generator=torch.Generator(device).manual_seed(seed), device=device)  # there: weights may be large
+    hidden = torch.randn(*shape, hidden_size, dtype=torch.float64, **drawn)
+    weight = torch.randn(rows, hidden_size, dtype=torch.float64, **drawn) * spread / hidden_size**0.5
+    labels = torch.randint(0, vocab_size, shape, **drawn)
+    mask = (torch.rand(shape, **drawn) > 0.2).float()
     labels.view(-1)[0], labels.view(-1)[-1], mask.view(-1)[-1] = vocab_size - 1, -100, 0.0
-    return hidden.to(device, dtype), weight.to(device, dtype), labels.to(device), mask.to(device)
+    return hidden.to(dtype), weight.to(dtype), labels, mask
 
 
 def qkv_inputs(length, batch, heads, groups, head_dim, *, dtype=torch.float32, device="cpu", seed=0):
     """qkv [s, b, (heads + 2 groups) d], q_weight, k_weight in `dtype` and angles [s, 1, 1, d], for `qk_norm_rope`."""
-    generator = torch.Generator().manual_seed(seed)
+    drawn = dict(generator=torch.Generator(device).manual_seed(seed), device=device, dtype=torch.float64)
     widths = heads * head_dim, groups * head_dim
-    qkv = 3 * torch.randn(length, batch, widths[0] + 2 * widths[1], generator=generator, dtype=torch.float64)
-    weights = [1 + 0.2 * torch.randn(width, generator=generator, dtype=torch.float64) for width in widths]
+    qkv = 3 * torch.randn(length, batch, widths[0] + 2 * widths[1], **drawn)
+    weights = [1 + 0.2 * torch.randn(width, **drawn) for width in widths]
     frequency = 500_000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
     angles = torch.outer(torch.arange(length).float(), frequency)
     angles = torch.cat((angles, angles), -1)[:, None, None].to(device)
-    return qkv.to(device, dtype), *(weight.to(device, dtype) for weight in weights), angles
+    return qkv.to(dtype), *(weight.to(dtype) for weight in weights), angles
 
 
 class MirrorGroup:
