@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hybrid.config import nearest
 from megatron_hybrid.config.errors import ConfigError, Problems, join
+from megatron_hybrid.config.fp8_checks import check_precision
 
 if TYPE_CHECKING:
     from megatron_hybrid.config.run import RunConfig
@@ -21,6 +22,7 @@ def section_problems(run: "RunConfig") -> Problems:
     except ConfigError as error:
         problems += [(join("parallel", field), message) for field, message in error.problems]
     _check_data(run, problems)
+    check_precision(run, problems)
     return problems
 
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.utils.checkpoint import checkpoint
 
+from hybrid_kernels.dispatch import Choice
 from hybrid_kernels.qk_norm_rope import explain as explain_qk_norm_rope
 from hybrid_kernels.qk_norm_rope import qk_norm_rope
 from megatron_hybrid.config.model import ModelConfig
@@ -66,7 +67,9 @@ class SelfAttention(MegatronModule):
         self.heads, self.groups = sizes.num_attention_heads // tp.size(), sizes.num_key_value_heads // tp.size()
         q_width, kv_width = self.heads * d, self.groups * d
         self.splits = (q_width, kv_width, kv_width)
-        self.recompute = config.recompute_granularity == "selective"
+        # attention with scales from past steps would take other scales the second time
+        delayed = getattr(submodules.core_attention, "delayed_scaling", False)
+        self.recompute = config.recompute_granularity == "selective" and not delayed
 
         linear = dict(
             config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp
@@ -81,7 +84,7 @@ class SelfAttention(MegatronModule):
             group=tp if tp.size() > 1 else None,
         )
         self.q_norm_weight, self.k_norm_weight = self._norm_weight(q_width), self._norm_weight(kv_width)
-        self.core_attention = submodules.core_attention(
+        self.core_arguments = dict(
             config=config,
             layer_number=layer_number,
             attn_mask_type=AttnMaskType.causal,
@@ -89,9 +92,14 @@ class SelfAttention(MegatronModule):
             softmax_scale=d**-0.5,
             pg_collection=pg_collection,
         )
+        self.core_attention = self.another_core_attention(submodules.core_attention)
         self.linear_proj = submodules.linear_proj(
             q_width * tp.size(), hidden, input_is_parallel=True, tp_comm_buffer_name="proj", **linear
         )
+
+    def another_core_attention(self, kind: type) -> torch.nn.Module:
+        """One more attention of this layer's sizes."""
+        return kind(**self.core_arguments)
 
     def _norm_weight(self, width: int) -> torch.nn.Parameter:
         ones = torch.ones(width, device=torch.cuda.current_device(), dtype=self.config.params_dtype)
@@ -112,8 +120,8 @@ class SelfAttention(MegatronModule):
         q, k, v = qk_norm_rope(qkv_sbw, self.q_norm_weight, self.k_norm_weight, rotary_pos_emb, **self.norm)
         return self.core_attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal)
 
-    def backends(self, sequence_length: int, batch_size: int) -> list[str]:
+    def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
         """Which backend QK norm and rotary embedding run, and why."""
         width = len(self.q_norm_weight) + 2 * len(self.k_norm_weight)
         qkv = self.q_norm_weight.detach()[:1].expand(sequence_length, batch_size, width)  # no memory
-        return [str(explain_qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight))]
+        return [explain_qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight)]

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.conv_gates import explain as explain_conv_gates
+from hybrid_kernels.dispatch import Choice
 from hybrid_kernels.gated_delta_rule import explain as explain_gated_delta_rule
 from hybrid_kernels.gated_delta_rule import gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import explain as explain_gated_rmsnorm
@@ -102,17 +103,16 @@ class GatedDeltaNet(MegatronModule):
             allow_negative_eigenvalues=gdn.allow_negative_eigenvalues,
         )
 
-    def backends(self, sequence_length: int, batch_size: int) -> list[str]:
-        """Which backend each op runs for such a micro-batch, and why; one line an op."""
+    def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
+        """Which backend each op runs for such a micro-batch, and why."""
         gdn, widths, s, b = self.gdn, self.widths, sequence_length, batch_size
         like = torch.empty((), dtype=self.config.params_dtype, device=self.A_log.device)  # expanded: no memory
         gates = self.A_log.detach()[:1].expand(b, s, widths.a)
         q = like.expand(b, s, widths.q // gdn.key_head_dim, gdn.key_head_dim)
         v = like.expand(b, s, widths.a, gdn.value_head_dim)
         packed = like.expand(s, b, widths.total)
-        choices = (
+        return [
             explain_conv_gates(packed, self.conv_weight, **self._sizes()),
             explain_gated_delta_rule(q, q, v, gates, gates),
             explain_gated_rmsnorm(v, packed[..., : widths.gate], self.o_norm_weight),
-        )
-        return [str(choice) for choice in choices]
+        ]

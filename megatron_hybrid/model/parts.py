@@ -10,6 +10,7 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model.attention import ScaledDotProductAttention
 from megatron_hybrid.model.norms import RMSNorm
 from megatron_hybrid.parallel.device import has_cuda
+from megatron_hybrid.precision.support import check_support
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,18 @@ class Parts:
     row_linear: type
     norm: type
     attention: type
+    plain_attention: type
+    """The same in train.dtype: what FP8 attention is held against."""
 
 
 LOCAL = Parts(
-    "megatron-core and torch", ColumnParallelLinear, None, RowParallelLinear, RMSNorm, ScaledDotProductAttention
+    "megatron-core and torch",
+    ColumnParallelLinear,
+    None,
+    RowParallelLinear,
+    RMSNorm,
+    ScaledDotProductAttention,
+    ScaledDotProductAttention,
 )
 
 
@@ -48,6 +57,7 @@ def choose_parts(precision: PrecisionConfig, dtype: str) -> tuple[Parts, str]:
     if obstacle is None:
         from megatron_hybrid.model.te_parts import transformer_engine_parts
 
+        check_support(precision)
         reason = "precision.parts = transformer_engine" if precision.parts != "auto" else "bf16 on a GPU"
         return transformer_engine_parts(precision), reason
     if precision.parts == "transformer_engine":

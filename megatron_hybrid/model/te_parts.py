@@ -51,8 +51,11 @@ class RowLinear(TERowParallelLinear):
 class Fp8Attention(TEDotProductAttention):
     """Attention in FP8 with delayed scaling, whatever recipe the linears around it have: the only one that trains on Hopper.
 
-    Its scales are updated with the linears', when the outermost FP8 context ends (precision/context.py).
+    Its scales are updated with the linears', when the outermost FP8 context ends (precision/context.py). A layer must not
+    run it twice for one backward pass: the second time its scales would be others.
     """
+
+    delayed_scaling = True
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -67,4 +70,6 @@ class Fp8Attention(TEDotProductAttention):
 def transformer_engine_parts(precision: PrecisionConfig) -> Parts:
     """Parts whose linears follow the FP8 context they run in."""
     attention = Fp8Attention if precision.attention == "fp8" else TEDotProductAttention
-    return Parts("Transformer Engine", ColumnLinear, NormColumnLinear, RowLinear, TENorm, attention)
+    return Parts(
+        "Transformer Engine", ColumnLinear, NormColumnLinear, RowLinear, TENorm, attention, TEDotProductAttention
+    )

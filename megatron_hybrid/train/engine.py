@@ -13,7 +13,7 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
-from megatron_hybrid.model.gated_delta_net import GatedDeltaNet
+from megatron_hybrid.model.formats import format_table
 from megatron_hybrid.model.hybrid_model import build_model
 from megatron_hybrid.model.initialize import initialize
 from megatron_hybrid.model.param_layout import ParamLayout
@@ -38,7 +38,8 @@ class MegatronEngine:
         precision: PrecisionConfig = PrecisionConfig(),  # noqa: B008 - frozen
         fill: Callable = initialize,
     ):
-        self.groups, self.parallel, self.sequence_length = groups, parallel, sequence_length
+        self.groups, self.parallel, self.precision, self.sequence_length = groups, parallel, precision, sequence_length
+        self.dtype = train.dtype
         self.chunks = build_model(model, parallel, precision, train.dtype, sequence_length, groups)
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         fill(self.chunks, self.layout, train.seed)
@@ -56,9 +57,19 @@ class MegatronEngine:
         return self.run(batches)
 
     def backends(self, batch_size: int) -> list[str]:
-        """Which kernels the Gated DeltaNet layers of this rank run, and why."""
-        mixers = (module for chunk in self.chunks for module in chunk.modules() if isinstance(module, GatedDeltaNet))
-        return next((mixer.backends(self.sequence_length, batch_size) for mixer in mixers), [])
+        """Which formats and kernels this rank runs, and why: a table.
+
+        Raises:
+            ConfigError: FP8 attention that is wrong, or does not run, on this machine.
+        """
+        return format_table(
+            self.chunks, self.precision, self.dtype, self.sequence_length, batch_size, self.optimizer.name
+        )
+
+    def close(self) -> None:
+        """Let go of the model's memory: DDP's hooks hold it in a cycle that Python's collector does not see."""
+        for chunk in self.wrapped:
+            chunk.grad_accs.clear()
 
     def gradient_norm(self) -> float:
         return self.optimizer.gradient_norm()

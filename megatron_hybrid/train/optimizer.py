@@ -75,6 +75,12 @@ class Optimizer:
         }
 
     @property
+    def name(self) -> str:
+        """Whose Adam it is."""
+        kind = type(self._parts()[0].optimizer)
+        return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+
+    @property
     def scale_loss(self):
         return self.megatron.scale_loss
 
@@ -113,7 +119,8 @@ class Optimizer:
                 state = inner.state[main]
                 if "exp_avg" not in state:
                     state.update(exp_avg=torch.zeros_like(main), exp_avg_sq=torch.zeros_like(main))
-                    state.setdefault("step", torch.zeros(()))
+                    if self._counts_by_parameter(inner):
+                        state["step"] = torch.zeros(())
                 states = {name: state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")}
                 if parameter.dtype != torch.float32:
                     states["master"] = main.detach().view(-1)
@@ -138,24 +145,29 @@ class Optimizer:
                 main = getattr(parameter, "main_param", None)
                 yield parameter, parameter if main is None else main, 0, parameter.numel()
 
+    @staticmethod
+    def _counts_by_parameter(inner) -> bool:
+        """torch's AdamW counts steps in a tensor a parameter; Transformer Engine's and Apex's in a number a group."""
+        return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+
     @property
     def updates(self) -> int:
         """Adam's own step count, for its bias correction; skipped steps do not count."""
         for part in self._parts():
-            for state in part.optimizer.state.values():
-                if "step" in state:
-                    return int(state["step"])
-            for group in part.optimizer.param_groups:
-                if "step" in group:
-                    return int(group["step"])
+            if self._counts_by_parameter(part.optimizer):
+                counts = [state["step"] for state in part.optimizer.state.values() if "step" in state]
+            else:
+                counts = [group["step"] for group in part.optimizer.param_groups if "step" in group]
+            if counts:
+                return int(counts[0])
         return 0
 
     def set_updates(self, count: int) -> None:
-        """Restore the step count; each parameter gets a tensor of its own."""
+        """Restore the step count."""
         for part in self._parts():
-            for state in part.optimizer.state.values():
-                if "step" in state:
-                    state["step"] = torch.full_like(state["step"], count)
-            for group in part.optimizer.param_groups:
-                if "step" in group:
+            if self._counts_by_parameter(part.optimizer):
+                for state in part.optimizer.state.values():
+                    state["step"] = torch.full((), float(count))  # a tensor of its own
+            elif count:
+                for group in part.optimizer.param_groups:
                     group["step"] = count

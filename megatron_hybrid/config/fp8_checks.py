@@ -1,0 +1,90 @@
+"""Sizes that FP8 asks for, over the tensor parallel ranks."""
+
+from typing import TYPE_CHECKING
+
+from megatron_hybrid.config import nearest
+from megatron_hybrid.config.errors import Problems
+from megatron_hybrid.config.padding import FP8_ALIGNMENT, PaddedSizes, round_up
+
+if TYPE_CHECKING:
+    from megatron_hybrid.config.run import RunConfig
+
+ATTENTION_HEAD_DIM = 128
+"""Of FP8 attention on Hopper."""
+
+
+def check_precision(run: "RunConfig", problems: Problems) -> None:
+    """What `precision` asks of the model, the batch and train.dtype."""
+    precision = run.precision
+    if not precision.fp8:
+        return
+    if run.train.dtype == "fp32":
+        problems.add("precision.linear", f"{precision.linear} needs train.dtype bf16; set that, or this to null")
+    _check_widths(run, problems)
+    _check_attention(run, problems)
+    layers, model = precision.bf16_layers_at_start + precision.bf16_layers_at_end, run.model
+    if layers >= model.num_layers:
+        problems.add(
+            "precision.bf16_layers_at_start",
+            f"with bf16_layers_at_end, {layers} of {model.num_layers} layers are in bf16; lower them, or set linear to null",
+        )
+
+
+def _check_widths(run: "RunConfig", problems: Problems) -> None:
+    """Rows and columns of every FP8 matrix on a rank, in multiples of 16."""
+    model, ranks, unit = run.model, run.parallel.tensor_parallel_size, FP8_ALIGNMENT
+    sizes = PaddedSizes.of(model, ranks)
+    if model.hidden_size % unit:
+        _add(problems, "model.hidden_size", model.hidden_size, 1)
+    if model.ffn_hidden_size % (unit * ranks) and model.ffn_hidden_size % ranks == 0:
+        _add(problems, "model.ffn_hidden_size", model.ffn_hidden_size, ranks)
+    if set(model.layers) & {"A", "W"}:
+        width = sizes.num_attention_heads * model.attention_head_dim
+        if width % (unit * ranks):
+            _heads(problems, "model.head_dim", model.attention_head_dim, width // ranks)
+    if "G" in model.layers and model.gdn is not None:
+        width = sizes.gdn_value_heads * model.gdn.value_head_dim
+        if width % (unit * ranks):
+            _heads(problems, "model.gdn.value_head_dim", model.gdn.value_head_dim, width // ranks)
+    shared = ranks if run.parallel.sequence_parallel_on else 1
+    tokens = run.data.sequence_length * run.train.micro_batch_size
+    if tokens % (unit * shared):
+        words = "tokens a micro-batch" + (f" over {shared} sequence parallel ranks" if shared > 1 else "")
+        problems.add(
+            "data.sequence_length",
+            f"{run.data.sequence_length} makes {tokens} {words}, and FP8 takes them in multiples of {unit}; the nearest is "
+            f"{nearest.multiple(run.data.sequence_length, unit * shared)}",
+        )
+
+
+def _add(problems: Problems, field: str, value: int, ranks: int) -> None:
+    unit = FP8_ALIGNMENT * ranks
+    words = f"{FP8_ALIGNMENT} x tensor_parallel_size {ranks} = {unit}" if ranks > 1 else str(unit)
+    problems.add(
+        field,
+        f"{value} is not a multiple of {words}, as FP8 needs; the nearest is {nearest.multiple(value, unit)}, or set "
+        "precision.linear to null",
+    )
+
+
+def _heads(problems: Problems, field: str, value: int, width: int) -> None:
+    problems.add(
+        field,
+        f"{value} makes a rank's heads {width} wide, and FP8 takes multiples of {FP8_ALIGNMENT}; the nearest that always fits "
+        f"is {round_up(value, FP8_ALIGNMENT)}, or set precision.linear to null",
+    )
+
+
+def _check_attention(run: "RunConfig", problems: Problems) -> None:
+    if not run.precision.attention:
+        return
+    model = run.model
+    reason = None
+    if not set(model.layers) & {"A", "W"}:
+        reason = "has no layer to run in: layer_pattern has neither A nor W"
+    elif "W" in model.layers:
+        reason = "has no sliding window, and layer_pattern has W layers"
+    elif model.attention_head_dim != ATTENTION_HEAD_DIM:
+        reason = f"needs model.head_dim = {ATTENTION_HEAD_DIM} on Hopper, and it is {model.attention_head_dim}"
+    if reason:
+        problems.add("precision.attention", f"fp8 {reason}; set it to null")

@@ -1,0 +1,91 @@
+"""What a run really computes with: one line a kind of layer and part, with its format, backend and the reason."""
+
+from collections.abc import Iterator
+
+import torch
+
+from hybrid_kernels.linear_cross_entropy import explain as explain_linear_cross_entropy
+from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.model.attention import SelfAttention
+from megatron_hybrid.model.gated_delta_net import GatedDeltaNet
+from megatron_hybrid.model.parts import LOCAL, Parts, choose_parts
+from megatron_hybrid.precision.attention_probe import probe_attention
+
+Row = tuple[str, str, str, str, str]
+_FORMATS = {"fp8_delayed": "delayed", "fp8_tensorwise": "current", "fp8_blockwise": "blockwise"}
+
+
+def format_table(
+    chunks,
+    precision: PrecisionConfig,
+    dtype: str,
+    sequence_length: int,
+    batch_size: int,
+    optimizer: str,
+) -> list[str]:
+    """The table of this rank's stage, aligned. With Transformer Engine it runs attention once (precision/attention_probe.py).
+
+    Raises:
+        ConfigError: FP8 attention that does not run, or is wrong, on this machine.
+    """
+    parts, reason = choose_parts(precision, dtype)
+    rows: list[Row] = [("layers", "part", "format", "backend", "why")]
+    rows += _linears(chunks, parts, reason, precision, dtype)
+    rows += _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size)
+    rows += _head(chunks, dtype, sequence_length, batch_size)
+    rows.append(("all", "norms", dtype, parts.name, reason))
+    rows.append(("all", "optimizer", "fp32", optimizer, "the fastest installed"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]  # noqa: B905 - the last is free
+
+
+def _linears(chunks, parts: Parts, reason: str, precision: PrecisionConfig, dtype: str) -> Iterator[Row]:
+    what = "projections, MLP"
+    if not precision.fp8:
+        yield "all", what, dtype, parts.name, reason
+        return
+    layers = chunks[0].model.num_layers
+    start, end = precision.bf16_layers_at_start, precision.bf16_layers_at_end
+    for first, last in ((0, start), (layers - end, layers)):
+        if first < last:
+            yield f"{first}-{last - 1}", what, dtype, parts.name, "precision.bf16_layers_at_start / _end"
+    scaling = _FORMATS[precision.linear]
+    name = f"fp8 e4m3 (gradients e5m2), {scaling} scaling" if scaling != "blockwise" else "fp8 e4m3, blockwise scaling"
+    yield f"{start}-{layers - end - 1}", what, name, parts.name, f"precision.linear = {precision.linear}"
+
+
+def _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size) -> Iterator[Row]:
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    gdn = next((m for m in modules if isinstance(m, GatedDeltaNet)), None)
+    attention = next((m for m in modules if isinstance(m, SelfAttention)), None)
+    for symbol, mixer in (("G", gdn), ("A", attention)):
+        for choice in mixer.backends(sequence_length, batch_size) if mixer else ():
+            yield symbol, choice.op, dtype, choice.backend, _why(choice)
+    if attention:
+        yield _attention(attention, parts, reason, precision, dtype, sequence_length, batch_size)
+
+
+def _why(choice) -> str:
+    return "; ".join([choice.reason, *(f"not {name}: {lack}" for name, lack in choice.rejected.items())])
+
+
+def _head(chunks, dtype, sequence_length, batch_size) -> Iterator[Row]:
+    last = next((chunk for chunk in chunks if chunk.post_process), None)
+    if last is not None:
+        weight = last.shared_embedding_or_output_weight()
+        hidden = weight.detach()[:1].expand(sequence_length * batch_size, -1)
+        choice = explain_linear_cross_entropy(hidden, weight)
+        yield "last", choice.op, dtype, choice.backend, _why(choice)
+
+
+def _attention(mixer: SelfAttention, parts, reason, precision, dtype, sequence_length, batch_size) -> Row:
+    if parts is LOCAL:
+        return "A", "attention", dtype, "torch's scaled_dot_product_attention", reason
+    sizes = (sequence_length, batch_size, mixer.heads, mixer.groups, mixer.head_dim)
+    fp8 = mixer.another_core_attention(parts.attention) if precision.attention else None
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        found = probe_attention(fp8, mixer.another_core_attention(parts.plain_attention), *sizes)
+    if fp8 is None:
+        return "A", "attention", dtype, found.backend, reason
+    why = f"precision.attention = fp8; differs from {dtype} by {found.error:.2g}, as it should"
+    return "A", "attention", "fp8, delayed scaling", found.backend, why

@@ -1,0 +1,35 @@
+"""What this machine can do of what the configuration asks for. Asked before anything is built."""
+
+import torch
+
+from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.config.precision import PrecisionConfig
+
+CUDNN_OF_ATTENTION = (9, 19, 0)
+"""Older ones get FP8 attention wrong on Hopper: 9.14 errs by 0.37 where 9.19 errs by 0.06."""
+
+
+def check_support(precision: PrecisionConfig) -> None:
+    """
+    Raises:
+        ConfigError: a format that this GPU, its CUDA or its cuDNN cannot run, naming which.
+    """
+    if not precision.fp8:
+        return
+    from transformer_engine.pytorch.quantization import check_fp8_block_scaling_support, check_fp8_support
+    from transformer_engine.pytorch.utils import get_cudnn_version
+
+    blockwise = precision.linear == "fp8_blockwise"
+    able, reason = (check_fp8_block_scaling_support if blockwise else check_fp8_support)()
+    gpu = torch.cuda.get_device_name()
+    if not able:
+        remedy = "set it to fp8_tensorwise, or to null" if blockwise else "set it to null"
+        raise ConfigError.at("precision.linear", f"{precision.linear} cannot run on this {gpu}: {reason} {remedy}")
+    version = get_cudnn_version()
+    if precision.attention and version < CUDNN_OF_ATTENTION:
+        found, needed = (".".join(map(str, v)) for v in (version, CUDNN_OF_ATTENTION))
+        raise ConfigError.at(
+            "precision.attention",
+            f"fp8 needs cuDNN {needed} or newer, and {found} is loaded, whose FP8 attention is wrong on Hopper; put a newer "
+            "cuDNN first in LD_LIBRARY_PATH (pip install nvidia-cudnn-cu13), or set it to null",
+        )
