@@ -2,11 +2,12 @@
 
 python benchmarks/train_step.py                                    one GPU: slices of the model (its widths, four of its layers)
 torchrun --nproc-per-node 2 benchmarks/train_step.py               several: the whole model, by layout and format
-    --only TEXT   cases whose name has TEXT      --profile   where the time goes, by kind of kernel
+    --only REGEX   cases whose name it finds      --profile   where the time goes, by kind of kernel
 """
 
 import argparse
 import gc
+import re
 import sys
 import time
 from collections import defaultdict
@@ -46,15 +47,16 @@ LAYOUTS = {
     },
 }
 KINDS = {  # of kernels, by parts of their names; the first that fits
+    "waiting for other stages": ("pipeline",),
     "communication": ("nccl",),
     "attention": ("fmha", "flash", "cudnn_generated", "sdpa"),
     "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "cublas"),
-    "delta rule": ("delta", "scan", "prepare", "gradients", "segment"),
-    "convolution and gates": ("conv_gates", "_conv"),
-    "loss head": ("cross_entropy", "softmax", "_loss"),
-    "gated norm, q and k norm": ("gated_rmsnorm", "qk_norm", "rope"),
-    "RMSNorm": ("rmsnorm", "norm"),
-    "casts to FP8": ("quantize", "cast", "transpose", "amax"),
+    "delta rule": ("forward_scan", "reverse_scan", "prepare_kernel", "gradients_kernel", "join"),
+    "convolution and gates": ("conv_gates",),
+    "loss head": ("losses_kernel", "scale_kernel", "cross_entropy"),
+    "gated norm, q and k norm, RoPE": ("forward_kernel", "backward_kernel", "qk_", "halves"),
+    "RMSNorm": ("rmsnorm",),
+    "casts to FP8": ("quantize", "cast_", "transpose", "amax"),
     "optimizer and gradient norm": ("multi_tensor", "adam", "l2norm"),
 }
 
@@ -87,6 +89,8 @@ def kernel_kinds(engine_step) -> dict[str, float]:
     for event in profiler.key_averages():
         if event.device_time_total:
             name = event.key.lower()
+            if name.startswith("nccldevkernel") and "sendrecv" in name:
+                name = "pipeline"
             kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other elementwise")
             kinds[kind] += event.device_time_total / 1e3
             names[f"{kind}: {event.key[:90]} x{event.count}"] += event.device_time_total / 1e3
@@ -118,6 +122,7 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
     found = timed(engine, batches, args.steps)
     step = found.pop("step")
     found["kinds"] = kernel_kinds(step) if args.profile else {}
+    engine.close()
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     return found | {name: max(one[name] for one in everyone) for name in ("seconds", "bytes")}
@@ -151,7 +156,7 @@ def main() -> None:
     from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="cases whose name has this")
+    parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
     parser.add_argument("--profile", action="store_true", help="where the time goes")
     parser.add_argument("--layers", default=None, help="pattern; default: the whole model, four layers on one GPU")
     parser.add_argument("--recompute", default="none")
@@ -170,7 +175,7 @@ def main() -> None:
             case = f"{'whole' if whole else model.layer_pattern}, {layout}, {name}"
             if args.recompute != "none":
                 case += f", {args.recompute} recompute"
-            if args.only not in case:
+            if not re.search(args.only, case):
                 continue
             try:
                 found = run_case(model, parallel, precision, groups, args)
@@ -179,6 +184,7 @@ def main() -> None:
                 stop_distributed()
                 raise SystemExit(1) from None
             rows += rows_of(case, found, model, args, whole)
+            del found
             gc.collect()
             torch.cuda.empty_cache()
             if launch.rank == 0:
