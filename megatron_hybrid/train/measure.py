@@ -78,6 +78,7 @@ def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers:
         update_peak_bytes=update_peak,
         saved_by_layer=_saved_by_layer(engine, batches[0]) if layers and cuda else (),
     )
+    engine.close()
     del engine, batches
     gc.collect()
     return found
