@@ -71,6 +71,7 @@ CASES = [
          parallel=_split(recompute="selective")),
     Case("4 layers of Gated DeltaNet", pattern="G*4", held_out=True),
     Case("4 layers of attention", pattern="A*4"),
+    Case("8 layers, sequence 256: launches alone", sequence=256),
     Case("8 layers, FP8", precision=FP8),
     Case("8 layers, micro-batch 2, FP8 delayed, attention too, selective", micro_batch=2, held_out=True,
          parallel=_split(recompute="selective"), precision=DELAYED),

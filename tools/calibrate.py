@@ -1,0 +1,57 @@
+"""Measure a GPU (and, under torchrun, a node's network) for the planner: what planner/gpus/*.yaml hold.
+
+python tools/calibrate.py --gpu h100-80gb --output my-gpu.yaml          one GPU: matrix products, attention, delta rule, copies
+torchrun --nproc-per-node 8 tools/calibrate.py --gpu h100-80gb --output my-node.yaml             and the collectives of a node
+"""
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.config.presets import preset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", default="h100-80gb", help="hardware file that gives what is not measured here")
+    parser.add_argument("--model", default="olmo_hybrid_7b", help="preset at whose widths to measure")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
+    parser.add_argument("--output", type=Path, required=True, help="the hardware file to write")
+    parser.add_argument("--points", type=Path, help="also write every measured point, as JSON")
+    arguments = parser.parse_args()
+    with no_traceback():
+        from megatron_hybrid.planner.hardware import dump, load
+        from megatron_hybrid.planner.points import from_points
+
+        base, model = load(arguments.gpu), preset(arguments.model)
+        import torch
+
+        from megatron_hybrid.config.parallel import ParallelConfig
+        from megatron_hybrid.parallel.device import has_cuda
+        from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
+        from megatron_hybrid.parallel.rates import collective_points, device_points
+
+        launch = Launch.from_environment()
+        start_distributed(launch, ParallelConfig(), seed=0)
+        # every rank measures its own device: one that idles would let the others boost
+        points = list(device_points(model, arguments.tokens))
+        points += collective_points() if launch.world_size > 1 else []
+        if launch.rank == 0:
+            device = torch.cuda.get_device_name() if has_cuda() else "cpu"
+            date = datetime.date.today().isoformat()
+            ops = ", ".join(dict.fromkeys(point["op"] for point in points))
+            measured = f"{ops} on {launch.world_size} x {device}, {date}; the rest as in {arguments.gpu}"
+            memory = float(torch.cuda.get_device_properties(0).total_memory) if has_cuda() else base.memory
+            found = from_points(points, model, base, name=device, measured=measured, memory=memory)
+            comment = f"# {device}, for the planner. Seconds, bytes, FLOPs. Written by tools/calibrate.py.\n"
+            arguments.output.write_text(dump(found, comment), encoding="utf-8")
+            if arguments.points:
+                arguments.points.write_text(json.dumps(points))
+            print(f"{len(points)} points measured; written to {arguments.output}")
+        stop_distributed()
+
+
+if __name__ == "__main__":
+    main()
