@@ -1,14 +1,17 @@
 """Train a model: `torchrun --nproc-per-node 4 tools/pretrain.py CONFIG.yaml [section.key=value ...]`.
 
-Exit codes: 0 done, 78 wrong configuration, data or checkpoint.
+The ranks may as well be started by tools/launch.py, `mpirun -n 4 python`, `srun python` or `srun --mpi=pmix python`.
+On SIGUSR1 or SIGTERM every rank saves the same step and stops; the same command goes on from there.
+Exit codes: 0 done, 75 stopped by a signal with its work saved, 78 wrong configuration, data, checkpoint or node.
 """
 
 import argparse
-import os
+import sys
 
 from megatron_hybrid.config.describe import describe
-from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.config.errors import REQUEUE, no_traceback
 from megatron_hybrid.config.load import load_run
+from megatron_hybrid.parallel.environment import Launch
 
 
 def main() -> None:
@@ -18,17 +21,19 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of ranks (default: the launcher's)")
     arguments = parser.parse_args()
-    world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", 1))
     with no_traceback():
+        launch = Launch.from_environment().export()
         config = load_run(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            print(describe(config, world_size))
+            text = describe(config, arguments.world_size or launch.world_size)
+            if launch.rank == 0:
+                print(text)
             return
-        config.check_world(world_size)
-        from megatron_hybrid.parallel.launch import Launch  # torch and megatron-core only once the config is right
-        from megatron_hybrid.train.trainer import pretrain
+        config.check_world(launch.world_size)
+        from megatron_hybrid.train.trainer import pretrain  # torch and megatron-core only once the config is right
 
-        pretrain(config, Launch.from_environment())
+        progress = pretrain(config, launch)
+        sys.exit(0 if progress.step >= config.train.steps else REQUEUE)
 
 
 if __name__ == "__main__":

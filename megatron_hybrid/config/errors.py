@@ -20,6 +20,8 @@ Location = tuple[int | str, ...]
 
 BAD_INPUT = 78
 """Exit status of a tool that was given something wrong: EX_CONFIG of sysexits.h."""
+REQUEUE = 75
+"""Exit status of a run that saved and stopped before its last step: EX_TEMPFAIL of sysexits.h, try again later."""
 
 
 class UserError(ValueError):

@@ -1,5 +1,7 @@
 """A whole run: every section, and the checks that need more than one of them."""
 
+from typing import Literal
+
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_hybrid.config import checks, nearest
@@ -62,6 +64,19 @@ class LoggingConfig(Section):
     """A device's peak for MFU; None: known from the device's name, else no MFU."""
 
 
+class PreflightConfig(Section):
+    """What is checked on all nodes before the first step (`python tools/preflight.py` checks the same alone)."""
+
+    enabled: bool | None = None
+    """None: where more than one rank runs."""
+    all_reduce_mib: PositiveInt | None = None
+    """Size of the all-reduces that are timed; None: 256 on GPUs, 4 on CPU."""
+    slow_below: float = Field(0.7, gt=0, lt=1)
+    """A device or a node below this share of all nodes' median is slow."""
+    slow_nodes: Literal["warn", "stop"] = "warn"
+    """What becomes of a run with slow nodes; broken ones stop it in any case."""
+
+
 class RunConfig(Section):
     """Everything `tools/pretrain.py` needs."""
 
@@ -74,6 +89,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    preflight: PreflightConfig = PreflightConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -1,8 +1,7 @@
-"""Who am I: rank, local rank and world size from the environment a launcher leaves, and the process groups."""
+"""Joining the other ranks: the device, torch.distributed, and the tensor, pipeline and data parallel groups."""
 
 import datetime
 import os
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,21 +10,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.parallel.device import communication_backend, setup_device
+from megatron_hybrid.parallel.environment import Launch
 
-
-@dataclass(frozen=True)
-class Launch:
-    """This process among those that were started together."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-    @classmethod
-    def from_environment(cls) -> "Launch":
-        """Read torchrun's variables; a process started alone is a world of one."""
-        env = os.environ
-        return cls(int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
+__all__ = ["Launch", "start_distributed", "stop_distributed"]
 
 
 def start_distributed(
@@ -40,9 +27,7 @@ def start_distributed(
     if launch.rank == 0 and not quiet:
         print(chosen, flush=True)
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if launch.world_size == 1:
-            os.environ.setdefault("MASTER_PORT", "0")
+        _say_where_to_meet(launch)
         dist.init_process_group(
             communication_backend(),
             rank=launch.rank,
@@ -58,6 +43,15 @@ def start_distributed(
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _say_where_to_meet(launch: Launch) -> None:
+    """Set MASTER_ADDR and MASTER_PORT, which torch.distributed reads, where the launch has them and for a world of one."""
+    if launch.master is not None:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launch.master[0], str(launch.master[1])
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if launch.world_size == 1:
+        os.environ.setdefault("MASTER_PORT", "0")
 
 
 def stop_distributed() -> None:

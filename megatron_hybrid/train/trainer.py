@@ -18,8 +18,10 @@ from megatron_hybrid.observe.sinks import check_sinks
 from megatron_hybrid.parallel.device import has_cuda
 from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
 from megatron_hybrid.train.engine import MegatronEngine
+from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.schedules import learning_rate
 from megatron_hybrid.train.skip_step import SkipStep
+from megatron_hybrid.train.start_checks import check_start
 
 
 @dataclass
@@ -36,18 +38,25 @@ class Progress:
 def pretrain(config: RunConfig, launch: Launch) -> Progress:
     """Train to config.train.steps, from the newest checkpoint if there is one. Returns where the run stands.
 
+    SIGUSR1 or SIGTERM on any rank ends it earlier, with a checkpoint of the step that it stands at then.
+
     Raises:
         ConfigError: degrees or batch sizes that do not fit the number of ranks.
+        PreflightError, RestartError: nodes that are not ready; a job that restarts in vain.
         DataError, CheckpointError: before the first step, naming file and remedy.
     """
     config.check_world(launch.world_size)
     check_sinks(config.logging)
-    groups = start_distributed(launch, config.parallel, config.train.seed)
-    try:
-        with Trainer(config, launch, groups) as trainer:
-            return trainer.run()
-    finally:
-        stop_distributed()
+    with Interrupt() as interrupt:
+        groups = start_distributed(launch, config.parallel, config.train.seed)
+        try:
+            check_start(config, launch)
+            with Trainer(config, launch, groups) as trainer:
+                progress = trainer.run(interrupt)
+            dist.barrier()  # launchers end the other ranks as soon as one ends with a status: not before all have saved
+            return progress
+        finally:
+            stop_distributed()
 
 
 class Trainer:
@@ -114,17 +123,23 @@ class Trainer:
             dist.barrier()
         return opened
 
-    def run(self) -> Progress:
-        """The loop."""
+    def run(self, interrupt: Interrupt | None = None) -> Progress:
+        """The loop. Where an interrupt is handed in and the ranks agree that it was asked for, it ends with a save."""
         train, save = self.config.train, self.config.checkpoint
-        while self.progress.step < train.steps:
+        stop = False
+        while self.progress.step < train.steps and not stop:
             self.step()
             step = self.progress.step
             if train.eval_interval and (step % train.eval_interval == 0 or step == train.steps):
                 self.evaluate()
-            if (save.interval and step % save.interval == 0) or step == train.steps:
+            stop = interrupt is not None and interrupt.agreed()
+            if stop or (save.interval and step % save.interval == 0) or step == train.steps:
                 self.save()
             self.checkpoints.check()
+        if interrupt is not None:
+            interrupt.settle()
+        if stop and self.progress.step < train.steps:
+            self.logger.info(f"asked to stop: saved step {self.progress.step} of {train.steps}; run it again to go on")
         return self.progress
 
     def step(self) -> None:

@@ -1,0 +1,68 @@
+"""How fast nodes reduce: each node inside, and each node with its neighbours, so that a slow one can be told by name."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_hybrid.parallel.device import has_cuda, local_device
+
+TIMES = 4
+"""All-reduces that are timed; the fastest counts."""
+
+
+def all_reduce_gb_s(ranks: Sequence[int], size_bytes: int) -> float | None:
+    """Bus bandwidth of an all-reduce over these ranks, GB/s: 2 (n - 1) / n times the bytes a second, as NCCL's tests count.
+
+    Called by each of them and by no other; None for a single rank.
+    """
+    if len(ranks) < 2:
+        return None
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    data = torch.ones(max(size_bytes // 4, 1), device=local_device())
+    best = float("inf")
+    for _ in range(TIMES + 1):  # the first one makes the connections
+        dist.barrier(group)
+        _finish()
+        start = time.perf_counter()
+        dist.all_reduce(data, group=group)
+        _finish()
+        best = min(best, time.perf_counter() - start)
+    dist.destroy_process_group(group)
+    return 2 * (len(ranks) - 1) / len(ranks) * data.nbytes / best / 1e9
+
+
+def _finish() -> None:
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def pairings(nodes: int) -> list[list[tuple[int, int]]]:
+    """Rounds of pairs of neighbours on a ring of nodes; pairs of a round share no node and run at once.
+
+    Every node is paired with both neighbours: a slow node is slow in each of its pairs, its neighbours in one alone.
+    """
+    if nodes < 2:
+        return []
+    if nodes == 2:
+        return [[(0, 1)]]
+    rounds = [
+        [(i, i + 1) for i in range(0, nodes - 1, 2)],
+        [(i, (i + 1) % nodes) for i in range(1, nodes - 1 + (nodes % 2 == 0), 2)],
+    ]
+    return [*rounds, [(nodes - 1, 0)]] if nodes % 2 else rounds
+
+
+def between_gb_s(ranks_of_nodes: Sequence[Sequence[int]], mine: int, size_bytes: int) -> float | None:
+    """Bus bandwidth of this rank's node (number `mine`) with the neighbour that it is faster with; None on one node.
+
+    Every rank calls it.
+    """
+    found = []
+    for pairs in pairings(len(ranks_of_nodes)):
+        for pair in pairs:
+            if mine in pair:
+                found.append(all_reduce_gb_s(sorted(r for node in pair for r in ranks_of_nodes[node]), size_bytes))
+        dist.barrier()  # rounds must not overlap
+    return max((value for value in found if value is not None), default=None)

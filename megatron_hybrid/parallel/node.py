@@ -1,0 +1,159 @@
+"""One launcher a node: starts the node's ranks, passes signals on to them, and ends as they end. No torch here.
+
+Unlike torchrun it keeps the ranks' exit code (75 asks for a requeue, 78 tells of a wrong configuration), hands SIGUSR1 and
+SIGTERM to them instead of ending them, and gives them all the time they need to save.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from megatron_hybrid.config.errors import BAD_INPUT, REQUEUE
+from megatron_hybrid.parallel.environment import Launch, LaunchError, free_port
+
+GRACE_S = 10.0
+"""What ranks get to end by themselves, and to say why, once one of them has failed."""
+POLL_S = 0.05
+QUIET = (REQUEUE, BAD_INPUT)
+"""The ranks have said why."""
+
+
+def visible_gpus(env: Mapping[str, str] = os.environ) -> int:
+    """GPUs that CUDA_VISIBLE_DEVICES names, else those that nvidia-smi lists; 0 where there is none."""
+    if (named := env.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([device for device in named.split(",") if device.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return listing.stdout.count("GPU ") if listing.returncode == 0 else 0
+
+
+def ranks_of_node(cpu_ranks: int | None, gpus: int | None, env: Mapping[str, str] = os.environ) -> int:
+    """Ranks to start here: as many as are asked for on CPU, else one a GPU.
+
+    Raises:
+        LaunchError: fewer GPUs are visible than this node should have, or none at all.
+    """
+    if cpu_ranks is not None:
+        return cpu_ranks
+    visible, host = visible_gpus(env), os.uname().nodename
+    if visible == 0:
+        raise LaunchError(f"no GPU is visible on {host}; for ranks on CPU say how many: --cpu-ranks 4, or CPU_RANKS=4")
+    if gpus is not None and visible < gpus:
+        raise LaunchError(
+            f"{visible} GPUs are visible on {host}, where there should be {gpus}; take the node out, or set GPUS_PER_NODE"
+        )
+    return gpus or visible
+
+
+class Node:
+    """The ranks of this node.
+
+    Args:
+        command: of every rank; they find RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as under torchrun.
+        node: this launcher among the nodes' launchers; its rank is the node's number.
+    """
+
+    def __init__(self, command: Sequence[str], ranks: int, node: Launch):
+        self.node = node
+        self._stop = self._failed_elsewhere = False
+        host, port = node.master or ("127.0.0.1", free_port())
+        common = {
+            "WORLD_SIZE": ranks * node.world_size,
+            "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+        }
+        for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(signum, self._note)
+        # Blocked until a rank has its own handler: one that is still importing torch keeps SIGUSR1 for later. SIGUSR2 is for
+        # launchers alone, and SLURM signals the whole process group.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGUSR2])
+        self._ranks = [
+            subprocess.Popen(
+                command,
+                env=os.environ
+                | {k: str(v) for k, v in common.items()}
+                | {"RANK": str(node.rank * ranks + local), "LOCAL_RANK": str(local)},
+            )
+            for local in range(ranks)
+        ]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1, signal.SIGUSR2])
+
+    def _note(self, signum: int, frame: object) -> None:
+        if signum == signal.SIGUSR2:  # from another node's launcher
+            self._failed_elsewhere = True
+        else:
+            self._stop = True
+
+    def _pass_on(self) -> None:
+        """To ranks SIGUSR1 and SIGTERM mean the same, and SIGUSR1 waits where they have no handler yet."""
+        self._stop = False
+        for rank in self._ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGUSR1)
+
+    def wait(self) -> int:
+        """The exit status of the first rank that failed, 128 + n for a signal n; 0 when all did well.
+
+        When one fails, the others of this node and of the other nodes are ended: they would wait for it for ever.
+        """
+        codes = [rank.poll() for rank in self._ranks]
+        while None in codes and not any(codes) and not self._failed_elsewhere:
+            if self._stop:
+                self._pass_on()
+            time.sleep(POLL_S)
+            codes = [rank.poll() for rank in self._ranks]
+        if None in codes:
+            self._end_the_rest()
+            codes = codes if any(codes) else [rank.returncode for rank in self._ranks]
+        failed = next((local for local, code in enumerate(codes) if code), None)
+        return 0 if failed is None else self._status(failed, codes[failed] or 0)
+
+    def _end_the_rest(self) -> None:
+        """They have some seconds to end by themselves, and to say why."""
+        deadline = time.monotonic() + GRACE_S
+        while any(rank.poll() is None for rank in self._ranks) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        for rank in self._ranks:
+            if rank.poll() is None:
+                rank.kill()
+            rank.wait()
+
+    def _status(self, local: int, code: int) -> int:
+        if self._failed_elsewhere:  # that node tells its own status, and srun takes the largest
+            return code if code > 0 else 1
+        if code not in QUIET:
+            how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"status {code}"
+            rank = self.node.rank * len(self._ranks) + local
+            print(f"launch: rank {rank} on {os.uname().nodename} ended with {how}", file=sys.stderr, flush=True)
+        if code != REQUEUE:  # with which all ranks end, and only when all have saved
+            tell_other_nodes(self.node)
+        return code if code > 0 else 128 - code
+
+
+def tell_other_nodes(node: Launch) -> None:
+    """Under srun: the other launchers end their ranks now, instead of waiting for one that is gone."""
+    if node.world_size > 1 and node.launcher == "srun" and shutil.which("scancel"):
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+        subprocess.run(["scancel", "--signal=USR2", step], capture_output=True, timeout=60)
+
+
+def run_node(command: Sequence[str], cpu_ranks: int | None = None, gpus: int | None = None) -> int:
+    """Start `command` on this node's ranks and wait for them; the exit status.
+
+    Raises:
+        LaunchError: no GPU, fewer than there should be, or what srun left does not hold together.
+    """
+    node = Launch.from_environment()
+    try:
+        ranks = ranks_of_node(cpu_ranks, gpus)
+    except LaunchError:
+        tell_other_nodes(node)
+        raise
+    return Node(command, ranks, node).wait()

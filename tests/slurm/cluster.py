@@ -1,0 +1,143 @@
+"""A SLURM cluster on loopback: munged, one slurmctld and a slurmd a node, as the user who runs the tests, in one folder.
+
+Nothing of the machine's own SLURM is touched: its ports, sockets, keys and configuration are this cluster's alone.
+"""
+
+import getpass
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+NODES = ("first", "second")
+# cred_expire is also how long a requeued job waits before it may start again (120 s by default).
+CONFIG = """
+ClusterName=tests
+SlurmctldHost=localhost(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={ports[0]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
+ReturnToService=2
+KillWait=5
+MpiDefault=none
+MailProg=/bin/true
+NodeName={nodes[0]} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} State=UNKNOWN
+NodeName={nodes[1]} NodeAddr=127.0.0.2 Port={ports[2]} CPUs={cpus} State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
+"""
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float) -> Any:
+    """The condition's first true value.
+
+    Raises:
+        TimeoutError: it stayed false; `what` says what was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.2)
+    raise TimeoutError(f"{what}: not after {seconds:.0f} s")
+
+
+class Cluster:
+    """Starts the daemons, and stops them by their process ids."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._daemons = folder, []
+        folder.chmod(0o755)  # munged insists
+        with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+        ports = [server.getsockname()[1] for server in with_ports]
+        for server in with_ports:
+            server.close()
+        (folder / "state").mkdir()
+        config = CONFIG.format(
+            user=getpass.getuser(), folder=folder, ports=ports, nodes=NODES, cpus=os.cpu_count(),
+        )  # fmt: skip
+        (folder / "slurm.conf").write_text(config)
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "OMPI_"))}
+        self.environment |= {"SLURM_CONF": str(folder / "slurm.conf")}
+
+    def start(self) -> "Cluster":
+        key = self.folder / "munge.key"
+        key.touch(0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        self._daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", f"--key-file={key}",
+                     f"--log-file={self.folder}/munged.log", f"--pid-file={self.folder}/munged.pid",
+                     f"--seed-file={self.folder}/munged.seed")  # fmt: skip
+        wait_for((self.folder / "munge.socket").exists, "munged's socket", 20)
+        self._daemon("slurmctld", "-D", "-f", self.folder / "slurm.conf")
+        for node in NODES:
+            self._daemon("slurmd", "-D", "-N", node, "-f", self.folder / "slurm.conf")
+        wait_for(lambda: self.usable_nodes() == set(NODES), "nodes to become idle", 30)
+        return self
+
+    def _daemon(self, program: str, *arguments) -> None:
+        path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        if path is None:
+            raise FileNotFoundError(f"{program} is missing: apt-get install slurm-wlm munge")
+        with open(self.folder / f"{program}.out", "ab") as out:
+            self._daemons.append(
+                subprocess.Popen([path, *map(str, arguments)], stdout=out, stderr=out, env=self.environment)
+            )
+
+    def stop(self) -> None:
+        """End the daemons, and whatever of a job is still there, by process id."""
+        for daemon in reversed(self._daemons):
+            family = psutil.Process(daemon.pid).children(recursive=True) if daemon.poll() is None else []
+            daemon.terminate()
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+            for process in family:
+                if process.is_running():
+                    process.kill()
+
+    def logs(self) -> str:
+        """The ends of what the daemons wrote."""
+        files = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
+        return "\n".join(f"--- {file.name}\n{file.read_text()[-1500:]}" for file in files)
+
+    def run(self, *command, **environment: str) -> subprocess.CompletedProcess:
+        """A command with this cluster's configuration, output captured."""
+        return subprocess.run(
+            list(map(str, command)), env=self.environment | environment, capture_output=True, text=True, timeout=250
+        )
+
+    def output(self, *command) -> str:
+        """What a command that must succeed prints."""
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout.strip()
+
+    def usable_nodes(self) -> set[str]:
+        return set(self.run("sinfo", "-h", "-N", "-r", "-t", "idle,mix,alloc", "-o", "%N").stdout.split())
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` says: JobState, ExitCode, Restarts, ..."""
+        words = self.output("scontrol", "show", "job", "-o", number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)

@@ -1,0 +1,159 @@
+"""examples/pretrain_hybrid_7b.sh on a SLURM cluster: it submits itself, requeues, resumes, and ends with the right status."""
+
+import math
+import os
+import re
+import subprocess
+
+import pytest
+
+from megatron_hybrid.checkpoint.manager import complete_checkpoints
+from tests.slurm.cluster import NODES, wait_for
+from tests.slurm.conftest import SCRIPT
+
+CURVE = ("step", "loss", "z_loss", "grad_norm", "lr", "tokens")
+
+
+def curve(lines: list[dict]) -> list[tuple]:
+    return [tuple(line[key] for key in CURVE) for line in lines]
+
+
+@pytest.mark.slow
+def test_the_time_limit_s_signal_requeues_and_the_run_resumes(example, cluster):
+    """The job's time limit is cut once it trains, SLURM warns it, and the curve is that of a run nobody disturbed."""
+    example.config["train"] |= {"steps": 100, "global_batch_size": 64}
+    # In a machine's own shell, no SLURM: the same script, uninterrupted, four ranks on one node.
+    straight = example.folder / "straight"
+    alone = subprocess.Popen(
+        ["bash", SCRIPT, f"run_dir={straight}"],
+        cwd=example.root,
+        env=os.environ | example.variables(CPU_RANKS="4", PATH=without_sbatch(example.folder)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    # Warned 120 s before its end, which from the next look of slurmctld (every 30 s) is at once.
+    submitted = example.submit(SBATCH_SIGNAL="B:USR1@120")
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split()[-1]
+    wait_for(lambda: len(example.metrics()) >= 3, f"three steps:\n{example.log()}", 120)
+    minutes = 2 + seconds(cluster.job(job)["RunTime"]) // 60
+    cluster.output("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    wait_for(lambda: "requeueing job" in example.log(), f"the warning:\n{example.log()}", 90)
+    (saved,) = complete_checkpoints(example.run_dir / "checkpoints")
+    stopped_at = int(saved.name.removeprefix("step-"))
+    assert 3 <= stopped_at < 100, "the signal came while it trained"
+    ended = example.wait_for_end(job, 120)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), example.log()
+    assert re.search(rf"asked to stop: saved step {stopped_at} of 100", example.log())
+    assert f"resumed from {saved}" in example.log()
+    assert "preflight: 2 nodes, 4 ranks" in example.log() and all(f"\n  {node} " in example.log() for node in NODES)
+    output, _ = alone.communicate(timeout=120)
+    assert alone.returncode == 0, output
+    assert "preflight: 1 node, 4 ranks" in output
+    assert curve(example.metrics()) == curve(example.metrics(straight)), "the same numbers, to the last bit"
+    assert math.log(97) - 0.3 > example.metrics()[-1]["loss"], "and they fall"
+
+
+def seconds(clock: str) -> int:
+    """SLURM's 00:01:30."""
+    hours, minutes, rest = map(int, clock.split(":"))
+    return 3600 * hours + 60 * minutes + rest
+
+
+def without_sbatch(folder) -> str:
+    """PATH without the directories of SLURM's commands; what else is in them is linked."""
+    (links := folder / "bin").mkdir()
+    kept = []
+    for place in os.environ["PATH"].split(":"):
+        if not os.path.exists(f"{place}/sbatch"):
+            kept.append(place)
+            continue
+        for name in os.listdir(place):
+            if name != "sbatch" and not (links / name).exists():
+                (links / name).symlink_to(os.path.join(place, name))
+    return ":".join([*kept, str(links)])
+
+
+def test_a_wrong_override_is_not_even_submitted(example, cluster):
+    done = example.submit("train.global_batch_size=7")
+    assert done.returncode == 78
+    assert "train.global_batch_size: 7 is not a multiple of" in done.stderr and "Traceback" not in done.stderr
+    assert cluster.output("squeue", "-h") == ""
+
+
+def test_a_wrong_override_in_a_job_ends_it_with_78(example):
+    job = example.sbatch("train.global_batch_size=7")
+    assert job["ExitCode"] == "78:0", example.log()
+    assert example.log().count("train.global_batch_size: 7 is not a multiple of") == 1, "one rank of four says it"
+    assert "Traceback" not in example.log() and "requeueing" not in example.log()
+
+
+def test_a_full_disk_is_seen_before_the_first_step(example, small_disk):
+    example.config["run_dir"] = str(small_disk / "run")
+    (small_disk / "filler").write_bytes(bytes((4 << 20) - (96 << 10)))
+    job = example.sbatch(CPU_RANKS="1")
+    assert job["ExitCode"] == "78:0", example.log()
+    for node in NODES:
+        assert re.search(
+            rf"{node}: run_dir {small_disk}/run has .* free, and a checkpoint takes .*; make room", example.log()
+        )
+    assert "Traceback" not in example.log() and not example.metrics()
+
+
+def test_a_disk_that_fills_up_on_the_way_keeps_its_own_status(example, small_disk):
+    """Room for a checkpoint at the start, and none when it is written: the ranks' own error, on every node at once."""
+    example.config["run_dir"] = str(small_disk / "run")
+    example.config["train"]["steps"] = 200
+    example.config["checkpoint"] = {"interval": 4, "keep_last": None}
+    job = example.sbatch(CPU_RANKS="1")
+    assert job["ExitCode"] == "1:0", example.log()
+    assert "No space left on device" in example.log()
+    assert re.search(r"launch: rank \d on \S+ ended with status 1", example.log())
+    assert complete_checkpoints(example.run_dir / "checkpoints"), "those before it stay"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_cluster_without_usable_nodes(example, cluster):
+    cluster.output("scontrol", "update", f"NodeName={','.join(NODES)}", "State=DOWN", "Reason=test")
+    try:
+        wait_for(lambda: not cluster.usable_nodes(), "nodes to go down", 20)
+        done = example.submit()
+    finally:
+        cluster.output("scontrol", "update", f"NodeName={','.join(NODES)}", "State=RESUME")
+    assert done.returncode == 69
+    assert "0 nodes are up and NODES=2" in done.stderr and "sinfo -R" in done.stderr
+    assert cluster.output("squeue", "-h") == "", "nothing was queued"
+    wait_for(lambda: cluster.usable_nodes() == set(NODES), "nodes to come back", 30)
+
+
+def test_srun_starts_ranks_without_a_launcher(example, cluster):
+    """`srun python tools/pretrain.py`, and `srun --mpi=pmix`: ranks and meeting point from SLURM."""
+    environment = example.variables()
+    for mpi, nodes in (("none", 2), ("pmix", 1)):
+        command = [
+            "srun",
+            f"--mpi={mpi}",
+            f"--nodes={nodes}",
+            "--ntasks=2",
+            "--overcommit",
+            "python",
+            "tools/pretrain.py",
+        ]
+        done = cluster.run(
+            "env", f"--chdir={example.root}", *command, environment["CONFIG"], f"run_dir={example.folder}/{mpi}"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, other = (example.metrics(example.folder / mpi) for mpi in ("none", "pmix"))
+    assert len(one) == 4 and curve(one) == curve(other)

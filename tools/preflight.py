@@ -1,0 +1,28 @@
+"""Check the nodes of a run before it starts: `python tools/launch.py tools/preflight.py CONFIG.yaml [section.key=value ...]`.
+
+Under tools/launch.py, torchrun, mpirun or srun, as tools/pretrain.py, which does the same by itself before its first step.
+Exit codes: 0 ready, 78 not ready or a wrong configuration.
+"""
+
+import argparse
+
+from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.config.load import load_run
+from megatron_hybrid.parallel.environment import Launch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
+    arguments = parser.parse_args()
+    with no_traceback():
+        launch = Launch.from_environment().export()
+        config = load_run(arguments.config, arguments.overrides)
+        from megatron_hybrid.train.start_checks import preflight_alone  # torch only once the config is right
+
+        preflight_alone(config, launch)
+
+
+if __name__ == "__main__":
+    main()
