@@ -54,7 +54,7 @@ def liger_losses():
 def versions() -> dict:
     all_of_them = {
         "ours": ours(),
-        "ours, fp32 logits": ours(fp32_logits=True),
+        "ours, bf16 logits": ours(fp32_logits=False),
         "torch, all logits in fp32": torch_losses,
         "torch.compile of it": torch.compile(torch_losses),
         "fla 0.6": fla_losses(True),

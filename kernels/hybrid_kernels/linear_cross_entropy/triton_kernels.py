@@ -34,12 +34,11 @@ def statistics_kernel(logits, labels, statistics, rows, start, columns, width, B
 @triton.jit
 def losses_kernel(
     logits, dlogits, labels, weights, statistics, losses, rows, start, columns, width, losses_stride, tokens, z_weight,
-    RANKS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    RANKS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr = "evict_first",
 ):  # fmt: skip
     """Weighted cross-entropy and z-loss of each row, and dlogits (which may be logits itself) of their mean over `tokens`.
 
-    RANKS > 1: statistics [RANKS, 3, rows] holds what every rank saw; otherwise this program goes through the row first,
-    so that the second time it comes from the L2 cache.
+    RANKS > 1: statistics [RANKS, 3, rows] holds what every rank saw; otherwise this program goes through the row first.
     """
     i = tl.program_id(0)
     row = logits + i.to(tl.int64) * width
@@ -63,11 +62,12 @@ def losses_kernel(
         at_label = weight / tokens
         everywhere = at_label * (1.0 + 2.0 * z_weight * log_z)
         out = dlogits + i.to(tl.int64) * width
-        for first in range(0, width, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            x = tl.load(row + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+        blocks = tl.cdiv(width, BLOCK)
+        for block in range(blocks):  # from the end, of which the cache may still hold some
+            column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(row + column, mask=column < columns, other=float("-inf"), eviction_policy=USED).to(tl.float32)
             d = everywhere * tl.exp(x - log_z) - tl.where(column == label, at_label, 0.0)
-            tl.store(out + column, d.to(out.dtype.element_ty), mask=column < width)
+            tl.store(out + column, d.to(out.dtype.element_ty), mask=column < width, eviction_policy=USED)
 
 
 @triton.jit

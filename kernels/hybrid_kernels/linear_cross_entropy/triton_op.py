@@ -8,12 +8,12 @@ from .. import triton_support  # noqa: F401 - repairs Triton's interpreter where
 from .reference import ranks_of
 from .triton_kernels import losses_kernel, scale_kernel, statistics_kernel
 
-CHUNK_BYTES = 2**30  # what a chunk's logits and their gradients may take
+CHUNK_BYTES = 2**30  # what a chunk's logits may take, or a little more
 BLOCK, WARPS = 8192, 16  # columns of one step of a row's program
 
 
 def chunk_size(tokens: int, width: int, bytes_a_logit: int) -> int:
-    """Tokens of a chunk: even chunks, a multiple of 128 tokens each, of about CHUNK_BYTES at most."""
+    """Tokens of a chunk: even chunks, a multiple of 128 tokens each, whose logits take about CHUNK_BYTES at most."""
     chunks = triton.cdiv(tokens * width * bytes_a_logit, CHUNK_BYTES)
     return min(tokens, 128 * triton.cdiv(tokens, 128 * chunks))
 
@@ -65,13 +65,13 @@ class _Chunks:
 def _forward(hidden, weight, labels, mask, wants, fp32_logits, chunk_tokens, **of_chunks):
     """Means [2] and the gradients that `wants` (of hidden, of weight) asks for: hidden's dtype and fp32."""
     tokens, width, hidden_size = len(hidden), *weight.shape
-    apart = any(wants) and fp32_logits and hidden.dtype != torch.float32
     logits_dtype = torch.float32 if fp32_logits else hidden.dtype
-    size = chunk_tokens or chunk_size(tokens, width, logits_dtype.itemsize + apart * hidden.dtype.itemsize)
-    size = min(size, tokens)
+    size = min(chunk_tokens or chunk_size(tokens, width, logits_dtype.itemsize), tokens)
     chunks = _Chunks(weight, tokens=tokens, gradient=any(wants), **of_chunks)
     logits_of_chunk = torch.empty(size, width, device=hidden.device, dtype=logits_dtype)
-    dlogits_of_chunk = torch.empty_like(logits_of_chunk, dtype=hidden.dtype) if apart else logits_of_chunk
+    dlogits_of_chunk = logits_of_chunk
+    if any(wants) and hidden.dtype != logits_dtype:
+        dlogits_of_chunk = torch.empty_like(logits_of_chunk, dtype=hidden.dtype)
     losses = torch.empty(2, tokens, device=hidden.device, dtype=torch.float32)
     dhidden = torch.empty_like(hidden) if wants[0] else None
     dweight = hidden.new_empty(width, hidden_size, dtype=torch.float32) if wants[1] else None

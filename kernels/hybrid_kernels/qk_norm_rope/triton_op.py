@@ -5,9 +5,11 @@ import torch.distributed as dist
 import triton
 
 from .. import triton_support  # noqa: F401 - repairs Triton's interpreter where that is what runs
-from .triton_kernels import ALONE, REST, SUMS, backward_kernel, forward_kernel
+from . import triton_kernels
+from .triton_kernels import backward_kernel, forward_kernel
 
-FORWARD_WARPS, BACKWARD_WARPS = 4, 8
+ALONE, SUMS, REST = (x.value for x in (triton_kernels.ALONE, triton_kernels.SUMS, triton_kernels.REST))
+WARPS = 4
 BACKWARD_PROGRAMS = 132 * 2  # for each of q, k, v; each adds up the weight's gradient over its tokens
 
 
@@ -40,7 +42,7 @@ class _QKNormRope(torch.autograd.Function):
         def launch(parts, phase):
             forward_kernel[(length * batch, parts)](
                 qkv, q_weight, k_weight, qkv if angles is None else angles, squares, q, k, v, batch, heads, groups,
-                *widths, eps, **constants, PHASE=phase, num_warps=FORWARD_WARPS,
+                *widths, eps, **constants, PHASE=phase, num_warps=WARPS,
             )  # fmt: skip
 
         _halves(launch, squares, group)
@@ -63,7 +65,7 @@ class _QKNormRope(torch.autograd.Function):
             backward_kernel[(programs, parts)](
                 qkv, q_weight, k_weight, qkv if angles is None else angles, squares, *grads, along, dqkv, dweights,
                 tokens, batch, heads, groups, *strides, *widths, eps, **constants, PHASE=phase,
-                num_warps=BACKWARD_WARPS,
+                num_warps=WARPS,
             )  # fmt: skip
 
         _halves(launch, along, group)
