@@ -26,6 +26,8 @@ class ParallelConfig(Section):
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass already runs. Needs both settings above."""
+    bucket_size: PositiveInt | None = None
+    """Parameters whose gradients, or new values, are communicated at once when overlapped; None: megatron-core's choice."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping: nothing; each mixer's cheap, large parts; all."""
 

@@ -5,24 +5,17 @@ from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from hybrid_kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model.layer_specs import stack_submodules
 from megatron_hybrid.model.megatron_config import hybrid_layer_pattern, transformer_config
+from megatron_hybrid.model.output_layer import Losses, OutputLayer
 from megatron_hybrid.model.parts import Parts, choose_parts
 from megatron_hybrid.precision.context import around_layers
-
-Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""What is differentiated; the mean cross-entropy in nats a token; the mean z-loss, unweighted. The last two detached."""
 
 
 class HybridLayers(HybridStack):
@@ -37,21 +30,6 @@ class HybridLayers(HybridStack):
     def forward(self, *args, **kwargs):
         with around_layers(self.precision, self.config):
             return super().forward(*args, **kwargs)
-
-
-class _GradientIsInMainGrad(torch.autograd.Function):
-    """The identity on a weight whose gradient a kernel adds to `main_grad`: tells DDP so, and wakes its hook."""
-
-    @staticmethod
-    def forward(ctx, weight):
-        ctx.set_materialize_grads(False)
-        ctx.weight = weight
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, _):
-        ctx.weight.grad_added_to_main_grad = True
-        return torch.empty_like(ctx.weight)  # never read
 
 
 class HybridLanguageModel(HybridModel):
@@ -88,6 +66,8 @@ class HybridLanguageModel(HybridModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        if self.post_process:
+            self.output_layer.__class__ = OutputLayer  # megatron-core has no slot for it
 
     def forward(
         self,
@@ -113,30 +93,8 @@ class HybridLanguageModel(HybridModel):
         if labels is None:
             logits, _ = self.output_layer(x_sbh, weight=weight)
             return logits.transpose(0, 1).contiguous()
-        return self._losses(x_sbh, weight, labels, loss_mask, z_loss)
-
-    def _losses(self, x_sbh, tied_weight, labels, loss_mask, z_loss) -> Losses:
-        group, buffer = self.pg_collection.tp, None
-        if self.config.sequence_parallel:
-            x_sbh = gather_from_sequence_parallel_region(x_sbh, group=group)
-        else:
-            x_sbh = copy_to_tensor_model_parallel_region(x_sbh, group=group)
-        weight = tied_weight
-        if weight is None:
-            weight = self.output_layer.weight
-            buffer = getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None
-            if buffer is not None:
-                weight = _GradientIsInMainGrad.apply(weight)
-        return linear_cross_entropy(
-            x_sbh,
-            weight,
-            labels.t().contiguous(),
-            loss_mask.t().contiguous(),
-            true_vocab_size=self.model.vocab_size,
-            z_loss_weight=z_loss,
-            group=group if group.size() > 1 else None,
-            grad_weight_buffer=buffer,
-        )
+        options = dict(true_vocab_size=self.model.vocab_size, z_loss_weight=z_loss)
+        return self.output_layer(x_sbh, weight=weight, labels=labels.t(), loss_mask=loss_mask.t(), **options)
 
 
 def build_model(

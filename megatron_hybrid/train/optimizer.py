@@ -26,6 +26,7 @@ def wrap_data_parallel(chunks, parallel: ParallelConfig) -> list[DistributedData
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        bucket_size=parallel.bucket_size,
         check_for_nan_in_grad=False,  # the trainer looks at the gradient norm, and skips the step
     )
     return [

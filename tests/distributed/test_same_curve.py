@@ -39,6 +39,10 @@ LAYOUTS = {
     "DP2": (2, layout()),
     "DP2, plain optimizer": (2, layout(distributed_optimizer=False)),
     "DP2, overlapped": (2, layout(overlap_grad_reduce=True, overlap_param_gather=True)),
+    "DP2, overlapped in many buckets": (
+        2,
+        layout(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=10_000),
+    ),
     "TP2": (2, layout(2)),
     "TP2, no sequence parallelism": (2, layout(2, sequence_parallel=False)),
     "PP2": (2, layout(pp=2)),

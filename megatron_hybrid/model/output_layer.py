@@ -1,0 +1,66 @@
+"""From the last hidden states to logits, or straight to the losses without ever holding all logits."""
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from hybrid_kernels.linear_cross_entropy import linear_cross_entropy
+
+Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""What is differentiated; the mean cross-entropy in nats a token; the mean z-loss, unweighted. The last two detached."""
+
+
+class _GradientIsInMainGrad(torch.autograd.Function):
+    """The identity on a weight whose gradient a kernel adds to `main_grad`: tells DDP so, and wakes its hook."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, _):
+        ctx.weight.grad_added_to_main_grad = True
+        return torch.empty_like(ctx.weight)  # never read
+
+
+class OutputLayer(ColumnParallelLinear):
+    """megatron-core's output layer with a second way to call it. A module of its own, so that DDP's hook on its call waits
+    for its weight."""
+
+    def forward(self, x_sbh, weight=None, runtime_gather_output=None, *, labels=None, loss_mask=None, **loss_options):
+        """
+        Args:
+            x_sbh: [s, b, h], this rank's tokens under sequence parallelism.
+            weight: the embedding's where it is shared; None: this layer's own.
+            labels, loss_mask: [s, b].
+            loss_options: of hybrid_kernels.linear_cross_entropy.
+
+        Returns:
+            (logits [s, b, vocabulary / tp], None); the Losses where labels are given.
+        """
+        if labels is None:
+            return super().forward(x_sbh, weight=weight, runtime_gather_output=runtime_gather_output)
+        group, buffer = self.tp_group, None
+        if self.sequence_parallel:
+            x_sbh = gather_from_sequence_parallel_region(x_sbh, group=group)
+        else:
+            x_sbh = copy_to_tensor_model_parallel_region(x_sbh, group=group)
+        if weight is None:  # a shared one gets a gradient from the embedding as well, by autograd
+            weight = self.weight
+            buffer = getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None
+            if buffer is not None:
+                weight = _GradientIsInMainGrad.apply(weight)
+        return linear_cross_entropy(
+            x_sbh,
+            weight,
+            labels.contiguous(),
+            loss_mask.contiguous(),
+            group=group if group.size() > 1 else None,
+            grad_weight_buffer=buffer,
+            **loss_options,
+        )
