@@ -1,0 +1,122 @@
+"""How far FP8 training falls behind bf16 from the same start: 300 steps of a small hybrid on real text, the same batches.
+
+The text is the Python standard library's sources, byte by byte. Runs go through tools/pretrain.py, one a visible GPU at a time.
+
+python benchmarks/fp8_loss.py [--steps 300] [--formats bf16,fp8_tensorwise+attention]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks")]
+MODEL = (
+    "{preset: olmo_hybrid_tiny, layer_pattern: GGGA*2, hidden_size: 1024, ffn_hidden_size: 2816, num_attention_heads: 8, "
+    "gdn: {num_key_heads: 8, num_value_heads: 8, key_head_dim: 96, value_head_dim: 192}}"
+)
+LAST = 50
+"""Steps at the end whose mean loss is compared."""
+GOAL = 0.005
+
+
+def prepare(folder: Path) -> Path:
+    """Token files of the standard library; the prefix of the training part."""
+    stdlib = sysconfig.get_path("stdlib")
+    skip = ["site-packages/*", "test/*", "*/test/*", "*/tests/*"]
+    command = [sys.executable, "tools/preprocess_data.py", stdlib, "--include", "*.py", "--exclude", *skip]
+    subprocess.run([*command, "--output", str(folder / "text"), "--split", "0.99,0.01"], cwd=ROOT, check=True)
+    return folder / "text_train"
+
+
+def train(name: str, data: Path, folder: Path, steps: int, sequence: int, gpu: str | None) -> list[float]:
+    """Losses of a run in this format."""
+    linear, _, attention = name.partition("+")
+    run = folder / name.replace("+", "_")
+    overrides = [
+        f"run_dir={run}",
+        f"model={MODEL}",
+        f"data.train=[{{path: {data}}}]",
+        "data.validation=[]",
+        f"data.sequence_length={sequence}",
+        f"train.steps={steps}",
+        "train.eval_interval=null",
+        "train.global_batch_size=16",
+        "train.micro_batch_size=8",
+        "train.dtype=bf16",
+        "train.optimizer.lr=1e-3",
+        "train.schedule.warmup_steps=30",
+        "checkpoint.interval=null",
+        "parallel={}",
+        "logging.plot_interval=0",
+        "logging.tensorboard=false",
+    ]
+    if linear != "bf16":
+        overrides.append(f"precision={{linear: {linear}{', attention: fp8' if attention else ''}}}")
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "tools/pretrain.py", "examples/configs/pretrain_hybrid_tiny.yaml", *overrides]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name}: status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    print(
+        *[line for line in done.stdout.splitlines() if "fp8" in line.lower() or "attention" in line],
+        sep="\n",
+        flush=True,
+    )
+    with open(run / "metrics.jsonl") as f:
+        return [json.loads(line)["loss"] for line in f]
+
+
+def main() -> None:
+    import torch
+    from kernel_timing import write_gpu
+    from report import bounded
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--sequence", type=int, default=2048)
+    parser.add_argument("--formats", default="bf16,fp8_tensorwise+attention,fp8_delayed+attention,fp8_blockwise")
+    args, _ = parser.parse_known_args()
+    free: Queue = Queue()
+    for gpu in range(torch.cuda.device_count()):
+        free.put(str(gpu))
+    if free.empty():
+        free.put(None)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = prepare(folder)
+
+        def run(format_name: str) -> list[float]:
+            gpu = free.get()
+            try:
+                return train(format_name, data, folder, args.steps, args.sequence, gpu)
+            finally:
+                free.put(gpu)
+
+        formats = args.formats.split(",")
+        with ThreadPoolExecutor(free.qsize()) as pool:
+            losses = dict(zip(formats, pool.map(run, formats), strict=True))
+    last = {name: sum(values[-LAST:]) / LAST for name, values in losses.items()}
+    rows = []
+    for name, values in losses.items():
+        case = f"{name}, {args.steps} steps of 32,768 bytes"
+        rows.append(bounded(case, f"mean loss of the last {LAST} steps", "nats a byte", last[name], None))
+        if name != "bf16":
+            gap = abs(last[name] - last["bf16"]) / last["bf16"]
+            worst = max(abs(a - b) / b for a, b in zip(values[30:], losses["bf16"][30:], strict=True))
+            rows.append(bounded(case, "gap to bf16", "of its loss", gap, GOAL))
+            rows.append(bounded(case, "largest gap of one step after the warm-up", "of its loss", worst, None))
+    rows.append(bounded("bf16", "loss of the first step", "nats a byte", losses["bf16"][0], None))
+    write_gpu("fp8_loss", rows)
+
+
+if __name__ == "__main__":
+    main()
