@@ -1,8 +1,8 @@
 """linear_cross_entropy at OLMo Hybrid 7B's output layer: errors against fp64, time and peak memory, next to its peers.
 
 8192 tokens, hidden size 3840, 100352 rows of vocabulary, bf16; and one of two tensor parallel ranks' slice of it, the
-other rank played by a mirror (its collectives are local copies). Peers: torch on all logits in fp32, eager and compiled
-(Megatron's own path is such a one), fla's and, where it is installed, Liger's fused linear cross-entropy.
+other rank played by a mirror (its collectives are local copies). Peers: torch on all logits (bf16 from the product, losses
+in fp32, as Megatron has it), eager and compiled; fla's and, where it is installed, Liger's fused linear cross-entropy.
 """
 
 import gc
@@ -55,7 +55,8 @@ def versions() -> dict:
     all_of_them = {
         "ours": ours(),
         "ours, bf16 logits": ours(fp32_logits=False),
-        "torch, all logits in fp32": torch_losses,
+        "ours, one chunk": ours(chunk_tokens=T),
+        "torch, all logits": torch_losses,
         "torch.compile of it": torch.compile(torch_losses),
         "fla 0.6": fla_losses(True),
         "fla 0.6, gradient summed in bf16": fla_losses(False),
@@ -86,25 +87,29 @@ def errors(peers: dict) -> list[dict]:
             labels = ((hidden @ weight.t()).float() - noise.log()).argmax(-1)
         doubles = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
         with_z, without_z = (gradients(in_fp64(z), [*doubles, labels, mask]) for z in (Z, 0.0))
+        measured = {}
         for peer, fn in peers.items():
-            if "compile" in peer:  # what eager computes
+            if "compile" in peer or "chunk" in peer:  # the same numbers
                 continue
             exact = without_z if peer.startswith("fla") else with_z
             got = gradients(fn, [hidden.requires_grad_(), weight.requires_grad_(), labels, mask])
-            for what, x, y in zip(("loss", "hidden's gradient", "weight's gradient"), got, exact):
-                rows.append(row(f"{name}: {peer}", f"error of {what}", "relative RMS", relative_error(x, y)))
+            measured[peer] = [relative_error(x, y) for x, y in zip(got, exact)]
             del got
+        for peer in list(measured)[1:]:
+            for i, what in enumerate(("loss", "hidden's gradient", "weight's gradient")):
+                errors_of = f"error of {what}", "relative RMS", measured["ours"][i], measured[peer][i]
+                rows.append(row(name, *errors_of, peer))
         del with_z, without_z, exact, doubles
         gc.collect(), torch.cuda.empty_cache()
     return rows
 
 
 def measure(fn, inputs) -> dict:
-    """Milliseconds and peak GiB beside the inputs of one forward and backward pass; and of one forward alone."""
+    """Milliseconds and peak GiB, beside the inputs, of one forward and backward pass; milliseconds of a forward alone."""
 
     def both():
         loss = fn(*inputs)
-        return torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])
+        return torch.autograd.grad(loss, inputs[:2], allow_unused=True)  # weight's may go into a buffer
 
     def forward():
         with torch.no_grad():
@@ -130,34 +135,46 @@ def floors(case, fn, inputs, ms, width) -> list[dict]:
     ]  # fmt: skip
 
 
-def times(peers: dict) -> list[dict]:
-    rows = []
+UNITS = {"peak memory, results included": "GiB"}  # the rest is in ms
+
+
+def full_size():
     hidden, weight, labels, _ = loss_inputs((T,), H, V, V, dtype=torch.bfloat16, device="cuda")
-    labels[-1], mask = 0, torch.ones(T, device="cuda")
-    inputs = [hidden.requires_grad_(), weight.requires_grad_(), labels, mask]
-    measured = {name: measure(fn, inputs) for name, fn in peers.items()}
-    units = {"peak memory, results included": "GiB"}
+    labels[-1] = 0
+    return hidden.requires_grad_(), weight.requires_grad_(), labels, torch.ones(T, device="cuda")
+
+
+def times(peers: dict, inputs) -> list[dict]:
+    rows, measured = [], {name: measure(fn, inputs) for name, fn in peers.items()}
     for name in list(measured)[1:]:
         for metric, mine in measured["ours"].items():
-            rows.append(row("whole vocabulary", metric, units.get(metric, "ms"), mine, measured[name][metric], name))
-    rows += floors("whole vocabulary", peers["ours"], inputs, measured["ours"]["forward + backward"], V)
+            rows.append(row("whole vocabulary", metric, UNITS.get(metric, "ms"), mine, measured[name][metric], name))
+    return rows + floors("whole vocabulary", peers["ours"], inputs, measured["ours"]["forward + backward"], V)
+
+
+def other_ways(inputs) -> list[dict]:
+    """Ours with Megatron's fp32 gradients to add to, and on one of two ranks' slices."""
+    hidden, weight, *rest = inputs
     buffer = torch.zeros(V, H, device="cuda")
-    into_buffer = measure(ours(grad_weight_buffer=buffer), [inputs[0], weight.detach().requires_grad_(), labels, mask])
-    for metric, mine in into_buffer.items():
-        rows.append(row("whole vocabulary, added to fp32 gradients", metric, units.get(metric, "ms"), mine))
+    into_buffer = measure(ours(grad_weight_buffer=buffer), inputs)
     del buffer
+    half = (hidden, weight.detach()[: V // 2].clone().requires_grad_(), *rest)
     with mirrored(dist) as group:
-        half = [inputs[0], weight.detach()[: V // 2].clone().requires_grad_(), labels, mask]
         part = measure(ours(group=group), half)
-        for metric, mine in part.items():
-            rows.append(row("one rank of two", metric, units.get(metric, "ms"), mine))
-        rows += floors("one rank of two", ours(group=group), half, part["forward + backward"], V // 2)
-    return rows
+        floor = floors("one rank of two", ours(group=group), half, part["forward + backward"], V // 2)
+    return [
+        row(case, metric, UNITS.get(metric, "ms"), mine)
+        for case, results in (("whole vocabulary, added to fp32 gradients", into_buffer), ("one rank of two", part))
+        for metric, mine in results.items()
+    ] + floor
 
 
 if __name__ == "__main__":
-    peers = versions()
-    rows = times(peers)
+    peers, inputs = versions(), full_size()
+    rows = times(peers, inputs)
     write_gpu("linear_cross_entropy", rows)
+    rows += other_ways(inputs)
+    write_gpu("linear_cross_entropy", rows)
+    del inputs
     rows += errors(peers)
     write_gpu("linear_cross_entropy", rows)

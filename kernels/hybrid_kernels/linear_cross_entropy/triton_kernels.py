@@ -34,7 +34,7 @@ def statistics_kernel(logits, labels, statistics, rows, start, columns, width, B
 @triton.jit
 def losses_kernel(
     logits, dlogits, labels, weights, statistics, losses, rows, start, columns, width, losses_stride, tokens, z_weight,
-    RANKS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, USED: tl.constexpr = "evict_first",
+    RANKS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weighted cross-entropy and z-loss of each row, and dlogits (which may be logits itself) of their mean over `tokens`.
 
@@ -65,9 +65,9 @@ def losses_kernel(
         blocks = tl.cdiv(width, BLOCK)
         for block in range(blocks):  # from the end, of which the cache may still hold some
             column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-            x = tl.load(row + column, mask=column < columns, other=float("-inf"), eviction_policy=USED).to(tl.float32)
-            d = everywhere * tl.exp(x - log_z) - tl.where(column == label, at_label, 0.0)
-            tl.store(out + column, d.to(out.dtype.element_ty), mask=column < width, eviction_policy=USED)
+            x = tl.load(row + column, mask=column < columns, other=float("-inf"), eviction_policy="evict_first")
+            d = everywhere * tl.exp(x.to(tl.float32) - log_z) - tl.where(column == label, at_label, 0.0)
+            tl.store(out + column, d.to(out.dtype.element_ty), mask=column < width, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -100,3 +100,19 @@ def test_two_ranks_share_the_vocabulary(vocab_size, ranks):
     for results in both:
         agree(results[:4], oracle[:4], 1e-5)
     agree([torch.cat([results[4] for results in both])], oracle[4:], 1e-5)
+
+
+def test_under_a_compiler():
+    inputs, options = loss_inputs((9,), 16, 80, 70), dict(true_vocab_size=70, z_loss_weight=0.05, backend="triton")
+
+    def step(hidden, weight):  # a compiled caller breaks its graph around the op
+        loss, cross_entropy, z = linear_cross_entropy(2 * hidden, weight, *inputs[2:], **options)
+        return 3 * loss, cross_entropy + z
+
+    for name, run in (("eager", step), ("compiled", torch.compile(step, backend="aot_eager"))):
+        leaves = [x.clone().requires_grad_() for x in inputs[:2]]
+        loss, others = run(*leaves)
+        results = loss.detach(), others, *torch.autograd.grad(loss, leaves)
+        if name == "eager":
+            expected = results
+    torch.testing.assert_close(results, expected)
