@@ -83,6 +83,16 @@ def test_computes_only_the_gradients_that_are_wanted(monkeypatch):
     assert products[1:] == [(9, 80), (9, 16)] and torch.autograd.grad(loss, hidden)[0].any()
 
 
+def test_chunks_are_even_and_their_logits_within_a_gibibyte():
+    from hybrid_kernels.linear_cross_entropy.triton_op import chunk_size
+
+    assert chunk_size(8192, 100352, 4) == 2048 and chunk_size(8192, 100352, 2) == 4096
+    assert chunk_size(8192, 100352 // 2, 2) == 8192 and chunk_size(100, 256, 4) == 100
+    for tokens in (1, 1000, 8191, 65536):
+        size = chunk_size(tokens, 100352, 4)
+        assert 0 < size <= tokens and (size - 128) * 100352 * 4 <= 2**30
+
+
 def shared(inputs, vocab_size):
     hidden, weight, labels, mask = inputs
     mine = weight.chunk(dist.get_world_size())[dist.get_rank()]
