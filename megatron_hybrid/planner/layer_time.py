@@ -26,6 +26,8 @@ class Layers:
         self.group = network.groups(plan, hardware.gpus_per_node)["tp"]
         self.compute, self.talk = hardware.factor("compute"), hardware.factor("communication")
         self._layers: dict[tuple[LayerKind, str, bool], Parts] = {}
+        self.chunks: dict[tuple, Parts] = {}
+        """What a Clock has put together of these."""
 
     def host(self, way: str) -> float:
         """Seconds that Python needs for one layer."""

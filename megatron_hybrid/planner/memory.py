@@ -64,8 +64,11 @@ def expected(config: RunConfig, world_size: int) -> Memory:
 
 
 def fullest(plan: Plan) -> Memory:
-    """Of the pipeline rank that needs most: nearly always the first, which has most in flight, or the last (the head)."""
-    return max((rank_memory(plan, rank) for rank in range(plan.pp)), key=lambda memory: memory.total)
+    """Of the pipeline rank that needs most. Of ranks with the same layers, the first has most in flight: it alone is looked at."""
+    like: dict[object, int] = {}
+    for rank in range(plan.pp):
+        like.setdefault(tuple((c.kinds, c.embedding, c.head) for c in plan.chunks_of(rank)), rank)
+    return max((rank_memory(plan, rank) for rank in like.values()), key=lambda memory: memory.total)
 
 
 def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:

@@ -71,19 +71,30 @@ def layer_parameters(model: ModelConfig, kind: LayerKind, widths: Widths) -> Ite
     yield "mlp_norm", h, False
 
 
+def chunk_parameters(plan: Plan, chunk: Chunk) -> tuple[Parameter, ...]:
+    """Of one model chunk on one rank."""
+    return _parameters(plan.model, plan.tp, chunk.kinds, chunk.embedding, chunk.head, plan.pp > 1)
+
+
 @lru_cache(maxsize=1024)
-def chunk_parameters(model: ModelConfig, tp: int, chunk: Chunk, pipeline: bool) -> tuple[Parameter, ...]:
-    """Of one model chunk on one rank. `pipeline`: whether the embedding and the head are on different ranks."""
+def _parameters(
+    model: ModelConfig, tp: int, kinds, embedding: bool, head: bool, pipeline: bool
+) -> tuple[Parameter, ...]:
     widths, h = Widths.padded(model, tp), model.hidden_size
     table, tied = int(widths.vocab) * h, model.tie_embeddings
-    found = [Parameter("embedding", table, own_bucket=tied and pipeline)] if chunk.embedding else []
-    for kind in chunk.kinds:
+    found = [Parameter("embedding", table, own_bucket=tied and pipeline)] if embedding else []
+    for kind in kinds:
         found += [Parameter(name, int(size), fp32) for name, size, fp32 in layer_parameters(model, kind, widths)]
-    if chunk.head:
+    if head:
         found.append(Parameter("final_norm", h))
-        if not tied or (pipeline and not chunk.embedding):
+        if not tied or (pipeline and not embedding):
             found.append(Parameter("output", table, own_bucket=tied))
     return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _count(model: ModelConfig, tp: int, kinds, embedding: bool, head: bool, pipeline: bool) -> int:
+    return sum(parameter.numel for parameter in _parameters(model, tp, kinds, embedding, head, pipeline))
 
 
 def buckets(parameters: tuple[Parameter, ...], limit: int | None, dp: int, padded: bool) -> list[list[tuple[int, int]]]:
@@ -120,12 +131,13 @@ def buckets(parameters: tuple[Parameter, ...], limit: int | None, dp: int, padde
 
 def chunk_state(plan: Plan, chunk: Chunk, position: int, dp_rank: int = 0) -> StateBytes:
     """Of one model chunk. `position`: its place among its rank's chunks."""
-    parameters = chunk_parameters(plan.model, plan.tp, chunk, plan.pp > 1)
-    return _state(parameters, _bucket_limit(plan, chunk, position), plan.dp, dp_rank, plan.element, _sharded(plan))
+    which = plan.model, plan.tp, chunk.kinds, chunk.embedding, chunk.head, plan.pp > 1
+    return _state(which, _bucket_limit(plan, chunk, position), plan.dp, dp_rank, plan.element, _sharded(plan))
 
 
 @lru_cache(maxsize=4096)
-def _state(parameters, limit, dp: int, dp_rank: int, element: int, sharded: bool) -> StateBytes:
+def _state(which, limit, dp: int, dp_rank: int, element: int, sharded: bool) -> StateBytes:
+    parameters = _parameters(*which)
     weights = gradients = optimizer = 0
     by_size: dict[int, list[Parameter]] = {}
     for parameter in parameters:
@@ -159,8 +171,8 @@ def rank_state(plan: Plan, pipeline_rank: int, dp_rank: int = 0) -> StateBytes:
 
 def rank_parameters(plan: Plan, pipeline_rank: int) -> int:
     """Parameters of a rank, dummy heads included, alignment not."""
-    chunks = plan.chunks_of(pipeline_rank)
-    return sum(p.numel for chunk in chunks for p in chunk_parameters(plan.model, plan.tp, chunk, plan.pp > 1))
+    chunks, pipeline = plan.chunks_of(pipeline_rank), plan.pp > 1
+    return sum(_count(plan.model, plan.tp, c.kinds, c.embedding, c.head, pipeline) for c in chunks)
 
 
 def dummy_head_parameters(plan: Plan, pipeline_rank: int) -> float:

@@ -52,7 +52,7 @@ class StepTime:
 class Clock:
     """Predicts step times on one kind of hardware. Remembers layers: thousands of plans share them."""
 
-    def __init__(self, hardware: Hardware, model_flops: int | None = None) -> None:
+    def __init__(self, hardware: Hardware) -> None:
         self.hardware = hardware
         self._layers: dict[tuple, Layers] = {}
         self._flops: dict[tuple, float] = {}
@@ -60,8 +60,7 @@ class Clock:
     def step(self, plan: Plan, played: bool = False) -> StepTime:
         """Of one optimizer step. `played`: by the schedule event by event, else by its closed form."""
         hardware, layers = self.hardware, self._of(plan)
-        ways = [(self._chunk(plan, chunk, layers, "forward"), self._chunk(plan, chunk, layers, "backward"))
-                for chunk in plan.chunks]  # fmt: skip
+        ways = [[self._chunk(plan, chunk, layers, way) for way in ("forward", "backward")] for chunk in plan.chunks]
         times = StageTimes(*([_visible(parts) for parts in way] for way in zip(*ways)))
         m, pp = plan.microbatches, plan.pp
         pipeline = simulate(times, pp, m).seconds if played else analytic_seconds(times, pp, m)
@@ -78,8 +77,8 @@ class Clock:
         total["optimizer"] = (optimizer + hardware.host_step) * hardware.factor("optimizer")
         tokens = plan.global_batch_size * plan.sequence_length
         return StepTime(
-            {part: s for part, s in total.items() if part not in HIDDEN and s > 0},
-            {part: s for part, s in total.items() if part in HIDDEN and s > 0},
+            {part: s for part, s in total.items() if part not in HIDDEN and s > 1e-9},
+            {part: s for part, s in total.items() if part in HIDDEN and s > 1e-9},
             tokens,
             plan.world_size,
             self._model_flops(plan) * tokens,
@@ -101,6 +100,14 @@ class Clock:
 
     def _chunk(self, plan: Plan, chunk: Chunk, layers: Layers, way: str) -> Parts:
         """Of one micro-batch through a virtual stage, its transfers included."""
+        key = chunk.kinds, chunk.embedding, chunk.head, way, plan.pp > 1, plan.world_size > self.hardware.gpus_per_node
+        if plan.precision.bf16_layers_at_start or plan.precision.bf16_layers_at_end:
+            key += (chunk.first_layer,)
+        if key not in layers.chunks:
+            layers.chunks[key] = self._new_chunk(plan, chunk, layers, way)
+        return layers.chunks[key]
+
+    def _new_chunk(self, plan: Plan, chunk: Chunk, layers: Layers, way: str) -> Parts:
         total: Parts = Counter()
         precise = plan.precision.bf16_layers_at_start, plan.model.num_layers - plan.precision.bf16_layers_at_end
         counts: Counter[tuple[LayerKind, bool]] = Counter(

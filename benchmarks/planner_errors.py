@@ -1,0 +1,132 @@
+"""The planner's predictions beside what planner_memory.py measured: memory of every layout, step time before and after
+calibration, and the ranking of one job's layouts. Factors are fitted to the cases that are not held out.
+
+python benchmarks/planner_errors.py benchmarks/measured/planner-H200.json [--hardware FILE]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from report import bounded, row, write  # noqa: E402
+
+from megatron_hybrid.config.presets import expand  # noqa: E402
+from megatron_hybrid.config.run import RunConfig  # noqa: E402
+from megatron_hybrid.planner.hardware import load  # noqa: E402
+from megatron_hybrid.planner.measured import GROUPS, fitted, grouped  # noqa: E402
+from megatron_hybrid.planner.memory import fullest  # noqa: E402
+from megatron_hybrid.planner.plan import Plan  # noqa: E402
+from megatron_hybrid.planner.search import device_bytes  # noqa: E402
+from megatron_hybrid.planner.timing import Clock  # noqa: E402
+
+MEMORY_GOALS, TIME_GOALS = (0.05, 0.10), (0.20, 0.10)
+
+
+def predicted(case: dict, clock: Clock) -> dict:
+    """A measured case with its prediction."""
+    config = RunConfig.model_validate(case["config"] | {"model": expand(case["config"]["model"])})
+    plan = Plan.of(config, case["world"])
+    memory = fullest(plan)
+    step = grouped(clock.step(plan, played=True))
+    return case | {
+        "plan": plan,
+        "memory": memory.total,
+        "predicted": step,
+        "device": device_bytes(memory, clock.hardware),
+    }
+
+
+def after(case: dict, factors: dict) -> float:
+    """Seconds of a step with calibrated factors."""
+    return sum(case["predicted"][group] * factors[group] for group in GROUPS)
+
+
+def by_layer(case: dict) -> None:
+    """What each layer was seen to keep, beside the table."""
+    from megatron_hybrid.planner.activations import Setting, layer_bytes
+
+    if not case.get("saved_by_layer"):
+        return
+    plan = case["plan"]
+    _, *layers, head = case["saved_by_layer"]
+    for kind in dict.fromkeys(plan.model.layers):
+        table = layer_bytes(kind, plan.widths, Setting.of(plan), plan.parallel.recompute).saved
+        seen = [size / plan.tokens for size, k in zip(layers, plan.model.layers) if k == kind]
+        print(
+            f"    {kind}: {mean(seen):,.0f} bytes a token (from {min(seen):,.0f} to {max(seen):,.0f}), table {table:,.0f}"
+        )
+    print(f"    head: {head / 1e9:.3f} GB; resting {case['resting_bytes'] / 1e9:.3f} GB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measured", type=Path)
+    parser.add_argument("--hardware", help="hardware file; default: the one of the measured device")
+    arguments, _ = parser.parse_known_args()
+    data = json.loads(arguments.measured.read_text())
+    hardware = load(arguments.hardware or ("h200" if "H200" in data["device"] else "h100-80gb"))
+    clock = Clock(hardware)
+    everything = [predicted(case, clock) for case in data["cases"]]
+    cases = [case for case in everything if "seconds" in case]
+    factors = fitted([case for case in cases if not case["held_out"]])
+    print("factors:", {name: round(x, 3) for name, x in factors.items()})
+    rows, memory, before, calibrated = [], [], [], []
+    for case in cases:
+        held = " (held out)" if case["held_out"] else ""
+        times = sum(case["predicted"].values()), after(case, factors)
+        errors = [case["memory"] / case["peak_bytes"] - 1, *(x / case["seconds"] - 1 for x in times)]
+        memory.append((case["held_out"], errors[0]))
+        before.append((case["held_out"], errors[1]))
+        calibrated.append((case["held_out"], errors[2]))
+        rows.append(
+            row(f"{case['case']}{held}", "memory", "GB", case["memory"] / 1e9, case["peak_bytes"] / 1e9, "measured")
+        )
+        for name, seconds in zip(("step", "step, calibrated"), times):
+            rows.append(row(f"{case['case']}{held}", name, "s", seconds, case["seconds"], "measured"))
+        print(f"{case['case']}{held}: memory {errors[0]:+.1%}, step {errors[1]:+.1%}, calibrated {errors[2]:+.1%}")
+        by_layer(case)
+    for name, errors, goals in (
+        ("memory", memory, MEMORY_GOALS),
+        ("step", before, (None, TIME_GOALS[0])),
+        ("step, calibrated", calibrated, (None, TIME_GOALS[1])),
+    ):
+        for which, some in (("all", errors), ("held out", [e for e in errors if e[0]])):
+            sizes = [abs(error) for _, error in some]
+            rows.append(bounded(f"{name}, {which} ({len(sizes)})", "mean error", "share", mean(sizes), goals[0]))
+            rows.append(bounded(f"{name}, {which} ({len(sizes)})", "worst error", "share", max(sizes), goals[1]))
+    wrong = [c for c in everything if c.get("out_of_memory") and c["device"] <= hardware.memory]
+    rows.append(bounded("every case", "said to fit, and ran out of memory", "cases", len(wrong), 0))
+    rows += ranking(cases, factors)
+    for line in rows[3 * len(cases) :]:
+        print(line["case"], line["metric"], line["ours"], "goal", line["goal"], "met", line["met"])
+    sys.argv[0] = "planner_errors.py"
+    notes = [
+        f"Measured {data['date']} by benchmarks/planner_memory.py at {data['commit']}; rates: {hardware.measured}."
+    ]
+    write("planner", rows, ("torch",), machine=data["device"], notes=notes, printed=len(rows))
+
+
+def ranking(cases: list[dict], factors: dict) -> list[dict]:
+    """The place of the measured best among the predictions, for the layouts of one job."""
+    job = [case for case in cases if case["case"].startswith("7B")]
+    if len(job) < 3:
+        return []
+    best = min(job, key=lambda case: case["seconds"])
+    orders = {
+        "before calibration": sorted(job, key=lambda case: sum(case["predicted"].values())),
+        "after calibration": sorted(job, key=lambda case: after(case, factors)),
+    }
+    return [
+        bounded(f"7B on two GPUs, {len(job)} layouts, {when}", "predicted place of the measured best", "place",
+                order.index(best) + 1, 3)
+        for when, order in orders.items()
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the planner is asked about, and what it answers with, as run configurations."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.config import presets, yaml_text
+from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.config.load import load_run
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.planner.plan import Plan
+
+DATA = "data/train"
+"""Where an emitted run looks for its tokens, unless the run that was given says."""
+
+
+def base_run(
+    name_or_path: str, sequence_length: int | None, global_batch_size: int | None, precision: str | None
+) -> RunConfig:
+    """The run to plan for.
+
+    Args:
+        name_or_path: a preset's name; a YAML file with a model's fields; or a whole run's, whose data, training and
+            precision are kept.
+        sequence_length, global_batch_size, precision: laid over it. precision: bf16, fp8 (tensorwise), or an FP8 recipe.
+
+    Raises:
+        ConfigError: whatever is wrong with any of them.
+    """
+    data, path = {}, Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        read = yaml_text.read(path.read_text(encoding="utf-8"), name_or_path)
+        data = read if isinstance(read, dict) else {}
+        whole = "model" in data
+        data = data if whole else {"model": data}
+    elif name_or_path in (*presets.SIZED, *presets.UNSIZED):
+        data = {"model": name_or_path}
+    else:
+        load_run(name_or_path)  # raises, and says what there is
+    missing = {"run_dir": "runs/planned", "data.train": [{"path": DATA}], "train.steps": 1000}
+    overrides = [f"{key}={yaml_text.write(value).strip()}" for key, value in missing.items() if _absent(data, key)]
+    given = {"data.sequence_length": sequence_length, "train.global_batch_size": global_batch_size}
+    for key, value in given.items():
+        if value is not None:
+            overrides.append(f"{key}={value}")
+        elif _absent(data, key):
+            option = "--" + key.split(".")[1].replace("_", "-")
+            raise ConfigError.at(key, f"is missing; give {option}, or a run's YAML file that has it")
+    if precision is not None:
+        overrides.append(f"precision.linear={_FORMATS.get(precision, precision)}")
+    return _load(data, overrides)
+
+
+_FORMATS = {"bf16": "null", "fp8": "fp8_tensorwise"}
+
+
+def _absent(data: dict[str, Any], key: str) -> bool:
+    section, _, name = key.partition(".")
+    return section not in data if not name else name not in (data.get(section) or {})
+
+
+def _load(data: dict[str, Any], overrides: list[str]) -> RunConfig:
+    """Through `load_run`, so that presets, overrides and errors are the trainer's; layouts come later, batch checks too."""
+    import tempfile
+
+    data = {key: value for key, value in data.items() if key != "parallel"}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(yaml_text.write(data))
+        file.flush()
+        return load_run(file.name, overrides)
+
+
+def emitted(run: RunConfig, plan: Plan) -> RunConfig:
+    """The run under the plan's layout, checked as the trainer checks it."""
+    data = run.model_dump(mode="json")
+    data["parallel"] = plan.parallel.model_dump(mode="json") | {"sequence_parallel": plan.parallel.sequence_parallel}
+    data["train"]["micro_batch_size"] = plan.micro_batch_size
+    found = RunConfig.model_validate(data)
+    found.check_world(plan.world_size)
+    return found

@@ -1,0 +1,120 @@
+"""Measured mode: the best layouts through the real trainer, and what that says about the predictions.
+
+A calibration file holds every measured step beside its prediction by part, and the factors fitted to them: how much longer
+than predicted computation, communication, launches and the optimizer take, each near 1 unless the steps say otherwise.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.config import yaml_text
+from megatron_hybrid.config.errors import ConfigError, UserError
+from megatron_hybrid.config.load import dump_run
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.planner.emit import emitted
+from megatron_hybrid.planner.fit import towards_one
+from megatron_hybrid.planner.hardware import Hardware
+from megatron_hybrid.planner.search import Candidate
+from megatron_hybrid.planner.timing import StepTime
+
+COMPUTE = ("products", "attention", "delta rule", "glue")
+GROUPS = ("compute", "communication", "host", "optimizer")
+PULL = 0.02
+"""How strongly factors are held at 1: as a fiftieth of a measured step."""
+
+
+def grouped(step: StepTime) -> dict[str, float]:
+    """A step's seconds by the factor that scales them. A bubble is waiting for computation."""
+    found = dict.fromkeys(GROUPS, 0.0)
+    for part, seconds in step.parts.items():
+        if part in COMPUTE or part == "bubble":
+            found["compute"] += seconds
+        elif part == "launches":
+            found["host"] += seconds
+        else:
+            found["optimizer" if part == "optimizer" else "communication"] += seconds
+    return found
+
+
+def fitted(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Factors from runs of {`predicted`: seconds by group before calibration, `seconds`, `peak_bytes`, `memory`: predicted}."""
+    columns = [[run["predicted"][group] for run in runs] for group in GROUPS]
+    factors = dict(zip(GROUPS, towards_one(columns, [run["seconds"] for run in runs], PULL * max(1, len(runs)))))
+    over = [run["peak_bytes"] / run["memory"] for run in runs if run.get("peak_bytes")]
+    return factors | {"memory": max([1.0, *over])}  # never less than predicted: what fits must not run out
+
+
+def read_calibration(path: Path, hardware: Hardware) -> list[dict[str, Any]]:
+    """The runs of a calibration file; none if it does not exist yet.
+
+    Raises:
+        ConfigError: it is another GPU's.
+    """
+    if not path.is_file():
+        return []
+    data = yaml_text.read(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(data, dict) or data.get("gpu") != hardware.name:
+        gpu = data.get("gpu") if isinstance(data, dict) else None
+        raise ConfigError.at(
+            str(path), f"is a calibration of {gpu}, not of {hardware.name}; give another --calibration"
+        )
+    return list(data.get("runs") or [])
+
+
+def write_calibration(path: Path, hardware: Hardware, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Runs and the factors fitted to them."""
+    text = yaml_text.write({"gpu": hardware.name, "factors": fitted(runs), "runs": list(runs)})
+    path.write_text(text, encoding="utf-8")
+
+
+def measure(run: RunConfig, candidate: Candidate, steps: int = 10) -> dict[str, Any]:
+    """Train a few steps of a candidate on this machine's GPUs, and put the measurement beside the prediction.
+
+    Raises:
+        UserError: the run failed; its last words.
+    """
+    plan = candidate.plan
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "run.yaml"
+        config.write_text(dump_run(emitted(run, plan)), encoding="utf-8")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.world_size)]
+        command = [sys.executable, *launcher, "-m", "megatron_hybrid.train.measure", str(config), "--steps", str(steps)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        words = "\n".join((done.stderr or done.stdout).strip().splitlines()[-12:])
+        raise UserError(f"{plan.label}: could not be measured:\n{words}")
+    found = json.loads(lines[-1])
+    return {
+        "layout": plan.label,
+        "gpus": plan.world_size,
+        "date": datetime.date.today().isoformat(),
+        "device": found["device"],
+        "seconds": found["seconds"],
+        "peak_bytes": found["peak_bytes"],
+        "predicted": grouped(candidate.step),
+        "memory": candidate.memory.total,
+    }
+
+
+def comparison(runs: Sequence[Mapping[str, Any]], factors: Mapping[str, float]) -> str:
+    """Measured beside predicted, before and after calibration."""
+    lines = ["measured:"]
+    for run in runs:
+        before = sum(run["predicted"].values())
+        after = sum(seconds * factors.get(group, 1.0) for group, seconds in run["predicted"].items())
+        errors = ", ".join(
+            f"{name} {x / run['seconds'] - 1:+.1%}" for name, x in (("before", before), ("after", after))
+        )
+        memory = (
+            f"; {run['peak_bytes'] / 1e9:.1f} GB, predicted {run['memory'] / 1e9:.1f}" if run.get("peak_bytes") else ""
+        )
+        lines.append(f"  {run['layout']}: {run['seconds']:.3f} s a step, predicted {before:.3f} ({errors}){memory}")
+    return "\n".join(lines)

@@ -1,0 +1,171 @@
+"""The search and tools/tune_parallelism.py: what it ranks, refuses, writes and says."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from megatron_hybrid.config.errors import BAD_INPUT, ConfigError, UserError
+from megatron_hybrid.config.load import load_run
+from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.planner import measured, report
+from megatron_hybrid.planner.command import Question, answer
+from megatron_hybrid.planner.hardware import load
+from megatron_hybrid.planner.search import Job, degrees_of, search
+from tests.planner.test_memory import MODEL
+
+ASK = Question("olmo_hybrid_7b", 64, sequence_length=8192, global_batch_size=512)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search(Job(MODEL, 64, load("h100-80gb"), 8192, 512))
+
+
+def test_all_that_fits_fits_and_is_in_order(found):
+    assert found.candidates and found.rejections
+    times = [c.step.seconds for c in found.candidates[:40]]
+    assert times == sorted(times)
+    for candidate in found.candidates:
+        assert candidate.need <= found.job.hardware.memory
+        assert (
+            candidate.plan.global_batch_size
+            == candidate.plan.micro_batch_size * candidate.plan.dp * candidate.plan.microbatches
+        )
+
+
+def test_more_memory_never_slows_the_best(found):
+    roomy = search(replace(found.job, hardware=load("h200")))
+    twin = replace(found.job.hardware, memory=load("h200").memory)
+    assert len(search(replace(found.job, hardware=twin)).candidates) > len(found.candidates)
+    assert search(replace(found.job, hardware=twin)).candidates[0].step.seconds <= found.candidates[0].step.seconds
+    assert roomy.candidates
+
+
+def test_every_layout_has_one_outcome(found):
+    ways = [tuple(degrees_of(c.plan).items()) for c in found.candidates]
+    assert len(set(ways)) == len(ways)
+    full = [tuple(r.degrees.items()) for r in found.rejections if "recompute" in r.degrees]
+    assert not set(full) & set(ways)
+
+
+def test_emitted_runs_load_and_pass_the_trainers_checks(tmp_path):
+    for number, question in enumerate(
+        (
+            ASK,
+            replace(ASK, gpus=8, sequence_length=65536, global_batch_size=64),
+            replace(ASK, model="examples/configs/pretrain_hybrid_7b.yaml", global_batch_size=None, precision="fp8"),
+            replace(ASK, model="olmo_hybrid_tiny", gpus=4, sequence_length=64, global_batch_size=8),
+        )
+    ):
+        path = tmp_path / f"{number}.yaml"
+        best = json.loads(answer(replace(question, emit=path, json=True)))["candidates"][0]
+        run = load_run(str(path))
+        run.check_world(question.gpus)
+        assert run.parallel.tensor_parallel_size == best["tp"] and run.train.micro_batch_size == best["mbs"]
+    assert run.data.sequence_length == 64 and run.data.train[0].path == "data/train"
+    kept = load_run(str(tmp_path / "2.yaml"))
+    assert kept.precision.linear == "fp8_tensorwise" and kept.data.train[0].path == "data/olmo_mix/*.npy"
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        ("tp=4", "the best is number"),
+        ("tp=16", "waits for the network"),
+        ("cp=2", "context parallelism is not in this trainer"),
+        ("pp=64", "more pipeline ranks than the 32 layers"),
+        ("tp=1,pp=1,mbs=4,recompute=none", "needs"),
+        ("zero=false", "all of the optimizer's state on every rank"),
+        ("tp=3", "no such layout"),
+    ],
+)
+def test_why(found, condition, says):
+    assert says in report.why(found, condition)
+
+
+def test_the_table_and_the_breakdown():
+    text = answer(replace(ASK, top=3))
+    assert "3." in text and "4. " not in text.split("\n\n")[1]
+    for part in ("weights", "activations: Gated DeltaNet", "products", "delta rule", "assumed", "between nodes"):
+        assert part in text
+
+
+def test_a_picture(tmp_path):
+    answer(replace(ASK, plot=tmp_path / "a.png"))
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(gpus=0), "gpus: 0 is not a positive number"),
+        (dict(gpu="h900"), "gpu: h900 has no hardware file"),
+        (dict(sequence_length=None), "data.sequence_length: is missing; give --sequence-length"),
+        (dict(model="olmo_hybrid"), "did you mean olmo_hybrid_"),
+        (dict(why=["tp"]), "why: 'tp' is not one of"),
+        (dict(gpus=8, global_batch_size=9, sequence_length=2**20, emit="x"), "no layout fits"),
+    ],
+)
+def test_wrong_questions(change, says):
+    with pytest.raises(ConfigError, match=says):
+        answer(replace(ASK, **change))
+
+
+def test_the_tool_ends_with_its_status(root):
+    command = [sys.executable, "tools/tune_parallelism.py", "--gpus", "8", "--model"]
+    done = subprocess.run([*command, "nope"], cwd=root, capture_output=True, text=True)
+    assert done.returncode == BAD_INPUT and "Traceback" not in done.stderr and "nope" in done.stderr
+
+
+def test_the_planner_does_without_torch(root):
+    code = (
+        "import sys; from megatron_hybrid.planner.command import Question, answer;"
+        "answer(Question('olmo_hybrid_7b', 1024, sequence_length=8192, global_batch_size=1024));"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_measurements_calibrate(tmp_path, monkeypatch):
+    """The real trainer's part is a stand-in that takes a quarter longer than predicted."""
+
+    def measure(run, candidate):
+        predicted = measured.grouped(candidate.step)
+        seconds = 1.25 * sum(predicted.values())
+        return dict(layout=candidate.plan.label, gpus=candidate.plan.world_size, seconds=seconds, predicted=predicted,
+                    peak_bytes=1.02 * candidate.memory.total, memory=candidate.memory.total)  # fmt: skip
+
+    monkeypatch.setattr(measured, "measure", measure)
+    path = tmp_path / "calibration.yaml"
+    text = answer(replace(ASK, measure=3, calibration=path))
+    assert text.startswith("measured:") and "before -20.0%" in text
+    plain, calibrated = (
+        json.loads(answer(replace(ASK, json=True, calibration=c)))["candidates"][0] for c in (None, path)
+    )
+    assert calibrated["seconds"] == pytest.approx(1.25 * plain["seconds"], rel=0.03)
+    assert calibrated["device_bytes"] > plain["device_bytes"]
+    with pytest.raises(ConfigError, match="is a calibration of"):
+        answer(replace(ASK, gpu="h200", calibration=path))
+
+
+@pytest.fixture
+def tiny():
+    """A run of the tiny model, and a candidate for one rank of this machine."""
+    run = load_run("olmo_hybrid_tiny", ["run_dir=x", "train.steps=1", "train.global_batch_size=1",
+                                        "data.train=[{path: x}]", "data.sequence_length=64"])  # fmt: skip
+    return run, search(Job(run.model, 1, load("h200"), 64, 1)).candidates[0]
+
+
+def test_a_candidate_is_measured_through_the_real_engine(tiny):
+    seen = measured.measure(*tiny, steps=2)
+    assert seen["seconds"] > 0 and seen["device"] == "cpu" and set(seen["predicted"]) == set(measured.GROUPS)
+
+
+def test_a_run_that_fails_says_its_last_words(tiny):
+    run, candidate = tiny
+    broken = run.model_copy(update={"precision": PrecisionConfig(parts="transformer_engine")})
+    with pytest.raises(UserError, match="could not be measured:(.|\\n)*transformer_engine cannot run"):
+        measured.measure(broken, candidate, steps=2)

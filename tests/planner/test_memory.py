@@ -1,0 +1,126 @@
+"""The activation table and what memory is made of it: sums by hand, and what must grow or shrink with a layout."""
+
+import pytest
+import torch
+
+from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.presets import olmo3_7b, olmo_hybrid_7b
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.planner.activations import Op, Setting, backward_peak, layer_bytes, layer_ops
+from megatron_hybrid.planner.memory import expected, fullest, rank_memory
+from megatron_hybrid.planner.plan import Plan
+
+MODEL = olmo_hybrid_7b()
+
+
+def plan(tp=1, pp=1, vpp=1, gpus=64, micro_batch=1, model=MODEL, sequence=8192, **more) -> Plan:
+    sizes = dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp)
+    return Plan(model, ParallelConfig(**sizes, **more), gpus, sequence, micro_batch, 512)
+
+
+def test_a_gated_delta_net_layer_by_hand():
+    h, f, key, value, heads, packed = 3840, 11008, 2880, 5760, 30, 17344
+    stream = 4 * 2 * h + 8  # two residual inputs and two norms' outputs, with the norms' statistics
+    mixer = 2 * packed + 2 * (2 * key + value) + 8 * heads + heads * (2 * 64 * 2 + 4) + 2 * value + 2 * value
+    found = layer_bytes("G", plan().widths, Setting.of(plan()), "none")
+    assert found.saved == stream + mixer + 2 * 3 * f
+
+
+def test_an_attention_layer_by_hand():
+    h, f, heads = 3840, 11008, 30
+    stream = 4 * 2 * h + 8  # two linears' inputs, and the inputs of two norms
+    mixer = 2 * 3 * h + 8 + 2 * 3 * h + 2 * h + 4 * heads  # qkv before and after the norm, output, log-sum-exp
+    found = layer_bytes("A", plan().widths, Setting.of(plan()), "none")
+    assert found.saved == stream + mixer + 2 * 3 * f
+
+
+@pytest.mark.parametrize("kind", ["G", "A"])
+def test_tensor_parallelism_divides_what_a_layer_keeps(kind):
+    whole, half = (layer_bytes(kind, p.widths, Setting.of(p), "none").saved for p in (plan(), plan(2)))
+    assert half == pytest.approx(whole / 2, rel=1e-3)
+    alone = plan(2, sequence_parallel=False)
+    assert layer_bytes(kind, alone.widths, Setting.of(alone), "none").saved > half
+
+
+@pytest.mark.parametrize("kind", ["G", "A"])
+def test_recomputation_keeps_less_and_needs_more_at_a_time(kind):
+    none, selective, full = (
+        layer_bytes(kind, plan().widths, Setting.of(plan()), r) for r in ("none", "selective", "full")
+    )
+    assert none.saved > selective.saved > full.saved == 2 * 3840
+    assert full.transient > none.transient
+    assert full.saved + full.transient == pytest.approx(none.saved + none.transient, rel=1e-6)
+
+
+def test_backward_peak_counts_what_is_freed_on_the_way():
+    ops = [Op("a", saved=10, gradient=4), Op("b", saved=100, gradient=1), Op("c", saved=1, gradient=50)]
+    # c: 111 kept + 50 of its gradient + 5 coming in;  b: 110 + 50 + 1
+    assert backward_peak(ops, 0.0) == 111 + 50
+    assert backward_peak(ops, 5.0) == 111 + 50 + 5 + 5
+
+
+class _Saved:
+    """Bytes of distinct storages that autograd keeps, parameters and what was there before aside."""
+
+    def __init__(self, *known: torch.Tensor):
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.found: dict[int, int] = {}
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.hooks.__exit__(*exception)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.known:
+            self.found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def test_swiglu_keeps_what_the_table_says():
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    from megatron_hybrid.parallel.device import use_cpu_backend
+
+    use_cpu_backend()
+    tokens, ffn = 64, 48
+    packed = torch.randn(tokens, 1, 2 * ffn, dtype=torch.bfloat16, requires_grad=True)
+    with _Saved() as saved:
+        bias_swiglu_impl(packed * 1, None)
+    row = next(op for op in layer_ops("G", plan().widths, Setting.of(plan())) if op.name == "SwiGLU")
+    assert sum(saved.found.values()) == row.saved * tokens * ffn / plan().widths.ffn
+
+
+def test_pipelines_hold_more_micro_batches_on_their_first_rank():
+    first, last = (rank_memory(plan(pp=4), rank) for rank in (0, 3))
+    assert first.activations["G"] == pytest.approx(4 * last.activations["G"])
+    interleaved = rank_memory(plan(pp=4, vpp=2), 0)
+    assert interleaved.activations["G"] / first.activations["G"] == pytest.approx(1 + 3 / 8)
+
+
+def test_dummy_heads_are_told():
+    assert fullest(plan(2)).padding < 0.01e9 < fullest(plan(4)).padding
+    assert fullest(plan(1, model=olmo3_7b())).padding == 0
+
+
+def test_parts_add_up_and_the_line_says_so():
+    memory = fullest(plan(2))
+    assert sum(memory.parts().values()) == pytest.approx(memory.total)
+    assert f"{memory.total / 1e9:.1f} GB" in memory.line()
+
+
+def test_what_the_trainer_asks():
+    run = RunConfig.model_validate(
+        {
+            "run_dir": "x",
+            "model": MODEL.model_dump(mode="json"),
+            "data": {"train": [{"path": "x"}], "sequence_length": 8192},
+            "train": {"steps": 1, "global_batch_size": 512},
+            "parallel": {"tensor_parallel_size": 2},
+        }
+    )
+    assert expected(run, 64) == fullest(plan(2))

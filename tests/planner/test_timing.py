@@ -1,0 +1,78 @@
+"""Step times: what parts there are, and how they move with a layout."""
+
+import pytest
+
+from megatron_hybrid.config.flops import training_flops_per_token
+from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.planner import network
+from megatron_hybrid.planner.hardware import load
+from megatron_hybrid.planner.timing import Clock
+from tests.planner.test_memory import MODEL, plan
+
+H100 = load("h100-80gb")
+CLOCK = Clock(H100)
+
+
+def test_products_take_their_flops_at_the_measured_rate():
+    one = CLOCK.step(plan(gpus=1, micro_batch=1))
+    matrices = training_flops_per_token(MODEL, 1) * one.tokens
+    assert matrices / one.parts["products"] == pytest.approx(1 / H100.linear["bf16"]["backward"].per_flop, rel=0.05)
+    assert one.mfu == pytest.approx(training_flops_per_token(MODEL, 8192) * one.tokens / one.seconds / 989e12)
+
+
+def test_replicas_share_the_batch():
+    one, many = CLOCK.step(plan(2, gpus=2)), CLOCK.step(plan(2, gpus=64))
+    assert many.seconds == pytest.approx(one.seconds / 32, rel=0.03)
+    assert "DP communication" in many.parts and "DP communication" not in one.parts
+
+
+def test_overlap_hides_the_data_parallel_communication():
+    seen, hidden = (CLOCK.step(plan(gpus=64, overlap_grad_reduce=on, overlap_param_gather=on)) for on in (False, True))
+    assert hidden.parts["DP communication"] < 0.1 * seen.parts["DP communication"]
+    total = hidden.parts["DP communication"] + hidden.hidden["DP communication, hidden"]
+    assert total == pytest.approx(seen.parts["DP communication"])
+
+
+def test_recomputation_costs_time_and_no_mfu_is_claimed_for_it():
+    none, selective, full = (CLOCK.step(plan(recompute=r)) for r in ("none", "selective", "full"))
+    assert none.seconds < selective.seconds < full.seconds
+    assert full.parts["products"] / none.parts["products"] == pytest.approx(4 / 3, rel=0.05)
+    assert none.mfu * none.seconds == pytest.approx(full.mfu * full.seconds)
+
+
+def test_playing_the_schedule_agrees_with_the_closed_form():
+    for pp, vpp in ((2, 1), (4, 1), (4, 2), (8, 4)):
+        one = plan(pp=pp, vpp=vpp)
+        assert CLOCK.step(one, played=True).seconds == pytest.approx(CLOCK.step(one).seconds, rel=0.03)
+
+
+def test_fp8_speeds_up_products_alone():
+    fp8 = plan()
+    fp8 = type(fp8)(**{**vars_of(fp8), "precision": PrecisionConfig(linear="fp8_tensorwise")})
+    bf16 = CLOCK.step(plan())
+    assert CLOCK.step(fp8).parts["products"] < 0.8 * bf16.parts["products"]
+    assert CLOCK.step(fp8).parts["delta rule"] == bf16.parts["delta rule"]
+
+
+def vars_of(one) -> dict:
+    return {name: getattr(one, name) for name in one.__dataclass_fields__}
+
+
+def test_a_node_s_edge_is_what_makes_groups_slow():
+    inside, across = network.groups(plan(8), 8)["tp"], network.groups(plan(8), 4)["tp"]
+    assert (inside.nodes, across.nodes) == (1, 2)
+    size = 2**26
+    assert network.seconds("all_gather", size, across, H100) > network.seconds("all_gather", size, inside, H100)
+    assert network.seconds("all_gather", size, network.Group(1, 1), H100) == 0
+
+
+def test_a_group_with_more_members_in_a_node_has_more_of_the_network():
+    few, many = (network.seconds("reduce_scatter", 2**34, network.Group(64, n), H100) for n in (1, 8))
+    assert few > 4 * many
+
+
+def test_factors_scale_their_parts():
+    slow = Clock(H100.calibrated({"compute": 1.5, "communication": 2.0})).step(plan(2))
+    fast = CLOCK.step(plan(2))
+    assert slow.parts["products"] == pytest.approx(1.5 * fast.parts["products"])
+    assert slow.parts["optimizer"] == fast.parts["optimizer"]
