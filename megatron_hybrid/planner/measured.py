@@ -89,8 +89,7 @@ def measure(run: RunConfig, candidate: Candidate, steps: int = 10) -> dict[str, 
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        words = "\n".join((done.stderr or done.stdout).strip().splitlines()[-12:])
-        raise UserError(f"{plan.label}: could not be measured:\n{words}")
+        raise UserError(f"{plan.label}: could not be measured:\n{_last_words(done.stderr or done.stdout)}")
     found = json.loads(lines[-1])
     return {
         "layout": plan.label,
@@ -102,6 +101,13 @@ def measure(run: RunConfig, candidate: Candidate, steps: int = 10) -> dict[str, 
         "predicted": grouped(candidate.step),
         "memory": candidate.memory.total,
     }
+
+
+def _last_words(text: str, most: int = 12) -> str:
+    """What the ranks said, without what the launcher says of their end."""
+    lines = text.strip().splitlines()
+    end = next((i for i, line in enumerate(lines) if "elastic/multiprocessing" in line), len(lines))
+    return "\n".join(lines[:end][-most:])
 
 
 def comparison(runs: Sequence[Mapping[str, Any]], factors: Mapping[str, float]) -> str:
