@@ -4,6 +4,7 @@ Unlike torchrun it keeps the ranks' exit code (75 asks for a requeue, 78 tells o
 SIGTERM to them instead of ending them, and gives them all the time they need to save.
 """
 
+import ctypes
 import os
 import shutil
 import signal
@@ -50,6 +51,15 @@ def ranks_of_node(cpu_ranks: int | None, gpus: int | None, env: Mapping[str, str
     return gpus or visible
 
 
+_libc = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _die_with_the_launcher() -> None:
+    """In a rank before its program starts: a launcher that is killed leaves no ranks behind on the GPUs."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Node:
     """The ranks of this node.
 
@@ -76,6 +86,7 @@ class Node:
         self._ranks = [
             subprocess.Popen(
                 command,
+                preexec_fn=_die_with_the_launcher,
                 env=os.environ
                 | {k: str(v) for k, v in common.items()}
                 | {"RANK": str(node.rank * ranks + local), "LOCAL_RANK": str(local)},

@@ -1,9 +1,11 @@
 """A SLURM cluster of two nodes on loopback, and the 7B example's script run on it with a tiny model on CPU ranks."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,10 +64,18 @@ class Example:
         path = (run_dir or self.run_dir) / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float) -> Any:
+        """The condition's first true value; after `seconds` without one the test fails, with the log and the queue."""
+        try:
+            return wait_for(condition, what, seconds)
+        except TimeoutError as error:
+            queue = self.cluster.run("scontrol", "show", "job", "-o").stdout
+            pytest.fail(f"{error}\n{self.log()}\n{queue}\n{self.cluster.logs()}")
+
     def wait_for_end(self, job: str, seconds: float) -> dict[str, str]:
         """The job once it is over and no longer to be requeued."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        wait_for(lambda: self.cluster.job(job)["JobState"] in over, f"the end of job {job}:\n{self.log()}", seconds)
+        self.wait_for(lambda: self.cluster.job(job)["JobState"] in over, f"the end of job {job}", seconds)
         return self.cluster.job(job)
 
 

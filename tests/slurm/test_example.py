@@ -11,6 +11,7 @@ from megatron_hybrid.checkpoint.manager import complete_checkpoints
 from tests.slurm.cluster import NODES, wait_for
 from tests.slurm.conftest import SCRIPT
 
+FOR_EVER, AFTERWARDS = 100_000, 20  # steps: slurmctld looks at time limits every 30 s, and the run must not end before
 CURVE = ("step", "loss", "z_loss", "grad_norm", "lr", "tokens")
 
 
@@ -19,38 +20,45 @@ def curve(lines: list[dict]) -> list[tuple]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_time_limit_s_signal_requeues_and_the_run_resumes(example, cluster):
     """The job's time limit is cut once it trains, SLURM warns it, and the curve is that of a run nobody disturbed."""
-    example.config["train"] |= {"steps": 100, "global_batch_size": 64}
-    # In a machine's own shell, no SLURM: the same script, uninterrupted, four ranks on one node.
-    straight = example.folder / "straight"
-    alone = subprocess.Popen(
-        ["bash", SCRIPT, f"run_dir={straight}"],
-        cwd=example.root,
-        env=os.environ | example.variables(CPU_RANKS="4", PATH=without_sbatch(example.folder)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    schedule = {"warmup_steps": 2, "decay_steps": 1000}  # which does not depend on train.steps
+    example.config["train"] |= {"steps": FOR_EVER, "micro_batch_size": 4, "schedule": schedule}
     # Warned 120 s before its end, which from the next look of slurmctld (every 30 s) is at once.
     submitted = example.submit(SBATCH_SIGNAL="B:USR1@120")
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.split()[-1]
-    wait_for(lambda: len(example.metrics()) >= 3, f"three steps:\n{example.log()}", 120)
+    example.wait_for(lambda: len(example.metrics()) >= 3, "three steps", 120)
     minutes = 2 + seconds(cluster.job(job)["RunTime"]) // 60
     cluster.output("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-    wait_for(lambda: "requeueing job" in example.log(), f"the warning:\n{example.log()}", 90)
+    example.wait_for(lambda: "requeueing job" in example.log(), "the warning", 90)
     (saved,) = complete_checkpoints(example.run_dir / "checkpoints")
     stopped_at = int(saved.name.removeprefix("step-"))
-    assert 3 <= stopped_at < 100, "the signal came while it trained"
-    ended = example.wait_for_end(job, 120)
+    assert stopped_at >= 3, "the signal came while it trained"
+    example.wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", "the requeued job", 30)
+    cluster.output("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    steps = example.config["train"]["steps"] = stopped_at + AFTERWARDS
+    example.variables()  # writes the configuration, which the job reads when it starts again
+
+    ended = example.wait_for_end(job, 240)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), example.log()
-    assert re.search(rf"asked to stop: saved step {stopped_at} of 100", example.log())
-    assert f"resumed from {saved}" in example.log()
+    assert f"asked to stop: saved step {stopped_at} of {FOR_EVER}" in example.log()
+    assert f"resumed from {saved}" in example.log() and len(example.metrics()) == steps
     assert "preflight: 2 nodes, 4 ranks" in example.log() and all(f"\n  {node} " in example.log() for node in NODES)
-    output, _ = alone.communicate(timeout=120)
-    assert alone.returncode == 0, output
-    assert "preflight: 1 node, 4 ranks" in output
+
+    # On one machine, without SLURM: the same script, four ranks, undisturbed.
+    straight = example.folder / "straight"
+    alone = subprocess.run(
+        ["bash", SCRIPT, f"run_dir={straight}"],
+        cwd=example.root,
+        env=os.environ | example.variables(CPU_RANKS="4", PATH=without_sbatch(example.folder)),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert "preflight: 1 node, 4 ranks" in alone.stdout
     assert curve(example.metrics()) == curve(example.metrics(straight)), "the same numbers, to the last bit"
     assert math.log(97) - 0.3 > example.metrics()[-1]["loss"], "and they fall"
 
