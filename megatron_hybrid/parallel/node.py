@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from megatron_hybrid.config.errors import BAD_INPUT, REQUEUE
 from megatron_hybrid.parallel.environment import Launch, LaunchError, free_port
 
-GRACE_S = 10.0
-"""What ranks get to end by themselves, and to say why, once one of them has failed."""
+GRACE_S = 5.0
+"""What ranks, here and on other nodes, get to end by themselves, and to say why, once one of them has failed."""
 POLL_S = 0.05
 QUIET = (REQUEUE, BAD_INPUT)
 """The ranks have said why."""
@@ -119,15 +119,14 @@ class Node:
                 self._pass_on()
             time.sleep(POLL_S)
             codes = [rank.poll() for rank in self._ranks]
+        deadline = time.monotonic() + GRACE_S
         if None in codes:
-            self._end_the_rest()
+            self._end_the_rest(deadline)
             codes = codes if any(codes) else [rank.returncode for rank in self._ranks]
         failed = next((local for local, code in enumerate(codes) if code), None)
-        return 0 if failed is None else self._status(failed, codes[failed] or 0)
+        return 0 if failed is None else self._status(failed, codes[failed] or 0, deadline)
 
-    def _end_the_rest(self) -> None:
-        """They have some seconds to end by themselves, and to say why."""
-        deadline = time.monotonic() + GRACE_S
+    def _end_the_rest(self, deadline: float) -> None:
         while any(rank.poll() is None for rank in self._ranks) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         for rank in self._ranks:
@@ -135,7 +134,7 @@ class Node:
                 rank.kill()
             rank.wait()
 
-    def _status(self, local: int, code: int) -> int:
+    def _status(self, local: int, code: int, deadline: float) -> int:
         if self._failed_elsewhere:  # that node tells its own status, and srun takes the largest
             return code if code > 0 else 1
         if code not in QUIET:
@@ -143,13 +142,17 @@ class Node:
             rank = self.node.rank * len(self._ranks) + local
             print(f"launch: rank {rank} on {os.uname().nodename} ended with {how}", file=sys.stderr, flush=True)
         if code != REQUEUE:  # with which all ranks end, and only when all have saved
-            tell_other_nodes(self.node)
+            tell_other_nodes(self.node, deadline)
         return code if code > 0 else 128 - code
 
 
-def tell_other_nodes(node: Launch) -> None:
-    """Under srun: the other launchers end their ranks now, instead of waiting for one that is gone."""
+def tell_other_nodes(node: Launch, deadline: float) -> None:
+    """Under srun: at the deadline the other launchers end those ranks that still wait for one that is gone.
+
+    Not earlier: what is wrong here is mostly wrong there as well, and these launchers may only just be starting.
+    """
     if node.world_size > 1 and node.launcher == "srun" and shutil.which("scancel"):
+        time.sleep(max(0.0, deadline - time.monotonic()))
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
         subprocess.run(["scancel", "--signal=USR2", step], capture_output=True, timeout=60)
@@ -165,6 +168,6 @@ def run_node(command: Sequence[str], cpu_ranks: int | None = None, gpus: int | N
     try:
         ranks = ranks_of_node(cpu_ranks, gpus)
     except LaunchError:
-        tell_other_nodes(node)
+        tell_other_nodes(node, time.monotonic() + GRACE_S)
         raise
     return Node(command, ranks, node).wait()

@@ -79,6 +79,8 @@ def preflight(
     size = (config.all_reduce_mib or (256 if has_cuda() else 4)) << 20
     report.inside_gb_s = all_reduce_gb_s(ranks_of_nodes[mine], size)
     report.between_gb_s = between_gb_s(ranks_of_nodes, mine, size)
+    if has_cuda():
+        torch.cuda.empty_cache()  # what was measured with is not the run's
     reports: list[RankReport] = _gather(report)
     broken, slow = verdict(reports, config.slow_below)
     if launch.rank == 0:

@@ -58,14 +58,12 @@ def test_ranks_find_what_torchrun_would_tell_them(launch):
     ],
 )
 def test_the_first_failure_ends_all_and_gives_the_status(launch, end, status, says):
-    # rank 0 would sleep for ever, but ends when it is asked to: the launcher's patience is not what is tested
-    process = launch(f"if rank == 1: {end}\ntime.sleep(11 if {status} == 3 else 0.5)\nsay(f'end of {{rank}}')")
-    start = time.monotonic()
+    # rank 0 outlasts the launcher's patience in one of the cases
+    process = launch(f"if rank == 1: {end}\ntime.sleep(20 if {status} == 3 else 0.5)\nsay(f'end of {{rank}}')")
     output, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert re.search(says, errors) if says else "launch:" not in errors
-    if status == 3:  # after its grace, rank 0 was ended
-        assert "end of 0" not in output and time.monotonic() - start < 30
+    assert ("end of 0" in output) == (status != 3), "those that end in time do so by themselves"
 
 
 @pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM])

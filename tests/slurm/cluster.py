@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 NODES = ("first", "second")
+DAEMONS = ("munged", "slurmctld", "slurmd")
 # cred_expire is also how long a requeued job waits before it may start again (120 s by default).
 CONFIG = """
 ClusterName=tests
@@ -62,6 +63,11 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float) -> Any:
     raise TimeoutError(f"{what}: not after {seconds:.0f} s")
 
 
+def find_daemon(name: str) -> str | None:
+    """Where a daemon's program lies; None where it is not installed."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
 class Cluster:
     """Starts the daemons, and stops them by their process ids."""
 
@@ -95,9 +101,8 @@ class Cluster:
         return self
 
     def _daemon(self, program: str, *arguments) -> None:
-        path = shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-        if path is None:
-            raise FileNotFoundError(f"{program} is missing: apt-get install slurm-wlm munge")
+        path = find_daemon(program)
+        assert path is not None, program
         with open(self.folder / f"{program}.out", "ab") as out:
             self._daemons.append(
                 subprocess.Popen([path, *map(str, arguments)], stdout=out, stderr=out, env=self.environment)

@@ -112,8 +112,9 @@ def test_a_full_disk_is_seen_before_the_first_step(example, small_disk):
 def test_a_disk_that_fills_up_on_the_way_keeps_its_own_status(example, small_disk):
     """Room for a checkpoint at the start, and none when it is written: the ranks' own error, on every node at once."""
     example.config["run_dir"] = str(small_disk / "run")
+    (small_disk / "filler").write_bytes(bytes((4 << 20) - (1400 << 10)))
     example.config["train"]["steps"] = 200
-    example.config["checkpoint"] = {"interval": 4, "keep_last": None}
+    example.config["checkpoint"] = {"interval": 1, "keep_last": None}
     job = example.sbatch(CPU_RANKS="1")
     assert job["ExitCode"] == "1:0", example.log()
     assert "No space left on device" in example.log()
