@@ -84,12 +84,14 @@ def curve(
         path = manager.save(steps, {"updates": engine.optimizer.updates}, {})
         manager.close()
     parameters = {name: p.detach().clone() for name, p, _ in engine.layout.parameters(engine.chunks)}
+    updates = engine.optimizer.updates
+    engine.close()
     return {
         "losses": losses,
         "norms": norms,
         "parameters": parameters,
         "path": str(path),
-        "updates": engine.optimizer.updates,
+        "updates": updates,
     }
 
 

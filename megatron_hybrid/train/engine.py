@@ -67,9 +67,11 @@ class MegatronEngine:
         )
 
     def close(self) -> None:
-        """Let go of the model's memory: DDP's hooks hold it in a cycle that Python's collector does not see."""
+        """Let go of the memory. Hooks that C++ holds tie model and optimizer into cycles Python's collector does not see."""
         for chunk in self.wrapped:
             chunk.grad_accs.clear()
+            config = chunk.module.config
+            config.grad_scale_func = config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
 
     def gradient_norm(self) -> float:
         return self.optimizer.gradient_norm()

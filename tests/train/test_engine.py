@@ -1,0 +1,44 @@
+"""MegatronEngine's life."""
+
+import gc
+import weakref
+
+import pytest
+
+from tests import jobs
+
+MODEL = dict(
+    layer_pattern="GGA",
+    hidden_size=64,
+    ffn_hidden_size=128,
+    vocab_size=257,
+    num_attention_heads=4,
+    gdn=dict(num_key_heads=4, num_value_heads=4, key_head_dim=16, value_head_dim=32),
+)
+
+
+def what_is_left(train: dict) -> list[str]:
+    """Which parts of a closed engine that has trained a step are still in memory."""
+
+    def watched() -> dict[str, weakref.ref]:
+        engine = jobs.make_engine(MODEL, {}, train)
+        engine.forward_backward(jobs.batches_of(engine, jobs.samples_of_step(0, 2, 257), 1))
+        engine.update(1e-3, engine.gradient_norm())
+        (part,) = engine.optimizer._parts()
+        parts = {
+            "parameter": next(engine.chunks[0].parameters()),
+            "gradient buffer": engine.wrapped[0].buffers[0],
+            "optimizer state": part.optimizer.param_groups[0]["params"][0],
+        }
+        engine.close()
+        return {name: weakref.ref(part) for name, part in parts.items()}
+
+    references = watched()
+    gc.collect()
+    return [name for name, reference in references.items() if reference() is not None]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_closed_engine_leaves_no_memory_behind(dtype, ranks):
+    (left,) = ranks.run(what_is_left, 1, train=dict(steps=1, global_batch_size=2, dtype=dtype))
+    assert left == []
