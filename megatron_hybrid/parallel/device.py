@@ -8,6 +8,7 @@ decide (CPU initialisation, fusions, batched p2p) is decided there, in model/meg
 import contextlib
 import functools
 import logging
+import os
 import sys
 import time
 
@@ -33,6 +34,8 @@ def communication_backend() -> str:
 
 def setup_device(local_rank: int) -> str:
     """Choose this process's device and make megatron-core run on it. Returns a line that says what was chosen and why."""
+    # megatron-core and Transformer Engine overlap communication with matrix products by the order of launches
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda():
         count = torch.cuda.device_count()
         if local_rank >= count:

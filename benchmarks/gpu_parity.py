@@ -1,0 +1,53 @@
+"""How far training on GPUs lies from its oracle, as tests/gpu/test_training.py checks it: one GPU from the CPU, FP8 from bf16,
+layouts from one GPU. Largest relative differences over ten steps.
+
+python benchmarks/gpu_parity.py
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+
+
+def main() -> None:
+    import torch
+    from kernel_timing import write_gpu
+    from report import bounded
+
+    from tests.gpu import jobs
+
+    rows: list[dict] = []
+
+    def compare(case: str, expected: dict, found: dict, goal: float) -> None:
+        rows.append(bounded(case, "loss", "relative", jobs.difference(expected, found, "losses"), goal))
+        rows.append(bounded(case, "gradient norm", "relative", jobs.difference(expected, found, "norms"), 10 * goal))
+        if "resumed" in found:
+            same = found["resumed"] == found["losses"] and found["same_parameters"]
+            rows.append(bounded(f"{case}, resumed", "losses and parameters that differ", "", int(not same), 0))
+
+    with tempfile.TemporaryDirectory() as folder:
+        cpu, gpu = jobs.on_cpu(), jobs.on_one_gpu(Path(folder))
+    for name in ("fp32", "fp32, wide"):
+        compare(f"{name}: a GPU from the CPU", cpu[name], gpu[name], 1e-4)
+    for name in ("bf16, local", "bf16"):
+        if name in gpu:
+            compare(f"{name}: a GPU from the CPU in fp32", cpu["fp32"], gpu[name], 1e-2)
+    for name in gpu:
+        if name.startswith("fp8"):
+            compare(f"{name}: from bf16", gpu["bf16"], gpu[name], 2e-2)
+    write_gpu("gpu_parity", rows)
+    for count in jobs.LAYOUTS:
+        if torch.cuda.device_count() < count:
+            continue
+        for name, found in jobs.on_several(count).items():
+            fmt = next((f for f in sorted(jobs.FP8_FORMATS, key=len, reverse=True) if name.endswith(f)), None)
+            expected, goal = (gpu[fmt], 1e-2) if fmt else (gpu["fp32, wide"], 1e-4)
+            compare(f"{name}: from one GPU", expected, found, goal)
+        write_gpu("gpu_parity", rows)
+
+
+if __name__ == "__main__":
+    main()

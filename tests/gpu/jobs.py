@@ -1,0 +1,129 @@
+"""What is trained on GPUs to be compared: jobs by name, in fp32 on the CPU, on one GPU in every format, on several by layout.
+
+benchmarks/gpu_parity.py records what tests/gpu/test_training.py checks.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODEL = dict(
+    layer_pattern="GGGA",
+    hidden_size=256,
+    ffn_hidden_size=512,
+    vocab_size=257,
+    num_attention_heads=2,
+    gdn=dict(num_key_heads=6, num_value_heads=6, key_head_dim=96, value_head_dim=192),
+)
+STEPS = 10
+
+
+def job(parallel: dict | None = None, dtype: str = "fp32", precision: dict | None = None, **more) -> dict:
+    return (
+        dict(
+            model=MODEL | more.pop("model", {}),
+            parallel=parallel or {},
+            train=dict(steps=STEPS, global_batch_size=8, micro_batch_size=1, dtype=dtype, optimizer=dict(eps=1e-2)),
+            precision=precision or {},
+            steps=STEPS,
+            sequence_length=256,
+        )
+        | more
+    )
+
+
+def layout(tp=1, pp=1, vpp=1, **more) -> dict:
+    return dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp, **more)
+
+
+FORMATS = {
+    "fp8 delayed": dict(linear="fp8_delayed"),
+    "fp8 tensorwise": dict(linear="fp8_tensorwise"),
+    "fp8 blockwise": dict(linear="fp8_blockwise"),
+    "fp8 delayed, attention": dict(linear="fp8_delayed", attention="fp8"),
+    "fp8 tensorwise, attention": dict(linear="fp8_tensorwise", attention="fp8"),
+    "fp8 tensorwise, ends in bf16": dict(linear="fp8_tensorwise", bf16_layers_at_start=1, bf16_layers_at_end=1),
+}
+RESUMED = ["bf16", "fp8 delayed, attention", "fp8 tensorwise, attention"]
+WIDE = dict(model=dict(num_attention_heads=4))  # so that four ranks have heads; 6 Gated DeltaNet heads are padded to 8
+OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
+LAYOUTS = {
+    2: {
+        "TP2": layout(2),
+        "TP2, no sequence parallelism": layout(2, sequence_parallel=False),
+        "PP2": layout(pp=2),
+        "PP2, VPP2": layout(pp=2, vpp=2),
+        "DP2, overlapped": layout(**OVERLAP),
+    },
+    4: {
+        "TP4, padded heads": layout(4),
+        "PP4": layout(pp=4),
+        "PP2, VPP2, DP2, overlapped": layout(pp=2, vpp=2, **OVERLAP),
+        "DP4, overlapped": layout(**OVERLAP),
+        "TP2, PP2": layout(2, 2),
+    },
+}
+FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped")
+FP8_FORMATS = ("fp8 delayed", "fp8 tensorwise", "fp8 tensorwise, attention")
+
+
+def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu") -> dict[str, dict]:
+    """Results of the jobs (tests/gpu/curves.py), from one launch of that many ranks."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        )
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            "-m",
+            "tests.gpu.curves",
+        ]
+        command = [sys.executable, *launch, str(folder / "jobs.json"), str(folder / "results.json")]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{ranks} ranks ended with status {done.returncode}\n{done.stderr[-6000:]}")
+        return json.loads((folder / "results.json").read_text())
+
+
+def on_cpu() -> dict[str, dict]:
+    """The oracle."""
+    return curves({"fp32": job(), "fp32, wide": job(**WIDE)}, device="cpu")
+
+
+def on_one_gpu(folder: Path) -> dict[str, dict]:
+    """Every format, some of them also saved in `folder` and resumed."""
+    jobs = {"fp32": job(), "fp32, wide": job(**WIDE), "bf16, local": job(dtype="bf16", precision=dict(parts="local"))}
+    if find_spec("transformer_engine"):
+        for name, precision in {"bf16": {}, **FORMATS}.items():
+            resumed = {"resume": str(folder / name.replace(" ", "_"))} if name in RESUMED else {}
+            jobs[name] = job(dtype="bf16", precision=precision, **resumed)
+        recompute = layout(recompute="full")
+        jobs["fp8 tensorwise, full recompute"] = job(recompute, "bf16", precision=dict(linear="fp8_tensorwise"))
+    return curves(jobs)
+
+
+def on_several(count: int) -> dict[str, dict]:
+    """Layouts of that many GPUs in fp32, some of two GPUs also in FP8."""
+    jobs = {name: job(parallel, **WIDE) for name, parallel in LAYOUTS[count].items()}
+    if count == 2 and find_spec("transformer_engine"):
+        for name in FP8_LAYOUTS:
+            for fmt in FP8_FORMATS:
+                jobs[f"{name}, {fmt}"] = job(LAYOUTS[2][name], "bf16", FORMATS[fmt])
+    return curves(jobs, count)
+
+
+def difference(expected: dict, found: dict, what: str) -> float:
+    """Largest relative difference of two curves: `losses` or `norms`."""
+    return max(abs(a - b) / abs(a) for a, b in zip(expected[what], found[what], strict=True))
