@@ -13,50 +13,62 @@ from kernel_timing import cpu_ms, gpu_ms, kernels, write_gpu  # noqa: E402
 from report import row  # noqa: E402
 
 from hybrid_kernels.gated_delta_rule import gated_delta_rule  # noqa: E402
-from hybrid_kernels.testing import delta_rule_inputs, relative_error  # noqa: E402
+from hybrid_kernels.testing import HARD_CASES, delta_rule_inputs, relative_error  # noqa: E402
 
 K, V = 96, 192
-NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta")
-HARD = (
-    ("beta U(0,2)", {}),
-    ("beta 1.99", dict(beta=1.99)),
-    ("cosine .5", dict(cosine=0.5)),
-    ("cosine .9, gate 0", dict(cosine=0.9, gate=0.0)),
-    ("cosine 1, beta 1.99, gate -1e-3", dict(cosine=1.0, beta=1.99, gate=-1e-3)),
-    ("gate -50", dict(gate=-50.0)),
-)
+NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta", "dinitial", "final")
 SHAPES = ((1, 8192, 30), (4, 8192, 30), "ragged", (1, 8192, 15), (1, 65536, 15), (1, 8192, 8))
 SHORT = [0, 1, 1, 500, 1700, 1701, 4096]
 RAGGED = [0, 1, 1, 500, 1700, 1701, 4096, 4160, 8192]
 
 
-def results(inputs, backend, **options):
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    o, _ = gated_delta_rule(*leaves, backend=backend, **options)
-    do = torch.randn(o.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return (o, *torch.autograd.grad(o, leaves, do.to(o.device, o.dtype)))
+def results(inputs, backend, initial=None, **options):
+    """o, the gradients of `inputs`, and those of the initial state and the final state if there is one."""
+    leaves = [x.detach().clone().requires_grad_() for x in (*inputs, *([] if initial is None else [initial]))]
+    q, k, *rest = leaves[:5]
+    if (
+        backend == "fla" and q.shape[2] != rest[0].shape[2]
+    ):  # its TileLang kernels take as many key heads as value heads
+        q, k = (x.repeat_interleave(rest[0].shape[2] // x.shape[2], 2) for x in (q, k))
+    o, final = gated_delta_rule(
+        q, k, *rest, backend=backend, initial_state=None if initial is None else leaves[5],
+        output_final_state=initial is not None, **options
+    )  # fmt: skip
+    out = [o] if final is None else [o, final]
+    generator = torch.Generator().manual_seed(7)
+    given = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype) for x in out]
+    return (o, *torch.autograd.grad(out, leaves, given), *out[1:])
 
 
 def errors() -> list[dict]:
-    rows = []
-    cases = [(name, 1024, None, hard) for name, hard in HARD]
-    cases += [(f"T {t}", t, None, {}) for t in (1, 63, 64, 65, 4096)] + [("ragged", 4096, SHORT, {})]
-    for name, length, bounds, hard in cases:
-        inputs = delta_rule_inputs(1, length, 30, 30, K, V, dtype=torch.bfloat16, device="cuda", **hard)
-        cu = None if bounds is None else torch.tensor(bounds, device="cuda", dtype=torch.int32)
-        exact = results([x.double() for x in inputs], "torch", cu_seqlens=cu)
-        peer = results(inputs, "fla", cu_seqlens=cu)
+    """Every case on both backends: whether two runs agree, and the error that is worst beside fla's on the same data."""
+    rows, heads = [], dict(key_heads=30, heads=30)
+    cases = [(name, dict(length=1024, **heads, **hard), {}) for name, hard in HARD_CASES.items()]
+    cases += [(f"T {t}", dict(length=t, **heads), {}) for t in (1, 63, 64, 65, 8192)]
+    cases += [("ragged", dict(length=4096, **heads), dict(cu_seqlens=torch.tensor(SHORT).int().cuda()))]
+    cases += [("10 key heads, 30 value heads", dict(length=1024, key_heads=10, heads=30), {})]
+    cases += [("initial and final state", dict(length=1024, **heads), dict(initial=torch.randn(1, 30, K, V).cuda()))]
+    for name, shape, options in cases:
+        inputs = delta_rule_inputs(1, key_dim=K, value_dim=V, dtype=torch.bfloat16, device="cuda", **shape)
+        doubled = {k: x.double() if x.is_floating_point() else x for k, x in options.items()}
+        exact = results([x.double() for x in inputs], "torch", **doubled)
+        peer = results(inputs, "fla", **options)
         for backend in ("hopper", "triton"):
-            ours = results(inputs, backend, cu_seqlens=cu)
-            again = results(inputs, backend, cu_seqlens=cu)
-            same = all(torch.equal(x, y) for x, y in zip(ours, again))
-            rows.append(row(f"{name}, {backend}", "bitwise the same twice", "bool", same))
+            ours = results(inputs, backend, **options)
+            same = all(torch.equal(x, y) for x, y in zip(ours, results(inputs, backend, **options)))
+            rows.append(dict(row(f"{name}, {backend}", "bitwise the same twice", "bool", same), goal=True, met=same))
+            beside = []
             for what, x, y, z in zip(NAMES, ours, peer, exact):
                 # dg under strong decay is noise against what it is the difference of: a floor to what counts
                 mine, theirs = relative_error(x, z, 1e-3), relative_error(y, z, 1e-3)
-                rows.append(
-                    row(f"{name}, {backend}", f"error of {what}", "relative RMS", mine, theirs, "fla 0.6", 1 / 1.2)
+                finite = bool(torch.isfinite(x).all())
+                beside.append(
+                    (mine / theirs if finite and theirs else float(mine > 0 or not finite), what, mine, theirs)
                 )
+            print(name, backend, *(f"{what} {mine:.2e}/{theirs:.2e}" for _, what, mine, theirs in beside), flush=True)
+            _, what, mine, theirs = max(beside)
+            metric = f"error of {what}, the worst beside fla's"
+            rows.append(row(f"{name}, {backend}", metric, "relative RMS", mine, theirs, "fla 0.6", round(1 / 1.2, 3)))
     return rows
 
 

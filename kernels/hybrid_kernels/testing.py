@@ -47,6 +47,17 @@ def delta_rule_inputs(
     return [x.to(device, dtype) for x in (q, k, v)] + [x.to(device, gates) for x in (g, b)]
 
 
+HARD_CASES = {
+    f"beta {'U(0,2)' if beta is None else beta}, cosine {cosine:g}, gate {gate:g}": dict(
+        beta=beta, cosine=cosine, gate=gate
+    )
+    for beta in (None, 1.99)
+    for cosine in (0.0, 0.5, 0.9, 1.0)
+    for gate in (0.0, -1e-3, -50.0)
+}
+"""Options of `delta_rule_inputs` under which a delta rule's arithmetic is hard, by what a table calls them."""
+
+
 def packed_inputs(
     length, batch, key_heads, heads, key_dim, value_dim, *, padding=3, dtype=torch.float32, device="cpu", seed=0
 ):

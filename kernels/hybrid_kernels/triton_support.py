@@ -72,6 +72,20 @@ def dot_fp32(a, b):
 
 
 @triton.jit
+def half_rows(x, dtype: tl.constexpr):
+    """x [n, m] in fp16, each row divided by the power of two that brings its largest to [1, 2); and those powers [n].
+
+    fp16 has three bits more than bf16, and no range: the powers give it bf16's. fp32 (`dtype`) is left as it is.
+    """
+    if dtype == tl.float32:
+        return x, tl.full([x.shape[0]], 1.0, tl.float32)
+    else:
+        power = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
+        inverse = (0x7F000000 - power).to(tl.float32, bitcast=True)
+        return (x * inverse[:, None]).to(tl.float16), power.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_tiles(base, rows, mask, stride, DIM: tl.constexpr):
     """base[rows, 0:DIM] as a tuple of [len(rows), tile] tensors; rows outside `mask` read as zero."""
     tiles = ()

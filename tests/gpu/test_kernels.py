@@ -1,15 +1,30 @@
-"""Every fast kernel on the GPU in bf16 against fp64, where it is hard, and bitwise the same twice."""
+"""Every fast kernel on the GPU in bf16 against fp64, where it is hard, beside fla, and bitwise the same twice.
+
+The first run compiles some hundred kernels: `-n 8` with pytest-xdist shares that out over the processor's cores.
+"""
 
 import pytest
 import torch
 
 from hybrid_kernels.conv_gates import conv_gates
+from hybrid_kernels.dispatch import has_module
 from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
-from hybrid_kernels.testing import delta_rule_inputs, packed_inputs, relative_error
+from hybrid_kernels.testing import HARD_CASES, delta_rule_inputs, packed_inputs, relative_error
 
+pytestmark = pytest.mark.timeout(600)
 NAMES = ("o", "final", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
 TOLERANCES = dict(o=6e-3, final=6e-3, dq=8e-3, dk=8e-3, dv=8e-3, dg=2e-2, dbeta=2e-2, dinitial=8e-3)
+DIVERGES = (
+    "beta 1.99, cosine 1, gate"  # bf16 inputs alone are beyond the tolerances there: only fla's error bounds ours
+)
+HARDEST = {  # keys all alike and no decay: the errors of fla 0.6 are 1.4 to 2 times ours there, or without bound at beta 1.99
+    "beta U(0,2), cosine 1, gate 0": 15.0,
+    "beta U(0,2), cosine 1, gate -0.001": 15.0,
+    "beta 1.99, cosine 1, gate 0": 150.0,
+    "beta 1.99, cosine 1, gate -0.001": 150.0,
+}
+BACKENDS = ("hopper", "triton")
 
 
 def delta_rule(inputs, backend, **options):
@@ -21,7 +36,8 @@ def delta_rule(inputs, backend, **options):
     return (*results, *torch.autograd.grad(results, leaves, given))
 
 
-def agree(inputs, backend, **options):
+def agree(inputs, backend, peer=False, scale=1.0, **options):
+    """Against fp64 within `scale` times the tolerances; with `peer`, within 1.2 times fla's error where that is greater."""
     try:
         ours = delta_rule(inputs, backend, **options)
     except ValueError as error:
@@ -29,13 +45,17 @@ def agree(inputs, backend, **options):
     again = delta_rule(inputs, backend, **options)
     options.pop("save", None)
     exact = delta_rule([x.double() for x in inputs], "torch", **options)
-    for name, x, y, z in zip(NAMES, ours, again, exact):
+    theirs = delta_rule(inputs, "fla", **options) if peer and has_module("fla") and has_module("tilelang") else ours
+    for name, x, y, z, their in zip(NAMES, ours, again, exact, theirs):
         assert torch.isfinite(x).all(), name
         assert torch.equal(x, y), f"{name} differs from one run to the next"
-        assert relative_error(x, z, floor=1e-2) < TOLERANCES[name], name
+        error, bound = relative_error(x, z, floor=1e-2), scale * TOLERANCES[name]
+        if peer:
+            bound = max(bound, 1.2 * relative_error(their, z, floor=1e-2))
+        assert error < bound, (name, error, bound)
 
 
-@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
 @pytest.mark.parametrize("key_heads, heads, key_dim, value_dim", [(2, 2, 96, 192), (1, 2, 128, 128), (1, 1, 64, 64)])
 def test_gated_delta_rule(backend, length, key_heads, heads, key_dim, value_dim):
@@ -43,38 +63,128 @@ def test_gated_delta_rule(backend, length, key_heads, heads, key_dim, value_dim)
     agree([*inputs, torch.randn(2, heads, key_dim, value_dim, device="cuda")], backend)
 
 
-@pytest.mark.parametrize("key_dim, value_dim", [(192, 256), (256, 128), (32, 64)])
-def test_gated_delta_rule_of_other_widths(key_dim, value_dim):
-    agree(delta_rule_inputs(1, 200, 1, 1, key_dim, value_dim, dtype=torch.bfloat16, device="cuda"), "triton")
+@pytest.mark.parametrize("key_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("value_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gated_delta_rule_of_every_width(key_dim, value_dim, backend):
+    agree(delta_rule_inputs(1, 200, 1, 1, key_dim, value_dim, dtype=torch.bfloat16, device="cuda"), backend)
 
 
-@pytest.mark.parametrize("backend", ["hopper", "triton"])
-@pytest.mark.parametrize(
-    "hard", [dict(beta=1.99), dict(cosine=0.5), dict(cosine=0.9, gate=0.0), dict(gate=-1e-3), dict(gate=-50.0)]
-)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hard", HARD_CASES)
+def test_gated_delta_rule_where_it_is_hard(backend, hard):
+    inputs = delta_rule_inputs(1, 512, 2, 2, 96, 192, dtype=torch.bfloat16, device="cuda", **HARD_CASES[hard])
+    agree(inputs, backend, scale=HARDEST.get(hard, 2.5 if "1.99" in hard else 1.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("save", ["inputs", "scores", "states"])
-def test_gated_delta_rule_where_it_is_hard(backend, hard, save):
-    agree(delta_rule_inputs(1, 512, 2, 2, 96, 192, dtype=torch.bfloat16, device="cuda", **hard), backend, save=save)
+@pytest.mark.parametrize("segments", [1, 3, 5])
+def test_gated_delta_rule_of_a_long_sequence(backend, save, segments, monkeypatch):
+    """Eight thousand tokens, whole and in segments, whatever is kept between forward and backward."""
+    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.triton_op.segments_that_pay", lambda *_: segments)
+    inputs = delta_rule_inputs(1, 8100, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
+    agree([*inputs, torch.randn(1, 2, 96, 192, device="cuda")], backend, save=save)
 
 
-@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("key_dim, value_dim", [(64, 64), (128, 128), (256, 256)])
+def test_segments_of_other_widths(backend, key_dim, value_dim, monkeypatch):
+    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.triton_op.segments_that_pay", lambda *_: 3)
+    inputs = delta_rule_inputs(2, 700, 1, 1, key_dim, value_dim, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
+    agree([*inputs, torch.randn(2, 1, key_dim, value_dim, device="cuda")], backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gated_delta_rule_of_documents(backend):
     bounds = torch.tensor([0, 1, 1, 64, 129, 700, 1000], device="cuda")
     inputs = delta_rule_inputs(1, 1000, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda")
     agree([*inputs, torch.randn(6, 2, 96, 192, device="cuda")], backend, cu_seqlens=bounds)
 
 
-def test_gated_delta_rule_in_a_cuda_graph():
-    inputs = delta_rule_inputs(1, 256, 2, 2, 96, 192, dtype=torch.bfloat16, device="cuda")
-    bounds = torch.tensor([0, 100, 256], device="cuda")
-    backend = explain(*inputs).backend
-    eager = gated_delta_rule(*inputs, cu_seqlens=bounds, backend=backend)[0]
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hard", [{}, dict(beta=1.99), dict(beta=1.99, cosine=1.0, gate=-1e-3), dict(gate=-50.0)])
+def test_gated_delta_rule_errs_no_more_than_fla(backend, hard):
+    """At the model's heads, for which fla's kernels take a minute to tune; benchmarks/gated_delta_rule.py has all cases."""
+    if not (has_module("fla") and has_module("tilelang")):
+        pytest.skip("fla with TileLang is not installed")
+    agree(delta_rule_inputs(1, 1024, 30, 30, 96, 192, dtype=torch.bfloat16, device="cuda", **hard), backend, True, 0.0)
+
+
+def test_tensors_that_start_anywhere():
+    """Bulk copies want 16-byte boundaries: the Hopper scans copy what does not lie on one."""
+    inputs = delta_rule_inputs(1, 200, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda")
+    moved = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs[:3]]
+    assert all(x.data_ptr() % 16 for x in moved)
+    for x, y in zip(delta_rule(inputs, None), delta_rule([*moved, *inputs[3:]], None)):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("options", [dict(num_warps=4, num_stages=2), dict(num_warps=8, num_stages=3)])
+def test_other_options_of_the_gradients_kernel(options, monkeypatch):
+    """What another Triton may need: this kernel was miscompiled once, with one stage."""
+    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.triton_op.gradients_options", lambda: options)
+    agree(delta_rule_inputs(1, 300, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda"), "triton")
+
+
+def test_fp16():
+    agree(delta_rule_inputs(1, 300, 1, 2, 96, 192, dtype=torch.float16, device="cuda"), "triton")
+
+
+def mixer(packed, conv, A_log, dt_bias, weight, cu_seqlens=None):
+    """All three ops as the layer runs them."""
+    dims = dict(num_key_heads=2, num_value_heads=2, key_head_dim=96, value_head_dim=192)
+    q, k, v, g, beta, gate = conv_gates(packed, conv, A_log, dt_bias, cu_seqlens=cu_seqlens, return_gate=True, **dims)
+    o, final = gated_delta_rule(q, k, v, g, beta, output_final_state=True, cu_seqlens=cu_seqlens)
+    return gated_rmsnorm(o, gate, weight, 1e-5), final
+
+
+def mixer_inputs(length):
+    inputs = packed_inputs(length, 1, 2, 2, 96, 192, dtype=torch.bfloat16, device="cuda")
+    inputs.append(torch.randn(192, device="cuda", dtype=torch.bfloat16))
+    return [x.requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("length, bounds", [(256, None), (256, [0, 100, 256]), (8192, None)])
+def test_in_a_cuda_graph(length, bounds):
+    """Forward and backward, captured and replayed on other data; 8192 tokens of two heads run in segments."""
+    inputs, cu = mixer_inputs(length), None if bounds is None else torch.tensor(bounds, device="cuda")
+
+    def run():
+        y, final = mixer(*inputs, cu_seqlens=cu)
+        return y, final, *torch.autograd.grad([y, final], inputs, [torch.ones_like(y), torch.ones_like(final)])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = gated_delta_rule(*inputs, cu_seqlens=bounds, backend=backend)[0]
-    captured.zero_()
+        captured = run()
+    with torch.no_grad():
+        inputs[0].copy_(torch.randn_like(inputs[0]))
     graph.replay()
-    assert torch.equal(captured, eager)
+    for x, y in zip(captured, run()):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("length, bounds", [(256, None), (256, [0, 100, 256]), (8192, None)])
+def test_compiled_without_a_break(length, bounds):
+    inputs, cu = mixer_inputs(length), None if bounds is None else torch.tensor(bounds, device="cuda")
+
+    def run(fn):
+        y, final = fn(*inputs, cu_seqlens=cu)
+        return y, final, *torch.autograd.grad([y, final], inputs, [torch.ones_like(y), torch.ones_like(final)])
+
+    for x, y in zip(run(mixer), run(torch.compile(mixer, fullgraph=True))):
+        assert torch.equal(x, y)
+
+
+def test_the_choice_is_explained():
+    few = delta_rule_inputs(1, 8192, 8, 8, 96, 192, dtype=torch.bfloat16, device="cuda")
+    assert "segments" in str(explain(*few))
+    assert "segments" not in str(explain(*(x[:, :500] for x in few)))
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 1, 1, 3, 700, 1500]])
@@ -108,6 +218,8 @@ def test_gated_rmsnorm():
         dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
         return (y, *torch.autograd.grad(y, leaves, dy))
 
-    ours, exact = run([o, packed, weight], "triton"), run([x.double() for x in (o, packed, weight)], "torch")
-    for x, z in zip(ours, exact):
+    ours, again = run([o, packed, weight], "triton"), run([o, packed, weight], "triton")
+    exact = run([x.double() for x in (o, packed, weight)], "torch")
+    for x, y, z in zip(ours, again, exact):
+        assert torch.equal(x, y)
         assert relative_error(x, z) < 5e-3

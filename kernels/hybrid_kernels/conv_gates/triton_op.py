@@ -3,6 +3,7 @@
 import torch
 import triton
 
+from ..opaque import opaque
 from .reference import position_in_document, widths
 from .triton_backward import conv_gates_backward_kernel
 from .triton_forward import conv_gates_kernel
@@ -21,12 +22,12 @@ def missing(taps, num_value_heads, key_head_dim, value_head_dim) -> str | None:
     return None
 
 
-def _constants(dims: dict, width: int, varlen: bool) -> dict:
-    channels = dims["num_value_heads"] * dims["value_head_dim"]
-    tile = next(t for t in (64, 32, 16) if channels % t == 0)
+def _constants(dims: list[int], width: int, varlen: bool) -> dict:
+    key_heads, heads, dim_k, dim_v = dims
+    tile = next(t for t in (64, 32, 16) if heads * dim_v % t == 0)
     return dict(
-        W=width, HK=dims["num_key_heads"], HV=dims["num_value_heads"], K=dims["key_head_dim"],
-        V=dims["value_head_dim"], VT=tile, HEADS_POW2=triton.next_power_of_2(dims["num_value_heads"]), VARLEN=varlen,
+        W=width, HK=key_heads, HV=heads, K=dim_k, V=dim_v, VT=tile, HEADS_POW2=triton.next_power_of_2(heads),
+        VARLEN=varlen,
     )  # fmt: skip
 
 
@@ -34,54 +35,89 @@ def _units(c: dict) -> int:
     return 2 * c["HK"] + c["HV"] * c["V"] // c["VT"] + 1
 
 
+def _forward_like(packed, weight, A_log, dt_bias, positions, dims, beta_max):
+    length, batch, _ = packed.shape
+    heads, values, dim_k, dim_v = dims
+    q, k = (packed.new_empty(batch, length, heads, dim_k) for _ in range(2))
+    v = packed.new_empty(batch, length, values, dim_v)
+    g, beta = (packed.new_empty(batch, length, values, dtype=torch.float32) for _ in range(2))
+    return [q, k, v, g, beta]
+
+
+@opaque("conv_gates_forward", _forward_like)
+def _forward(
+    packed: torch.Tensor, weight: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor,
+    positions: torch.Tensor | None, dims: list[int], beta_max: float,
+) -> list[torch.Tensor]:  # fmt: skip
+    """q, k, v, g, beta. dims: key heads, value heads, key head dim, value head dim."""
+    length, batch, width = packed.shape
+    out = _forward_like(packed, weight, A_log, dt_bias, positions, dims, beta_max)
+    c = _constants(dims, width, positions is not None)
+    conv_gates_kernel[(_units(c), triton.cdiv(length, SEGMENTS * FORWARD_SEGMENT), batch)](
+        packed, weight, A_log, dt_bias, packed if positions is None else positions, *out, length, batch, beta_max, **c,
+        S=SEGMENTS, L=FORWARD_SEGMENT, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _backward_like(packed, weight, A_log, dt_bias, positions, dq, dk, dv, dg, dbeta, dgate, dims, beta_max):
+    return [torch.empty_like(packed), torch.empty_like(weight), A_log.new_empty(2, dims[1], dtype=torch.float32)]
+
+
+@opaque("conv_gates_backward", _backward_like)
+def _backward(
+    packed: torch.Tensor, weight: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor,
+    positions: torch.Tensor | None, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dg: torch.Tensor,
+    dbeta: torch.Tensor, dgate: torch.Tensor | None, dims: list[int], beta_max: float,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of packed, weight, and [2, HV] of A_log and dt_bias."""
+    length, batch, width = packed.shape
+    c = _constants(dims, width, positions is not None)
+    blocks = triton.cdiv(length, SEGMENTS * BACKWARD_SEGMENT)
+    dpacked = torch.empty_like(packed)
+    dweight = torch.empty(blocks * batch, *weight.shape, device=weight.device, dtype=torch.float32)
+    sums = torch.empty(blocks * batch, 2, c["HV"], device=weight.device, dtype=torch.float32)
+    conv_gates_backward_kernel[(_units(c), blocks, batch)](
+        packed, weight, A_log, dt_bias, packed if positions is None else positions, dq, dk, dv, dg, dbeta, dpacked,
+        dweight, sums, length, batch, beta_max, **c, S=SEGMENTS, L=BACKWARD_SEGMENT, num_warps=4,
+    )  # fmt: skip
+    sizes = widths(*dims)
+    gate = dpacked[..., sum(sizes[:3]) : sum(sizes[:4])]
+    gate.zero_() if dgate is None else gate.copy_(dgate)
+    dpacked[..., sum(sizes) :].zero_()
+    return [dpacked, dweight.sum(0).to(weight.dtype), sums.sum(0)]
+
+
 class ConvGates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, packed, weight, A_log, dt_bias, cu_seqlens, dims, beta_max, return_gate):
         packed, weight = packed.contiguous(), weight.contiguous()
-        length, batch, width = packed.shape
-        c = _constants(dims, width, cu_seqlens is not None)
-        positions = packed
+        positions = None
         if cu_seqlens is not None:
-            positions = position_in_document(length, cu_seqlens, packed.device).to(torch.int32)
-        q, k = (packed.new_empty(batch, length, c["HK"], c["K"]) for _ in range(2))
-        v = packed.new_empty(batch, length, c["HV"], c["V"])
-        g, beta = (packed.new_empty(batch, length, c["HV"], dtype=torch.float32) for _ in range(2))
-        conv_gates_kernel[(_units(c), triton.cdiv(length, SEGMENTS * FORWARD_SEGMENT), batch)](
-            packed, weight, A_log, dt_bias, positions, q, k, v, g, beta, length, batch, beta_max, **c,
-            S=SEGMENTS, L=FORWARD_SEGMENT, num_warps=4,
-        )  # fmt: skip
+            positions = position_in_document(packed.shape[0], cu_seqlens, packed.device).to(torch.int32)
+        out = _forward(packed, weight, A_log, dt_bias, positions, dims, beta_max)
         ctx.save_for_backward(packed, weight, A_log, dt_bias, positions)
-        ctx.constants, ctx.beta_max, ctx.sizes = c, beta_max, widths(**dims)
-        if not return_gate:
-            return q, k, v, g, beta
-        start = sum(ctx.sizes[:3])
-        return q, k, v, g, beta, packed[..., start : start + ctx.sizes[3]]
+        ctx.dims, ctx.beta_max = dims, beta_max
+        if return_gate:
+            sizes = widths(*dims)
+            out = [*out, packed[..., sum(sizes[:3]) : sum(sizes[:4])]]
+        return tuple(out)
 
     @staticmethod
     def backward(ctx, dq, dk, dv, dg, dbeta, dgate=None):
         packed, weight, A_log, dt_bias, positions = ctx.saved_tensors
-        c, (length, batch, _) = ctx.constants, packed.shape
-        dq, dk, dv, dg, dbeta = (x.contiguous() for x in (dq, dk, dv, dg, dbeta))
-        blocks = triton.cdiv(length, SEGMENTS * BACKWARD_SEGMENT)
-        dpacked = torch.empty_like(packed)
-        dweight = torch.empty(blocks * batch, *weight.shape, device=weight.device, dtype=torch.float32)
-        sums = torch.empty(blocks * batch, 2, c["HV"], device=weight.device, dtype=torch.float32)
-        conv_gates_backward_kernel[(_units(c), blocks, batch)](
-            packed, weight, A_log, dt_bias, positions, dq, dk, dv, dg, dbeta, dpacked, dweight, sums, length, batch,
-            ctx.beta_max, **c, S=SEGMENTS, L=BACKWARD_SEGMENT, num_warps=4,
-        )  # fmt: skip
-        gate_at, used = sum(ctx.sizes[:3]), sum(ctx.sizes)
-        gate = dpacked[..., gate_at : gate_at + ctx.sizes[3]]
-        gate.zero_() if dgate is None else gate.copy_(dgate)
-        dpacked[..., used:].zero_()
-        dA_log, ddt_bias = sums.sum(0)
-        dweight = dweight.sum(0).to(weight.dtype)
-        return dpacked, dweight, dA_log.to(A_log.dtype), ddt_bias.to(dt_bias.dtype), None, None, None, None
+        given = [x.contiguous() for x in (dq, dk, dv, dg, dbeta)]
+        dpacked, dweight, gates = _backward(
+            packed, weight, A_log, dt_bias, positions, *given, dgate, ctx.dims, ctx.beta_max
+        )
+        return dpacked, dweight, gates[0].to(A_log.dtype), gates[1].to(dt_bias.dtype), None, None, None, None
 
 
 def conv_gates_triton(
-    packed, weight, A_log, dt_bias, *, allow_negative_eigenvalues=True, cu_seqlens=None, return_gate=False, **dims
-):
+    packed, weight, A_log, dt_bias, *, num_key_heads, num_value_heads, key_head_dim, value_head_dim,
+    allow_negative_eigenvalues=True, cu_seqlens=None, return_gate=False,
+):  # fmt: skip
     """Arguments and results: `conv_gates`."""
+    dims = [num_key_heads, num_value_heads, key_head_dim, value_head_dim]
     beta_max = 2.0 if allow_negative_eigenvalues else 1.0
     return ConvGates.apply(packed, weight, A_log, dt_bias, cu_seqlens, dims, beta_max, return_gate)

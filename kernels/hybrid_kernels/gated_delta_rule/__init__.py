@@ -49,7 +49,7 @@ def gated_delta_rule(
     )
     choice = explain(q, k, v, g, beta, backend=backend, **options)
     if choice.backend in ("hopper", "triton"):
-        from .triton_op import gated_delta_rule_triton
+        from .autograd import gated_delta_rule_triton
 
         return gated_delta_rule_triton(q, k, v, g, beta, save=save, hopper=choice.backend == "hopper", **options)
     if choice.backend == "fla":
@@ -67,7 +67,15 @@ def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choic
         "fla": lambda: _missing_for_fla(v),
         "torch": lambda: None,
     }
-    return choose("gated_delta_rule", backends, backend)
+    choice = choose("gated_delta_rule", backends, backend)
+    if choice.backend in ("hopper", "triton"):
+        from .triton_op import segments_of
+
+        segments = segments_of(v, options.get("cu_seqlens"))
+        if segments > 1:
+            reason = f"{choice.reason}, each sequence in {segments} segments for its few heads"
+            choice = Choice(choice.op, choice.backend, reason, choice.rejected)
+    return choice
 
 
 def _missing_for_triton(q: torch.Tensor, v: torch.Tensor) -> str | None:

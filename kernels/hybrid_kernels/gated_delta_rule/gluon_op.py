@@ -5,7 +5,9 @@ from functools import cache
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..triton_support import tile_count
 from .gluon_scan import forward_scan_kernel, reverse_scan_kernel, shared
+from .triton_op import ends_like
 
 OPTIONS = dict(num_warps=4)
 
@@ -18,8 +20,6 @@ def missing(q: torch.Tensor, v: torch.Tensor) -> str | None:
         return f"it takes bf16, not {v.dtype}"
     if q.shape[-1] not in (64, 96, 128):
         return f"key_head_dim {q.shape[-1]} is none of 64, 96, 128"
-    if (q.data_ptr() | v.data_ptr()) % 16:
-        return "q, k and v must start on 16-byte boundaries"
     if v.shape[0] * v.shape[1] * v.shape[2] >= 2**31:
         return "batch * tokens * heads must fit in 31 bits"
     return None
@@ -32,11 +32,16 @@ def _layout(width: int):
 
 
 def _matrix(x: torch.Tensor, cols: int, width: int = 64) -> TensorDescriptor:
-    """x as rows of `cols` elements, copied in boxes of 64 by `width`. `missing` has done the constructor's checks."""
+    """x as rows of `cols` elements, copied in boxes of 64 by `width`. `missing` and `_aligned` have done the constructor's checks."""
     descriptor = object.__new__(TensorDescriptor)
     descriptor.base, descriptor.shape, descriptor.strides = x, [x.numel() // cols, cols], [cols, 1]
     descriptor.block_shape, descriptor.layout, descriptor.padding = [64, width], _layout(width), "zero"
     return descriptor
+
+
+def _aligned(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Those that do not start on a 16-byte boundary, as bulk copies must, are copied."""
+    return tuple(x if x.data_ptr() % 16 == 0 else x.clone() for x in tensors)
 
 
 def _keyed(x: torch.Tensor, cols: int, dim: int) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -44,37 +49,39 @@ def _keyed(x: torch.Tensor, cols: int, dim: int) -> tuple[TensorDescriptor, Tens
     return _matrix(x, cols), _matrix(x, cols, dim % 64 or 64)
 
 
-def forward_scan(q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output, final, states):
+def forward_scan(
+    q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output=False, final=False, states=False, transition=False
+):
+    q, k, v = _aligned(q, k, v)
     (heads, dim_v), (key_heads, dim_k) = v.shape[2:], k.shape[2:]
     o = torch.empty_like(v) if output else None
-    end = v.new_empty(chunks.sequences, heads, dim_k, dim_v, dtype=torch.float32) if final else None
+    end = ends_like(v, dim_k, chunks, transition) if final else None
     kept = chunks.states_like(v, dim_k) if states else (None, None)
     wide = _matrix(v, heads * dim_v)
     keyed = [*_keyed(q, key_heads * dim_k, dim_k), *_keyed(k, key_heads * dim_k, dim_k)]
     kept_desc = [*_keyed(kept[0], dim_k, dim_k), _matrix(kept[1], 64)] if states else [wide, wide, wide]
-    forward_scan_kernel[(dim_v // 64, chunks.sequences * heads)](
+    forward_scan_kernel[(dim_v // 64 + tile_count(dim_k) * transition, chunks.sequences * heads)](
         *keyed, wide, _matrix(scores.A, 64), _matrix(scores.P, 64), _matrix(o, heads * dim_v) if output else wide,
         *kept_desc, scores.G, o if output else v, v if initial is None else initial, v if end is None else end,
-        chunks.cu, chunks.first, scale, chunks.length, chunks.per_row, H=heads, HK=key_heads, K=dim_k, V=dim_v,
-        VARLEN=cu_seqlens is not None, WITH_INITIAL=initial is not None, WITH_FINAL=final, WITH_OUTPUT=output,
-        WITH_STATES=states, **OPTIONS,
+        chunks.cu, chunks.first, scale, chunks.length, chunks.per_row, chunks.segments, H=heads, HK=key_heads, K=dim_k, V=dim_v,
+        VARLEN=cu_seqlens is not None, WITH_INITIAL=initial is not None, WITH_FINAL=final,
+        WITH_OUTPUT=output, WITH_STATES=states, WITH_TRANSITION=transition, **OPTIONS,
     )  # fmt: skip
     return o, end, kept
 
 
-def backward_scans(q, k, v, do, scores, initial, dfinal, cu_seqlens, scale, chunks, kept):
-    (heads, dim_v), (key_heads, dim_k) = v.shape[2:], k.shape[2:]
-    if kept[0] is None:
-        kept = forward_scan(
-            q, k, v, scores, initial, cu_seqlens, scale, chunks, output=False, final=False, states=True
-        )[2]
-    dv, dstates = torch.empty_like(do), torch.empty_like(kept[0])
-    dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
+def reverse_scan(q, k, do, scores, dfinal, cu_seqlens, scale, chunks, *, output=True, initial=False):
+    q, k, do = _aligned(q, k, do)
+    (heads, dim_v), (key_heads, dim_k) = do.shape[2:], k.shape[2:]
+    dv, dstates = (torch.empty_like(do), chunks.states_like(do, dim_k)[0]) if output else (None, None)
+    dinitial = ends_like(do, dim_k, chunks, False) if initial else None
+    wide = _matrix(do, heads * dim_v)
+    out = [_matrix(dv, heads * dim_v), *_keyed(dstates, dim_k, dim_k)] if output else [wide, wide, wide]
     reverse_scan_kernel[(dim_v // 64, chunks.sequences * heads)](
-        *_keyed(q, key_heads * dim_k, dim_k), *_keyed(k, key_heads * dim_k, dim_k), _matrix(do, heads * dim_v),
-        _matrix(scores.A, 64), _matrix(scores.P, 64), _matrix(dv, heads * dim_v), *_keyed(dstates, dim_k, dim_k),
-        scores.G, dv, v if dfinal is None else dfinal, v if dinitial is None else dinitial, chunks.cu, chunks.first,
-        scale, chunks.length, chunks.per_row, H=heads, HK=key_heads, K=dim_k, V=dim_v, VARLEN=cu_seqlens is not None,
-        WITH_FINAL=dfinal is not None, WITH_INITIAL=initial is not None, **OPTIONS,
+        *_keyed(q, key_heads * dim_k, dim_k), *_keyed(k, key_heads * dim_k, dim_k), wide, _matrix(scores.A, 64),
+        _matrix(scores.P, 64), *out, scores.G, dv if output else do, do if dfinal is None else dfinal,
+        do if dinitial is None else dinitial, chunks.cu, chunks.first, scale, chunks.length, chunks.per_row, chunks.segments,
+        H=heads, HK=key_heads, K=dim_k, V=dim_v, VARLEN=cu_seqlens is not None,
+        WITH_FINAL=dfinal is not None, WITH_INITIAL=initial, WITH_OUTPUT=output, **OPTIONS,
     )  # fmt: skip
-    return kept, dv, dstates, dinitial
+    return dv, dstates, dinitial

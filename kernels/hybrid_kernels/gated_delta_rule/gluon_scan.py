@@ -47,11 +47,20 @@ def _bf16_now(x):
 
 
 @gluon.jit
-def _buffers(STAGES: gl.constexpr, DIM: gl.constexpr):
+def _half_rows(x):
+    """`half_rows` of triton_support, as a left operand."""
+    power = gl.max(gl.abs(x), axis=1).to(gl.int32, bitcast=True) & 0x7F800000
+    inverse = (0x7F000000 - power).to(gl.float32, bitcast=True)
+    half = (x * inverse[:, None]).to(gl.float16)
+    return gl.convert_layout(half, operand(64)), power.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _buffers(STAGES: gl.constexpr, DIM: gl.constexpr, dtype: gl.constexpr = gl.bfloat16):
     tiles = ()
     for i in gl.static_range(tile_count(DIM)):
         tiles = tiles + (
-            gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, tile_width(DIM, i)], shared(tile_width(DIM, i))),
+            gl.allocate_shared_memory(dtype, [STAGES, 64, tile_width(DIM, i)], shared(tile_width(DIM, i))),
         )
     return tiles
 
@@ -121,25 +130,36 @@ def _put_transposed(desc, pointer, row, col, end, x, buffer, stride):
 
 
 @gluon.jit
-def _carry(pointer, at, V: gl.constexpr, K: gl.constexpr, LOAD: gl.constexpr):
-    """S^T from a state stored [K, V], or zero."""
+def _carry(pointer, at, W: gl.constexpr, K: gl.constexpr, LOAD: gl.constexpr):
+    """S^T from a state stored [K, W], or zero."""
     tiles = ()
     for i in gl.static_range(tile_count(K)):
         if LOAD:
             rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma(tile_width(K, i))))
             cols = 64 * i + gl.arange(0, tile_width(K, i), layout=gl.SliceLayout(0, mma(tile_width(K, i))))
-            tiles = tiles + (gl.load(pointer + at + cols[None, :] * V + rows[:, None]).to(gl.float32),)
+            tiles = tiles + (gl.load(pointer + at + cols[None, :] * W + rows[:, None]).to(gl.float32),)
         else:
             tiles = tiles + (gl.zeros([64, tile_width(K, i)], gl.float32, layout=mma(tile_width(K, i))),)
     return tiles
 
 
 @gluon.jit
-def _uncarry(pointer, at, tiles, V: gl.constexpr, K: gl.constexpr):
+def _identity(row, K: gl.constexpr):
+    """Rows `row` ... `row` + 64 of the identity, and of zeros before it and after."""
+    tiles = ()
+    for i in gl.static_range(tile_count(K)):
+        rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, mma(tile_width(K, i))))
+        cols = 64 * i + gl.arange(0, tile_width(K, i), layout=gl.SliceLayout(0, mma(tile_width(K, i))))
+        tiles = tiles + (gl.where(rows[:, None] == cols[None, :], 1.0, 0.0),)
+    return tiles
+
+
+@gluon.jit
+def _uncarry(pointer, at, tiles, W: gl.constexpr, K: gl.constexpr):
     for i in gl.static_range(tile_count(K)):
         rows = gl.arange(0, 64, layout=gl.SliceLayout(1, mma(tile_width(K, i))))
         cols = 64 * i + gl.arange(0, tile_width(K, i), layout=gl.SliceLayout(0, mma(tile_width(K, i))))
-        gl.store(pointer + at + cols[None, :] * V + rows[:, None], tiles[i])
+        gl.store(pointer + at + cols[None, :] * W + rows[:, None], tiles[i])
 
 
 @gluon.jit
@@ -196,16 +216,19 @@ def _landed(accs, K: gl.constexpr):
 
 
 @gluon.jit
-def _span(i_n, cu, chunk_start, T, NT, VARLEN: gl.constexpr):
+def _span(i_n, cu, chunk_start, T, NT, segments, VARLEN: gl.constexpr):
+    """`sequence_span` of triton_scan in 32 bits."""
     if VARLEN:
         start, end = gl.load(cu + i_n), gl.load(cu + i_n + 1)
         first = gl.load(chunk_start + i_n)
         count = gl.load(chunk_start + i_n + 1) - first
     else:
-        start = i_n * T
-        end = start + T
-        first = i_n * NT
-        count = NT
+        row, per = i_n // segments, (NT + segments - 1) // segments
+        before = i_n % segments * per
+        start = row * T + before * 64
+        end = (row + 1) * T
+        first = row * NT + before
+        count = gl.minimum(per, NT - before)
     return start, end, first, count
 
 
@@ -238,20 +261,24 @@ def _gates_of(G, tile, more):
     return gl.load(G + at + t, mask=(t < 64) & more, other=0.0), gl.load(G + at + 63, mask=more, other=0.0)
 
 
-@gluon.jit(do_not_specialize=["T", "NT"])
+@gluon.jit(do_not_specialize=["T", "NT", "segments"])
 def forward_scan_kernel(
     q64, q32, k64, k32, v, A, P, o, states64, states32, new_values,
-    G, o_pointer, initial, final, cu, chunk_start, scale, T, NT,
+    G, o_pointer, initial, final, cu, chunk_start, scale, T, NT, segments,
     H: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, VARLEN: gl.constexpr,
-    WITH_INITIAL: gl.constexpr, WITH_FINAL: gl.constexpr, WITH_OUTPUT: gl.constexpr, WITH_STATES: gl.constexpr,
+    WITH_INITIAL: gl.constexpr, WITH_FINAL: gl.constexpr, WITH_OUTPUT: gl.constexpr,
+    WITH_STATES: gl.constexpr, WITH_TRANSITION: gl.constexpr,
 ):  # fmt: skip
     i_v, i_nh = gl.program_id(0), gl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
-    start, end, first, count = _span(i_n, cu, chunk_start, T, NT, VARLEN)
+    start, end, first, count = _span(i_n, cu, chunk_start, T, NT, segments, VARLEN)
     key_col, value_col = i_h // (H // HK) * K, i_h * V + i_v * 64
-    k_in, v_in, a_in = _buffers(2, K), _buffers(2, 64), _buffers(2, 64)
+    if WITH_TRANSITION:
+        value_col = gl.where(i_v < V // 64, value_col, H * V)  # beyond the last column: the copies bring zeros
+    W: gl.constexpr = V + 64 * tile_count(K) * WITH_TRANSITION
+    k_in, v_in, a_in = _buffers(2, K), _buffers(2, 64), _buffers(2, 64, gl.float16)
     k_bar, v_bar, a_bar = _barriers(K), _barriers(64), _barriers(64)
-    q_in, q_bar, p_in, p_bar = k_in, k_bar, a_in, a_bar
+    q_in, q_bar, p_in, p_bar = k_in, k_bar, v_in, v_bar
     if WITH_OUTPUT:
         q_in, q_bar, p_in, p_bar = _buffers(2, K), _barriers(K), _buffers(2, 64), _barriers(64)
         o_out = _buffers(1, 64)
@@ -259,7 +286,10 @@ def forward_scan_kernel(
         s_out, n_out = _buffers(1, K), _buffers(1, 64)
     fence_async_shared()
 
-    S = _carry(initial, i_nh.to(gl.int64) * (K * V) + i_v * 64, V, K, WITH_INITIAL)
+    if WITH_TRANSITION:
+        S = _identity(i_v * 64 - V, K)
+    else:
+        S = _carry(initial, i_nh.to(gl.int64) * (K * V) + i_v * 64, V, K, WITH_INITIAL)
     zero = gl.zeros([64, 64], gl.float32, layout=mma(64))
     tile = first * H + i_h
     _fetch_chunk(
@@ -276,9 +306,7 @@ def forward_scan_kernel(
         _await(k_bar, stage, phase, K)
         predicted = _against_rows(S_left, k_in, stage, zero, K)
         _await(v_bar, stage, phase, 64)
-        _await(a_bar, stage, phase, 64)
-        a_t = a_in[0].index(stage).permute((1, 0))
-        new = warpgroup_mma(v_in[0].index(stage).permute((1, 0)), a_t, zero, use_acc=False, is_async=True)
+        v_t = v_in[0].index(stage).permute((1, 0)).load(mma(64)).to(gl.float32)
         _fetch_chunk(
             k64, k32, q64, q32, v, A, P, k_in, q_in, v_in, a_in, p_in, k_bar, q_bar, v_bar, a_bar, p_bar,
             start + (c + 1) * 64, key_col, value_col, (tile + H) * 64, 1 - stage, c + 1 < count, K, WITH_OUTPUT,
@@ -290,9 +318,10 @@ def forward_scan_kernel(
                 tma.store_wait(0)
                 gl.thread_barrier()
                 _put_transposed(o, o_pointer, start + (c - 1) * 64, value_col, end, out_low, o_out[0].index(0), H * V)
-        predicted = warpgroup_mma_wait(1, deps=(predicted,))
-        left = gl.convert_layout((predicted * -decay[None, :]).to(gl.bfloat16), operand(64))
-        new = warpgroup_mma(left, a_t, new, is_async=True)
+        _await(a_bar, stage, phase, 64)
+        predicted = warpgroup_mma_wait(0, deps=(predicted,))
+        left, power = _half_rows(v_t - predicted * decay[None, :])
+        new = warpgroup_mma(left, a_in[0].index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         if WITH_OUTPUT:
             _await(q_bar, stage, phase, K)
             out = _against_rows(S_left, q_in, stage, zero, K)
@@ -305,6 +334,7 @@ def forward_scan_kernel(
             new = warpgroup_mma_wait(tile_count(K), deps=(new,))
         else:
             new = warpgroup_mma_wait(0, deps=(new,))
+        new = new * power[:, None]
         new_low = new.to(gl.bfloat16)
         written = (new * exp2(G_end - G_t)[None, :]).to(gl.bfloat16)
         S = _add_rows(written, k_in, stage, S, K)
@@ -325,22 +355,22 @@ def forward_scan_kernel(
             _put_transposed(o, o_pointer, row, value_col, end, out_low, o_out[0].index(0), H * V)
     tma.store_wait(0)
     if WITH_FINAL:
-        _uncarry(final, i_nh.to(gl.int64) * (K * V) + i_v * 64, S, V, K)
+        _uncarry(final, i_nh.to(gl.int64) * (K * W) + i_v * 64, S, W, K)
 
 
-@gluon.jit(do_not_specialize=["T", "NT"])
+@gluon.jit(do_not_specialize=["T", "NT", "segments"])
 def reverse_scan_kernel(
     q64, q32, k64, k32, do, A, P, dv, dstates64, dstates32,
-    G, dv_pointer, dfinal, dinitial, cu, chunk_start, scale, T, NT,
+    G, dv_pointer, dfinal, dinitial, cu, chunk_start, scale, T, NT, segments,
     H: gl.constexpr, HK: gl.constexpr, K: gl.constexpr, V: gl.constexpr, VARLEN: gl.constexpr,
-    WITH_FINAL: gl.constexpr, WITH_INITIAL: gl.constexpr,
+    WITH_FINAL: gl.constexpr, WITH_INITIAL: gl.constexpr, WITH_OUTPUT: gl.constexpr,
 ):  # fmt: skip
     i_v, i_nh = gl.program_id(0), gl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
-    start, end, first, count = _span(i_n, cu, chunk_start, T, NT, VARLEN)
+    start, end, first, count = _span(i_n, cu, chunk_start, T, NT, segments, VARLEN)
     key_col, value_col = i_h // (H // HK) * K, i_h * V + i_v * 64
     k_in, q_in, do_in = _buffers(2, K), _buffers(2, K), _buffers(2, 64)
-    a_in, p_in, s_out = _buffers(2, 64), _buffers(2, 64), _buffers(1, K)
+    a_in, p_in, s_out = _buffers(2, 64, gl.float16), _buffers(2, 64), _buffers(1, K)
     k_bar, q_bar, do_bar, a_bar, p_bar = _barriers(K), _barriers(K), _barriers(64), _barriers(64), _barriers(64)
     fence_async_shared()
     t = gl.arange(0, 64, layout=gl.SliceLayout(0, mma(64)))
@@ -376,23 +406,26 @@ def reverse_scan_kernel(
         from_queries = gl.where(start + c * 64 + t < end, decay * scale, 0.0)
         from_queries = gl.convert_layout(from_queries, gl.SliceLayout(0, operand(64)))
         left_q = (do_t.load(operand(64)).to(gl.float32) * from_queries[None, :]).to(gl.bfloat16)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        _put(dstates64, dstates32, tile * V + i_v * 64, s_out, dS_low, K)
+        if WITH_OUTPUT:
+            tma.store_wait(0)
+            gl.thread_barrier()
+            _put(dstates64, dstates32, tile * V + i_v * 64, s_out, dS_low, K)
         inside, dnew = warpgroup_mma_wait(0, deps=(inside, dnew))
         dnew = dnew * exp2(G_end - G_t)[None, :] + inside
-        left = gl.convert_layout(dnew.to(gl.bfloat16), operand(64))
+        left, power = _half_rows(dnew)
         _await(a_bar, stage, phase, 64)
         dS = _scaled(dS, exp2(G_end), K)
         dz = warpgroup_mma(left, a_in[0].index(stage), zero, use_acc=False, is_async=True)
         _await(q_bar, stage, phase, K)
         dS = _add_rows(left_q, q_in, stage, dS, K)
         dz = warpgroup_mma_wait(tile_count(K), deps=(dz,))
+        dz = dz * power[:, None]
         dz_low = dz.to(gl.bfloat16)
         dS = _add_rows((dz * -decay[None, :]).to(gl.bfloat16), k_in, stage, dS, K)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        _put_transposed(dv, dv_pointer, start + c * 64, value_col, end, dz_low, s_out[0].index(0), H * V)
+        if WITH_OUTPUT:
+            tma.store_wait(0)
+            gl.thread_barrier()
+            _put_transposed(dv, dv_pointer, start + c * 64, value_col, end, dz_low, s_out[0].index(0), H * V)
         dS = _landed(dS, K)
     tma.store_wait(0)
     if WITH_INITIAL:

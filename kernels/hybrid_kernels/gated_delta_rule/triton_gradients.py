@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..triton_support import exp2, tile_count, tile_width
-from .triton_prepare import BETA_MIN, chunk_span
+from .triton_prepare import at_least, chunk_span
 
 
 @triton.jit
@@ -46,8 +46,9 @@ def _part(
 
     on_diagonal = t[:, None] == t[None, :]
     if WITH_BETA:
-        b_t = tl.maximum(tl.load(beta + (start + t) * H + i_h, mask=valid, other=1.0).to(tl.float32), BETA_MIN)
-        b_t = b_t.to(dtype).to(tl.float32)  # as A's diagonal holds it, so that its rounding cancels
+        b_t = at_least(tl.load(beta + (start + t) * H + i_h, mask=valid, other=1.0).to(tl.float32), dtype)
+        if dtype != tl.float32:
+            b_t = b_t.to(tl.float16).to(tl.float32)  # as A's diagonal holds it, so that its rounding cancels
         db_t = tl.sum(tl.where(on_diagonal, R, 0.0), 1) / b_t / b_t
         tl.store(dbeta + (start + t) * H + i_h, db_t.to(dbeta.dtype.element_ty), mask=valid)
     between = exp2(tl.where(t[:, None] >= t[None, :], G_t[:, None] - G_t[None, :], float("-inf")))

@@ -4,7 +4,8 @@ Per chunk of 64 tokens and value head, with G the running sum of g inside the ch
     P[i, j] = scale * q_i.k_j * exp(G_i - G_j)              for j <= i
     N[i, j] = beta_i * k_i.k_j * exp(G_i - G_j)             for j <  i
     A       = (I + N)^-1 diag(beta)
-so that the chunk's new values are A (v - exp(G) k S) and its outputs scale exp(G) q S + P new.
+so that the chunk's new values are A (v - exp(G) k S) and its outputs scale exp(G) q S + P new. A is kept in fp16: where
+keys are alike and beta near 2 its entries cancel in the state, and bf16's rounding of them then grows from chunk to chunk.
 
 The inverse is block substitution in fp32 (tf32 x 3 products): the diagonal 2-blocks of I + N invert exactly, and
 where X inverts the diagonal blocks of one size and E holds what lies below them, X - X E X inverts those of twice
@@ -17,7 +18,12 @@ import triton.language as tl
 from ..triton_support import dot_fp32, exp2, load_tiles, tile_count, tile_width
 
 LOG2E = tl.constexpr(1.4426950408889634)
-BETA_MIN = tl.constexpr(1e-10)  # the backward divides by beta twice; a smaller one changes nothing that rounds
+
+
+@triton.jit
+def at_least(b, dtype: tl.constexpr):
+    """beta, never so small that A's diagonal holds a zero: the backward divides by it twice."""
+    return tl.maximum(b, 1e-10 if dtype == tl.float32 else 2.0**-20)
 
 
 @triton.jit
@@ -75,7 +81,7 @@ def prepare_kernel(
         q += (start * HK + i_h // (H // HK)) * K
         g_t = tl.load(g + (start + t) * H + i_h, mask=valid, other=0.0).to(tl.float32)
         b_t = tl.load(beta + (start + t) * H + i_h, mask=valid, other=0.0).to(tl.float32)
-        b_t = tl.where(valid, tl.maximum(b_t, BETA_MIN), 0.0)
+        b_t = tl.where(valid, at_least(b_t, k.dtype.element_ty), 0.0)
         G_t = tl.cumsum(g_t, 0) * LOG2E
         tile = i_c.to(tl.int64) * H + i_h
         tl.store(G + tile * 64 + t, G_t)

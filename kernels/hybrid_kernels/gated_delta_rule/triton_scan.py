@@ -7,44 +7,64 @@ left operands or results in registers, and only q, k, A and P (see triton_prepar
 import triton
 import triton.language as tl
 
-from ..triton_support import cast_tiles, exp2, load_tiles, store_tiles, tile_count, tile_width, zero_tiles
+from ..triton_support import cast_tiles, exp2, half_rows, load_tiles, store_tiles, tile_count, tile_width, zero_tiles
 
 
 @triton.jit
-def sequence_span(i_n, cu, chunk_start, T, NT, VARLEN: tl.constexpr):
-    """First token, end, first chunk and number of chunks of document (or batch row) i_n."""
+def sequence_span(i_n, cu, chunk_start, T, NT, segments, VARLEN: tl.constexpr):
+    """First token, end of its tokens, first chunk and number of chunks of document (or segment of a batch row) i_n."""
     if VARLEN:
         start, end = tl.load(cu + i_n).to(tl.int64), tl.load(cu + i_n + 1).to(tl.int64)
         first = tl.load(chunk_start + i_n)
         count = tl.load(chunk_start + i_n + 1) - first
     else:
-        start = i_n.to(tl.int64) * T
-        end = start + T
-        first = i_n * NT
-        count = NT
+        row, per = i_n // segments, (NT + segments - 1) // segments
+        before = i_n % segments * per
+        start = row.to(tl.int64) * T + before * 64
+        end = (row.to(tl.int64) + 1) * T
+        first = row * NT + before
+        count = tl.minimum(per, NT - before)
     return start, end, first, count
 
 
-@triton.jit(do_not_specialize=["T", "NT"])
+@triton.jit
+def _values(v, token, end, i_h, cols, H: tl.constexpr, V: tl.constexpr):
+    """Columns `cols` of a chunk's values, zero past the end of the tokens and of the columns."""
+    t = token + tl.arange(0, 64)
+    at = v + (t[:, None] * H + i_h) * V + cols[None, :]
+    return tl.load(at, mask=(t < end)[:, None] & (cols < V)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["T", "NT", "segments"])
 def forward_scan_kernel(
-    q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT,
+    q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT, segments,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
-    WITH_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, WITH_OUTPUT: tl.constexpr, WITH_STATES: tl.constexpr,
+    WITH_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, WITH_OUTPUT: tl.constexpr,
+    WITH_STATES: tl.constexpr, WITH_TRANSITION: tl.constexpr,
 ):  # fmt: skip
+    """WITH_TRANSITION: further programs carry the identity with no values, and end as the matrix [K, K] that takes an
+    initial state to what it adds to the final one: columns V ... V + K of `final`."""
     i_v, i_nh = tl.program_id(0), tl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
-    start, end, first, count = sequence_span(i_n, cu, chunk_start, T, NT, VARLEN)
+    start, end, first, count = sequence_span(i_n, cu, chunk_start, T, NT, segments, VARLEN)
     dtype = k.dtype.element_ty
     t, rows_v = tl.arange(0, 64), tl.arange(0, 64)
     every = rows_v < 64
     cols_v = i_v * 64 + rows_v
-    state_at = (i_nh.to(tl.int64) * K) * V + i_v * 64
+    W: tl.constexpr = V + 64 * tile_count(K) * WITH_TRANSITION
+    state_at = (i_nh.to(tl.int64) * K) * W + i_v * 64
     S = zero_tiles(64, K)
+    if WITH_TRANSITION:
+        S = ()
+        for i in tl.static_range(tile_count(K)):
+            cols = V + 64 * i + tl.arange(0, tile_width(K, i))
+            S = S + (tl.where(cols_v[:, None] == cols[None, :], 1.0, 0.0),)
     if WITH_INITIAL:  # stored [K, V]: rows of S^T are its columns
         S = ()
         for i in tl.static_range(tile_count(K)):
             cols = 64 * i + tl.arange(0, tile_width(K, i))
             S = S + (tl.load(initial + state_at + cols[None, :] * V + rows_v[:, None]).to(tl.float32),)
+    v_next = _values(v, start, end, i_h, cols_v, H, V)  # a chunk ahead by hand: the compiler does so for products only
     for c in range(count):
         token = start + c * 64
         valid = token + t < end
@@ -53,7 +73,8 @@ def forward_scan_kernel(
         key = (token * HK + i_h // (H // HK)) * K
         k_tiles = load_tiles(k + key, t, valid, HK * K, K)
         value = (token * H + i_h) * V
-        v_t = tl.load(v + value + t[:, None] * (H * V) + cols_v[None, :], mask=valid[:, None], other=0.0)
+        v_t = v_next
+        v_next = _values(v, token + 64, end, i_h, cols_v, H, V)
         a = tl.load(A + square)
         G_t, G_end = tl.load(G + tile * 64 + t), tl.load(G + tile * 64 + 63)
 
@@ -61,9 +82,8 @@ def forward_scan_kernel(
         predicted = tl.zeros([64, 64], tl.float32)  # [v, t]: what the state already holds for each key
         for i in tl.static_range(tile_count(K)):
             predicted = tl.dot(S_low[i], tl.trans(k_tiles[i]), predicted, input_precision="ieee")
-        predicted = (predicted * -exp2(G_t)[None, :]).to(dtype)
-        new = tl.dot(tl.trans(v_t), tl.trans(a), input_precision="ieee")
-        new = tl.dot(predicted, tl.trans(a), new, input_precision="ieee")
+        rest, power = half_rows(tl.trans(v_t).to(tl.float32) - predicted * exp2(G_t)[None, :], dtype)
+        new = tl.dot(rest, tl.trans(a), input_precision="ieee") * power[:, None]
 
         if WITH_STATES:
             store_tiles(states + (tile * V + i_v * 64) * K, rows_v, every, K, S_low, K)
@@ -88,19 +108,19 @@ def forward_scan_kernel(
     if WITH_FINAL:
         for i in tl.static_range(tile_count(K)):
             cols = 64 * i + tl.arange(0, tile_width(K, i))
-            tl.store(final + state_at + cols[None, :] * V + rows_v[:, None], S[i])
+            tl.store(final + state_at + cols[None, :] * W + rows_v[:, None], S[i])
 
 
-@triton.jit(do_not_specialize=["T", "NT"])
+@triton.jit(do_not_specialize=["T", "NT", "segments"])
 def reverse_scan_kernel(
-    q, k, do, A, P, G, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT,
+    q, k, do, A, P, G, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT, segments,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
-    WITH_FINAL: tl.constexpr, WITH_INITIAL: tl.constexpr,
+    WITH_FINAL: tl.constexpr, WITH_INITIAL: tl.constexpr, WITH_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """Carries the gradient of S^T from the last chunk to the first. dv is also the gradient of v - exp(G) k S."""
     i_v, i_nh = tl.program_id(0), tl.program_id(1)
     i_n, i_h = i_nh // H, i_nh % H
-    start, end, first, count = sequence_span(i_n, cu, chunk_start, T, NT, VARLEN)
+    start, end, first, count = sequence_span(i_n, cu, chunk_start, T, NT, segments, VARLEN)
     dtype = k.dtype.element_ty
     t, rows_v = tl.arange(0, 64), tl.arange(0, 64)
     every = rows_v < 64
@@ -128,15 +148,18 @@ def reverse_scan_kernel(
         G_t, G_end = tl.load(G + tile * 64 + t), tl.load(G + tile * 64 + 63)
 
         dS_low = cast_tiles(dS, dtype, K)
-        store_tiles(dstates + (tile * V + i_v * 64) * K, rows_v, every, K, dS_low, K)
+        if WITH_OUTPUT:
+            store_tiles(dstates + (tile * V + i_v * 64) * K, rows_v, every, K, dS_low, K)
         dnew = tl.zeros([64, 64], tl.float32)  # [v, t]
         for i in tl.static_range(tile_count(K)):
             dnew = tl.dot(dS_low[i], tl.trans(k_tiles[i]), dnew, input_precision="ieee")
         dnew = dnew * exp2(G_end - G_t)[None, :]
         dnew = tl.dot(do_t, p, dnew, input_precision="ieee")
-        dz = tl.dot(dnew.to(dtype), a, input_precision="ieee")
-        at = dv + value + t[None, :] * (H * V) + cols_v[:, None]
-        tl.store(at, dz.to(dv.dtype.element_ty), mask=valid[None, :])
+        dnew, power = half_rows(dnew, dtype)
+        dz = tl.dot(dnew, a, input_precision="ieee") * power[:, None]
+        if WITH_OUTPUT:
+            at = dv + value + t[None, :] * (H * V) + cols_v[:, None]
+            tl.store(at, dz.to(dv.dtype.element_ty), mask=valid[None, :])
 
         decay = exp2(G_t)[None, :]
         from_keys = (dz * -decay).to(dtype)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..opaque import opaque
 from ..triton_support import load_tiles, sigmoid, store_tiles, tile_count, tile_width
 
 FORWARD_ROWS, BACKWARD_ROWS = 32, 16  # rows (a token's head) of one step
@@ -83,33 +84,54 @@ def backward_kernel(
         tl.store(dweight + tl.program_id(0) * D + 64 * i + tl.arange(0, tile_width(D, i)), tl.sum(dw_tiles[i], 0))
 
 
+def _forward_like(o, gate, weight, eps):
+    batch, length, heads, dim = o.shape
+    return [o.new_empty(length, batch, heads * dim)]
+
+
+@opaque("gated_rmsnorm_forward", _forward_like)
+def _forward(o: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> list[torch.Tensor]:
+    batch, length, heads, dim = o.shape
+    out = _forward_like(o, gate, weight, eps)
+    rows = batch * length * heads
+    forward_kernel[(triton.cdiv(rows, FORWARD_ROWS),)](
+        o, gate, weight, *out, rows, batch, length, heads, gate.stride(0), gate.stride(1), eps, D=dim,
+        R=FORWARD_ROWS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _backward_like(o, gate, weight, dy, eps):
+    return [torch.empty_like(o), torch.empty_like(dy), torch.empty_like(weight)]
+
+
+@opaque("gated_rmsnorm_backward", _backward_like)
+def _backward(
+    o: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, eps: float
+) -> list[torch.Tensor]:
+    """Gradients of o, gate and weight."""
+    batch, length, heads, dim = o.shape
+    rows = batch * length * heads
+    programs = min(BACKWARD_PROGRAMS, triton.cdiv(rows, BACKWARD_ROWS))
+    do, dgate = torch.empty_like(o), torch.empty_like(dy)
+    dweight = torch.empty(programs, dim, device=o.device, dtype=torch.float32)
+    backward_kernel[(programs,)](
+        o, gate, weight, dy, do, dgate, dweight, rows, batch, length, heads, gate.stride(0), gate.stride(1),
+        eps, triton.cdiv(rows, programs * BACKWARD_ROWS), D=dim, R=BACKWARD_ROWS, num_warps=4,
+    )  # fmt: skip
+    return [do, dgate, dweight.sum(0).to(weight.dtype)]
+
+
 class GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o, gate, weight, eps):
         o, weight = o.contiguous(), weight.contiguous()
         gate = gate if gate.stride(-1) == 1 else gate.contiguous()
-        batch, length, heads, dim = o.shape
-        y = o.new_empty(length, batch, heads * dim)
-        rows = batch * length * heads
-        forward_kernel[(triton.cdiv(rows, FORWARD_ROWS),)](
-            o, gate, weight, y, rows, batch, length, heads, gate.stride(0), gate.stride(1), eps, D=dim,
-            R=FORWARD_ROWS, num_warps=4,
-        )  # fmt: skip
+        (y,) = _forward(o, gate, weight, eps)
         ctx.save_for_backward(o, gate, weight)
         ctx.eps = eps
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        o, gate, weight = ctx.saved_tensors
-        dy = dy.contiguous()
-        batch, length, heads, dim = o.shape
-        rows = batch * length * heads
-        programs = min(BACKWARD_PROGRAMS, triton.cdiv(rows, BACKWARD_ROWS))
-        do, dgate = torch.empty_like(o), torch.empty_like(dy)
-        dweight = torch.empty(programs, dim, device=o.device, dtype=torch.float32)
-        backward_kernel[(programs,)](
-            o, gate, weight, dy, do, dgate, dweight, rows, batch, length, heads, gate.stride(0), gate.stride(1),
-            ctx.eps, triton.cdiv(rows, programs * BACKWARD_ROWS), D=dim, R=BACKWARD_ROWS, num_warps=4,
-        )  # fmt: skip
-        return do, dgate, dweight.sum(0).to(weight.dtype), None
+        return *_backward(*ctx.saved_tensors, dy.contiguous(), ctx.eps), None

@@ -26,6 +26,15 @@ def agree(fn, inputs, tolerance):
         assert relative_error(ours, oracle, floor=1e-2) < tolerance
 
 
+@pytest.fixture
+def small_segments(monkeypatch):
+    """conv_gates with programs that walk few tokens: the interpreter is slow."""
+    from hybrid_kernels.conv_gates import triton_op
+
+    for name, size in (("SEGMENTS", 16), ("FORWARD_SEGMENT", 4), ("BACKWARD_SEGMENT", 4)):
+        monkeypatch.setattr(triton_op, name, size)
+
+
 def delta_rule(**options):
     def of(backend):
         def fn(q, k, v, g, beta, initial):
@@ -59,6 +68,60 @@ def test_gated_delta_rule_of_documents():
     agree(delta_rule(cu_seqlens=bounds), [*inputs, torch.randn(4, 1, 32, 64)], 2e-5)
 
 
+@pytest.mark.parametrize("batch, length, segments, save", [(2, 100, 2, "scores"), (1, 180, 3, "inputs")])
+def test_gated_delta_rule_in_segments(batch, length, segments, save, monkeypatch):
+    from hybrid_kernels.gated_delta_rule import triton_op
+
+    monkeypatch.setattr(triton_op, "segments_of", lambda v, cu_seqlens: segments)
+    inputs = delta_rule_inputs(batch, length, 1, 1, 96 if batch == 1 else 16, 64, gate=-1e-2)
+    agree(delta_rule(save=save), [*inputs, torch.randn(batch, 1, inputs[0].shape[3], 64)], 2e-5)
+
+
+def test_segments_that_pay():
+    from hybrid_kernels.gated_delta_rule.triton_join import segments_that_pay
+
+    assert segments_that_pay(tiles=90, chunks=128, processors=132) == 1  # 30 heads: the GPU is full enough
+    assert segments_that_pay(tiles=45, chunks=128, processors=132) == 3
+    assert segments_that_pay(tiles=45, chunks=40, processors=132) == 1  # a segment would be too short
+    assert segments_that_pay(tiles=24, chunks=128, processors=0) == 1
+    for chunks in range(48, 300):
+        count = segments_that_pay(24, chunks, 132)
+        assert (count - 1) * -(-chunks // count) < chunks  # no segment is empty
+
+
+@pytest.mark.parametrize("hard", [dict(gate=0.0), dict(gate=-1e-3)])
+def test_keys_all_alike_do_not_diverge(hard):
+    """A in bf16 would: its rounding errors add up where the entries themselves cancel."""
+    inputs = delta_rule_inputs(1, 1024, 1, 1, 32, 64, beta=1.99, cosine=1.0, dtype=torch.bfloat16, **hard)
+    o, _ = gated_delta_rule(*inputs, backend="triton")
+    exact, _ = gated_delta_rule(*(x.double() for x in inputs), backend="torch")
+    assert relative_error(o, exact) < 0.5
+
+
+@pytest.mark.parametrize("documents, segments", [(False, 1), (True, 1), (False, 2)])
+def test_compiled_without_a_break(documents, segments, small_segments, monkeypatch):
+    """Every op is opaque to torch.compile, and so is its backward."""
+    from hybrid_kernels.gated_delta_rule import triton_op
+
+    monkeypatch.setattr(triton_op, "segments_of", lambda v, cu_seqlens: segments)
+    length = 34 if segments == 1 else 70
+    dims = dict(num_key_heads=1, num_value_heads=1, key_head_dim=16, value_head_dim=64)
+    cu = torch.tensor([0, 20, 34]) if documents else None
+
+    def mixer(packed, conv, A_log, dt_bias, weight):
+        q, k, v, g, beta, gate = conv_gates(packed, conv, A_log, dt_bias, cu_seqlens=cu, return_gate=True, **dims)
+        o, final = gated_delta_rule(q, k, v, g, beta, output_final_state=True, cu_seqlens=cu)
+        return gated_rmsnorm(o, gate, weight, 1e-5), final
+
+    inputs = [*packed_inputs(length, 1, 1, 1, 16, 64), torch.randn(64)]
+    plain, compiled = (
+        gradients(mixer, inputs),
+        gradients(torch.compile(mixer, fullgraph=True, backend="aot_eager"), inputs),
+    )
+    for x, y in zip(plain, compiled):
+        assert torch.equal(x, y)
+
+
 def test_gated_delta_rule_in_bf16_twice():
     inputs = delta_rule_inputs(1, 70, 1, 1, 32, 64, dtype=torch.bfloat16)
     assert explain(*inputs).backend == "triton"
@@ -74,11 +137,7 @@ def test_beta_of_zero_has_its_gradient():
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 1, 1, 3, 20, 37]])
-def test_conv_gates(bounds, monkeypatch):
-    from hybrid_kernels.conv_gates import triton_op
-
-    for name, size in (("SEGMENTS", 16), ("FORWARD_SEGMENT", 4), ("BACKWARD_SEGMENT", 4)):
-        monkeypatch.setattr(triton_op, name, size)
+def test_conv_gates(bounds, small_segments):
     batch, length, heads, dim, values = (2, 70, 1, 96, 64) if bounds is None else (1, 37, 2, 32, 16)
     options = dict(num_key_heads=1, num_value_heads=heads, key_head_dim=dim, value_head_dim=values, return_gate=True)
     if bounds:

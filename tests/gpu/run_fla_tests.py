@@ -1,0 +1,97 @@
+"""fla's own tests of chunk_gated_delta_rule with ours in its place.
+
+    python -m tests.gpu.run_fla_tests FILE [--bf16] [--out RESULT.json] [further arguments of pytest, as -n 8]
+
+FILE is tests/ops/test_gdn.py of a checkout of flash-linear-attention 0.6, which must be installed, too. Its tests of other
+functions are left out, and nothing else about them changes: their inputs, references and tolerances are fla's. They are in
+fp16, which our Triton kernels take (--bf16 hands the same data to the Hopper kernels instead), and in fp32, which the plain
+torch form takes. What fla fuses around the rule (L2 norm, sigmoid, gates) runs in torch in front of ours.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import sys
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hybrid_kernels.gated_delta_rule import gated_delta_rule
+
+COUNTS = Counter()
+BF16 = "HYBRID_FLA_TESTS_BF16"  # read by pytest-xdist's workers, too
+
+
+def _padded(x: torch.Tensor, multiple: int, sizes=()) -> torch.Tensor:
+    """The last dimension with zeros up to a multiple, or to the first of `sizes` that holds it."""
+    width = x.shape[-1]
+    to = next((s for s in sizes if s >= width), -(-width // multiple) * multiple)
+    return F.pad(x, (0, to - width))
+
+
+def ours(
+    q, k, v, g=None, beta=None, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
+    use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, cu_seqlens=None, cu_seqlens_cpu=None,
+    chunk_indices=None, use_gate_in_kernel=False, A_log=None, dt_bias=None, chunk_size=64,
+):  # fmt: skip
+    """fla 0.6's arguments and results."""
+    dtype, dims, scale = v.dtype, (k.shape[-1], v.shape[-1]), k.shape[-1] ** -0.5 if scale is None else scale
+    if use_gate_in_kernel:
+        raw = g.float() if dt_bias is None else g.float() + dt_bias.float()
+        g = -A_log.float().exp() * F.softplus(raw)
+    if use_beta_sigmoid_in_kernel:
+        beta = beta.float().sigmoid() * (2 if allow_neg_eigval else 1)
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    run = torch.bfloat16 if os.environ.get(BF16) and dtype == torch.float16 else dtype
+    state = initial_state
+    if state is not None:
+        state = state.transpose(-1, -2) if state_v_first else state
+        state = _padded(_padded(state, 64).transpose(-1, -2), 64, (16, 32, 64, 96, 128, 192, 256)).transpose(-1, -2)
+    q, k = (_padded(x.to(run), 64, (16, 32, 64, 96, 128, 192, 256)) for x in (q, k))
+    arguments = q, k, _padded(v.to(run), 64), g.float(), beta.float()
+    backend = {torch.float32: "torch", torch.float16: "triton", torch.bfloat16: "hopper"}[run]
+    o, final = gated_delta_rule(
+        *arguments, scale=scale, initial_state=state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        backend=backend,
+    )  # fmt: skip
+    if final is not None:
+        final = final[..., : dims[0], : dims[1]]
+        final = final.transpose(-1, -2) if state_v_first else final
+    return o[..., : dims[1]].to(dtype), final
+
+
+def pytest_configure(config):
+    import fla.ops.gated_delta_rule
+
+    fla.ops.gated_delta_rule.chunk_gated_delta_rule = ours
+
+
+def pytest_collection_modifyitems(items):
+    """Leaves out the tests that never call the function."""
+    items[:] = [x for x in items if "chunk_gated_delta_rule" in inspect.unwrap(x.function).__code__.co_names]
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome != "passed":
+        COUNTS[report.outcome] += 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--out")
+    options, further = parser.parse_known_args()
+    if options.bf16:
+        os.environ[BF16] = "1"
+    sys.modules["tests.gpu.run_fla_tests"] = sys.modules["__main__"]  # one set of counts
+    status = pytest.main(["-q", "-p", "tests.gpu.run_fla_tests", "-p", "no:cacheprovider", *further, options.file])
+    print(dict(COUNTS))
+    if options.out:
+        with open(options.out, "w") as out:
+            json.dump(dict(bf16=options.bf16, **COUNTS), out)
+    sys.exit(status)
