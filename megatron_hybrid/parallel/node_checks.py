@@ -15,7 +15,7 @@ import megatron_hybrid
 from megatron_hybrid.parallel.device import has_cuda, local_device
 
 PACKAGES = ("megatron-core", "transformer-engine", "flash-linear-attention", "triton", "numpy", "mpi4py")
-_PROBE_BYTES = 1 << 20
+_PROBE_BYTES = 1 << 18
 _ECC = ("ecc.errors.uncorrected.volatile.total", "uncorrected ECC errors since the driver was loaded; reset the GPU")
 _REMAPPED = (
     ("remapped_rows.pending", "a row remapping pends; reset the GPU"),

@@ -4,6 +4,7 @@ Every rank looks at its device, one rank of each node at versions, disk and data
 rank, which reach the same verdict. What is broken stops the run and names the node; what is slow is named.
 """
 
+import contextlib
 import statistics
 import time
 from collections import Counter
@@ -140,7 +141,8 @@ def _check_shared(report: RankReport, run_dir: Path, first_node: str, first: boo
             )
     dist.barrier()
     if first:
-        node_checks.probe_file(run_dir, report.node).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was never written
+            node_checks.probe_file(run_dir, report.node).unlink()
 
 
 def verdict(reports: Sequence[RankReport], slow_below: float) -> tuple[list[str], list[str]]:

@@ -139,6 +139,7 @@ class Trainer:
         if interrupt is not None:
             interrupt.settle()
         if stop and self.progress.step < train.steps:
+            self.checkpoints.close()
             self.logger.info(f"asked to stop: saved step {self.progress.step} of {train.steps}; run it again to go on")
         return self.progress
 
