@@ -2,7 +2,8 @@
 
 The ranks may as well be started by tools/launch.py, `mpirun -n 4 python`, `srun python` or `srun --mpi=pmix python`.
 On SIGUSR1 or SIGTERM every rank saves the same step and stops; the same command goes on from there.
-Exit codes: 0 done, 75 stopped by a signal with its work saved, 78 wrong configuration, data, checkpoint or node.
+Exit codes: 0 done, 75 stopped by a signal with its work saved, 78 wrong configuration, data, checkpoint or node. torchrun
+makes 1 of every status but 0, and gives ranks 30 seconds after SIGTERM; tools/launch.py keeps both as they are.
 """
 
 import argparse

@@ -97,6 +97,7 @@ def test_a_wrong_override_in_a_job_ends_it_with_78(example):
     assert "Traceback" not in example.log() and "requeueing" not in example.log()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_seen_before_the_first_step(example, small_disk):
     example.config["run_dir"] = str(small_disk / "run")
     (small_disk / "filler").write_bytes(bytes((4 << 20) - (96 << 10)))
@@ -109,6 +110,7 @@ def test_a_full_disk_is_seen_before_the_first_step(example, small_disk):
     assert "Traceback" not in example.log() and not example.metrics()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_on_the_way_keeps_its_own_status(example, small_disk):
     """Room for a checkpoint at the start, and none when it is written: the ranks' own error, on every node at once."""
     example.config["run_dir"] = str(small_disk / "run")
@@ -147,6 +149,7 @@ def test_a_cluster_without_usable_nodes(example, cluster):
     wait_for(lambda: cluster.usable_nodes() == set(NODES), "nodes to come back", 30)
 
 
+@pytest.mark.slow
 def test_srun_starts_ranks_without_a_launcher(example, cluster):
     """`srun python tools/pretrain.py`, and `srun --mpi=pmix`: ranks and meeting point from SLURM."""
     environment = example.variables()
