@@ -17,6 +17,7 @@ from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.observe.sinks import check_sinks
 from megatron_hybrid.parallel.device import has_cuda
 from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
+from megatron_hybrid.planner.memory import expected
 from megatron_hybrid.train.engine import MegatronEngine
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.schedules import learning_rate
@@ -103,6 +104,8 @@ class Trainer:
         )
         for line in self.engine.backends(train.micro_batch_size):
             self.logger.info(line)
+        if has_cuda():
+            self.logger.info(expected(config, launch.world_size).line())
         self.logger.info(f"resumed from {resumed}" if resumed else "started from initial weights")
 
     def __enter__(self) -> "Trainer":
