@@ -8,6 +8,7 @@ from hybrid_kernels.linear_cross_entropy import explain as explain_linear_cross_
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model.attention import SelfAttention
 from megatron_hybrid.model.gated_delta_net import GatedDeltaNet
+from megatron_hybrid.model.megatron_config import apex_weight_gradients
 from megatron_hybrid.model.parts import LOCAL, Parts, choose_parts
 from megatron_hybrid.precision.attention_probe import probe_attention
 
@@ -42,7 +43,8 @@ def format_table(
 def _linears(chunks, parts: Parts, reason: str, precision: PrecisionConfig, dtype: str) -> Iterator[Row]:
     what = "projections, MLP"
     if not precision.fp8:
-        yield "all", what, dtype, parts.name, reason
+        apex = " with Apex's weight gradients" if parts is LOCAL and apex_weight_gradients() else ""
+        yield "all", what, dtype, parts.name + apex, reason
         return
     layers = chunks[0].model.num_layers
     start, end = precision.bf16_layers_at_start, precision.bf16_layers_at_end

@@ -1,5 +1,7 @@
 """Our configuration in megatron-core's terms."""
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -11,6 +13,11 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.parallel.device import has_cuda
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def apex_weight_gradients() -> bool:
+    """Whether megatron-core's own linears add weight gradients to DDP's fp32 buffer in the matrix product, by Apex's kernel."""
+    return has_cuda() and find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def hybrid_layer_pattern(model: ModelConfig, parallel: ParallelConfig) -> str:
@@ -80,7 +87,7 @@ def transformer_config(
         bf16=dtype == "bf16",
         perform_initialization=False,  # model/param_layout.py does it, the same under every layout
         use_cpu_initialization=not cuda,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=apex_weight_gradients(),  # Transformer Engine's parts have their own (te_parts.py)
         bias_activation_fusion=cuda,
         bias_dropout_fusion=cuda,
         masked_softmax_fusion=False,

@@ -1,0 +1,86 @@
+"""The table of what a run computes with, and the choice of its parts."""
+
+import pytest
+
+from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.model import parts as parts_module
+from megatron_hybrid.model.parts import LOCAL, choose_parts
+from tests import jobs
+
+MODEL = dict(
+    layer_pattern="GGA",
+    hidden_size=64,
+    ffn_hidden_size=128,
+    vocab_size=257,
+    num_attention_heads=4,
+    gdn=dict(num_key_heads=4, num_value_heads=4, key_head_dim=16, value_head_dim=32),
+)
+
+
+def table(model: dict, dtype: str) -> list[str]:
+    engine = jobs.make_engine(model, {}, dict(steps=1, global_batch_size=1, dtype=dtype))
+    return engine.backends(1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_table_names_every_part_with_format_backend_and_reason(dtype, ranks):
+    ((head, *rows),) = ranks.run(table, 1, model=MODEL, dtype=dtype)
+    assert head.split() == ["layers", "part", "format", "backend", "why"]
+    cells = [row[: head.index("why")].split("  ") for row in rows]
+    cells = [[c.strip() for c in row if c.strip()] for row in cells]
+    assert [row[:2] for row in cells] == [
+        ["all", "projections, MLP"],
+        ["G", "conv_gates"],
+        ["G", "gated_delta_rule"],
+        ["G", "gated_rmsnorm"],
+        ["A", "qk_norm_rope"],
+        ["A", "attention"],
+        ["last", "linear_cross_entropy"],
+        ["all", "norms"],
+        ["all", "optimizer"],
+    ]
+    assert all(row[2] == dtype for row in cells[:-1])
+    assert cells[1][3] == "torch"
+    assert "not triton: tensors are not on a CUDA device" in rows[1]
+    assert cells[-1][2:] == ["fp32", "torch.AdamW"]
+
+
+def test_a_layer_kind_that_is_not_there_has_no_row(ranks):
+    ((_, *rows),) = ranks.run(table, 1, model=MODEL | {"layer_pattern": "AA", "gdn": None}, dtype="fp32")
+    assert not any(row.startswith("G ") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "cuda", "field", "why"),
+    [
+        (dict(parts="transformer_engine"), "bf16", False, "precision.parts", "no CUDA device is visible"),
+        (dict(linear="fp8_delayed"), "bf16", False, "precision.linear", "no CUDA device is visible"),
+        (dict(parts="transformer_engine"), "bf16", True, "precision.parts", "is not installed"),
+        (dict(linear="fp8_tensorwise"), "bf16", True, "precision.linear", "is not installed"),
+    ],
+)
+def test_what_cannot_run_here_is_an_error(precision, dtype, cuda, field, why, monkeypatch):
+    monkeypatch.setattr(parts_module, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(parts_module, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        choose_parts(PrecisionConfig(**precision), dtype)
+    assert [name for name, _ in caught.value.problems] == [field]
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "cuda", "installed", "why"),
+    [
+        ({}, "bf16", False, True, "no CUDA device is visible"),
+        ({}, "bf16", True, False, "Transformer Engine is not installed"),
+        ({}, "fp32", True, True, "train.dtype is fp32"),
+        (dict(parts="local"), "bf16", True, True, "precision.parts = local"),
+    ],
+)
+def test_local_parts_come_with_a_reason(precision, dtype, cuda, installed, why, monkeypatch):
+    monkeypatch.setattr(parts_module, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(parts_module, "find_spec", lambda name: object() if installed else None)
+    parts, reason = choose_parts(PrecisionConfig(**precision), dtype)
+    assert parts is LOCAL
+    assert why in reason
