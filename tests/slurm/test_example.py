@@ -63,6 +63,20 @@ def test_the_time_limit_s_signal_requeues_and_the_run_resumes(example, cluster):
     assert math.log(97) - 0.3 > example.metrics()[-1]["loss"], "and they fall"
 
 
+@pytest.mark.slow
+def test_a_cancelled_job_saves_and_stays_cancelled(example, cluster):
+    """scancel sends SIGTERM: the same save, and no requeue against the user's wish."""
+    example.config["train"]["steps"] = FOR_EVER
+    job = example.submit(CPU_RANKS="1").stdout.split()[-1]
+    example.wait_for(lambda: len(example.metrics()) >= 3, "three steps", 120)
+    cluster.output("scancel", job)
+    ended = example.wait_for_end(job, 60)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("CANCELLED", "75:0", "0"), example.log()
+    (saved,) = complete_checkpoints(example.run_dir / "checkpoints")
+    assert f"asked to stop: saved step {int(saved.name.removeprefix('step-'))} of" in example.log()
+    assert "requeueing" not in example.log()
+
+
 def seconds(clock: str) -> int:
     """SLURM's 00:01:30."""
     hours, minutes, rest = map(int, clock.split(":"))
