@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from megatron_hybrid.config import nearest
 from megatron_hybrid.config.errors import ConfigError, Problems, join
 from megatron_hybrid.config.fp8_checks import check_precision
+from megatron_hybrid.config.zero import check_engine
 
 if TYPE_CHECKING:
     from megatron_hybrid.config.run import RunConfig
@@ -23,6 +24,7 @@ def section_problems(run: "RunConfig") -> Problems:
         problems += [(join("parallel", field), message) for field, message in error.problems]
     _check_data(run, problems)
     check_precision(run, problems)
+    check_engine(run, problems)
     return problems
 
 

@@ -12,6 +12,7 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.config.zero import ZeroConfig
 
 
 class CheckpointConfig(Section):
@@ -87,6 +88,7 @@ class RunConfig(Section):
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     preflight: PreflightConfig = PreflightConfig()

@@ -72,6 +72,8 @@ class TrainConfig(Section):
     """Of the initial weights; they are the same under every layout."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Of parameters and activations. Gradients, master weights, A_log and dt_bias are fp32 either way."""
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    """Who runs the model: megatron-core (every layout), or DeepSpeed's ZeRO with offload (`zero`), where GPUs are few."""
     z_loss: NonNegativeFloat = 1e-5
     """Weight of mean(logsumexp(logits)^2)."""
     optimizer: OptimizerConfig = OptimizerConfig()

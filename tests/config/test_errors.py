@@ -18,6 +18,7 @@ TINY = [
 ]  # fmt: skip
 """A legal run."""
 
+ZERO = ["train.engine=deepspeed"]
 VPP = ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_parallel_size=2"]
 RAMP = "train.batch_ramp={start: %d, increment: %d, samples: 1000}"
 
@@ -122,6 +123,36 @@ WRONG: list[tuple[list[str], str, str, str]] = [
         "multiples of 16",
         "nearest is 96",
     ),
+    # engines
+    (["train.engine=deepspeeds"], "train.engine", "not one of megatron, deepspeed", "nearest is deepspeed"),
+    (["zero.stage=3"], "zero.stage", "3 has no meaning with train.engine = megatron", "set that to deepspeed"),
+    ([*ZERO, "zero.stage=4"], "zero.stage", "4 is not one of 1, 2, 3", "the nearest is"),
+    ([*ZERO, "zero.offload_optimizer=disk"], "zero.offload_optimizer", "not one of none, cpu, nvme", "the nearest is"),
+    ([*ZERO, "zero.offload_parameters=cpu"], "zero.offload_parameters", "set stage to 3", "or set it to none"),
+    (
+        [*ZERO, "zero={offload_optimizer: nvme, nvme_path: /nvme}"],
+        "zero.offload_optimizer",
+        "needs stage 3, and it is 2",
+        "or this to cpu",
+    ),
+    ([*ZERO, "zero={stage: 3, offload_optimizer: nvme}"], "zero.nvme_path", "is missing", "or offload to cpu"),
+    ([*ZERO, "zero.nvme_path=/nvme"], "zero.nvme_path", "is not used", "set it to null"),
+    (
+        [*ZERO, "zero={offload_optimizer: cpu, offload_fraction: 0.5}"],
+        "zero.offload_fraction",
+        "0.5 needs stage 3 and offload_optimizer cpu",
+        "this to 1.0",
+    ),
+    ([*ZERO, "zero.offload_fraction=0"], "zero.offload_fraction", "must be greater than 0", "such as 1.0"),
+    (
+        [*ZERO, "parallel.pipeline_parallel_size=2"],
+        "parallel.pipeline_parallel_size",
+        "cannot run with train.engine = deepspeed: its ZeRO reduces and shares out",
+        "set it to 1, or train.engine to megatron",
+    ),
+    ([*ZERO, "parallel.overlap_grad_reduce=true"], "parallel.overlap_grad_reduce", "is for train.engine", "zero.stage"),
+    ([*ZERO, "parallel.distributed_optimizer=false"], "parallel.distributed_optimizer", "false is for", "leave it out"),
+    ([*ZERO, "precision.linear=fp8_tensorwise"], "precision.linear", "fp32 gradient buffers", "this to null"),
     # bounds
     (["train.steps=0"], "train.steps", "0 must be greater than 0", "the nearest is 1"),
     (["model.hidden_size=-128"], "model.hidden_size", "-128 must be", "the nearest is 1"),
@@ -341,6 +372,8 @@ def test_names_what_does_not_fit_the_ranks(
         (1, ["model={preset: olmo_hybrid_tiny, layer_pattern: A*2, gdn: null}"]),
         (1, ["model.sliding_window=256", "model.layer_pattern=WA"]),
         (2, ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=false", "data.sequence_length=255"]),
+        (2, [*ZERO, "parallel.tensor_parallel_size=2", "zero={stage: 3, offload_parameters: cpu}"]),
+        (1, [*ZERO, "zero={stage: 3, offload_optimizer: nvme, offload_parameters: nvme, nvme_path: /nvme}"]),
     ],
 )
 def test_legal_runs_are_taken(ranks: int, overrides: list[str]) -> None:
