@@ -2,9 +2,14 @@
 
 Errors are relative RMS against fp64; both sides get the same bf16 inputs. Run on a Hopper GPU with
 flash-linear-attention 0.6.0 and, for its backward, TileLang installed.
+
+    --only TEXT     the parts whose name has TEXT: a shape ("H 15", "ragged"), or "errors"
+    --flashqla      also FlashQLA at 128/128, which compiles for minutes; its times are scaled by the work
 """
 
+import argparse
 import os
+import time
 
 os.environ["FLA_FLASH_QLA"] = "0"  # the peer is fla's own kernels
 
@@ -12,12 +17,12 @@ import torch  # noqa: E402
 from kernel_timing import cpu_ms, gpu_ms, kernels, write_gpu  # noqa: E402
 from report import row  # noqa: E402
 
-from hybrid_kernels.gated_delta_rule import gated_delta_rule  # noqa: E402
+from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule  # noqa: E402
 from hybrid_kernels.testing import HARD_CASES, delta_rule_inputs, relative_error  # noqa: E402
 
 K, V = 96, 192
 NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta", "dinitial", "final")
-SHAPES = ((1, 8192, 30), (4, 8192, 30), "ragged", (1, 8192, 15), (1, 65536, 15), (1, 8192, 8))
+SHAPES = ((1, 8192, 30), (4, 8192, 30), (1, 8192, 15), (1, 65536, 15), (1, 8192, 8))
 SHORT = [0, 1, 1, 500, 1700, 1701, 4096]
 RAGGED = [0, 1, 1, 500, 1700, 1701, 4096, 4160, 8192]
 
@@ -72,59 +77,105 @@ def errors() -> list[dict]:
     return rows
 
 
-def measure(backend, inputs, do, cu, save="scores") -> dict:
-    """Times, launches and memory of one implementation at one shape."""
+def measure(rule, inputs, do) -> dict:
+    """Times, launches and memory of `rule` (inputs -> o) on one shape."""
 
     def forward():
         with torch.no_grad():
-            gated_delta_rule(*inputs, cu_seqlens=cu, backend=backend, save=save)
+            rule()
 
     def both():
-        o, _ = gated_delta_rule(*inputs, cu_seqlens=cu, backend=backend, save=save)
-        torch.autograd.grad(o, inputs, do)
+        torch.autograd.grad(rule(), inputs, do)
 
-    out = {"forward": gpu_ms(forward), "forward + backward": gpu_ms(both), "cpu": cpu_ms(both)}
+    start = time.perf_counter()
+    both()
+    torch.cuda.synchronize()
+    out = {"first": time.perf_counter() - start}
+    out |= {"forward": gpu_ms(forward), "forward + backward": gpu_ms(both), "cpu": cpu_ms(both)}
     launched = kernels(both)
-    print(backend, {name: round(us) for name, (_, us) in launched.items() if us > 5}, flush=True)
+    print({name: round(us) for name, (_, us) in launched.items() if us > 5}, flush=True)
     out["kernels"] = sum(count for count, _ in launched.values())
+    out["sum"] = sum(us for _, us in launched.values()) / 1e3
     start = torch.cuda.memory_allocated()
-    o, _ = gated_delta_rule(*inputs, cu_seqlens=cu, backend=backend, save=save)
+    o = rule()
     out["saved"] = (torch.cuda.memory_allocated() - start - o.nbytes) / (inputs[0].shape[0] * inputs[0].shape[1])
     return out
 
 
-def times(shapes) -> list[dict]:
+def random_inputs(batch, length, heads, key_dim, value_dim):
+    """Drawn for an eighth of the length and repeated: drawing them all takes longer than the rest."""
+    small = delta_rule_inputs(
+        1, length // 8, heads, heads, key_dim, value_dim, dtype=torch.bfloat16, device="cuda"
+    )  # fmt: skip
+    return [x.repeat(batch, 8, *[1] * (x.dim() - 2)).requires_grad_() for x in small]
+
+
+def times(name, batch, length, heads, bounds=None) -> list[dict]:
     rows = []
-    for shape in shapes:
-        batch, length, heads = SHAPES[0] if shape == "ragged" else shape
-        name = f"B {batch}, T {length}, H {heads}" + (", ragged" if shape == "ragged" else "")
-        print(name, flush=True)
-        cu = torch.tensor(RAGGED, device="cuda", dtype=torch.int32) if shape == "ragged" else None
-        small = delta_rule_inputs(1, length // 8, heads, heads, K, V, dtype=torch.bfloat16, device="cuda")
-        inputs = [x.repeat(batch, 8, *[1] * (x.dim() - 2)).requires_grad_() for x in small]
-        do = torch.randn_like(inputs[2])
-        peer = measure("fla", inputs, do, cu)
-        for backend, save, goals in (
-            ("hopper", "scores", (1.6, 1.6)), ("hopper", "states", (1.6, 1.6)), ("triton", "scores", (1.4, 1.6))
-        ):  # fmt: skip
-            ours = measure(backend, inputs, do, cu, save)
-            case = f"{name}, {backend}, saving {save}"
-            for metric, goal in zip(("forward", "forward + backward"), goals):
-                rows.append(row(case, metric, "ms", ours[metric], peer[metric], "fla 0.6", goal))
-            for metric, unit, key in (
-                ("launch time, forward + backward", "ms", "cpu"),
-                ("kernels, forward + backward", "launches", "kernels"),
-                ("saved for the backward beside the inputs", "bytes a token", "saved"),
-            ):
-                rows.append(row(case, metric, unit, ours[key], peer[key], "fla 0.6"))
+    cu = None if bounds is None else torch.tensor(bounds, device="cuda", dtype=torch.int32)
+    inputs = random_inputs(batch, length, heads, K, V)
+    do = torch.randn_like(inputs[2])
+
+    def rule(backend, save="scores"):
+        return lambda: gated_delta_rule(*inputs, cu_seqlens=cu, backend=backend, save=save)[0]
+
+    peer = measure(rule("fla"), inputs, do)
+    for backend, save, goals in (
+        ("hopper", "scores", (1.6, 1.6)), ("hopper", "states", (1.6, 1.6)), ("triton", "scores", (1.4, 1.6))
+    ):  # fmt: skip
+        print(explain(*inputs, backend=backend, cu_seqlens=cu), flush=True)
+        ours = measure(rule(backend, save), inputs, do)
+        case = f"{name}, {backend}, saving {save}"
+        for metric, goal in zip(("forward", "forward + backward"), goals):
+            rows.append(row(case, metric, "ms", ours[metric], peer[metric], "fla 0.6", goal))
+        for metric, unit, key in (
+            ("forward + backward, sum of the kernels", "ms", "sum"),
+            ("launch time, forward + backward", "ms", "cpu"),
+            ("kernels, forward + backward", "launches", "kernels"),
+            ("saved for the backward beside the inputs", "bytes a token", "saved"),
+            ("first forward + backward, what is not on disk compiled and tuned", "s", "first"),
+        ):
+            rows.append(row(case, metric, unit, ours[key], peer[key], "fla 0.6"))
+        # every input read once and every result written once, each way
+        tokens, forward, backward = batch * length * heads, 4 * (K + V) + 8, 2 * (4 * K + 3 * V) + 16
+        for metric, size in (("forward", forward), ("forward + backward", forward + backward)):
+            rate = tokens * size / ours[metric] / 1e9
+            rows.append(row(case, f"{metric}: bytes at least moved, a second", "TB/s", rate, 3.0, "a copy", None, True))
     return rows
 
 
+def flashqla(name, batch, length, heads) -> list[dict]:
+    """FlashQLA takes heads of 128/128 alone: what its design would give here is its time by the ratio of the work."""
+    import flash_qla
+
+    def best(width_k, width_v, rule):
+        inputs = random_inputs(batch, length, heads, width_k, width_v)
+        return measure(lambda: rule(*inputs), inputs, torch.randn_like(inputs[2]))
+
+    ours = best(K, V, lambda *x: gated_delta_rule(*x, backend="hopper")[0])
+    peer = best(128, 128, lambda q, k, v, g, beta: flash_qla.chunk_gated_delta_rule(q=q, k=k, v=v, g=g, beta=beta)[0])
+    work = K * V / 128**2
+    return [
+        row(f"{name}, hopper, saving scores", m, "ms", ours[m], work * peer[m], f"FlashQLA at 128/128, times {work}")
+        for m in ("forward", "forward + backward")
+    ]
+
+
 if __name__ == "__main__":
-    rows = times(SHAPES[:2])  # the result file grows as it goes: fla compiles for minutes at new head numbers
-    write_gpu("gated_delta_rule", rows)
-    rows += errors()
-    write_gpu("gated_delta_rule", rows)
-    for shape in SHAPES[2:]:
-        rows += times([shape])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--flashqla", action="store_true")
+    options, _ = parser.parse_known_args()
+    parts = {f"B {b}, T {t}, H {h}": (times, b, t, h) for b, t, h in SHAPES}
+    parts["B 1, T 8192, H 30, ragged"] = (times, *SHAPES[0], RAGGED)
+    if options.flashqla:
+        parts |= {f"B {b}, T {t}, H {h}, FlashQLA": (flashqla, b, t, h) for b, t, h in SHAPES[:2]}
+    rows = []
+    for name, (part, *shape) in parts.items():
+        if options.only in name:
+            print(name, flush=True)
+            rows += part(name, *shape)
+            write_gpu("gated_delta_rule", rows)  # the result file grows as it goes
+    if options.only in "errors":
+        rows += errors()
         write_gpu("gated_delta_rule", rows)

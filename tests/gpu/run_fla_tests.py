@@ -5,7 +5,8 @@
 FILE is tests/ops/test_gdn.py of a checkout of flash-linear-attention 0.6, which must be installed, too. Its tests of other
 functions are left out, and nothing else about them changes: their inputs, references and tolerances are fla's. They are in
 fp16, which our Triton kernels take (--bf16 hands the same data to the Hopper kernels instead), and in fp32, which the plain
-torch form takes. What fla fuses around the rule (L2 norm, sigmoid, gates) runs in torch in front of ours.
+torch form takes. Under TRITON_INTERPRET=1 all of it runs on a CPU, slowly. What fla fuses around the rule (L2 norm, sigmoid,
+gates) runs in torch in front of ours.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hybrid_kernels.dispatch import triton_interpreted
 from hybrid_kernels.gated_delta_rule import gated_delta_rule
 
 COUNTS = Counter()
@@ -65,9 +67,13 @@ def ours(
 
 
 def pytest_configure(config):
+    os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"  # else fla skips what its TileLang kernels cannot do, and ours can
     import fla.ops.gated_delta_rule
+    import fla.utils
 
     fla.ops.gated_delta_rule.chunk_gated_delta_rule = ours
+    if triton_interpreted():
+        fla.utils.device = "cpu"
 
 
 def pytest_collection_modifyitems(items):
