@@ -24,7 +24,12 @@ def curve(lines: list[dict]) -> list[tuple]:
 def test_the_time_limit_s_signal_requeues_and_the_run_resumes(example, cluster):
     """The job's time limit is cut once it trains, SLURM warns it, and the curve is that of a run nobody disturbed."""
     schedule = {"warmup_steps": 2, "decay_steps": 1000}  # which does not depend on train.steps
-    example.config["train"] |= {"steps": FOR_EVER, "micro_batch_size": 4, "schedule": schedule}
+    example.config["train"] |= {
+        "steps": FOR_EVER,
+        "micro_batch_size": 4,
+        "schedule": schedule,
+        "optimizer": {"lr": 3e-3},
+    }
     # Warned 120 s before its end, which from the next look of slurmctld (every 30 s) is at once.
     submitted = example.submit(SBATCH_SIGNAL="B:USR1@120")
     assert submitted.returncode == 0, submitted.stderr
@@ -60,7 +65,7 @@ def test_the_time_limit_s_signal_requeues_and_the_run_resumes(example, cluster):
     assert alone.returncode == 0, alone.stderr
     assert "preflight: 1 node, 4 ranks" in alone.stdout
     assert curve(example.metrics()) == curve(example.metrics(straight)), "the same numbers, to the last bit"
-    assert math.log(97) - 0.3 > example.metrics()[-1]["loss"], "and they fall"
+    assert example.metrics()[-1]["loss"] < math.log(97) - 0.2, "and they fall"
 
 
 @pytest.mark.slow
