@@ -38,6 +38,8 @@ def main() -> None:
     for name in gpu:
         if name.startswith("fp8"):
             compare(f"{name}: from bf16", gpu["bf16"], gpu[name], 2e-2)
+        elif "recompute" in name:
+            compare(f"{name}: from bf16", gpu["bf16"], gpu[name], 0.0)
     write_gpu("gpu_parity", rows)
     for count in jobs.LAYOUTS:
         if torch.cuda.device_count() < count:

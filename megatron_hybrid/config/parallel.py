@@ -29,7 +29,8 @@ class ParallelConfig(Section):
     bucket_size: PositiveInt | None = None
     """Parameters whose gradients, or new values, are communicated at once when overlapped; None: megatron-core's choice."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping: nothing; each mixer's cheap, large parts; all."""
+    """What the backward pass computes again instead of keeping: nothing; what lies between the linears of Gated DeltaNet mixers
+    and MLPs, large and cheap; all."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":

@@ -10,7 +10,6 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import is_layer_window_attention
-from torch.utils.checkpoint import checkpoint
 
 from hybrid_kernels.dispatch import Choice
 from hybrid_kernels.qk_norm_rope import explain as explain_qk_norm_rope
@@ -66,16 +65,11 @@ class SelfAttention(MegatronModule):
         self.head_dim = d
         self.heads, self.groups = sizes.num_attention_heads // tp.size(), sizes.num_key_value_heads // tp.size()
         q_width, kv_width = self.heads * d, self.groups * d
-        self.splits = (q_width, kv_width, kv_width)
-        # attention with scales from past steps would take other scales the second time
-        delayed = getattr(submodules.core_attention, "delayed_scaling", False)
-        self.recompute = config.recompute_granularity == "selective" and not delayed
-
         linear = dict(
             config=config, init_method=config.init_method, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp
         )
         self.linear_qkv = submodules.linear_qkv(
-            hidden, sum(self.splits) * tp.size(), gather_output=False, tp_comm_buffer_name="qkv", **linear
+            hidden, (q_width + 2 * kv_width) * tp.size(), gather_output=False, tp_comm_buffer_name="qkv", **linear
         )
         self.norm = dict(
             head_dim=d,
@@ -110,15 +104,9 @@ class SelfAttention(MegatronModule):
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary_pos_emb=None, **_):
         """hidden_states [s, b, h] (this rank's tokens under sequence parallelism) -> ([s, b, h], None)."""
         qkv, _ = self.linear_qkv(hidden_states)
-        if self.recompute and self.training:
-            context = checkpoint(self._attend, qkv, rotary_pos_emb, use_reentrant=False, preserve_rng_state=False)
-        else:
-            context = self._attend(qkv, rotary_pos_emb)
+        q, k, v = qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight, rotary_pos_emb, **self.norm)
+        context = self.core_attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal)
         return self.linear_proj(context)
-
-    def _attend(self, qkv_sbw: torch.Tensor, rotary_pos_emb) -> torch.Tensor:
-        q, k, v = qk_norm_rope(qkv_sbw, self.q_norm_weight, self.k_norm_weight, rotary_pos_emb, **self.norm)
-        return self.core_attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal)
 
     def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
         """Which backend QK norm and rotary embedding run, and why."""

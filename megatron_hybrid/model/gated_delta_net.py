@@ -12,7 +12,6 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from torch.utils.checkpoint import checkpoint
 
 from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.conv_gates import explain as explain_conv_gates
@@ -23,6 +22,7 @@ from hybrid_kernels.gated_rmsnorm import explain as explain_gated_rmsnorm
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.padding import PackedWidths
+from megatron_hybrid.model.recompute import between_linears
 
 
 @dataclass
@@ -72,11 +72,7 @@ class GatedDeltaNet(MegatronModule):
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, **_) -> tuple[torch.Tensor, None]:
         """hidden_states [s, b, h] (this rank's tokens under sequence parallelism) -> ([s, b, h], None)."""
         packed, _ = self.in_proj(hidden_states)
-        if self.recompute and self.training:
-            mixed = checkpoint(self._mix, packed, use_reentrant=False, preserve_rng_state=False)
-        else:
-            mixed = self._mix(packed)
-        return self.out_proj(mixed)
+        return between_linears(self._mix, packed, self.out_proj, self.recompute and self.training)
 
     def _mix(self, packed_sbw: torch.Tensor) -> torch.Tensor:
         # conv_gates hands the gate out, too: slicing it here would cost a gradient as wide as in_proj once more

@@ -10,19 +10,20 @@ from functools import partial
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.model.attention import SelfAttention, SelfAttentionSubmodules
 from megatron_hybrid.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron_hybrid.model.mlp import SwiGLU
 from megatron_hybrid.model.norms import RowParallelLinearWithNorm
 from megatron_hybrid.model.parts import Parts
 
 
 def _mlp(linear_fc1, linear_fc2) -> partial:
-    return partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2))
+    return partial(SwiGLU.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2))
 
 
 def gdn_layer_spec(model: ModelConfig, parts: Parts) -> ModuleSpec:

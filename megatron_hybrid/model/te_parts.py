@@ -51,11 +51,8 @@ class RowLinear(TERowParallelLinear):
 class Fp8Attention(TEDotProductAttention):
     """Attention in FP8 with delayed scaling, whatever recipe the linears around it have: the only one that trains on Hopper.
 
-    Its scales are updated with the linears', when the outermost FP8 context ends (precision/context.py). A layer must not
-    run it twice for one backward pass: the second time its scales would be others.
+    Its scales are updated with the linears', when the outermost FP8 context ends (precision/context.py).
     """
-
-    delayed_scaling = True
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)

@@ -7,8 +7,9 @@ stream is `/t` under sequence parallelism (`share`). Sources: Transformer Engine
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Literal
 
 from megatron_hybrid.config.model import LayerKind
@@ -33,9 +34,11 @@ class Op:
     extra: float = 0.0
     """What its backward pass needs besides, while it runs."""
     again: bool = False
-    """Selective recompute runs it again; the first of these keeps its input."""
+    """Selective recompute runs it again, with those beside it; the first of them keeps its input."""
     input: float = 0.0
     """Of that first one: the input that stays."""
+    keeps_input: float = 0.0
+    """Of `saved`, its input as it is: not kept where selective recompute makes that again. (An FP8 cast of it is.)"""
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def _attention_ops(w: Widths, of: Setting) -> list[Op]:
     fp32_copies = 0.0 if of.transformer_engine else 8 * w.heads
     return [
         _column_linear(w, of, "qkv", qkv),
-        Op("QK norm, RoPE", e * qkv + 8, e * qkv, extra=fp32_copies, again=True, input=e * qkv),
-        Op("attention", kept, e * qkv, extra=4 * w.q + 4 * w.heads, again=True),  # cuDNN sums dq in fp32
+        Op("QK norm, RoPE", e * qkv + 8, e * qkv, extra=fp32_copies),
+        Op("attention", kept, e * qkv, extra=4 * w.q + 4 * w.heads),  # cuDNN sums dq in fp32
         _row_linear(w, of, "o_proj", w.q, saved=0.0 if shared else of.linear_input * w.q),
         _norm(w, of, "post-norm"),
     ]
@@ -127,7 +130,7 @@ def _mlp_ops(w: Widths, of: Setting, pre_norm: bool) -> list[Op]:
     last = [] if pre_norm else [_norm(w, of, "post-norm")]
     return [
         *first,
-        Op("SwiGLU", 2 * e * w.ffn, 2 * e * w.ffn),
+        Op("SwiGLU", 2 * e * w.ffn, 2 * e * w.ffn, again=True, input=2 * e * w.ffn),
         _row_linear(w, of, "fc2", w.ffn),
         *last,
     ]
@@ -153,7 +156,7 @@ def _row_linear(w: Widths, of: Setting, name: str, inner: float, saved: float | 
     gathered = of.element * w.hidden if of.gathered else 0.0
     casts = 2 * w.hidden if of.fp8 else 0.0
     kept = of.linear_input * inner if saved is None else saved
-    return Op(name, kept, of.element * inner, extra=gathered + casts)
+    return Op(name, kept, of.element * inner, extra=gathered + casts, keeps_input=0.0 if of.fp8 else kept)
 
 
 def _norm(w: Widths, of: Setting, name: str) -> Op:
@@ -188,13 +191,20 @@ def backward_peak(ops: Sequence[Op], residual: float) -> float:
 
 
 def _selective(ops: list[Op]) -> list[Op]:
-    """The operations that run again, as one: it keeps its first one's input, and has all of theirs while it runs."""
-    at = next(i for i, op in enumerate(ops) if op.again)
-    inside = [op for op in ops if op.again]
-    kept = inside[0].input
-    peak = backward_peak(inside, 0.0)
-    joined = Op("recomputed mixer", kept, inside[0].gradient, extra=peak - kept - inside[0].gradient)
-    return [*ops[:at], joined, *ops[at + len(inside) :]]
+    """The operations between two linears that run again, as one: it keeps its first one's input, and has all of theirs while it
+    runs. The linear behind them has its input back by then."""
+    joined: list[Op] = []
+    for again, group in groupby(ops, key=lambda op: op.again):
+        inside = list(group)
+        if not again:
+            if joined:
+                inside[0] = replace(inside[0], saved=inside[0].saved - inside[0].keeps_input)
+            joined += inside
+            continue
+        kept = inside[0].input
+        peak = backward_peak(inside, 0.0)
+        joined.append(Op("recomputed", kept, inside[0].gradient, extra=peak - kept - inside[0].gradient))
+    return joined
 
 
 @dataclass(frozen=True)

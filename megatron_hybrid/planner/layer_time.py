@@ -49,11 +49,20 @@ class Layers:
         if way == "backward" and recompute == "full":
             total.update(self._layer(kind, "forward", fp8))
         elif way == "backward" and recompute == "selective":
+            total.update(self._again(kind))
+        return total
+
+    def _again(self, kind: LayerKind) -> Parts:
+        """Selective recompute: what lies between the linears, and a copy of each result to where its linear looks for it."""
+        w, e = self.w, self.plan.element
+        total = Counter({"glue": self._glue("swiglu", "forward") + self._move(2 * e * w.ffn * self.plan.tokens)})
+        if kind == "G":
             total.update(self._mixer(kind, "forward"))
+            total["glue"] += self._move(2 * e * w.gdn_value * self.plan.tokens)
         return total
 
     def _mixer(self, kind: LayerKind, way: str) -> Parts:
-        """What selective recompute runs again: between the projections."""
+        """Between the projections."""
         plan, w, parts = self.plan, self.w, Counter()
         assert plan.model.gdn is not None or kind != "G"
         if kind == "G":

@@ -110,7 +110,9 @@ def on_one_gpu(folder: Path) -> dict[str, dict]:
             resumed = {"resume": str(folder / name.replace(" ", "_"))} if name in RESUMED else {}
             jobs[name] = job(dtype="bf16", precision=precision, **resumed)
         recompute = layout(recompute="full")
-        jobs["fp8 tensorwise, full recompute"] = job(recompute, "bf16", precision=dict(linear="fp8_tensorwise"))
+        for name in ("fp8 tensorwise", "fp8 tensorwise, attention"):
+            jobs[f"{name}, full recompute"] = job(recompute, "bf16", FORMATS[name])
+        jobs["bf16, selective recompute"] = job(layout(recompute="selective"), "bf16")
     return curves(jobs)
 
 

@@ -44,9 +44,16 @@ def test_transformer_engine_parts_have_the_same_curve(on_cpu, on_one_gpu):
 
 
 @needs_te
-@pytest.mark.parametrize("name", [*jobs.FORMATS, "fp8 tensorwise, full recompute"])
+@pytest.mark.parametrize(
+    "name", [*jobs.FORMATS, *(f"{name}, full recompute" for name in ("fp8 tensorwise", "fp8 tensorwise, attention"))]
+)
 def test_fp8_stays_near_bf16(name, on_one_gpu):
     check(on_one_gpu["bf16"], on_one_gpu[name], 2e-2)
+
+
+@needs_te
+def test_selective_recompute_changes_nothing(on_one_gpu):
+    assert on_one_gpu["bf16, selective recompute"]["losses"] == on_one_gpu["bf16"]["losses"]
 
 
 @needs_te
