@@ -71,7 +71,7 @@ def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choic
     if choice.backend in ("hopper", "triton"):
         from .triton_op import segments_of
 
-        segments = segments_of(v, options.get("cu_seqlens"))
+        segments = segments_of(v, q.shape[-1], options.get("cu_seqlens"))
         if segments > 1:
             reason = f"{choice.reason}, each sequence in {segments} segments for its few heads"
             choice = Choice(choice.op, choice.backend, reason, choice.rejected)

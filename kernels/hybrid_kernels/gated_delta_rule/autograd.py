@@ -40,7 +40,7 @@ def _state_shape(k, v):
 
 def forward(q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: bool, save: str, hopper: bool):
     """o, the final state or None, and what `backward` wants: A, P, G, states, new values, segments' starts and ends."""
-    scans, chunks = _scans(hopper), Chunks.of(v, cu_seqlens)
+    scans, chunks = _scans(hopper), Chunks.of(v, k.shape[3], cu_seqlens)
     scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
     cut, starts, ends, final = chunks.segments > 1, None, None, None
     if cut:
@@ -56,7 +56,7 @@ def forward(q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: b
 def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: float, hopper: bool):
     """dq, dk, dv, dg, dbeta and dinitial (None without an initial state)."""
     A, P, G, states, new_values, starts, ends = saved
-    scans, chunks, varlen = _scans(hopper), Chunks.of(v, cu_seqlens), cu_seqlens is not None
+    scans, chunks, varlen = _scans(hopper), Chunks.of(v, k.shape[3], cu_seqlens), cu_seqlens is not None
     scores, cut = Scores(A, P, G), chunks.segments > 1
     if A is None:
         scores = prepare(q, k, g, beta, scale, chunks, varlen)
@@ -131,7 +131,7 @@ def _forward_opaque(
 @_forward_opaque.register_fake
 def _(q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save, hopper):
     batch, length, heads, dim_v = v.shape
-    dim_k, segments = k.shape[3], triton_op.segments_of(v, cu_seqlens)
+    dim_k, segments = k.shape[3], triton_op.segments_of(v, k.shape[3], cu_seqlens)
     n = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     count = batch * -(-length // 64) if cu_seqlens is None else length // 64 + min(n, length)
     chunks = Chunks(batch * segments, length, count, v, v, v, segments)

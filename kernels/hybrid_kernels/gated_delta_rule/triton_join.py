@@ -79,7 +79,7 @@ def join(ends, transitions, given, shape, segments, *, reverse, last):
     join_kernel[(dim_v // COLUMNS, batch * heads)](
         ends, transitions, ends if given is None else given, starts, ends if end is None else end, segments,
         H=heads, K=dim_k, V=dim_v, W_ENDS=ends.shape[-1], W_MOVES=transitions.shape[-1], REVERSE=reverse,
-        WITH_GIVEN=given is not None, WITH_LAST=last, COLS=COLUMNS, num_warps=4 if dim_k <= 128 else 8, num_stages=2,
+        WITH_GIVEN=given is not None, WITH_LAST=last, COLS=COLUMNS, num_warps=4, num_stages=2,
     )  # fmt: skip
     return starts, end
 

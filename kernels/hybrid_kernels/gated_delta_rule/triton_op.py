@@ -28,10 +28,13 @@ def missing(q, v) -> str | None:
     return lack
 
 
-def segments_of(v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
-    """Into how many segments the scans cut every sequence of v [b, s, H, dv]; documents are not cut."""
+def segments_of(v: torch.Tensor, dim_k: int, cu_seqlens: torch.Tensor | None) -> int:
+    """Into how many segments the scans cut every sequence of v [b, s, H, dv].
+
+    Documents are not cut, nor are states of more than 128 rows: `join` keeps a transition in shared memory.
+    """
     batch, length, heads, dim = v.shape
-    if cu_seqlens is not None:
+    if cu_seqlens is not None or dim_k > 128:
         return 1
     return segments_that_pay(batch * heads * (dim // 64), -(-length // CHUNK), processors(v.device))
 
@@ -53,10 +56,10 @@ class Chunks:
         return -(-self.length // CHUNK)
 
     @classmethod
-    def of(cls, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> "Chunks":
+    def of(cls, v: torch.Tensor, dim_k: int, cu_seqlens: torch.Tensor | None) -> "Chunks":
         batch, length = v.shape[:2]
         if cu_seqlens is None:
-            segments = segments_of(v, None)
+            segments = segments_of(v, dim_k, None)
             return cls(batch * segments, length, batch * -(-length // CHUNK), v, v, v, segments)  # tables unused
         n = cu_seqlens.numel() - 1
         cu = torch.cat([cu_seqlens, cu_seqlens[-1:]]).to(v.device, torch.int32)

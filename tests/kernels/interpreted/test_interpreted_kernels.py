@@ -72,7 +72,7 @@ def test_gated_delta_rule_of_documents():
 def test_gated_delta_rule_in_segments(batch, length, segments, save, monkeypatch):
     from hybrid_kernels.gated_delta_rule import triton_op
 
-    monkeypatch.setattr(triton_op, "segments_of", lambda v, cu_seqlens: segments)
+    monkeypatch.setattr(triton_op, "segments_of", lambda *_: segments)
     inputs = delta_rule_inputs(batch, length, 1, 1, 96 if batch == 1 else 16, 64, gate=-1e-2)
     agree(delta_rule(save=save), [*inputs, torch.randn(batch, 1, inputs[0].shape[3], 64)], 2e-5)
 
@@ -103,7 +103,7 @@ def test_compiled_without_a_break(documents, segments, small_segments, monkeypat
     """Every op is opaque to torch.compile, and so is its backward."""
     from hybrid_kernels.gated_delta_rule import triton_op
 
-    monkeypatch.setattr(triton_op, "segments_of", lambda v, cu_seqlens: segments)
+    monkeypatch.setattr(triton_op, "segments_of", lambda *_: segments)
     length = 34 if segments == 1 else 70
     dims = dict(num_key_heads=1, num_value_heads=1, key_head_dim=16, value_head_dim=64)
     cu = torch.tensor([0, 20, 34]) if documents else None
