@@ -1,0 +1,34 @@
+"""Every kernel of the delta rule fits a Hopper multiprocessor, and its products overlap: known without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+SCRIPT = Path(__file__).resolve().parent / "compile_for_hopper.py"
+SHARED = 227 * 1024  # bytes that a program may have
+
+
+@pytest.mark.parametrize(
+    "backend, key_dim, value_dim, segments",
+    [("hopper", 96, 192, 3), ("hopper", 128, 128, 3), ("triton", 96, 192, 3), ("triton", 256, 256, 1)],
+)
+def test_fits(backend, key_dim, value_dim, segments, root):
+    command = [sys.executable, str(SCRIPT), backend, *map(str, (key_dim, value_dim, segments))]
+    path = os.pathsep.join([str(root / "kernels"), str(root)])
+    ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    kernels = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert {"prepare_kernel", "forward_scan_kernel", "reverse_scan_kernel", "gradients_kernel"} <= {
+        kernel["kernel"] for kernel in kernels
+    }
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED, kernel
+        assert not kernel["warnings"], kernel  # C7517: the assembler waits for every matrix product
+        if backend == "hopper" and "scan" in kernel["kernel"]:
+            assert kernel["spilled"] == 0, kernel
