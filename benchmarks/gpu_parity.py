@@ -6,6 +6,7 @@ python benchmarks/gpu_parity.py
 
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +30,10 @@ def main() -> None:
             rows.append(bounded(f"{case}, resumed", "losses and parameters that differ", "", int(not same), 0))
 
     with tempfile.TemporaryDirectory() as folder:
-        cpu, gpu = jobs.on_cpu(), jobs.on_one_gpu(Path(folder))
+        with ThreadPoolExecutor() as pool:
+            on_cpu = pool.submit(jobs.on_cpu)
+            gpu = jobs.on_one_gpu(Path(folder))
+            cpu = on_cpu.result()
     for name in ("fp32", "fp32, wide"):
         compare(f"{name}: a GPU from the CPU", cpu[name], gpu[name], 1e-4)
     for name in ("bf16, local", "bf16"):
