@@ -11,23 +11,47 @@ from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import CheckpointConfig, RunConfig
 from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.config.zero import ZeroConfig
 from megatron_hybrid.parallel.launch import Launch, start_distributed
-from megatron_hybrid.train.engine import MegatronEngine
+from megatron_hybrid.train.engine import Engine, MegatronEngine
 
 SEQUENCE_LENGTH = 32
+SMALL = dict(
+    layer_pattern="GGA",
+    hidden_size=64,
+    ffn_hidden_size=128,
+    vocab_size=257,
+    num_attention_heads=4,
+    gdn=dict(num_key_heads=4, num_value_heads=4, key_head_dim=16, value_head_dim=32),
+)
+"""A model of both kinds of layers, for tests that need any."""
 
 
 def make_engine(
-    model: dict, parallel: dict, train: dict, sequence_length: int = SEQUENCE_LENGTH, precision: dict | None = None
-) -> MegatronEngine:
+    model: dict,
+    parallel: dict,
+    train: dict,
+    sequence_length: int = SEQUENCE_LENGTH,
+    precision: dict | None = None,
+    zero: dict | None = None,
+) -> Engine:
     """An engine on the ranks that this is called on."""
     parallel, train = ParallelConfig(**parallel), TrainConfig(**train)
     groups = start_distributed(Launch.from_environment(), parallel, train.seed)
-    precision = PrecisionConfig(**(precision or {}))
-    return MegatronEngine(ModelConfig(**model), train, parallel, sequence_length, groups, precision)
+    common = (ModelConfig(**model), train, parallel, sequence_length, groups, PrecisionConfig(**(precision or {})))
+    if train.engine == "megatron":
+        return MegatronEngine(*common)
+    from megatron_hybrid.train.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(*common, zero=ZeroConfig(**(zero or {})))
 
 
-def batches_of(engine: MegatronEngine, samples: torch.Tensor, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
+def named_parameters(engine: Engine) -> list[tuple]:
+    """(name, parameter, pieces) of all parameters on this rank."""
+    return getattr(engine, "parameters", None) or list(engine.layout.parameters(engine.chunks))
+
+
+def batches_of(engine: Engine, samples: torch.Tensor, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
     """This rank's micro-batches of samples [n, s + 1]."""
     rank, ranks = engine.groups.dp.rank(), engine.groups.dp.size()
     mine = samples.view(-1, ranks, micro_batch_size, samples.shape[1])[:, rank]
@@ -57,9 +81,10 @@ def curve(
     lr: float = 3e-3,
     precision: dict | None = None,
     sequence_length: int = SEQUENCE_LENGTH,
+    zero: dict | None = None,
 ) -> dict:
     """Train steps [start, steps) and return losses, gradient norms and this rank's parameters; load before, save after."""
-    engine = make_engine(model, parallel, train, sequence_length, precision)
+    engine = make_engine(model, parallel, train, sequence_length, precision, zero)
     config = ModelConfig(**model)
     mbs, gbs = train.get("micro_batch_size", 1), train["global_batch_size"]
     manager = CheckpointManager(
@@ -83,7 +108,7 @@ def curve(
     if save:
         path = manager.save(steps, {"updates": engine.optimizer.updates}, {})
         manager.close()
-    parameters = {name: p.detach().clone() for name, p, _ in engine.layout.parameters(engine.chunks)}
+    parameters = {name: p.detach().clone() for name, p, _ in named_parameters(engine)}
     updates = engine.optimizer.updates
     engine.close()
     return {
@@ -129,10 +154,10 @@ def pretrain_run(config: dict) -> dict:
         return {"progress": progress, "window": trainer.skip.state_dict()} | everything(trainer.engine)
 
 
-def everything(engine: MegatronEngine) -> dict:
+def everything(engine: Engine) -> dict:
     """Copies of this rank's parameters and optimizer state."""
     shards = engine.optimizer.shards()
-    named = list(engine.layout.parameters(engine.chunks))
+    named = named_parameters(engine)
     return {
         "parameters": {name: p.detach().clone() for name, p, _ in named},
         "moments": {

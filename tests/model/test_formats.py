@@ -8,15 +8,6 @@ from megatron_hybrid.model import parts as parts_module
 from megatron_hybrid.model.parts import LOCAL, choose_parts
 from tests import jobs
 
-MODEL = dict(
-    layer_pattern="GGA",
-    hidden_size=64,
-    ffn_hidden_size=128,
-    vocab_size=257,
-    num_attention_heads=4,
-    gdn=dict(num_key_heads=4, num_value_heads=4, key_head_dim=16, value_head_dim=32),
-)
-
 
 def table(model: dict, dtype: str) -> list[str]:
     engine = jobs.make_engine(model, {}, dict(steps=1, global_batch_size=1, dtype=dtype))
@@ -25,7 +16,7 @@ def table(model: dict, dtype: str) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_table_names_every_part_with_format_backend_and_reason(dtype, ranks):
-    ((head, *rows),) = ranks.run(table, 1, model=MODEL, dtype=dtype)
+    ((head, *rows),) = ranks.run(table, 1, model=jobs.SMALL, dtype=dtype)
     assert head.split() == ["layers", "part", "format", "backend", "why"]
     cells = [row[: head.index("why")].split("  ") for row in rows]
     cells = [[c.strip() for c in row if c.strip()] for row in cells]
@@ -47,7 +38,7 @@ def test_the_table_names_every_part_with_format_backend_and_reason(dtype, ranks)
 
 
 def test_a_layer_kind_that_is_not_there_has_no_row(ranks):
-    ((_, *rows),) = ranks.run(table, 1, model=MODEL | {"layer_pattern": "AA", "gdn": None}, dtype="fp32")
+    ((_, *rows),) = ranks.run(table, 1, model=jobs.SMALL | {"layer_pattern": "AA", "gdn": None}, dtype="fp32")
     assert not any(row.startswith("G ") for row in rows)
 
 

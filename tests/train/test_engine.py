@@ -7,21 +7,12 @@ import pytest
 
 from tests import jobs
 
-MODEL = dict(
-    layer_pattern="GGA",
-    hidden_size=64,
-    ffn_hidden_size=128,
-    vocab_size=257,
-    num_attention_heads=4,
-    gdn=dict(num_key_heads=4, num_value_heads=4, key_head_dim=16, value_head_dim=32),
-)
-
 
 def what_is_left(train: dict) -> list[str]:
     """Which parts of a closed engine that has trained a step are still in memory."""
 
     def watched() -> dict[str, weakref.ref]:
-        engine = jobs.make_engine(MODEL, {}, train)
+        engine = jobs.make_engine(jobs.SMALL, {}, train)
         engine.forward_backward(jobs.batches_of(engine, jobs.samples_of_step(0, 2, 257), 1))
         engine.update(1e-3, engine.gradient_norm())
         (part,) = engine.optimizer._parts()
