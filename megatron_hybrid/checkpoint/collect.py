@@ -25,6 +25,13 @@ class OptimizerShard:
     start: int
     stop: int
     states: dict[str, torch.Tensor]
+    replicated: bool = False
+    """Every data parallel rank holds the same, where others are shared out."""
+
+
+def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter: DeepSpeed's stage 3 leaves an empty one on every rank, and its shape beside it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _elements_before(piece: Piece, shape: tuple[int, ...], flat: int) -> int:
@@ -77,26 +84,28 @@ class Collector:
         self.parameters = list(layout.parameters(chunks))
         self.fp8 = Fp8State(chunks)
 
-    def _writes(self, turn: int, name: str, piece: Piece) -> tuple[bool, bool]:
+    def _writes(self, turn: int, name: str, piece: Piece, shared_out: bool) -> tuple[bool, bool]:
         """Whether this rank saves (the weight, the optimizer state) of a piece."""
         dp, tp = self.groups.dp, self.groups.tp
         tied_copy = name == "output_layer.weight" and self.layout.model.tie_embeddings
         mine = not tied_copy and (not piece.replicated or tp.rank() == 0)
         my_turn = turn % dp.size() == dp.rank()
-        return mine and my_turn, mine and (self.optimizer_sharded or my_turn)
+        return mine and my_turn, mine and (shared_out or my_turn)
 
     def shards(self) -> Iterator[SavedShard]:
         """What this rank saves, as views of live tensors where possible."""
         turn = 0
         for name, parameter, pieces in self.parameters:
+            shard = self.optimizer_shards.get(parameter)
+            shared_out = self.optimizer_sharded and not (shard and shard.replicated)
             for piece in pieces:
                 turn += 1
-                weight, state = self._writes(turn, name, piece)
+                weight, state = self._writes(turn, name, piece, shared_out)
                 if weight:
                     yield SavedShard(
                         piece.tensor.name, piece.tensor.shape, piece.offset, piece.shape, piece.view(parameter.detach())
                     )
-                if state and parameter in self.optimizer_shards:
+                if state and shard:
                     yield from self._state_shards(parameter, piece)
         if self.groups.dp.rank() == self.groups.tp.rank() == 0:
             for name, tensor in self.fp8.tensors().items():
@@ -104,7 +113,7 @@ class Collector:
                 yield SavedShard(name, shape, (0,) * len(shape), shape, tensor)
 
     def _state_shards(self, parameter: torch.nn.Parameter, piece: Piece) -> Iterator[SavedShard]:
-        shard, shape = self.optimizer_shards[parameter], tuple(parameter.shape)
+        shard, shape = self.optimizer_shards[parameter], full_shape(parameter)
         lo, hi = range_of_piece(piece, shape, shard.start, shard.stop)
         if lo == hi:
             return
@@ -144,12 +153,13 @@ class Collector:
             shard = self.optimizer_shards.get(parameter)
             if shard is None:
                 continue
-            width = prod(parameter.shape[1:])
+            shape = full_shape(parameter)
+            width = prod(shape[1:])
             first, last = shard.start // width, -(-shard.stop // width)
             for state, flat in shard.states.items():
                 if state not in wanted:
                     continue
-                rows = torch.zeros(last - first, *parameter.shape[1:], dtype=flat.dtype)
+                rows = torch.zeros(last - first, *shape[1:], dtype=flat.dtype)
                 for piece in pieces:
                     self._read_rows(reader, piece, state, first, rows)
                 begin = shard.start - first * width

@@ -1,9 +1,11 @@
 """What the trainer needs of whatever holds the model: losses and gradients of a batch, their norm, an update, the state.
 
-MegatronEngine is megatron-core's: its schedules, data parallel wrappers and optimizers.
+MegatronEngine is megatron-core's: its schedules, data parallel wrappers and optimizers. DeepSpeedEngine stands beside it
+(train/deepspeed_engine.py).
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,6 +14,7 @@ from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.model.formats import format_table
 from megatron_hybrid.model.hybrid_model import build_model
@@ -19,6 +22,60 @@ from megatron_hybrid.model.initialize import initialize
 from megatron_hybrid.model.param_layout import ParamLayout
 from megatron_hybrid.train.optimizer import Optimizer, wrap_data_parallel
 from megatron_hybrid.train.step import Batch, BatchRunner, Losses, prepare_for_training
+
+
+class UpdateCount(Protocol):
+    """An engine's optimizer, as far as the trainer knows it."""
+
+    @property
+    def updates(self) -> int:
+        """Updates so far; skipped steps do not count."""
+
+    def set_updates(self, count: int) -> None:
+        """Restore that number, after a checkpoint is loaded."""
+
+
+class Engine(Protocol):
+    """The model on this rank and its optimizer. Every rank calls the same methods in the same order."""
+
+    groups: ProcessGroupCollection
+    optimizer: UpdateCount
+
+    def forward_backward(self, batches: list[Batch]) -> Losses:
+        """Mean losses over the global batch, of which `batches` are this rank's micro-batches; its gradients are ready, and
+        those of the batch before, if no update took them, are gone."""
+
+    def gradient_norm(self) -> float:
+        """Of the whole model, averaged over the batch, before clipping."""
+
+    def update(self, lr: float, gradient_norm: float) -> None:
+        """Clip by that norm and step. Not calling it skips the step: nothing has changed."""
+
+    def evaluate(self, batches: list[Batch]) -> Losses:
+        """Mean losses over a global batch, without gradients."""
+
+    def collector(self) -> Collector:
+        """This rank's part of weights and optimizer state, to save or to load."""
+
+    def backends(self, batch_size: int) -> list[str]:
+        """Which formats and kernels this rank runs, and why: a table."""
+
+    def close(self) -> None:
+        """Let go of the memory."""
+
+
+def build_engine(config: RunConfig, groups: ProcessGroupCollection, fill: Callable = initialize) -> Engine:
+    """The engine of train.engine, with initial weights.
+
+    Raises:
+        ConfigError: what it is asked for cannot run here.
+    """
+    common = (config.model, config.train, config.parallel, config.data.sequence_length, groups, config.precision, fill)
+    if config.train.engine == "deepspeed":
+        from megatron_hybrid.train.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(*common, config.zero)
+    return MegatronEngine(*common)
 
 
 class MegatronEngine:

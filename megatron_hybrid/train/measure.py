@@ -17,7 +17,7 @@ from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.parallel.device import has_cuda
 from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
-from megatron_hybrid.train.engine import MegatronEngine
+from megatron_hybrid.train.engine import MegatronEngine, build_engine
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers:
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    engine = _engine(config, groups)
+    engine = build_engine(config, groups, fill_at_random)
     batches = _batches(config, groups)
     seconds: list[float] = []
     peak = update_peak = 0
@@ -82,18 +82,6 @@ def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers:
     del engine, batches
     gc.collect()
     return found
-
-
-def _engine(config: RunConfig, groups) -> MegatronEngine:
-    return MegatronEngine(
-        config.model,
-        config.train,
-        config.parallel,
-        config.data.sequence_length,
-        groups,
-        precision=config.precision,
-        fill=fill_at_random,
-    )
 
 
 def _batches(config: RunConfig, groups) -> list[dict[str, torch.Tensor]]:

@@ -35,6 +35,15 @@ def wrap_data_parallel(chunks, parallel: ParallelConfig) -> list[DistributedData
     ]
 
 
+def exempt_from_decay(layout: ParamLayout, chunks, no_decay: set[str]) -> set[torch.nn.Parameter]:
+    """Parameters of the groups `no_decay` (train.optimizer.no_decay)."""
+    return {
+        parameter
+        for _, parameter, pieces in layout.parameters(chunks)
+        if pieces and _DECAY_GROUPS.get(pieces[0].tensor.kind) in no_decay
+    }
+
+
 class Optimizer:
     """AdamW with the recipe's decay groups; a step is taken or skipped once its gradient norm is known.
 
@@ -49,7 +58,7 @@ class Optimizer:
         adam = train.optimizer
         self.chunks = [w.module for w in wrapped]
         self.clip, self.weight_decay = adam.clip_grad, adam.weight_decay
-        exempt = self._exempt(layout, set(adam.no_decay))
+        exempt = exempt_from_decay(layout, self.chunks, set(adam.no_decay))
         config = MegatronOptimizerConfig(
             optimizer="adam",
             lr=adam.lr,
@@ -67,13 +76,6 @@ class Optimizer:
         no_decay = ParamWithNamePredicate(name="no_decay", fn=lambda parameter, name: parameter in exempt)
         overrides = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}} if exempt else {}
         self.megatron = get_megatron_optimizer(config, wrapped, config_overrides=overrides)
-
-    def _exempt(self, layout: ParamLayout, no_decay: set[str]) -> set[torch.nn.Parameter]:
-        return {
-            parameter
-            for _, parameter, pieces in layout.parameters(self.chunks)
-            if pieces and _DECAY_GROUPS.get(pieces[0].tensor.kind) in no_decay
-        }
 
     @property
     def name(self) -> str:

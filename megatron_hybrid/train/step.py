@@ -59,8 +59,7 @@ class BatchRunner:
         return self._mean(outputs)
 
     def _forward_step(self, batches: Iterator[Batch], model):
-        batch, device = next(batches), local_device()
-        batch = {name: batch[name].to(device, non_blocking=True) for name in ("tokens", "labels", "loss_mask")}
+        batch = on_device(next(batches))
         output = model(batch["tokens"], batch["labels"], batch["loss_mask"], self.z_loss)
         return output, self._loss
 
@@ -71,15 +70,24 @@ class BatchRunner:
 
     def _mean(self, outputs: Iterable[dict[str, Tensor]]) -> Losses:
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            mean = torch.stack([output["losses"] for output in outputs]).mean(0)
-            dist.all_reduce(mean, group=self.groups.dp)
-            mean /= self.groups.dp.size()
-        else:
-            mean = torch.zeros(2, device=local_device())
-        if self.groups.pp.size() > 1:
-            dist.all_reduce(mean, group=self.groups.pp)  # every stage but the last adds zero
-        loss, z_loss = mean.tolist()
-        return Losses(loss, z_loss)
+            return mean_losses([output["losses"] for output in outputs], self.groups)
+        return mean_losses([torch.zeros(2, device=local_device())], self.groups)  # the last stage's are added to it
+
+
+def on_device(batch: Batch) -> Batch:
+    """A micro-batch's `tokens`, `labels` and `loss_mask` on this rank's device."""
+    return {name: batch[name].to(local_device(), non_blocking=True) for name in ("tokens", "labels", "loss_mask")}
+
+
+def mean_losses(losses: list[Tensor], groups: ProcessGroupCollection) -> Losses:
+    """Of each micro-batch's (cross-entropy, z-loss) on this rank to the means of all ranks; zeros where a stage has none."""
+    mean = torch.stack(losses).mean(0)
+    dist.all_reduce(mean, group=groups.dp)
+    mean /= groups.dp.size()
+    if groups.pp.size() > 1:
+        dist.all_reduce(mean, group=groups.pp)
+    loss, z_loss = mean.tolist()
+    return Losses(loss, z_loss)
 
 
 def prepare_for_training(wrapped: list, optimizer) -> None:

@@ -18,7 +18,7 @@ from megatron_hybrid.observe.sinks import check_sinks
 from megatron_hybrid.parallel.device import has_cuda
 from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
 from megatron_hybrid.planner.memory import expected
-from megatron_hybrid.train.engine import MegatronEngine
+from megatron_hybrid.train.engine import build_engine
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.schedules import learning_rate
 from megatron_hybrid.train.skip_step import SkipStep
@@ -68,9 +68,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         train, data = config.train, config.data
         training, validation = self._open_data()
-        self.engine = MegatronEngine(
-            config.model, train, config.parallel, data.sequence_length, groups, config.precision
-        )
+        self.engine = build_engine(config, groups)
         loader = dict(data_parallel_rank=groups.dp.rank(), data_parallel_size=groups.dp.size(), pin_memory=has_cuda())
         self.loader = BatchLoader(training, train.micro_batch_size, num_workers=data.num_workers, **loader)
         self.validation = (
@@ -104,7 +102,7 @@ class Trainer:
         )
         for line in self.engine.backends(train.micro_batch_size):
             self.logger.info(line)
-        if has_cuda():
+        if has_cuda() and train.engine == "megatron":
             self.logger.info(expected(config, launch.world_size).line())
         self.logger.info(f"resumed from {resumed}" if resumed else "started from initial weights")
 
