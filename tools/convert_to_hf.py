@@ -19,7 +19,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", type=Path, metavar="CKPT", help="folder with index.json, such as run/checkpoints/step-00010000")
     add("target", type=Path, metavar="OUT_DIR", help="folder to make; it must not exist yet")
-    add("--dtype", choices=DTYPES, help="type of the weights (default: as they are); A_log and dt_bias keep fp32")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="type of the weights (default: as they are; fp32: a bf16 run's masters); A_log and dt_bias keep fp32",
+    )
     add("--all-dtype", action="store_true", help="A_log and dt_bias in --dtype (or their stored type) too")
     add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="largest file (default: 5GB)")
     add("--tokenizer", type=Path, metavar="DIR", help="copy the tokenizer files of this folder")

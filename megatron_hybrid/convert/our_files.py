@@ -6,7 +6,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, Shard, TensorEntry, read_index
+from megatron_hybrid.checkpoint.format import (
+    INDEX,
+    CheckpointError,
+    Index,
+    Shard,
+    TensorEntry,
+    read_index,
+    state_name,
+)
 from megatron_hybrid.config import yaml_text
 from megatron_hybrid.config.errors import ConfigError, translate
 from megatron_hybrid.config.model import ModelConfig
@@ -14,9 +22,9 @@ from megatron_hybrid.config.tensors import model_tensors
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.folder import regular_file
 from megatron_hybrid.convert.job import Facts, write_text
-from megatron_hybrid.convert.safetensors_header import StoredTensor, read_header
+from megatron_hybrid.convert.safetensors_header import ITEM_BYTES, StoredTensor, read_header
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
-from megatron_hybrid.convert.source import TORCH_NAMES, StoredBox, TensorSource
+from megatron_hybrid.convert.source import TORCH_NAMES, StoredBox, TensorSource, flattened_range
 
 CONVERTED_STATE: dict[str, Any] = {}
 """The state of a checkpoint of weights alone: a run that loads it begins at step 0 with a fresh optimizer."""
@@ -125,7 +133,7 @@ class OurCheckpoint:
         return found
 
     def source(self, name: str) -> TensorSource:
-        """A weight, put together from its shards.
+        """A weight, or an optimizer state of one, put together from its shards.
 
         Raises:
             ConversionError: shards that are not there, overlap or leave something out.
@@ -133,13 +141,17 @@ class OurCheckpoint:
         entry = self.index.tensors[name]
         boxes = []
         for shard in entry.shards:
-            if shard.range is not None:
-                raise ConversionError(f"{self.folder}: {name} has a flattened part; weights are saved as boxes")
             stored = self.stored(shard, name)
             rows, *columns = zip(shard.offset, shard.shape, strict=True)
             column, width = columns[0] if columns else (0, 1)
-            boxes.append(StoredBox(stored.path, stored.begin, rows[0], rows[1], column, width))
+            box = StoredBox(stored.path, stored.begin, rows[0], rows[1], column, width)
+            boxes += flattened_range(box, ITEM_BYTES[entry.dtype], *shard.range) if shard.range else [box]
         return TensorSource(name, entry.dtype, entry.shape, tuple(boxes)).check()
+
+    def precise_source(self, name: str) -> TensorSource:
+        """A weight in fp32: the optimizer's master, of which the weight is a rounded copy, where the checkpoint has one."""
+        master = state_name("master", name)
+        return self.source(master if master in self.index.tensors else name)
 
     def sources(self) -> dict[str, TensorSource]:
         """Every weight of the model."""

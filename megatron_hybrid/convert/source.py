@@ -84,6 +84,21 @@ class StoredBox:
     columns: int
 
 
+def flattened_range(box: StoredBox, item: int, start: int, stop: int) -> list[StoredBox]:
+    """Elements [start, stop) of the flattened box, which alone lie at `box.at`: a part of a row, whole rows, a part of a row."""
+    parts, at = [], box.at
+    while start < stop:
+        row, column = divmod(start, box.columns)
+        if column or stop - start < box.columns:
+            rows, columns = 1, min(box.columns - column, stop - start)
+        else:
+            rows, columns = (stop - start) // box.columns, box.columns
+        parts.append(StoredBox(box.path, at, box.row + row, rows, box.column + column, columns))
+        start += rows * columns
+        at += rows * columns * item
+    return parts
+
+
 @dataclass(frozen=True)
 class TensorSource:
     """A tensor seen as [rows, columns]: dimension 0, and all the others flattened."""

@@ -35,7 +35,8 @@ def to_huggingface(
     """Plan the conversion of a checkpoint of ours to a Hugging Face folder; nothing is written yet.
 
     Args:
-        dtype: safetensors' name of the type of the weights (F32, BF16); None: as they are.
+        dtype: safetensors' name of the type of the weights (F32, BF16); None: as they are. F32 takes the optimizer's fp32
+            masters where the checkpoint has them: a bf16 run's weights are rounded copies.
         all_dtype: A_log and dt_bias in `dtype` too; else they keep fp32.
         tokenizer: a folder whose tokenizer files are copied.
         positions: max_position_embeddings; None: the run's sequence length, or what it was converted from, or 65536.
@@ -45,8 +46,9 @@ def to_huggingface(
     """
     source = OurCheckpoint(checkpoint)
     model = source.model
+    stored = source.precise_source if dtype == "F32" else source.source
     tensors = [
-        _output(source.source(name), spec, huggingface_name(model, name), dtype, all_dtype)
+        _output(stored(name), spec, huggingface_name(model, name), dtype, all_dtype)
         for name, spec in model_tensors(model).items()
     ]
     origin = _origin(source.index.run)

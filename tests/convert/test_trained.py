@@ -62,6 +62,25 @@ def test_trained_model_is_the_same_in_transformers(layout, ranks, tmp_path):
     assert not verify(checkpoint_path, tmp_path / "export").problems
 
 
+@pytest.mark.parametrize(
+    "parallel", [dict(tensor_parallel_size=2), dict(distributed_optimizer=False)], ids=["TP2 x DP2", "plain optimizer"]
+)
+def test_fp32_weights_of_a_bf16_run_are_its_masters(parallel, ranks, tmp_path):
+    count = 4 if "tensor_parallel_size" in parallel else 2
+    train = dict(steps=2, global_batch_size=4, micro_batch_size=1, dtype="bf16")
+    run = ranks.run(jobs.curve, count, model=MODEL, parallel=parallel, train=train, steps=2, save=str(tmp_path / "run"))
+    assert to_theirs(run[0]["path"], tmp_path / "fp32", "--dtype", "fp32") == 0
+    assert to_theirs(run[0]["path"], tmp_path / "bf16") == 0
+    precise, rounded = weights(tmp_path / "fp32"), weights(tmp_path / "bf16")
+    assert precise.keys() == rounded.keys()
+    finer = 0
+    for name, weight in precise.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight.to(rounded[name].dtype), rounded[name]), name
+        finer += int((weight != rounded[name].float()).any())
+    assert finer > len(precise) // 2, "weights that were rounded on the way"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_their_model_is_the_same_under_any_layout(layout, ranks, tmp_path):
     peer = write_folder(tmp_path / "hf", MODEL)
