@@ -36,11 +36,12 @@ def wrap_data_parallel(chunks, parallel: ParallelConfig) -> list[DistributedData
 
 
 def exempt_from_decay(layout: ParamLayout, chunks, no_decay: set[str]) -> set[torch.nn.Parameter]:
-    """Parameters of the groups `no_decay` (train.optimizer.no_decay)."""
+    """Parameters of the groups `no_decay` (train.optimizer.no_decay), the same on every tensor parallel rank."""
+    first = ParamLayout(layout.model, 0, layout.ranks)  # another rank's part may be padding alone, without pieces
     return {
         parameter
-        for _, parameter, pieces in layout.parameters(chunks)
-        if pieces and _DECAY_GROUPS.get(pieces[0].tensor.kind) in no_decay
+        for _, parameter, pieces in first.parameters(chunks)
+        if _DECAY_GROUPS.get(pieces[0].tensor.kind) in no_decay
     }
 
 
