@@ -14,6 +14,10 @@ from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.zero import ZeroConfig
 from megatron_hybrid.parallel.device import has_cuda
 
+SUB_GROUP = 180_000_000
+"""Parameters whose state stage 3 updates, offloads and page-locks at once, and as many more as the last of them has. Under
+2^28 with any matrix of the 7B: page-locked buffers are rounded up to a power of two, here of a gibibyte."""
+
 
 def import_deepspeed(zero: ZeroConfig) -> ModuleType:
     """DeepSpeed, computing on this rank's device.
@@ -121,6 +125,7 @@ def settings(train: TrainConfig, zero: ZeroConfig) -> dict:
         "stage": zero.stage,
         "contiguous_gradients": True,
         "overlap_comm": has_cuda(),
+        "sub_group_size": SUB_GROUP,
         "memory_efficient_linear": False,  # it replaces torch's linear for the whole process; our linears are megatron-core's
     }
     if zero.offload_optimizer != "none":

@@ -1,5 +1,8 @@
 """DeepSpeed's ZeRO against megatron-core's engine: the same curve, checkpoints that go both ways, steps that are skipped."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +58,21 @@ def test_the_curve_is_megatron_s(name, ranks, megatron):
     for result in run(ranks, count, zero, parallel):
         assert_same(result, megatron)
         assert result["updates"] == STEPS
+
+
+def curve_in_small_groups(**arguments) -> dict:
+    """jobs.curve with stage 3's state in many pieces, as that of a large model is."""
+    from megatron_hybrid.train import zero_settings
+
+    zero_settings.SUB_GROUP = 5_000
+    return jobs.curve(**arguments)
+
+
+def test_state_in_many_groups_is_saved_and_loaded(ranks, megatron, tmp_path):
+    common = dict(model=MODEL, parallel=layout(), train=ZERO, zero={"stage": 3})
+    first = ranks.run(curve_in_small_groups, 2, steps=10, save=str(tmp_path), **common)
+    for result in ranks.run(curve_in_small_groups, 2, start=10, steps=15, load=first[0]["path"], **common):
+        assert_same(result, {what: megatron[what][10:15] for what in ("losses", "norms")})
 
 
 def test_the_curve_of_a_tied_model_is_megatron_s(ranks):
@@ -125,6 +143,41 @@ def test_a_run_moves_between_engines_and_to_transformers(count, parallel, stage,
     (ours,) = ranks.run(convert_jobs.logits, 1, checkpoint=str(checkpoint), tokens=tokens)
     difference = (ours["logits"][..., : MODEL["vocab_size"]] - expected).abs().max()
     assert difference < 1e-5 * max(1, expected.abs().max())
+
+
+def test_the_trainer_runs_it(ranks, tmp_path):
+    """Evaluation, growing batches, saving and resuming, as with megatron's engine; on from megatron's own checkpoint."""
+    tokens = np.cumsum(np.random.default_rng(0).integers(0, 3, 20_000)) % MODEL["vocab_size"]
+    tokens.astype("uint16").tofile(tmp_path / "tokens.npy")
+    source = [{"path": str(tmp_path / "tokens.npy")}]
+    train = TRAIN | dict(steps=6, eval_interval=3, eval_batches=2, batch_ramp=dict(start=4, increment=4, samples=16))
+    config = dict(
+        run_dir=str(tmp_path / "megatron"),
+        model=MODEL,
+        train=train,
+        data=dict(train=source, validation=source, sequence_length=16),
+        checkpoint=dict(interval=3),
+        logging=dict(plot_interval=0, tensorboard=False),
+    )
+    ranks.run(jobs.pretrain_run, 2, config=config)
+    zero = config | {"run_dir": str(tmp_path / "zero"), "zero": {"stage": 3}}
+    half = train | {"steps": 3, "schedule": {"decay_steps": 6}}
+    ranks.run(jobs.pretrain_run, 2, config=config | {"run_dir": zero["run_dir"], "train": half})
+    results = ranks.run(jobs.pretrain_run, 2, config=zero | {"train": train | {"engine": "deepspeed"}})
+    assert results[0]["progress"] == {"step": 6, "samples": 32, "updates": 6}
+    expected, found = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("megatron", "zero")
+    )
+    for key in ("loss", "z_loss", "grad_norm", "lr", "batch_size", "eval_loss"):
+        ours, theirs = ([line[key] for line in lines if line.get(key) is not None] for lines in (found, expected))
+        assert ours == pytest.approx(theirs, rel=1e-5) and ours, key
+
+
+def test_offload_that_cannot_be_had_here_names_the_field(ranks):
+    zero = {"stage": 3, "offload_optimizer": "cpu", "offload_fraction": 0.5}
+    with pytest.raises(AssertionError, match=r"zero.offload_fraction: 0.5 leaves a part on a GPU.*set it to 1.0"):
+        run(ranks, 1, zero)
 
 
 def steps_around_a_bad_one(parallel: dict, train: dict, zero: dict, with_bad: bool) -> dict:

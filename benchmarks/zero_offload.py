@@ -1,0 +1,198 @@
+"""OLMo Hybrid 7B, all 7.43 B parameters of it, trained on one GPU of 80 GB at sequence 8192: what must lie in host memory, and what
+that costs. Each case runs in a process of its own.
+
+python benchmarks/zero_offload.py [--only REGEX] [--sequences 8] [--steps 2]       one GPU, 128 GiB of host memory
+python benchmarks/zero_offload.py --plan                                           the arithmetic alone, anywhere
+
+With P = 7.43e9 parameters, fp32 master weights and moments, gradients accumulated in fp32, and a share f of that on the host:
+
+                    device                                        host
+    ZeRO 3          2 P weights + 16 P (1 - f)                    16 P f + 4 P, DeepSpeed's buffer of all gradients
+    ZeRO 1, 2       2 P weights + 4 P gradients                   18 P (f = 1 only): more than 128 GiB
+    megatron-core   2 P weights + 4 P gradients + 12 P (1 - f)    16 P f
+
+Page-locked buffers come on top of that: PyTorch rounds each up to a power of two.
+"""
+
+import argparse
+import functools
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+
+SEQUENCE = 8192
+GIB = 2**30
+CASES = {
+    # name: (engine, share of the optimizer's state on the host)
+    "DeepSpeed, ZeRO 3, 60% on the host": ("deepspeed", 0.6),
+    "DeepSpeed, ZeRO 3, 65% on the host": ("deepspeed", 0.65),
+    "megatron-core's HybridDeviceOptimizer, 80% on the host": ("hybrid", 0.8),
+}
+
+
+def plan(engine: str, share: float, parameters: int) -> tuple[float, float]:
+    """Bytes on the device and on the host by the arithmetic above, without activations and rounding."""
+    if engine == "deepspeed":
+        return (2 + 16 * (1 - share)) * parameters, (16 * share + 4) * parameters
+    return (6 + 12 * (1 - share)) * parameters, 16 * share * parameters
+
+
+class HostPeak:
+    """The most host memory in use since it was made, beyond what was in use then; page-locked memory counts."""
+
+    def __init__(self):
+        self._before = self._used()
+        self.bytes, self._stop = 0, threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @staticmethod
+    def _used() -> int:
+        memory = psutil.virtual_memory()
+        return memory.total - memory.available
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.1):
+            self.bytes = max(self.bytes, self._used() - self._before)
+
+    def stop(self) -> int:
+        self._stop.set()
+        return self.bytes
+
+
+def build(engine: str, share: float, parts: str, groups):
+    """(the engine, what clips and updates)."""
+    from megatron_hybrid.config.run import RunConfig
+    from megatron_hybrid.train import optimizer as ours
+    from megatron_hybrid.train.engine import build_engine
+    from megatron_hybrid.train.measure import fill_at_random
+
+    config = RunConfig.model_validate(run_config(engine, share, parts))
+    if (
+        engine == "hybrid"
+    ):  # no field of ours: it runs on GPUs alone, so that the tests could not vouch for its checkpoints
+        ours.MegatronOptimizerConfig = functools.partial(
+            ours.MegatronOptimizerConfig,
+            optimizer_cpu_offload=True,
+            optimizer_offload_fraction=share,
+            use_precision_aware_optimizer=True,
+            overlap_cpu_optimizer_d2h_h2d=True,
+        )
+        built = build_engine(config, groups, fill_at_random)
+        return built, built.optimizer.megatron.step
+    built = build_engine(config, groups, fill_at_random)
+    print(*built.backends(1), sep="\n", file=sys.stderr, flush=True)
+    return built, lambda: built.update(1e-5, built.gradient_norm())
+
+
+def run_config(engine: str, share: float, parts: str = "auto") -> dict:
+    from megatron_hybrid.config.presets import olmo_hybrid_7b
+
+    deepspeed = {"stage": 3, "offload_optimizer": "cpu", "offload_fraction": share} if engine == "deepspeed" else {}
+    return dict(
+        run_dir="unused",
+        model=olmo_hybrid_7b().model_dump(),
+        data={"train": [{"path": "unused"}], "sequence_length": SEQUENCE},
+        train={"steps": 1, "global_batch_size": 1, "engine": "deepspeed" if deepspeed else "megatron"},
+        parallel={"recompute": "full"},
+        precision={"parts": parts},
+        zero=deepspeed,
+    )
+
+
+def measure(name: str, batch_sizes: list[int], steps: int, parts: str) -> dict:
+    """Seconds of a step by sequences a step, of the update in it, and peak bytes."""
+    from megatron_hybrid.parallel.launch import Launch, start_distributed
+
+    groups = start_distributed(Launch.from_environment(), _parallel(), seed=0, quiet=True)
+    host, started = HostPeak(), time.perf_counter()
+    engine, update = build(*CASES[name], parts, groups)
+    found: dict = {"setup": time.perf_counter() - started, "steps": {}}
+    for count in batch_sizes:
+        batches = []
+        for _ in range(count):
+            tokens = torch.randint(0, 100352, (1, SEQUENCE + 1))
+            batches.append({"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(1, SEQUENCE)})
+        times = []
+        for _ in range(steps + 1):
+            marks = [time.perf_counter()]
+            for part in (lambda batches=batches: engine.forward_backward(batches), update):
+                part()
+                torch.cuda.synchronize()
+                marks.append(time.perf_counter())
+            times.append((marks[2] - marks[0], marks[2] - marks[1]))
+            print(f"{name}: {count} sequences: {times[-1][0]:.1f} s, update {times[-1][1]:.1f} s", file=sys.stderr)
+        found["steps"][count] = sorted(times[1:])[len(times[1:]) // 2]
+    return found | {"device": torch.cuda.max_memory_allocated(), "host": host.stop()}
+
+
+def _parallel():
+    from megatron_hybrid.config.parallel import ParallelConfig
+
+    return ParallelConfig()
+
+
+def rows_of(name: str, found: dict, parameters: int) -> list[dict]:
+    from report import row
+
+    device, host = plan(*CASES[name], parameters)
+    rows = []
+    for count, (seconds, update) in found["steps"].items():
+        case = f"{name}, {count} sequences a step"
+        rows.append(row(case, "tokens", "tokens/s", int(count) * SEQUENCE / seconds, higher_is_better=True))
+        rows.append(row(case, "step", "s", seconds))
+        rows.append(row(case, "of that, the update", "s", update))
+    rows.append(row(name, "peak memory of the GPU", "GiB", found["device"] / GIB))
+    rows.append(row(name, "of that, weights and state by the arithmetic", "GiB", device / GIB))
+    rows.append(row(name, "peak memory of the host", "GiB", found["host"] / GIB))
+    rows.append(row(name, "of that, state by the arithmetic", "GiB", host / GIB))
+    rows.append(row(name, "set-up", "s", found["setup"]))
+    return rows
+
+
+def main() -> None:
+    from megatron_hybrid.config.flops import count_parameters
+    from megatron_hybrid.config.presets import olmo_hybrid_7b
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8], help="of a step")
+    parser.add_argument("--steps", type=int, default=2, help="timed, after one that is not")
+    parser.add_argument("--parts", default="auto", help="precision.parts: whose linears, norms and attention")
+    parser.add_argument("--plan", action="store_true", help="print the arithmetic, run nothing")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args, _ = parser.parse_known_args()
+    if args.case:
+        print(json.dumps(measure(args.case, args.sequences, args.steps, args.parts)), flush=True)
+        return
+    parameters = count_parameters(olmo_hybrid_7b())
+    names = [name for name in CASES if re.search(args.only, name)]
+    for name in names:
+        device, host = (size / GIB for size in plan(*CASES[name], parameters))
+        print(f"{name}: {device:.1f} GiB on the GPU and {host:.1f} GiB on the host, and activations", flush=True)
+    if args.plan:
+        return
+    from kernel_timing import write_gpu
+
+    rows: list[dict] = []
+    for name in names:
+        options = ["--sequences", *map(str, args.sequences), "--steps", str(args.steps), "--parts", args.parts]
+        done = subprocess.run([sys.executable, __file__, "--case", name, *options], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{name}: ended with status {done.returncode}", flush=True)
+            continue
+        rows += rows_of(name, json.loads(done.stdout.splitlines()[-1]), parameters)
+        write_gpu("zero_offload", rows)
+
+
+if __name__ == "__main__":
+    main()
