@@ -1,6 +1,7 @@
 """AdamW in DeepSpeed's ZeRO: the gradient's norm, an update or none, and the state that checkpoints need of it."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
 
@@ -15,6 +16,7 @@ from megatron_hybrid.config.zero import ZeroConfig
 from megatron_hybrid.model.param_layout import Piece
 from megatron_hybrid.parallel.device import has_cuda
 from megatron_hybrid.train.fp32_scalars import MOMENTS, Fp32Scalars, adam_state, step_count
+from megatron_hybrid.train.zero_swapped import SwappedGroups, SwappedShard
 
 
 def make_adam(decayed: list, exempt: list, adam: OptimizerConfig, zero: ZeroConfig) -> torch.optim.Optimizer:
@@ -41,6 +43,7 @@ class ZeroOptimizer:
         self.engine, self.scalars, self.name = engine, scalars, name
         self.zero = engine.optimizer
         self.partitioned = engine.zero_optimization_stage() == 3
+        self.swapped = SwappedGroups(engine) if self.partitioned and self.zero.swap_optimizer else None
         self._pending = False
 
     # ---- a step
@@ -124,12 +127,16 @@ class ZeroOptimizer:
         # each parameter is split evenly over the ranks, the last one's part padded
         zero = self.zero
         for number, group in enumerate(zero.fp16_groups):
-            tensors = self._tensors(zero.fp32_partitioned_groups_flat[number])
+            on_nvme = self.swapped is not None and self.swapped.holds(number)
+            tensors = {} if on_nvme else self._tensors(zero.fp32_partitioned_groups_flat[number])
             for parameter in group:
                 _, offset, part = zero.grad_position[zero.get_param_id(parameter)]
                 total = prod(full_shape(parameter))
                 start = min(zero._get_param_partition_rank(parameter) * part, total)
                 stop = min(start + part, total)
+                if on_nvme:
+                    yield parameter, SwappedShard(start, stop, self.swapped, number, offset)
+                    continue
                 states = {name: tensor.narrow(0, offset, stop - start) for name, tensor in tensors.items()}
                 yield parameter, OptimizerShard(start, stop, states)
 
@@ -141,7 +148,9 @@ class ZeroOptimizer:
             zero.update_lp_params()
             return
         for number in range(len(zero.fp16_groups)):
-            zero._reassign_or_swap_out_partitioned_parameters(number)
+            on_nvme = self.swapped is not None and self.swapped.holds(number)
+            with self.swapped.in_memory(number) if on_nvme else nullcontext():
+                zero._reassign_or_swap_out_partitioned_parameters(number)
         if zero.persistent_parameters:  # small ones, which every rank keeps whole
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
@@ -184,7 +193,9 @@ class ZeroCollector(Collector):
         """Nothing yet: weights come from the masters, which are always loaded next."""
 
     def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...]) -> None:
-        super()._load_states(reader, wanted)
+        swapped = self.optimizer.swapped
+        with swapped.writing() if swapped else nullcontext():
+            super()._load_states(reader, wanted)
         self.optimizer.set_parameters()
 
 

@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO against megatron-core's engine: the same curve, checkpoints that go both ways, steps that are skipped."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from tests.convert.test_huggingface import to_theirs
 from tests.distributed.test_same_curve import MODEL as SIZES
 from tests.distributed.test_same_curve import SHALLOW, TRAIN, assert_same, layout, slow_unless
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: HYBRID_EXTRAS=dev,deepspeed source tools/env.sh")
+if find_spec("deepspeed") is None:
+    pytest.skip("no DeepSpeed here: HYBRID_EXTRAS=dev,deepspeed source tools/env.sh", allow_module_level=True)
 
 MODEL = SIZES | {"layer_pattern": SHALLOW}
 ZERO = TRAIN | {"engine": "deepspeed"}
@@ -81,6 +83,29 @@ def test_the_curve_of_a_tied_model_is_megatron_s(ranks):
     (expected,) = ranks.run(jobs.curve, 1, train=TRAIN, **tied)
     for result in ranks.run(jobs.curve, 2, train=ZERO, zero={"stage": 3}, **tied):
         assert_same(result, expected)
+
+
+def nvme_works() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder().is_compatible()
+
+
+@pytest.mark.slow  # the first time, its C++ is compiled
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("offload", [{"offload_optimizer": "nvme"}, {"offload_parameters": "nvme"}])
+def test_state_on_nvme_gives_the_same_curve_and_is_saved(offload, ranks, tmp_path):
+    """Wide enough that DeepSpeed does swap: what lies below a mebibyte stays in memory."""
+    if not nvme_works():
+        pytest.skip("libaio and its headers are not installed")
+    wide = dict(model=MODEL | {"hidden_size": 192, "head_dim": 32, "ffn_hidden_size": 768}, parallel=layout())
+    zero = {"stage": 3, "nvme_path": str(tmp_path / "nvme"), **offload}
+    (expected,) = ranks.run(jobs.curve, 1, train=TRAIN, steps=6, **wide)
+    common = dict(train=ZERO, zero=zero, timeout=850, **wide)
+    first = ranks.run(jobs.curve, 2, steps=3, save=str(tmp_path / "run"), **common)
+    assert any((tmp_path / "nvme").rglob("*.swp"))
+    second = ranks.run(jobs.curve, 2, start=3, steps=6, load=first[0]["path"], **common)
+    assert_same({what: first[0][what] + second[0][what] for what in ("losses", "norms")}, expected)
 
 
 @pytest.mark.slow
