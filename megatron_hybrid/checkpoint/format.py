@@ -13,6 +13,7 @@ optimizer's state on one rank to reshard it; this one does neither.
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -34,6 +35,19 @@ class CheckpointError(UserError):
 def state_name(state: str, tensor: str) -> str:
     """The name an optimizer state of a tensor has in the index."""
     return f"optimizer.{state}/{tensor}"
+
+
+def boxes_of_range(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """Elements [start, stop) of a flattened matrix of this width as boxes, in their order: (row, column, rows, columns) of the rest
+    of a row, of whole rows, of the beginning of a row."""
+    while start < stop:
+        row, column = divmod(start, width)
+        if column or stop - start < width:
+            rows, columns = 1, min(width - column, stop - start)
+        else:
+            rows, columns = (stop - start) // width, width
+        yield row, column, rows, columns
+        start += rows * columns
 
 
 @dataclass(frozen=True)

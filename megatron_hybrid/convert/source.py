@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_hybrid.checkpoint.format import boxes_of_range
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.safetensors_header import ITEM_BYTES, StoredTensor
 
@@ -85,16 +86,10 @@ class StoredBox:
 
 
 def flattened_range(box: StoredBox, item: int, start: int, stop: int) -> list[StoredBox]:
-    """Elements [start, stop) of the flattened box, which alone lie at `box.at`: a part of a row, whole rows, a part of a row."""
+    """Elements [start, stop) of the flattened box, which alone lie at `box.at`."""
     parts, at = [], box.at
-    while start < stop:
-        row, column = divmod(start, box.columns)
-        if column or stop - start < box.columns:
-            rows, columns = 1, min(box.columns - column, stop - start)
-        else:
-            rows, columns = (stop - start) // box.columns, box.columns
+    for row, column, rows, columns in boxes_of_range(start, stop, box.columns):
         parts.append(StoredBox(box.path, at, box.row + row, rows, box.column + column, columns))
-        start += rows * columns
         at += rows * columns * item
     return parts
 

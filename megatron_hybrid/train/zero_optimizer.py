@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from megatron_hybrid.checkpoint.collect import Collector, OptimizerShard, full_shape
-from megatron_hybrid.checkpoint.format import state_name
+from megatron_hybrid.checkpoint.format import boxes_of_range, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import SavedShard
 from megatron_hybrid.config.train import OptimizerConfig
@@ -200,20 +200,15 @@ class ZeroCollector(Collector):
 
 
 def _as_boxes(shard: SavedShard) -> Iterator[SavedShard]:
-    """A flattened range of a box as up to three boxes, which is how a checkpoint holds weights: the rest of a row, whole
-    rows, the beginning of a row."""
+    """A flattened range of a box as boxes, which is how a checkpoint holds weights."""
     if shard.range is None:
         yield shard
         return
-    lo, hi = shard.range
-    width = prod(shard.shape[1:])
-    whole_from, whole_to = -(-lo // width) * width, hi // width * width
-    cuts = sorted({lo, min(whole_from, hi), max(whole_to, lo), hi})
-    for begin, end in zip(cuts, cuts[1:]):
-        row, column = divmod(begin, width)
-        if (end - begin) % width == 0 and column == 0:
-            offset, shape = (row, *(0,) * (len(shard.shape) - 1)), ((end - begin) // width, *shard.shape[1:])
-        else:
-            offset, shape = (row, column), (1, end - begin)
-        at = tuple(a + b for a, b in zip(shard.offset, offset, strict=True))
-        yield replace(shard, offset=at, shape=shape, data=shard.data[begin - lo : end - lo].view(shape), range=None)
+    start, stop = shard.range
+    at = 0
+    for row, column, rows, columns in boxes_of_range(start, stop, prod(shard.shape[1:])):
+        offset, shape = ((row,), (rows,)) if len(shard.shape) == 1 else ((row, column), (rows, columns))
+        data = shard.data[at : at + rows * columns].view(shape)
+        offset = tuple(a + b for a, b in zip(shard.offset, offset, strict=True))
+        yield replace(shard, offset=offset, shape=shape, data=data, range=None)
+        at += rows * columns

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, read_index
+from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, boxes_of_range, read_index
 from megatron_hybrid.checkpoint.manager import CheckpointManager, complete_checkpoints, find_checkpoint
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, write_rank
@@ -157,3 +157,16 @@ def test_an_error_in_the_background_reaches_the_training_loop():
     with pytest.raises(OSError, match="No space left"):
         writes.wait()
     writes.wait()  # raised once
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_boxes_of_range_tile_it_in_order(width):
+    for start in range(20):
+        for stop in range(start, 30):
+            elements = [
+                (row + r) * width + column + c
+                for row, column, rows, columns in boxes_of_range(start, stop, width)
+                for r in range(rows)
+                for c in range(columns)
+            ]
+            assert elements == list(range(start, stop))
