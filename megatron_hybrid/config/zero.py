@@ -10,26 +10,25 @@ from megatron_hybrid.config.errors import Problems, join, shown
 if TYPE_CHECKING:
     from megatron_hybrid.config.run import RunConfig
 
-Place = Literal["none", "cpu", "nvme"]
-
 
 class ZeroConfig(Section):
     """How DeepSpeed keeps the model's state. A checkpoint does not depend on it: any run resumes from any other's."""
 
     stage: Literal[1, 2, 3] = 2
     """What data parallel ranks share out: 1 the optimizer's state; 2 gradients too; 3 parameters too."""
-    offload_optimizer: Place = "none"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where master weights, moments and reduced gradients lie, and Adam runs: on the device, in host memory, or on NVMe."""
     offload_fraction: float = Field(1.0, gt=0, le=1)
     """Share of that state which is offloaded; the rest stays on the device. Below 1: stage 3 and cpu only."""
-    offload_parameters: Place = "none"
-    """Where parameters lie while they are not in use. Stage 3 only."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Where parameters lie while they are not in use. Stage 3 only. (DeepSpeed 0.19.8's swapping of parameters to NVMe ends in an
+    assertion of its own with this model.)"""
     nvme_path: str | None = None
     """Folder on a local NVMe disk, for what is offloaded there."""
 
     @model_validator(mode="after")
     def _check(self) -> "ZeroConfig":
-        problems, on_nvme = Problems(), "nvme" in (self.offload_optimizer, self.offload_parameters)
+        problems, on_nvme = Problems(), self.offload_optimizer == "nvme"
         if self.offload_parameters != "none" and self.stage != 3:
             problems.add(
                 "offload_parameters",

@@ -26,6 +26,7 @@ from megatron_hybrid.train.optimizer import exempt_from_decay
 from megatron_hybrid.train.step import Batch, Losses, mean_losses, on_device
 from megatron_hybrid.train.zero_optimizer import ZeroCollector, ZeroOptimizer, make_adam
 from megatron_hybrid.train.zero_settings import import_deepspeed, settings, start_engine
+from megatron_hybrid.train.zero_swapped import in_order_of_alignment
 
 
 class DeepSpeedEngine:
@@ -63,8 +64,8 @@ class DeepSpeedEngine:
         adam = train.optimizer
         exempt = exempt_from_decay(self.layout, self.chunks, set(adam.no_decay))
         scalars = Fp32Scalars(chunk, groups, adam)
-        decayed = [p for p in chunk.parameters() if p not in exempt]
-        optimizer = make_adam(decayed, [p for p in chunk.parameters() if p in exempt], adam, zero)
+        ordered = in_order_of_alignment(chunk.parameters(), groups.dp.size())
+        optimizer = make_adam([p for p in ordered if p not in exempt], [p for p in ordered if p in exempt], adam, zero)
         name = f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}, {_in_words(zero)}"
         self._formats = format_table(self.chunks, precision, train.dtype, sequence_length, train.micro_batch_size, name)
         self.engine = start_engine(deepspeed, chunk, optimizer, groups, settings(train, zero))

@@ -72,13 +72,12 @@ def _check_offload(zero: ZeroConfig) -> None:
             "zero.offload_fraction",
             f"{zero.offload_fraction:g} leaves a part on a GPU, and there is none; set it to 1.0",
         )
-    on_nvme = [field for field in ("offload_optimizer", "offload_parameters") if getattr(zero, field) == "nvme"]
-    if on_nvme:
+    if zero.offload_optimizer == "nvme":
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         if not AsyncIOBuilder().is_compatible():
             raise ConfigError.at(
-                f"zero.{on_nvme[0]}", "nvme needs libaio and its headers (apt install libaio-dev); or set it to cpu"
+                "zero.offload_optimizer", "nvme needs libaio and its headers (apt install libaio-dev); or set it to cpu"
             )
 
 
@@ -136,7 +135,7 @@ def settings(train: TrainConfig, zero: ZeroConfig) -> dict:
             "ratio": zero.offload_fraction,
         }
     if zero.offload_parameters != "none":
-        stage["offload_param"] = {"device": zero.offload_parameters, "nvme_path": zero.nvme_path, "pin_memory": pinned}
+        stage["offload_param"] = {"device": zero.offload_parameters, "pin_memory": pinned}
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": 1,

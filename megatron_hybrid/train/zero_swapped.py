@@ -1,18 +1,31 @@
 """State that DeepSpeed's stage 3 keeps on NVMe, for checkpoints: read, and written back, a group of parameters at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.train.fp32_scalars import MOMENTS, adam_state
+
+ALIGNED = 1024
+"""Numbers: where DeepSpeed 0.19.8 reads a gradient back from the disk to a place in its group that is no multiple of a page,
+other values arrive than were written (partitioned_optimizer_swapper.py:197), without an error."""
+
+
+def in_order_of_alignment(parameters: Iterable[torch.nn.Parameter], ranks: int) -> list[torch.nn.Parameter]:
+    """Those first whose parts on data parallel ranks are whole pages, so that they begin at pages in their group."""
+    return sorted(parameters, key=lambda parameter: parameter.numel() % (ALIGNED * ranks) != 0)
 
 
 class SwappedGroups:
     """The groups whose master weights and moments lie on NVMe. The one last asked for is held in host memory.
 
     Groups below a mebibyte are never swapped, whatever the configuration.
+
+    Raises:
+        ConfigError: a large parameter that does not split into whole pages over the ranks.
     """
 
     def __init__(self, engine):
@@ -20,11 +33,23 @@ class SwappedGroups:
         self._held: tuple[int, int] | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._write_back = False
+        self._check_alignment()
         for number in range(len(self.zero.fp16_groups)):
             if self.holds(number):  # moments before the first step: zero
                 self.zero._optimizer_states_and_gradient_swap_in(number)
                 adam_state(self.zero.optimizer, self.zero.fp32_partitioned_groups_flat[number])
                 self.zero._optimizer_states_and_gradient_swap_out(number)
+
+    def _check_alignment(self) -> None:
+        swapper = self.zero.optimizer_swapper
+        for parameter in (parameter for group in self.zero.fp16_groups for parameter in group):
+            _, offset, part = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            if swapper.is_swappable_tensor(numel=part) and offset % ALIGNED:
+                raise ConfigError.at(
+                    "zero.offload_optimizer",
+                    f"nvme needs parameters of whole pages, and one of {list(parameter.ds_shape)} is not over the data "
+                    "parallel ranks; set it to cpu",
+                )
 
     def holds(self, number: int) -> bool:
         """Whether the group lies on NVMe."""

@@ -128,6 +128,12 @@ WRONG: list[tuple[list[str], str, str, str]] = [
     (["zero.stage=3"], "zero.stage", "3 has no meaning with train.engine = megatron", "set that to deepspeed"),
     ([*ZERO, "zero.stage=4"], "zero.stage", "4 is not one of 1, 2, 3", "the nearest is"),
     ([*ZERO, "zero.offload_optimizer=disk"], "zero.offload_optimizer", "not one of none, cpu, nvme", "the nearest is"),
+    (
+        [*ZERO, "zero={stage: 3, offload_parameters: nvme}"],
+        "zero.offload_parameters",
+        "not one of none, cpu",
+        "the nearest",
+    ),
     ([*ZERO, "zero.offload_parameters=cpu"], "zero.offload_parameters", "set stage to 3", "or set it to none"),
     (
         [*ZERO, "zero={offload_optimizer: nvme, nvme_path: /nvme}"],
@@ -373,7 +379,7 @@ def test_names_what_does_not_fit_the_ranks(
         (1, ["model.sliding_window=256", "model.layer_pattern=WA"]),
         (2, ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=false", "data.sequence_length=255"]),
         (2, [*ZERO, "parallel.tensor_parallel_size=2", "zero={stage: 3, offload_parameters: cpu}"]),
-        (1, [*ZERO, "zero={stage: 3, offload_optimizer: nvme, offload_parameters: nvme, nvme_path: /nvme}"]),
+        (1, [*ZERO, "zero={stage: 3, offload_optimizer: nvme, offload_parameters: cpu, nvme_path: /nvme}"]),
     ],
 )
 def test_legal_runs_are_taken(ranks: int, overrides: list[str]) -> None:
