@@ -55,9 +55,8 @@ class DeepSpeedEngine:
         (chunk,) = self.chunks
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         fill(self.chunks, self.layout, train.seed)
-        self.parameters = list(
-            self.layout.parameters(self.chunks)
-        )  # now: some are about to be taken out, others emptied
+        # now: some are about to be taken out, and stage 3 empties the others
+        self.parameters = list(self.layout.parameters(self.chunks))
         _use_plain_gradients(chunk)
         self._sum_replicated_gradients(chunk)
 
@@ -125,7 +124,7 @@ class DeepSpeedEngine:
         return self._formats
 
     def close(self) -> None:
-        """Let go of the memory, which DeepSpeed's hooks and its list of modules would keep."""
+        """Let go of the memory. Stage 3's goes with the process: DeepSpeed's own hooks keep it."""
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
         self.engine.destroy()

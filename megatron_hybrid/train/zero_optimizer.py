@@ -1,5 +1,6 @@
 """AdamW in DeepSpeed's ZeRO: the gradient's norm, an update or none, and the state that checkpoints need of it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,10 +26,20 @@ def make_adam(decayed: list, exempt: list, adam: OptimizerConfig, zero: ZeroConf
     groups = [group for group in groups if group["params"]]
     arguments = dict(lr=adam.lr, betas=adam.betas, eps=adam.eps)
     if zero.offload_optimizer != "none" and has_cuda():
+        _use_a_share_of_the_cores()
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, **arguments)
     return torch.optim.AdamW(groups, **arguments, fused=has_cuda())
+
+
+def _use_a_share_of_the_cores() -> None:
+    """Launchers give a rank one thread; an Adam on the host wants all cores of the node, shared with the other ranks."""
+    share = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    os.environ["OMP_NUM_THREADS"] = str(
+        share
+    )  # DeepSpeed's library has an OpenMP of its own, which reads it when it is loaded
+    torch.set_num_threads(share)
 
 
 class ZeroOptimizer:

@@ -31,7 +31,6 @@ def import_deepspeed(zero: ZeroConfig) -> ModuleType:
             "deepspeed is not installed; HYBRID_EXTRAS=dev,deepspeed source tools/env.sh installs it, or set it to megatron",
         )
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_cuda() else "cpu")  # read on import
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # Adam for the host is C++: a compiler of another CUDA will do
     device = torch.cuda.current_device() if has_cuda() else 0
     os.environ.setdefault("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(device)))
     import deepspeed
