@@ -44,12 +44,14 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
     parallel = config.parallel
     virtual = parallel.virtual_pipeline_parallel_size
     sequence = " with sequence parallelism" if parallel.sequence_parallel_on else ""
+    sharing = " with a distributed optimizer" if parallel.distributed_optimizer else ""
+    if config.train.engine == "deepspeed":
+        sharing = f" with DeepSpeed's ZeRO {config.zero.stage}"
     return [
         f"Layout of {world_size} ranks",
         f"  tensor    {parallel.tensor_parallel_size}{sequence}",
         f"  pipeline  {parallel.pipeline_parallel_size}" + (f" x {virtual} chunks, interleaved" if virtual > 1 else ""),
-        f"  data      {parallel.data_parallel_size(world_size)}"
-        + (" with a distributed optimizer" if parallel.distributed_optimizer else ""),
+        f"  data      {parallel.data_parallel_size(world_size)}{sharing}",
     ]
 
 
