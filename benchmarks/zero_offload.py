@@ -181,17 +181,19 @@ def main() -> None:
         print(f"{name}: {device:.1f} GiB on the GPU and {host:.1f} GiB on the host, and activations", flush=True)
     if args.plan:
         return
-    from kernel_timing import write_gpu
+    from report import write
 
     rows: list[dict] = []
+    packages = ("torch", "deepspeed", "megatron-core", "transformer-engine")
     for name in names:
         options = ["--sequences", *map(str, args.sequences), "--steps", str(args.steps), "--parts", args.parts]
         done = subprocess.run([sys.executable, __file__, "--case", name, *options], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             print(f"{name}: ended with status {done.returncode}", flush=True)
             continue
+        before = len(rows)
         rows += rows_of(name, json.loads(done.stdout.splitlines()[-1]), parameters)
-        write_gpu("zero_offload", rows)
+        write("zero_offload", rows, packages, machine=torch.cuda.get_device_name(), printed=before)
 
 
 if __name__ == "__main__":
