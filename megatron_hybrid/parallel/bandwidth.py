@@ -12,14 +12,21 @@ TIMES = 4
 """All-reduces that are timed; the fastest counts."""
 
 
-def all_reduce_gb_s(ranks: Sequence[int], size_bytes: int) -> float | None:
-    """Bus bandwidth of an all-reduce over these ranks, GB/s: 2 (n - 1) / n times the bytes a second, as NCCL's tests count.
+def all_reduce_gb_s(sets: Sequence[Sequence[int]], size_bytes: int) -> float | None:
+    """Bus bandwidth of an all-reduce inside each of these sets of ranks at once, GB/s: 2 (n - 1) / n times the bytes a second,
+    as NCCL's tests count.
 
-    Called by each of them and by no other; None for a single rank.
+    Every rank calls it, also one that is in no set. None for that, and for a set of one. The sets share no rank.
     """
-    if len(ranks) < 2:
+    # not torch's use_local_synchronization: it names a group by a hash of its ranks and of the groups that a rank has so far,
+    # which pipeline stages have not in common, and then ranks wait for each other for ever
+    created = [dist.new_group(list(ranks)) if len(ranks) > 1 else None for ranks in sets]
+    group = next(
+        (g for g, ranks in zip(created, sets, strict=True) if g is not None and dist.get_rank() in ranks), None
+    )
+    if group is None:
         return None
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    count = dist.get_world_size(group)
     data = torch.ones(max(size_bytes // 4, 1), device=local_device())
     best = float("inf")
     for _ in range(TIMES + 1):  # the first one makes the connections
@@ -30,7 +37,7 @@ def all_reduce_gb_s(ranks: Sequence[int], size_bytes: int) -> float | None:
         _finish()
         best = min(best, time.perf_counter() - start)
     dist.destroy_process_group(group)
-    return 2 * (len(ranks) - 1) / len(ranks) * data.nbytes / best / 1e9
+    return 2 * (count - 1) / count * data.nbytes / best / 1e9
 
 
 def _finish() -> None:
@@ -54,15 +61,11 @@ def pairings(nodes: int) -> list[list[tuple[int, int]]]:
     return [*rounds, [(nodes - 1, 0)]] if nodes % 2 else rounds
 
 
-def between_gb_s(ranks_of_nodes: Sequence[Sequence[int]], mine: int, size_bytes: int) -> float | None:
-    """Bus bandwidth of this rank's node (number `mine`) with the neighbour that it is faster with; None on one node.
-
-    Every rank calls it.
-    """
+def between_gb_s(ranks_of_nodes: Sequence[Sequence[int]], size_bytes: int) -> float | None:
+    """Bus bandwidth of this rank's node with the neighbour that it is faster with; None on one node. Every rank calls it."""
     found = []
     for pairs in pairings(len(ranks_of_nodes)):
-        for pair in pairs:
-            if mine in pair:
-                found.append(all_reduce_gb_s(sorted(r for node in pair for r in ranks_of_nodes[node]), size_bytes))
+        sets = [sorted(rank for node in pair for rank in ranks_of_nodes[node]) for pair in pairs]
+        found.append(all_reduce_gb_s(sets, size_bytes))
         dist.barrier()  # rounds must not overlap
     return max((value for value in found if value is not None), default=None)

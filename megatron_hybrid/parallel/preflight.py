@@ -78,8 +78,8 @@ def preflight(
         _check_node(report, run_dir, needed_bytes, read_data)
     _check_shared(report, run_dir, names[0], first=launch.rank == ranks_of_nodes[mine][0])
     size = (config.all_reduce_mib or (256 if has_cuda() else 4)) << 20
-    report.inside_gb_s = all_reduce_gb_s(ranks_of_nodes[mine], size)
-    report.between_gb_s = between_gb_s(ranks_of_nodes, mine, size)
+    report.inside_gb_s = all_reduce_gb_s(ranks_of_nodes, size)
+    report.between_gb_s = between_gb_s(ranks_of_nodes, size)
     if has_cuda():
         torch.cuda.empty_cache()  # what was measured with is not the run's
     reports: list[RankReport] = _gather(report)

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.run import PreflightConfig
 from megatron_hybrid.parallel import bandwidth, node_checks, preflight
 from megatron_hybrid.parallel.environment import Launch
+from megatron_hybrid.parallel.launch import start_distributed
 
 GIB = 2**30
 
@@ -59,13 +61,14 @@ def _make_odd(odd: str | None, rank: int) -> None:
         node_checks.matmul_tflops = lambda: 1e-9
 
 
-def bandwidths(nodes: int) -> dict:
+def bandwidths(nodes: int, parallel: dict | None = None) -> dict:
     """All-reduces inside nodes and between them, and that ranks are where they were afterwards."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    if parallel:
+        start_distributed(Launch.from_environment(), ParallelConfig(**parallel), seed=0, quiet=True)
+    world = dist.get_world_size()
     per_node = world // nodes
     ranks_of_nodes = [list(range(n * per_node, (n + 1) * per_node)) for n in range(nodes)]
-    mine = rank // per_node
-    inside = bandwidth.all_reduce_gb_s(ranks_of_nodes[mine], 1 << 18)
-    between = bandwidth.between_gb_s(ranks_of_nodes, mine, 1 << 18)
+    inside = bandwidth.all_reduce_gb_s(ranks_of_nodes, 1 << 18)
+    between = bandwidth.between_gb_s(ranks_of_nodes, 1 << 18)
     dist.barrier()
     return {"inside": inside, "between": between}

@@ -59,6 +59,13 @@ def test_a_slow_node_is_named_and_stops_the_run_if_asked_to(ranks, tmp_path, slo
     assert (first["raised"] is None) == (slow_nodes == "warn")
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_bandwidth_beside_the_groups_of_pipeline_stages(nodes, ranks):
+    parallel = dict(tensor_parallel_size=2, pipeline_parallel_size=2)
+    for result in ranks.run(preflight_jobs.bandwidths, 4, nodes=nodes, parallel=parallel):
+        assert (result["inside"], result["between"]) != (None, None)
+
+
 @pytest.mark.parametrize(("world", "nodes"), [(4, 2), (3, 3), (4, 4), (2, 1)])
 def test_bandwidth_inside_and_between(ranks, world, nodes):
     for result in ranks.run(preflight_jobs.bandwidths, world, nodes=nodes):
