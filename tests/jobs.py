@@ -16,15 +16,6 @@ from megatron_hybrid.parallel.launch import Launch, start_distributed
 from megatron_hybrid.train.engine import Engine, MegatronEngine
 
 SEQUENCE_LENGTH = 32
-SMALL = dict(
-    layer_pattern="GGA",
-    hidden_size=64,
-    ffn_hidden_size=128,
-    vocab_size=257,
-    num_attention_heads=4,
-    gdn=dict(num_key_heads=4, num_value_heads=4, key_head_dim=16, value_head_dim=32),
-)
-"""A model of both kinds of layers, for tests that need any."""
 
 
 def make_engine(

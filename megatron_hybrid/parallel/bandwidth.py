@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_hybrid.parallel.device import has_cuda, local_device
+from megatron_hybrid.parallel.device import local_device, synchronize
 
 TIMES = 4
 """All-reduces that are timed; the fastest counts."""
@@ -31,18 +31,13 @@ def all_reduce_gb_s(sets: Sequence[Sequence[int]], size_bytes: int) -> float | N
     best = float("inf")
     for _ in range(TIMES + 1):  # the first one makes the connections
         dist.barrier(group)
-        _finish()
+        synchronize()
         start = time.perf_counter()
         dist.all_reduce(data, group=group)
-        _finish()
+        synchronize()
         best = min(best, time.perf_counter() - start)
     dist.destroy_process_group(group)
     return 2 * (count - 1) / count * data.nbytes / best / 1e9
-
-
-def _finish() -> None:
-    if has_cuda():
-        torch.cuda.synchronize()
 
 
 def pairings(nodes: int) -> list[list[tuple[int, int]]]:

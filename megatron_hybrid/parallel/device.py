@@ -27,6 +27,12 @@ def local_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else CPU
 
 
+def synchronize() -> None:
+    """Wait until this rank's device has done what it was given."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
 def communication_backend() -> str:
     """torch.distributed's backend for this device."""
     return "nccl" if has_cuda() else "gloo"

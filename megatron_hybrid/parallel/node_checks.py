@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import megatron_hybrid
-from megatron_hybrid.parallel.device import has_cuda, local_device
+from megatron_hybrid.parallel.device import has_cuda, local_device, synchronize
 
 PACKAGES = ("megatron-core", "transformer-engine", "flash-linear-attention", "triton", "numpy", "mpi4py")
 _PROBE_BYTES = 1 << 18
@@ -55,17 +55,12 @@ def matmul_tflops() -> float:
     a = torch.randn(size, size, device=local_device(), dtype=dtype)  # ones would draw less power, and so run faster
     best = float("inf")
     for _ in range(times + 1):  # the first warms up
-        _finish()
+        synchronize()
         start = time.perf_counter()
         a @ a
-        _finish()
+        synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12
-
-
-def _finish() -> None:
-    if has_cuda():
-        torch.cuda.synchronize()
 
 
 def gpu_faults() -> list[str]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_hybrid.config.errors import no_traceback
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.parallel.device import has_cuda
+from megatron_hybrid.parallel.device import has_cuda, synchronize
 from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
 from megatron_hybrid.train.engine import MegatronEngine, build_engine
 
@@ -62,13 +62,13 @@ def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers:
     seconds: list[float] = []
     peak = update_peak = 0
     for _ in range(warmup + steps):
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         engine.forward_backward(batches)
         norm = engine.gradient_norm()
         peak = max(peak, _take_peak())
         engine.update(train.optimizer.lr, norm)
-        _synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - start)
         update_peak = max(update_peak, _take_peak())
     found = Measured(
@@ -111,11 +111,6 @@ def _saved_by_layer(engine: MegatronEngine, batch: dict[str, torch.Tensor]) -> t
         hook.remove()
     del output
     return tuple(after - before for before, after in zip(marks, marks[1:]))
-
-
-def _synchronize() -> None:
-    if has_cuda():
-        torch.cuda.synchronize()
 
 
 def _take_peak() -> int:

@@ -7,6 +7,7 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model import parts as parts_module
 from megatron_hybrid.model.parts import LOCAL, choose_parts
 from tests import jobs
+from tests.models import SMALL
 
 
 def table(model: dict, dtype: str) -> list[str]:
@@ -16,7 +17,7 @@ def table(model: dict, dtype: str) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_table_names_every_part_with_format_backend_and_reason(dtype, ranks):
-    ((head, *rows),) = ranks.run(table, 1, model=jobs.SMALL, dtype=dtype)
+    ((head, *rows),) = ranks.run(table, 1, model=SMALL, dtype=dtype)
     assert head.split() == ["layers", "part", "format", "backend", "why"]
     cells = [row[: head.index("why")].split("  ") for row in rows]
     cells = [[c.strip() for c in row if c.strip()] for row in cells]
@@ -38,7 +39,7 @@ def test_the_table_names_every_part_with_format_backend_and_reason(dtype, ranks)
 
 
 def test_a_layer_kind_that_is_not_there_has_no_row(ranks):
-    ((_, *rows),) = ranks.run(table, 1, model=jobs.SMALL | {"layer_pattern": "AA", "gdn": None}, dtype="fp32")
+    ((_, *rows),) = ranks.run(table, 1, model=SMALL | {"layer_pattern": "AA", "gdn": None}, dtype="fp32")
     assert not any(row.startswith("G ") for row in rows)
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from megatron_hybrid.parallel.environment import Launch, LaunchError, first_host, master_port
+from tests.models import SMALLEST
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +125,6 @@ def test_export_leaves_what_torchrun_leaves(monkeypatch):
     assert os.environ == found
 
 
-MODEL = dict(
-    layer_pattern="GA",
-    hidden_size=32,
-    ffn_hidden_size=64,
-    vocab_size=97,
-    num_attention_heads=2,
-    gdn=dict(num_key_heads=2, num_value_heads=2, key_head_dim=8, value_head_dim=16),
-)
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
 
 
@@ -142,7 +135,7 @@ def test_every_launcher_gives_the_same_curve(root, tmp_path):
     (np.arange(5000) * 7 % 97).astype("uint16").tofile(tmp_path / "tokens.npy")
     config = dict(
         run_dir="?",
-        model=MODEL,
+        model=SMALLEST,
         data=dict(train=[{"path": str(tmp_path / "tokens.npy")}], sequence_length=16),
         train=dict(steps=3, global_batch_size=4, micro_batch_size=1, dtype="fp32"),
         parallel=dict(tensor_parallel_size=2),

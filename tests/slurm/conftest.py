@@ -11,16 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.models import SMALLEST
 from tests.slurm.cluster import DAEMONS, Cluster, find_daemon, wait_for
 
-MODEL = dict(
-    layer_pattern="GA",
-    hidden_size=32,
-    ffn_hidden_size=64,
-    vocab_size=97,
-    num_attention_heads=2,
-    gdn=dict(num_key_heads=2, num_value_heads=2, key_head_dim=8, value_head_dim=16),
-)
 SCRIPT = "examples/pretrain_hybrid_7b.sh"
 
 
@@ -100,7 +93,7 @@ def example(cluster, root, tmp_path):
     (np.cumsum(rng.integers(0, 3, 20_000)) % 97).astype("uint16").tofile(tmp_path / "tokens.npy")
     config = dict(
         run_dir=str(tmp_path / "run"),
-        model=MODEL,
+        model=SMALLEST,
         data=dict(train=[{"path": str(tmp_path / "tokens.npy")}], sequence_length=16, num_workers=0),
         train=dict(
             steps=4, global_batch_size=8, micro_batch_size=1, dtype="fp32", schedule=dict(warmup_steps=2)

@@ -6,13 +6,14 @@ import weakref
 import pytest
 
 from tests import jobs
+from tests.models import SMALL
 
 
 def what_is_left(train: dict) -> list[str]:
     """Which parts of a closed engine that has trained a step are still in memory."""
 
     def watched() -> dict[str, weakref.ref]:
-        engine = jobs.make_engine(jobs.SMALL, {}, train)
+        engine = jobs.make_engine(SMALL, {}, train)
         engine.forward_backward(jobs.batches_of(engine, jobs.samples_of_step(0, 2, 257), 1))
         engine.update(1e-3, engine.gradient_norm())
         (part,) = engine.optimizer._parts()

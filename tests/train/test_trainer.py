@@ -9,15 +9,7 @@ import torch
 
 from megatron_hybrid.checkpoint.manager import complete_checkpoints
 from tests import jobs
-
-MODEL = dict(
-    layer_pattern="GA",
-    hidden_size=32,
-    ffn_hidden_size=64,
-    vocab_size=97,
-    num_attention_heads=2,
-    gdn=dict(num_key_heads=2, num_value_heads=2, key_head_dim=8, value_head_dim=16),
-)
+from tests.models import SMALLEST
 
 
 @pytest.fixture
@@ -29,7 +21,7 @@ def config(tmp_path):
     source = [{"path": str(tmp_path / "tokens.npy")}]
     return dict(
         run_dir=str(tmp_path / "run"),
-        model=MODEL,
+        model=SMALLEST,
         data=dict(train=source, validation=source, sequence_length=16),
         train=dict(
             steps=6,
@@ -89,7 +81,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(ranks, config, tmp_path):
 def test_a_gradient_that_is_not_finite_changes_nothing(ranks, value, parallel):
     train = dict(steps=3, global_batch_size=4, dtype="fp32")
     for result in ranks.run(
-        jobs.step_with_bad_gradient, 2, model=MODEL, parallel=parallel, train=train, value=value, bad_rank=0
+        jobs.step_with_bad_gradient, 2, model=SMALLEST, parallel=parallel, train=train, value=value, bad_rank=0
     ):
         before, bad, after = result["states"]
         assert [reason is None for reason in result["reasons"]] == [True, False, True]
@@ -103,7 +95,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ranks, value, parallel):
 
 def test_another_models_checkpoint_is_refused(ranks, config):
     ranks.run(jobs.pretrain_run, 1, config=config)
-    wider = config | {"model": MODEL | {"ffn_hidden_size": 96}}
+    wider = config | {"model": SMALLEST | {"ffn_hidden_size": 96}}
     with pytest.raises(AssertionError, match=r"model.ffn_hidden_size is 64 there and 96 in this run"):
         ranks.run(jobs.pretrain_run, 1, config=wider)
 
@@ -125,7 +117,7 @@ def test_a_new_stage_starts_from_anothers_weights_alone(dtype, ranks, config, tm
 
 def test_a_pattern_may_be_written_another_way_and_rope_may_be_dropped(ranks, config):
     ranks.run(jobs.pretrain_run, 1, config=config)
-    again = config | {"model": MODEL | {"layer_pattern": "G,A", "rope_theta": None, "head_dim": 16}}
+    again = config | {"model": SMALLEST | {"layer_pattern": "G,A", "rope_theta": None, "head_dim": 16}}
     again["train"] = config["train"] | {"steps": 7}
     (result,) = ranks.run(jobs.pretrain_run, 1, config=again)
     assert result["progress"]["step"] == 7
