@@ -46,10 +46,18 @@ def section(result: dict) -> str:
     return "\n".join(lines + [""] * bool(notes) + [f"- {note}" for note in notes]) + "\n"
 
 
+def not_run() -> str:
+    """Which benchmarks have no result file yet."""
+    results = [path.stem for path in (FOLDER / "results").glob("*.json")]
+    scripts = [path.stem for path in sorted(FOLDER.glob("*.py")) if "__main__" in path.read_text()]
+    missing = [name for name in scripts if name != Path(__file__).stem and not any(r.startswith(name) for r in results)]
+    return f"Without a result yet, whatever goal they have: {', '.join(missing)}.\n" if missing else ""
+
+
 def document() -> str:
     """The whole of BENCHMARKS.md."""
     results = [json.loads(path.read_text()) for path in sorted((FOLDER / "results").glob("*.json"))]
-    return "\n".join([HEAD, *map(section, results)])
+    return "\n".join([HEAD, *filter(None, [not_run()]), *map(section, results)])
 
 
 if __name__ == "__main__":
