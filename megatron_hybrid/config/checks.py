@@ -18,6 +18,7 @@ def section_problems(run: "RunConfig") -> Problems:
     """What no section can see alone."""
     problems = Problems()
     _check_tensor_parallel(run, problems)
+    _check_overlap(run, problems)
     try:
         run.parallel.stage_layers(run.model.num_layers)
     except ConfigError as error:
@@ -83,6 +84,25 @@ def _check_tensor_parallel(run: "RunConfig", problems: Problems) -> None:
             "data.sequence_length",
             f"{sequence} is not a multiple of tensor_parallel_size = {size}, as sequence parallelism needs; the "
             f"nearest is {nearest.multiple(sequence, size)}, or set parallel.sequence_parallel to false",
+        )
+
+
+def _check_overlap(run: "RunConfig", problems: Problems) -> None:
+    """parallel.tp_comm_overlap is Transformer Engine's, and its buffers hold bf16, or FP8 with one scale a tensor."""
+    if not run.parallel.tp_comm_overlap:
+        return
+    field = "parallel.tp_comm_overlap"
+    if run.train.dtype == "fp32":
+        problems.add(field, "true is Transformer Engine's, which needs train.dtype bf16; set that, or this to false")
+    if run.precision.parts == "local":
+        problems.add(
+            field, "true is Transformer Engine's; set precision.parts to auto or transformer_engine, or this to false"
+        )
+    if run.precision.linear == "fp8_blockwise":
+        problems.add(
+            field,
+            "true cannot exchange fp8_blockwise: its scales do not travel with the values; set precision.linear to "
+            "fp8_tensorwise, or this to false",
         )
 
 

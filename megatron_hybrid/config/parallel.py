@@ -7,6 +7,9 @@ from pydantic import Field, PositiveInt, model_validator
 from megatron_hybrid.config.base import Section
 from megatron_hybrid.config.errors import ConfigError, Problems
 
+LARGEST_OVERLAP = 8
+"""Tensor parallel ranks under tp_comm_overlap: as many as Transformer Engine's CUDA IPC buffers have peers."""
+
 
 class ParallelConfig(Section):
     """Parallel degrees. The data parallel size is what is left: world size / (tensor * pipeline)."""
@@ -15,6 +18,9 @@ class ParallelConfig(Section):
     """Ranks that share each matrix. Heads that do not divide are padded, exactly."""
     sequence_parallel: bool | None = None
     """Share the norms' and residual's tokens over the tensor parallel ranks. None: where tensor_parallel_size > 1."""
+    tp_comm_overlap: bool = False
+    """Exchange tokens between the tensor parallel ranks piece by piece while the pieces that are there are multiplied. Needs
+    sequence parallelism, Transformer Engine's parts in bf16, fp8_delayed or fp8_tensorwise, and the ranks in one node."""
     pipeline_parallel_size: PositiveInt = 1
     virtual_pipeline_parallel_size: PositiveInt = 1
     """Model chunks a pipeline rank holds (interleaved 1F1B); 1: plain 1F1B."""
@@ -40,6 +46,7 @@ class ParallelConfig(Section):
                 "sequence_parallel",
                 "true needs tensor_parallel_size > 1; leave it out, or set tensor_parallel_size to 2",
             )
+        self._check_overlap(problems)
         if self.virtual_pipeline_parallel_size > 1 and self.pipeline_parallel_size == 1:
             problems.add(
                 "virtual_pipeline_parallel_size",
@@ -59,6 +66,21 @@ class ParallelConfig(Section):
             )
         problems.raise_if_any()
         return self
+
+    def _check_overlap(self, problems: Problems) -> None:
+        size = self.tensor_parallel_size
+        reason = None
+        if self.tp_comm_overlap and size == 1:
+            reason = "has nothing to overlap at tensor_parallel_size 1; set that to 2, or this to false"
+        elif self.tp_comm_overlap and self.sequence_parallel is False:
+            reason = "needs sequence parallelism, whose gathers it overlaps; leave sequence_parallel out, or set this to false"
+        elif self.tp_comm_overlap and size > LARGEST_OVERLAP:
+            reason = (
+                f"copies between at most {LARGEST_OVERLAP} GPUs of one node, and tensor_parallel_size is {size}; set that to "
+                f"{LARGEST_OVERLAP}, or this to false"
+            )
+        if reason:
+            problems.add("tp_comm_overlap", f"true {reason}")
 
     @property
     def num_stages(self) -> int:

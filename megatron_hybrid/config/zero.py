@@ -83,6 +83,8 @@ def _check_deepspeed(run: "RunConfig", problems: Problems) -> None:
                 join("parallel", field),
                 f"{shown(value)} is for train.engine = megatron; leave it out: zero.stage says what is shared out",
             )
+    if parallel.tp_comm_overlap:
+        problems.add("parallel.tp_comm_overlap", "true is for train.engine = megatron; set that, or this to false")
     if run.precision.fp8:
         problems.add(
             "precision.linear",

@@ -10,6 +10,7 @@ from megatron_hybrid.model.attention import SelfAttention
 from megatron_hybrid.model.gated_delta_net import GatedDeltaNet
 from megatron_hybrid.model.megatron_config import apex_weight_gradients
 from megatron_hybrid.model.parts import LOCAL, Parts, choose_parts
+from megatron_hybrid.model.tp_overlap import WORDS
 from megatron_hybrid.precision.attention_probe import probe_attention
 
 Row = tuple[str, str, str, str, str]
@@ -35,6 +36,8 @@ def format_table(
     rows += _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size)
     rows += _head(chunks, dtype, sequence_length, batch_size)
     rows.append(("all", "norms", dtype, parts.name, reason))
+    if chunks[0].config.tp_comm_overlap:
+        rows.append(("all", "TP communication", precision.linear or dtype, "Transformer Engine's user buffers", WORDS))
     rows.append(("all", "optimizer", "fp32", optimizer, "the fastest installed"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]  # noqa: B905 - the last is free

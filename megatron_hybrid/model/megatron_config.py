@@ -83,6 +83,9 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         sequence_parallel=parallel.sequence_parallel_on,
         params_dtype=params_dtype,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        tp_comm_bulk_dgrad=False,  # NCCL's, which overlap these products as well (model/tp_overlap.py)
+        tp_comm_bulk_wgrad=False,
         pipeline_dtype=params_dtype,
         bf16=dtype == "bf16",
         perform_initialization=False,  # model/param_layout.py does it, the same under every layout

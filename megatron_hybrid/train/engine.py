@@ -20,7 +20,8 @@ from megatron_hybrid.model.formats import format_table
 from megatron_hybrid.model.hybrid_model import build_model
 from megatron_hybrid.model.initialize import initialize
 from megatron_hybrid.model.param_layout import ParamLayout
-from megatron_hybrid.train.optimizer import Optimizer, wrap_data_parallel
+from megatron_hybrid.model.tp_overlap import start_overlap, stop_overlap
+from megatron_hybrid.train.optimizer import MegatronCollector, Optimizer, wrap_data_parallel
 from megatron_hybrid.train.step import Batch, BatchRunner, Losses, prepare_for_training
 
 
@@ -97,6 +98,10 @@ class MegatronEngine:
     ):
         self.groups, self.parallel, self.precision, self.sequence_length = groups, parallel, precision, sequence_length
         self.dtype = train.dtype
+        if parallel.tp_comm_overlap:
+            start_overlap(
+                precision, train.dtype, sequence_length * train.micro_batch_size, model.hidden_size, groups.tp
+            )
         self.chunks = build_model(model, parallel, precision, train.dtype, sequence_length, groups)
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         fill(self.chunks, self.layout, train.seed)
@@ -133,6 +138,8 @@ class MegatronEngine:
     def gradient_norm(self) -> float:
         return self.optimizer.gradient_norm()
 
+        if self.parallel.tp_comm_overlap:
+            stop_overlap()
     def update(self, lr: float, gradient_norm: float) -> None:
         """Clip and step. Not calling it skips the step: nothing has changed."""
         self.optimizer.step(lr, gradient_norm)
