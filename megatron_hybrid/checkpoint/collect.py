@@ -4,13 +4,13 @@ Everything goes through pieces (model/param_layout.py). What several ranks hold,
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_hybrid.checkpoint.format import STATES, state_name
+from megatron_hybrid.checkpoint.format import STATES, boxes_of_range, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import SavedShard
 from megatron_hybrid.model.param_layout import ParamLayout, Piece
@@ -63,8 +63,26 @@ def _select(piece: Piece, shape: tuple[int, ...], start: int, flat: torch.Tensor
     return flat[mine]
 
 
+def _as_boxes(shard: SavedShard) -> Iterator[SavedShard]:
+    """A flattened range of a box as boxes, which is how a checkpoint holds weights."""
+    if shard.range is None:
+        yield shard
+        return
+    start, stop = shard.range
+    at = 0
+    for row, column, rows, columns in boxes_of_range(start, stop, prod(shard.shape[1:])):
+        offset, shape = ((row,), (rows,)) if len(shard.shape) == 1 else ((row, column), (rows, columns))
+        data = shard.data[at : at + rows * columns].view(shape)
+        offset = tuple(a + b for a, b in zip(shard.offset, offset, strict=True))
+        yield replace(shard, offset=offset, shape=shape, data=data, range=None)
+        at += rows * columns
+
+
 class Collector:
     """Walks this rank's part of the model and of the optimizer's state.
+
+    A subclass may say of parameters that their weights come from their masters (`from_master`): then a rank saves as weights those
+    of its own masters, rounded, and what it loads are the masters, which `set_parameters` hands to the parameters.
 
     Args:
         optimizer_shards: parameter -> its OptimizerShard on this rank (train/optimizer.py); empty: weights only.
@@ -84,6 +102,13 @@ class Collector:
         self.parameters = list(layout.parameters(chunks))
         self.fp8 = Fp8State(chunks)
 
+    def from_master(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether a parameter cannot be read and written piece by piece, and its masters stand in for it."""
+        return False
+
+    def set_parameters(self) -> None:
+        """After masters are loaded: set those parameters to them, on all ranks."""
+
     def _writes(self, turn: int, name: str, piece: Piece, shared_out: bool) -> tuple[bool, bool]:
         """Whether this rank saves (the weight, the optimizer state) of a piece."""
         dp, tp = self.groups.dp, self.groups.tp
@@ -101,7 +126,7 @@ class Collector:
             for piece in pieces:
                 turn += 1
                 weight, state = self._writes(turn, name, piece, shared_out)
-                if weight:
+                if weight and not self.from_master(parameter):
                     yield SavedShard(
                         piece.tensor.name, piece.tensor.shape, piece.offset, piece.shape, piece.view(parameter.detach())
                     )
@@ -120,7 +145,7 @@ class Collector:
         whole = hi - lo == prod(piece.shape)
         for state, flat in shard.states.items():
             data = _select(piece, shape, shard.start, flat)
-            yield SavedShard(
+            saved = SavedShard(
                 state_name(state, piece.tensor.name),
                 piece.tensor.shape,
                 piece.offset,
@@ -128,11 +153,18 @@ class Collector:
                 data.view(piece.shape) if whole else data,
                 None if whole else (lo, hi),
             )
+            if state == "master" and self.from_master(parameter):
+                yield from _as_boxes(replace(saved, name=piece.tensor.name, data=saved.data.to(parameter.dtype)))
+                if parameter.dtype == torch.float32:  # the weight is its own master
+                    continue
+            yield saved
 
     @torch.no_grad()
     def load_weights(self, reader: CheckpointReader) -> None:
-        """Fill this rank's parameters; padding stays zero."""
+        """Fill this rank's parameters; padding stays zero. Those that come from masters wait for them: they are always loaded next."""
         for _, parameter, pieces in self.parameters:
+            if self.from_master(parameter):
+                continue
             parameter.zero_()
             for piece in pieces:
                 piece.view(parameter).copy_(reader.read(piece.tensor.name, (piece.offset, piece.shape)))
@@ -141,10 +173,12 @@ class Collector:
         """Fill this rank's optimizer state: moments and master weights; and the scales of FP8."""
         self._load_states(reader, STATES)
         self.fp8.restore(lambda name: reader.read(name) if name in reader.index.tensors else None)
+        self.set_parameters()
 
     def load_masters(self, reader: CheckpointReader) -> None:
         """Fill the fp32 master weights alone, from the checkpoint's or else from its weights; moments stay as they are."""
         self._load_states(reader, ("master",))
+        self.set_parameters()
 
     @torch.no_grad()
     def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...]) -> None:

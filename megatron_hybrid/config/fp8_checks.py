@@ -20,6 +20,12 @@ def check_precision(run: "RunConfig", problems: Problems) -> None:
         return
     if run.train.dtype == "fp32":
         problems.add("precision.linear", f"{precision.linear} needs train.dtype bf16; set that, or this to null")
+    if precision.fp8_parameters and not run.parallel.distributed_optimizer:
+        problems.add(
+            "precision.fp8_parameters",
+            "true needs parallel.distributed_optimizer, the one that casts its fp32 weights to FP8; set that to true, or this to "
+            "false",
+        )
     _check_widths(run, problems)
     _check_attention(run, problems)
     layers, model = precision.bf16_layers_at_start + precision.bf16_layers_at_end, run.model

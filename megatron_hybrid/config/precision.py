@@ -9,7 +9,8 @@ from megatron_hybrid.config.errors import Problems
 
 
 class PrecisionConfig(Section):
-    """FP8 on Hopper. Parameters, residual stream, norms, the delta rule, embedding and logits stay in train.dtype."""
+    """FP8 on Hopper. Residual stream, norms, the delta rule, embedding and logits stay in train.dtype; so do parameters, unless
+    fp8_parameters is set."""
 
     parts: Literal["auto", "transformer_engine", "local"] = "auto"
     """Linears, norms and attention: Transformer Engine's, or megatron-core's own with torch's attention (any device).
@@ -26,6 +27,9 @@ class PrecisionConfig(Section):
     """Steps that scales from past steps look back on."""
     cache_weights: bool = True
     """Keep FP8 copies of the weights over the micro-batches of a step: two bytes a parameter for a cast less each."""
+    fp8_parameters: bool = False
+    """Hold the weights of FP8 linears in FP8 alone: data parallel ranks gather one byte a parameter, not two, and nothing is
+    cast in the forward pass. Their true values are the optimizer's fp32 ones, which checkpoints hold."""
 
     @model_validator(mode="after")
     def _check(self) -> "PrecisionConfig":
@@ -43,8 +47,18 @@ class PrecisionConfig(Section):
                 if count := getattr(self, field):
                     remedy = "set linear to fp8_tensorwise, or this to 0"
                     problems.add(field, f"{count} has no meaning with linear = {self.linear or 'null'}; {remedy}")
+        if self.fp8_parameters:
+            self._check_fp8_parameters(problems)
         problems.raise_if_any()
         return self
+
+    def _check_fp8_parameters(self, problems: Problems) -> None:
+        if not self.linear:
+            remedy = "set linear to fp8_tensorwise, or this to false"
+            problems.add("fp8_parameters", f"true needs FP8 linears, whose weights it is about; {remedy}")
+        if not self.cache_weights:
+            remedy = "set it to true, or fp8_parameters to false"
+            problems.add("cache_weights", f"false has no meaning with fp8_parameters: no weight is ever cast; {remedy}")
 
     @property
     def fp8(self) -> bool:

@@ -56,7 +56,10 @@ def _linears(chunks, parts: Parts, reason: str, precision: PrecisionConfig, dtyp
             yield f"{first}-{last - 1}", what, dtype, parts.name, "precision.bf16_layers_at_start / _end"
     scaling = _FORMATS[precision.linear]
     name = f"fp8 e4m3 (gradients e5m2), {scaling} scaling" if scaling != "blockwise" else "fp8 e4m3, blockwise scaling"
-    yield f"{start}-{layers - end - 1}", what, name, parts.name, f"precision.linear = {precision.linear}"
+    held, why = "", f"precision.linear = {precision.linear}"
+    if precision.fp8_parameters:
+        held, why = ", weights held in fp8", f"{why}, fp8_parameters = true"
+    yield f"{start}-{layers - end - 1}", what, name + held, parts.name, why
 
 
 def _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size) -> Iterator[Row]:

@@ -13,6 +13,7 @@ import torch
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import TensorSpec
 from megatron_hybrid.model.param_layout import ParamLayout
+from megatron_hybrid.precision.fp8_parameters import initial_values
 
 
 def initial_value(spec: TensorSpec, model: ModelConfig, seed: int) -> torch.Tensor:
@@ -38,9 +39,10 @@ def initial_value(spec: TensorSpec, model: ModelConfig, seed: int) -> torch.Tens
 def initialize(chunks, layout: ParamLayout, seed: int) -> None:
     """Fill this rank's parameters. Padding becomes zero, for good."""
     for _, parameter, pieces in layout.parameters(chunks):
-        parameter.zero_()
+        values = initial_values(parameter)
+        values.zero_()
         for piece in pieces:
             box = initial_value(piece.tensor, layout.model, seed)
             for dim, (start, length) in enumerate(zip(piece.offset, piece.shape, strict=True)):
                 box = box.narrow(dim, start, length)
-            piece.view(parameter).copy_(box)
+            piece.view(values).copy_(box)

@@ -43,6 +43,7 @@ def _fp8(precision: PrecisionConfig) -> dict:
         num_layers_at_start_in_bf16=start,
         num_layers_at_end_in_bf16=end,
         disable_parameter_transpose_cache=not precision.cache_weights,
+        fp8_param=precision.fp8_parameters,  # HybridStack builds its layers in FP8 by this
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from megatron_hybrid.config.model import LAYER_KINDS, LayerKind
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.activations import Setting, head_bytes, layer_bytes
-from megatron_hybrid.planner.parameters import dummy_head_parameters, layer_parameters, rank_state
+from megatron_hybrid.planner.parameters import MATRICES, dummy_head_parameters, layer_parameters, rank_state
 from megatron_hybrid.planner.plan import Chunk, Plan, Widths
 from megatron_hybrid.planner.schedule import chunks_in_flight
 
@@ -129,17 +129,18 @@ def _backward(plan: Plan, chunk: Chunk, of: Setting) -> float:
 
 def _matrices(plan: Plan, kind: LayerKind) -> dict[str, float]:
     """Elements of a layer's matrices that Transformer Engine multiplies."""
-    names = ("in_proj", "out_proj", "qkv", "o_proj", "fc1", "fc2")
-    return {name: size for name, size, _ in layer_parameters(plan.model, kind, plan.widths) if name in names}
+    return {name: size for name, size, _ in layer_parameters(plan.model, kind, plan.widths) if name in MATRICES}
 
 
 def _fp8_weights(plan: Plan, chunks: tuple[Chunk, ...]) -> float:
-    """A cast of each matrix and its transpose, over the micro-batches of a step or for one layer at a time."""
+    """A cast of each matrix and its transpose, over the micro-batches of a step or for one layer at a time; beside weights that are
+    held in FP8, their transposes alone."""
     if plan.precision.linear is None:
         return 0.0
     low, high = plan.precision.bf16_layers_at_start, plan.model.num_layers - plan.precision.bf16_layers_at_end
+    copies = 1 if plan.precision.fp8_parameters else 2
     sizes = [
-        2 * sum(_matrices(plan, kind).values())
+        copies * sum(_matrices(plan, kind).values())
         for chunk in chunks
         for index, kind in enumerate(chunk.kinds, chunk.first_layer)
         if low <= index < high

@@ -18,6 +18,8 @@ BUCKET_ALIGNMENT = 128  # elements, param_layout.py:bucket_end_divisor
 GRADIENT_BYTES = 4
 MOMENT_BYTES = 8  # two of Adam
 MASTER_BYTES = 4
+MATRICES = ("in_proj", "out_proj", "qkv", "o_proj", "fc1", "fc2")
+"""Of a layer, what Transformer Engine multiplies by."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Parameter:
     always_fp32: bool = False
     own_bucket: bool = False
     """Tied embedding of a pipeline's ends."""
+    in_fp8: bool = False
+
+    def size(self, element: int) -> int:
+        """Bytes of a value, where `element` are those of the model's dtype."""
+        return 4 if self.always_fp32 else 1 if self.in_fp8 else element
 
 
 @dataclass(frozen=True)
@@ -73,18 +80,32 @@ def layer_parameters(model: ModelConfig, kind: LayerKind, widths: Widths) -> Ite
 
 def chunk_parameters(plan: Plan, chunk: Chunk) -> tuple[Parameter, ...]:
     """Of one model chunk on one rank."""
-    return _parameters(plan.model, plan.tp, chunk.kinds, chunk.embedding, chunk.head, plan.pp > 1)
+    return _parameters(
+        plan.model, plan.tp, chunk.kinds, chunk.embedding, chunk.head, plan.pp > 1, _held_in_fp8(plan, chunk)
+    )
+
+
+def _held_in_fp8(plan: Plan, chunk: Chunk) -> tuple[bool, ...]:
+    """Of each layer, whether its matrices are held in FP8; empty where none's are."""
+    precision = plan.precision
+    if not precision.fp8_parameters:
+        return ()
+    low, high = precision.bf16_layers_at_start, plan.model.num_layers - precision.bf16_layers_at_end
+    return tuple(low <= layer < high for layer, _ in enumerate(chunk.kinds, chunk.first_layer))
 
 
 @lru_cache(maxsize=1024)
 def _parameters(
-    model: ModelConfig, tp: int, kinds, embedding: bool, head: bool, pipeline: bool
+    model: ModelConfig, tp: int, kinds, embedding: bool, head: bool, pipeline: bool, fp8: tuple[bool, ...] = ()
 ) -> tuple[Parameter, ...]:
     widths, h = Widths.padded(model, tp), model.hidden_size
     table, tied = int(widths.vocab) * h, model.tie_embeddings
     found = [Parameter("embedding", table, own_bucket=tied and pipeline)] if embedding else []
-    for kind in kinds:
-        found += [Parameter(name, int(size), fp32) for name, size, fp32 in layer_parameters(model, kind, widths)]
+    for kind, in_fp8 in zip(kinds, fp8 or (False,) * len(kinds), strict=True):
+        found += [
+            Parameter(name, int(size), fp32, in_fp8=in_fp8 and name in MATRICES)
+            for name, size, fp32 in layer_parameters(model, kind, widths)
+        ]
     if head:
         found.append(Parameter("final_norm", h))
         if not tied or (pipeline and not embedding):
@@ -131,7 +152,7 @@ def buckets(parameters: tuple[Parameter, ...], limit: int | None, dp: int, padde
 
 def chunk_state(plan: Plan, chunk: Chunk, position: int, dp_rank: int = 0) -> StateBytes:
     """Of one model chunk. `position`: its place among its rank's chunks."""
-    which = plan.model, plan.tp, chunk.kinds, chunk.embedding, chunk.head, plan.pp > 1
+    which = plan.model, plan.tp, chunk.kinds, chunk.embedding, chunk.head, plan.pp > 1, _held_in_fp8(plan, chunk)
     return _state(which, _bucket_limit(plan, chunk, position), plan.dp, dp_rank, plan.element, _sharded(plan))
 
 
@@ -141,7 +162,7 @@ def _state(which, limit, dp: int, dp_rank: int, element: int, sharded: bool) -> 
     weights = gradients = optimizer = 0
     by_size: dict[int, list[Parameter]] = {}
     for parameter in parameters:
-        by_size.setdefault(4 if parameter.always_fp32 else element, []).append(parameter)
+        by_size.setdefault(parameter.size(element), []).append(parameter)
     for size, group in by_size.items():
         state_bytes = MOMENT_BYTES + (MASTER_BYTES if size < 4 else 0)
         layout = buckets(tuple(group), limit, dp, sharded)

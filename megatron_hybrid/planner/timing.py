@@ -9,7 +9,7 @@ from megatron_hybrid.config.model import LayerKind
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.layer_time import HIDDEN, Layers, Parts, scaled
-from megatron_hybrid.planner.parameters import rank_parameters
+from megatron_hybrid.planner.parameters import rank_parameters, rank_state
 from megatron_hybrid.planner.plan import Chunk, Plan
 from megatron_hybrid.planner.schedule import StageTimes, analytic_seconds, simulate
 
@@ -139,7 +139,7 @@ class Clock:
             reduce, gather = network.seconds("all_reduce", 4 * count, group, hardware), 0.0
         else:
             reduce = network.seconds("reduce_scatter", 4 * count, group, hardware)
-            gather = network.seconds("all_gather", plan.element * count, group, hardware)
+            gather = network.seconds("all_gather", rank_state(plan, rank).weights, group, hardware)
         factor = hardware.factor("communication")
         for cost, overlapped, passes in (
             (reduce * factor, parallel.overlap_grad_reduce, times.backward),

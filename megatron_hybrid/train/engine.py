@@ -105,13 +105,17 @@ class MegatronEngine:
         self.chunks = build_model(model, parallel, precision, train.dtype, sequence_length, groups)
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         fill(self.chunks, self.layout, train.seed)
-        self.wrapped = wrap_data_parallel(self.chunks, parallel)
-        self.optimizer = Optimizer(self.wrapped, self.layout, train, parallel)
+        self.wrapped = wrap_data_parallel(self.chunks, parallel, precision)
+        self.optimizer = Optimizer(self.wrapped, self.layout, train, parallel, precision)
+        self.pending = False
         prepare_for_training(self.wrapped, self.optimizer)
         self.run = BatchRunner(self.wrapped, groups, sequence_length, train.micro_batch_size, train.z_loss)
 
     def forward_backward(self, batches: list[Batch]) -> Losses:
         """Mean losses over the global batch; its gradients are ready when this returns."""
+        if self.pending and self.precision.linear == "fp8_delayed":
+            self.optimizer.set_fp8_parameters()  # the step before was skipped, yet its scales are newer than the cast
+        self.pending = True
         for chunk in self.wrapped:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -134,15 +138,16 @@ class MegatronEngine:
             chunk.grad_accs.clear()
             config = chunk.module.config
             config.grad_scale_func = config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
+        if self.parallel.tp_comm_overlap:
+            stop_overlap()
 
     def gradient_norm(self) -> float:
         return self.optimizer.gradient_norm()
 
-        if self.parallel.tp_comm_overlap:
-            stop_overlap()
     def update(self, lr: float, gradient_norm: float) -> None:
         """Clip and step. Not calling it skips the step: nothing has changed."""
         self.optimizer.step(lr, gradient_norm)
+        self.pending = False
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> Losses:
@@ -156,6 +161,4 @@ class MegatronEngine:
 
     def collector(self) -> Collector:
         """This rank's part of weights and optimizer state, to save or to load."""
-        return Collector(
-            self.chunks, self.layout, self.groups, self.optimizer.shards(), self.parallel.distributed_optimizer
-        )
+        return MegatronCollector(self.optimizer, self.layout, self.groups, self.parallel.distributed_optimizer)

@@ -17,6 +17,7 @@ from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.parallel.device import has_cuda, synchronize
 from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
+from megatron_hybrid.precision.fp8_parameters import initial_values
 from megatron_hybrid.train.engine import MegatronEngine, build_engine
 
 
@@ -43,7 +44,9 @@ def fill_at_random(chunks, layout, seed: int) -> None:
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():
-                parameter.normal_(0.0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                values.normal_(0.0, 0.02) if parameter.dim() > 1 else values.fill_(1.0)
+                initial_values(parameter).copy_(values)
 
 
 def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers: bool = False) -> Measured:

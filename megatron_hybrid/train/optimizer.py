@@ -1,5 +1,6 @@
 """AdamW over megatron-core's data parallel wrappers, and the state that checkpoints need of it."""
 
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -10,16 +11,19 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
-from megatron_hybrid.checkpoint.collect import OptimizerShard
+from megatron_hybrid.checkpoint.collect import Collector, OptimizerShard
+from megatron_hybrid.checkpoint.writer import SavedShard
 from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.model.megatron_config import DTYPES
 from megatron_hybrid.model.param_layout import ParamLayout
+from megatron_hybrid.precision.fp8_parameters import forget_last_cast, held_in_fp8
 
 _DECAY_GROUPS = {"embedding": "embedding", "norm": "norm", "A_log": "gdn_scalars", "dt_bias": "gdn_scalars"}
 
 
-def wrap_data_parallel(chunks, parallel: ParallelConfig) -> list[DistributedDataParallel]:
+def wrap_data_parallel(chunks, parallel: ParallelConfig, precision: PrecisionConfig) -> list[DistributedDataParallel]:
     """megatron-core's DDP around each model chunk: gradients in fp32, summed in fp32."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -27,6 +31,7 @@ def wrap_data_parallel(chunks, parallel: ParallelConfig) -> list[DistributedData
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
         bucket_size=parallel.bucket_size,
+        fp8_param_gather=precision.fp8_parameters,
         check_for_nan_in_grad=False,  # the trainer looks at the gradient norm, and skips the step
     )
     return [
@@ -54,10 +59,17 @@ class Optimizer:
     """
 
     def __init__(
-        self, wrapped: list[DistributedDataParallel], layout: ParamLayout, train: TrainConfig, parallel: ParallelConfig
+        self,
+        wrapped: list[DistributedDataParallel],
+        layout: ParamLayout,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
     ):
         adam = train.optimizer
-        self.chunks = [w.module for w in wrapped]
+        self.wrapped, self.chunks = wrapped, [w.module for w in wrapped]
+        self.overlap_param_gather = parallel.overlap_param_gather
+        self.in_fp8 = [p for chunk in self.chunks for p in chunk.parameters() if held_in_fp8(p)]
         self.clip, self.weight_decay = adam.clip_grad, adam.weight_decay
         exempt = exempt_from_decay(layout, self.chunks, set(adam.no_decay))
         config = MegatronOptimizerConfig(
@@ -73,10 +85,12 @@ class Optimizer:
             params_dtype=DTYPES[train.dtype],
             use_distributed_optimizer=parallel.distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,
+            fp8_recipe=precision.linear.removeprefix("fp8_") if precision.linear and self.in_fp8 else None,
         )
         no_decay = ParamWithNamePredicate(name="no_decay", fn=lambda parameter, name: parameter in exempt)
         overrides = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}} if exempt else {}
         self.megatron = get_megatron_optimizer(config, wrapped, config_overrides=overrides)
+        self.set_fp8_parameters()
 
     @property
     def name(self) -> str:
@@ -111,6 +125,25 @@ class Optimizer:
 
     def _parts(self) -> list:
         return getattr(self.megatron, "chained_optimizers", [self.megatron])
+
+    @torch.no_grad()
+    def set_fp8_parameters(self) -> None:
+        """Cast the fp32 weights of what is held in FP8, on all ranks, as an update does."""
+        if not self.in_fp8:
+            return
+        forget_last_cast(self.in_fp8)
+        for part in self._parts():
+            part._copy_main_params_to_model_params()
+        for chunk in self.wrapped:
+            chunk.start_param_sync(force_sync=True)
+
+    @torch.no_grad()
+    def gather_parameters(self) -> None:
+        """Have on all ranks what the last update made of the parameters. Where the gathering is overlapped, each rank has but its
+        own part of them until the next forward pass."""
+        if self.overlap_param_gather:
+            for chunk in self.wrapped:
+                chunk.start_param_sync(force_sync=True)
 
     # ---- state, for checkpoints
 
@@ -175,3 +208,23 @@ class Optimizer:
             elif count:
                 for group in part.optimizer.param_groups:
                     group["step"] = count
+
+
+class MegatronCollector(Collector):
+    """Walks this rank's part of megatron-core's model and optimizer; weights held in FP8 come from their masters."""
+
+    def __init__(self, optimizer: Optimizer, layout: ParamLayout, groups, sharded: bool):
+        super().__init__(optimizer.chunks, layout, groups, optimizer.shards(), sharded)
+        self.optimizer = optimizer
+
+    def from_master(self, parameter: torch.nn.Parameter) -> bool:
+        return held_in_fp8(parameter)
+
+    def set_parameters(self) -> None:
+        """Cast the masters that were loaded."""
+        self.optimizer.set_fp8_parameters()
+
+    def shards(self) -> Iterator[SavedShard]:
+        """What this rank saves, once all ranks have the newest parameters."""
+        self.optimizer.gather_parameters()
+        yield from super().shards()

@@ -3,18 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from math import prod
 
 import torch
 
 from megatron_hybrid.checkpoint.collect import Collector, OptimizerShard, full_shape
-from megatron_hybrid.checkpoint.format import boxes_of_range, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.checkpoint.writer import SavedShard
 from megatron_hybrid.config.train import OptimizerConfig
 from megatron_hybrid.config.zero import ZeroConfig
-from megatron_hybrid.model.param_layout import Piece
 from megatron_hybrid.parallel.device import has_cuda
 from megatron_hybrid.train.fp32_scalars import MOMENTS, Fp32Scalars, adam_state, step_count
 from megatron_hybrid.train.zero_swapped import SwappedGroups, SwappedShard
@@ -178,8 +174,7 @@ class ZeroOptimizer:
 
 
 class ZeroCollector(Collector):
-    """Walks what this rank holds of master weights and moments. Weights are the masters, rounded: a rank saves those of its own
-    masters, and none is ever gathered.
+    """Walks what this rank holds of master weights and moments: all weights come from the masters.
 
     Args:
         parameters: (name, parameter, pieces) of all parameters, the scalars that DeepSpeed does not see among them.
@@ -189,37 +184,15 @@ class ZeroCollector(Collector):
         super().__init__(chunks, layout, groups, optimizer.shards(), optimizer_sharded=True)
         self.optimizer, self.parameters = optimizer, parameters
 
-    def _writes(self, *arguments) -> tuple[bool, bool]:
-        return False, super()._writes(*arguments)[1]
+    def from_master(self, parameter: torch.nn.Parameter) -> bool:
+        """All are: no parameter is ever gathered."""
+        return True
 
-    def _state_shards(self, parameter: torch.nn.Parameter, piece: Piece) -> Iterator[SavedShard]:
-        for shard in super()._state_shards(parameter, piece):
-            if shard.name == state_name("master", piece.tensor.name):
-                yield from _as_boxes(replace(shard, name=piece.tensor.name, data=shard.data.to(parameter.dtype)))
-                if parameter.dtype == torch.float32:  # the weight is its own master
-                    continue
-            yield shard
-
-    def load_weights(self, reader: CheckpointReader) -> None:
-        """Nothing yet: weights come from the masters, which are always loaded next."""
+    def set_parameters(self) -> None:
+        """Hand the masters that were loaded to the parameters."""
+        self.optimizer.set_parameters()
 
     def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...]) -> None:
         swapped = self.optimizer.swapped
         with swapped.writing() if swapped else nullcontext():
             super()._load_states(reader, wanted)
-        self.optimizer.set_parameters()
-
-
-def _as_boxes(shard: SavedShard) -> Iterator[SavedShard]:
-    """A flattened range of a box as boxes, which is how a checkpoint holds weights."""
-    if shard.range is None:
-        yield shard
-        return
-    start, stop = shard.range
-    at = 0
-    for row, column, rows, columns in boxes_of_range(start, stop, prod(shard.shape[1:])):
-        offset, shape = ((row,), (rows,)) if len(shard.shape) == 1 else ((row, column), (rows, columns))
-        data = shard.data[at : at + rows * columns].view(shape)
-        offset = tuple(a + b for a, b in zip(shard.offset, offset, strict=True))
-        yield replace(shard, offset=offset, shape=shape, data=data, range=None)
-        at += rows * columns

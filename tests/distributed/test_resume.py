@@ -13,12 +13,13 @@ SAME = {
     "one rank": (1, layout(), {}),
     "one rank, bf16": (1, layout(), {"dtype": "bf16"}),
     "DP2, plain optimizer, bf16": (2, layout(distributed_optimizer=False), {"dtype": "bf16"}),
+    "DP2, overlapped, bf16": (2, layout(overlap_grad_reduce=True, overlap_param_gather=True), {"dtype": "bf16"}),
     "TP2, PP2": (4, layout(2, 2), {}),
     "DP4, bf16, written in the background": (4, layout(), {"dtype": "bf16", "async_save": True}),
 }
 
 
-QUICK = ("one rank, bf16", "TP2, PP2", ("TP2, PP2", "one rank"), ("TP2, PP2", "DP4"))
+QUICK = ("one rank, bf16", "DP2, overlapped, bf16", "TP2, PP2", ("TP2, PP2", "one rank"), ("TP2, PP2", "DP4"))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_unless(name in QUICK)) for name in SAME])
