@@ -12,8 +12,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, recompute):
-        ctx.save_for_backward(x)
-        ctx.recompute, recompute.ctx = recompute, ctx
+        ctx.recompute, recompute.input = recompute, x.detach()
         return recompute.run(x)
 
     @staticmethod
@@ -25,35 +24,36 @@ class _Recomputed(torch.autograd.Function):
 
 
 class Recompute:
-    """One call of `run` whose output's memory is given back until the backward pass asks for it."""
+    """One call of `run` whose output's memory is given back until the backward pass asks for it.
+
+    It holds no tensor that has a graph: the graph holds it, and Python does not see cycles through C++, so that a forward pass
+    without a backward one would never be freed.
+    """
 
     def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]):
         self.run = run
-        self.ctx = self.output = self.graph = None
+        self.input = self.storage = self.graph = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.output = _Recomputed.apply(x, self)
-        return self.output
+        output = _Recomputed.apply(x, self)
+        self.storage = output.untyped_storage()
+        return output
 
     def release(self, after: torch.Tensor) -> None:
         """Free the output. Its values are back once the gradient of `after`, the next linear's output, is there."""
-        storage = self.output.untyped_storage()
-        self.size = storage.nbytes()
-        storage.resize_(0)
+        self.size = self.storage.nbytes()
+        self.storage.resize_(0)
         after.register_hook(self.again)
 
     def again(self, _) -> None:
         """Run once more, with a graph, and put the values where whoever saved the output will look for them."""
-        (x,) = self.ctx.saved_tensors
-        x = x.detach().requires_grad_()
+        x = self.input.requires_grad_()
         with torch.enable_grad():
             y = self.run(x)
-        storage = self.output.untyped_storage()
-        storage.resize_(self.size)
-        storage.copy_(
-            y.detach().contiguous().untyped_storage()
-        )  # of the storage: autograd's version of the tensor stays
-        self.graph, self.ctx, self.output = (x, y), None, None
+        self.storage.resize_(self.size)
+        # of the storage: autograd's version of the tensor stays
+        self.storage.copy_(y.detach().contiguous().untyped_storage())
+        self.graph, self.input, self.storage = (x, y), None, None
 
 
 def between_linears(

@@ -1,6 +1,8 @@
 """Selective recompute between two linears against the same without it."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -55,6 +57,16 @@ def test_the_output_is_given_back_between_the_passes():
     assert kept[0].untyped_storage().nbytes() == 0
     y.sum().backward()
     assert kept[0].untyped_storage().nbytes() == 4 * 16 * 4
+
+
+def test_a_forward_pass_without_a_backward_pass_is_freed():
+    block = Block()
+    x = torch.randn(4, 16, requires_grad=True)
+    y, _ = block(x * 1.0, True)
+    left = weakref.ref(block)
+    del block, y
+    gc.collect()
+    assert left() is None
 
 
 def test_several_at_once_and_one_within_another():
