@@ -63,6 +63,7 @@ def test_a_forward_pass_without_a_backward_pass_is_freed():
     block = Block()
     x = torch.randn(4, 16, requires_grad=True)
     y, _ = block(x * 1.0, True)
+    y, _ = block(torch.cat([y, y], -1), True)
     left = weakref.ref(block)
     del block, y
     gc.collect()
