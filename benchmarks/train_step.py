@@ -25,6 +25,7 @@ PEAK_TFLOPS = 989  # dense bf16, also for FP8
 FORMATS = {
     "bf16": {},
     "FP8 tensorwise": {"linear": "fp8_tensorwise"},
+    "FP8 tensorwise, parameters": {"linear": "fp8_tensorwise", "fp8_parameters": True},
     "FP8 tensorwise, attention": {"linear": "fp8_tensorwise", "attention": "fp8"},
     "FP8 delayed, attention": {"linear": "fp8_delayed", "attention": "fp8"},
     "FP8 blockwise": {"linear": "fp8_blockwise"},

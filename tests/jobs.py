@@ -13,6 +13,7 @@ from megatron_hybrid.config.run import CheckpointConfig, RunConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.zero import ZeroConfig
 from megatron_hybrid.parallel.launch import Launch, start_distributed
+from megatron_hybrid.precision.fp8_parameters import held_in_fp8
 from megatron_hybrid.train.engine import Engine, MegatronEngine
 
 SEQUENCE_LENGTH = 32
@@ -40,6 +41,11 @@ def make_engine(
 def named_parameters(engine: Engine) -> list[tuple]:
     """(name, parameter, pieces) of all parameters on this rank."""
     return getattr(engine, "parameters", None) or list(engine.layout.parameters(engine.chunks))
+
+
+def values_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A copy of a parameter, as a plain tensor."""
+    return parameter.dequantize() if held_in_fp8(parameter) else parameter.detach().clone()
 
 
 def batches_of(engine: Engine, samples: torch.Tensor, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
@@ -73,8 +79,13 @@ def curve(
     precision: dict | None = None,
     sequence_length: int = SEQUENCE_LENGTH,
     zero: dict | None = None,
+    skipped: tuple[int, ...] = (),
 ) -> dict:
-    """Train steps [start, steps) and return losses, gradient norms and this rank's parameters; load before, save after."""
+    """Train steps [start, steps) and return losses, gradient norms and this rank's parameters; load before, save after.
+
+    Args:
+        skipped: steps whose update is not made.
+    """
     engine = make_engine(model, parallel, train, sequence_length, precision, zero)
     config = ModelConfig(**model)
     mbs, gbs = train.get("micro_batch_size", 1), train["global_batch_size"]
@@ -94,12 +105,13 @@ def curve(
         batches = batches_of(engine, samples, mbs)
         losses.append(engine.forward_backward(batches).loss)
         norms.append(engine.gradient_norm())
-        engine.update(lr, norms[-1])
+        if step not in skipped:
+            engine.update(lr, norms[-1])
     path = None
     if save:
         path = manager.save(steps, {"updates": engine.optimizer.updates}, {})
         manager.close()
-    parameters = {name: p.detach().clone() for name, p, _ in named_parameters(engine)}
+    parameters = {name: values_of(p) for name, p, _ in named_parameters(engine)}
     updates = engine.optimizer.updates
     engine.close()
     return {
@@ -150,7 +162,7 @@ def everything(engine: Engine) -> dict:
     shards = engine.optimizer.shards()
     named = named_parameters(engine)
     return {
-        "parameters": {name: p.detach().clone() for name, p, _ in named},
+        "parameters": {name: values_of(p) for name, p, _ in named},
         "moments": {
             f"{name}.{s}": v.clone() for name, p, _ in named if p in shards for s, v in shards[p].states.items()
         },

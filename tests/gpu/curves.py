@@ -1,7 +1,8 @@
 """Runs jobs on the ranks of one launch, one after the other: python -m tests.gpu.curves JOBS.json RESULTS.json
 
 JOBS: {name: arguments of tests.jobs.curve}. RESULTS: {name: {"losses", "norms"}}; of a job with `resume` (a folder), which saves
-halfway and is built anew, also "resumed" (losses) and "same_parameters".
+halfway and is built anew, also "resumed" (losses) and "same_parameters"; with `other_precision` as well, also "otherwise": the
+losses where the second half runs in that.
 """
 
 import gc
@@ -16,7 +17,7 @@ from megatron.core import parallel_state
 from tests import jobs
 
 
-def run(steps: int, resume: str | None = None, **arguments) -> dict:
+def run(steps: int, resume: str | None = None, other_precision: dict | None = None, **arguments) -> dict:
     result = jobs.curve(steps=steps, **arguments)
     found = {"losses": result["losses"], "norms": result["norms"]}
     if resume:
@@ -26,6 +27,11 @@ def run(steps: int, resume: str | None = None, **arguments) -> dict:
         found["resumed"] = again["losses"] + rest["losses"]
         pairs = [(p, rest["parameters"][name]) for name, p in result["parameters"].items()]
         found["same_parameters"] = all(torch.equal(a, b) for a, b in pairs)
+        if other_precision is not None:
+            other = arguments | {"precision": other_precision}
+            found["otherwise"] = (
+                again["losses"] + _fresh(steps=steps, start=half, load=again["path"], **other)["losses"]
+            )
     return found
 
 

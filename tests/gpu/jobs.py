@@ -10,6 +10,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -50,7 +51,18 @@ FORMATS = {
     "fp8 tensorwise, attention": dict(linear="fp8_tensorwise", attention="fp8"),
     "fp8 tensorwise, ends in bf16": dict(linear="fp8_tensorwise", bf16_layers_at_start=1, bf16_layers_at_end=1),
 }
-RESUMED = ["bf16", "fp8 delayed, attention", "fp8 tensorwise, attention"]
+HELD = {f"{name}, parameters": name for name in FORMATS}  # a format with weights in FP8 alone -> without
+FORMATS |= {held: FORMATS[name] | dict(fp8_parameters=True) for held, name in HELD.items()}
+RESUMED = [
+    "bf16",
+    "fp8 delayed, attention",
+    "fp8 tensorwise, attention",
+    "fp8 delayed, parameters",
+    "fp8 tensorwise, parameters",
+    "fp8 blockwise, parameters",
+]
+SKIPPED = {"skipped, fp8 delayed, parameters": "skipped, fp8 delayed"}
+"""As HELD, with two updates that are not made, the last before a save among them."""
 WIDE = dict(model=dict(num_attention_heads=4))  # so that four ranks have heads; 6 Gated DeltaNet heads are padded to 8
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 LAYOUTS = {
@@ -70,7 +82,13 @@ LAYOUTS = {
     },
 }
 FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped")
-FP8_FORMATS = ("fp8 delayed", "fp8 tensorwise", "fp8 tensorwise, attention")
+FP8_FORMATS = (
+    "fp8 delayed",
+    "fp8 tensorwise",
+    "fp8 tensorwise, attention",
+    "fp8 delayed, parameters",
+    "fp8 tensorwise, parameters",
+)
 
 
 def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu") -> dict[str, dict]:
@@ -117,8 +135,10 @@ def on_one_gpu(folder: Path) -> dict[str, dict]:
     jobs = {"fp32": job(), "fp32, wide": job(**WIDE), "bf16, local": job(dtype="bf16", precision=dict(parts="local"))}
     if find_spec("transformer_engine"):
         for name, precision in {"bf16": {}, **FORMATS}.items():
-            resumed = {"resume": str(folder / name.replace(" ", "_"))} if name in RESUMED else {}
-            jobs[name] = job(dtype="bf16", precision=precision, **resumed)
+            jobs[name] = job(dtype="bf16", precision=precision, **_resumed(name, folder))
+        for name in chain(*SKIPPED.items()):
+            fmt, two = name.removeprefix("skipped, "), [STEPS // 2 - 2, STEPS // 2 - 1]
+            jobs[name] = job(dtype="bf16", precision=FORMATS[fmt], skipped=two, **_resumed(fmt, folder / "skipped"))
         recompute = layout(recompute="full")
         for name in ("fp8 tensorwise", "fp8 tensorwise, attention"):
             jobs[f"{name}, full recompute"] = job(recompute, "bf16", FORMATS[name])
@@ -126,14 +146,25 @@ def on_one_gpu(folder: Path) -> dict[str, dict]:
     return side_by_side(jobs, 4)
 
 
+def _resumed(name: str, folder: Path) -> dict:
+    """How a format is resumed: with its parameters in FP8, also as if they were not."""
+    if name not in RESUMED:
+        return {}
+    other = {"other_precision": FORMATS[HELD[name]]} if name in HELD else {}
+    return {"resume": str(folder / name.replace(" ", "_"))} | other
+
+
 def on_several(count: int) -> dict[str, dict]:
     """Layouts of that many GPUs in fp32, some of two GPUs also in FP8."""
     jobs = {name: job(parallel, **WIDE) for name, parallel in LAYOUTS[count].items()}
-    if count == 2 and find_spec("transformer_engine"):
+    if count != 2 or not find_spec("transformer_engine"):
+        return curves(jobs, count)
+    with tempfile.TemporaryDirectory() as folder:
         for name in FP8_LAYOUTS:
             for fmt in FP8_FORMATS:
-                jobs[f"{name}, {fmt}"] = job(LAYOUTS[2][name], "bf16", FORMATS[fmt])
-    return curves(jobs, count)
+                more = _resumed(fmt, Path(folder) / name.replace(" ", "_")) if fmt in HELD else {}
+                jobs[f"{name}, {fmt}"] = job(LAYOUTS[2][name], "bf16", FORMATS[fmt], **more)
+        return curves(jobs, count)
 
 
 def difference(expected: dict, found: dict, what: str) -> float:

@@ -57,7 +57,15 @@ def test_selective_recompute_changes_nothing(on_one_gpu):
 
 
 @needs_te
-@pytest.mark.parametrize("name", jobs.RESUMED)
+@pytest.mark.parametrize(("name", "without"), [*jobs.HELD.items(), *jobs.SKIPPED.items()])
+def test_weights_held_in_fp8_change_nothing(name, without, on_one_gpu):
+    assert on_one_gpu[name]["losses"] == on_one_gpu[without]["losses"]
+    if "otherwise" in on_one_gpu[name]:  # its checkpoint, read by a run without
+        assert on_one_gpu[name]["otherwise"] == on_one_gpu[without]["losses"]
+
+
+@needs_te
+@pytest.mark.parametrize("name", [*jobs.RESUMED, *jobs.SKIPPED])
 def test_resuming_is_bit_identical(name, on_one_gpu):
     result = on_one_gpu[name]
     assert result["resumed"] == result["losses"]
@@ -78,3 +86,15 @@ def test_fp8_under_a_layout_has_one_gpus_curve(parallel, name, on_one_gpu, on_se
     if 2 not in on_several:
         pytest.skip("needs 2 GPUs")
     check(on_one_gpu[name], on_several[2][f"{parallel}, {name}"], 1e-2)
+
+
+@needs_te
+@pytest.mark.parametrize("parallel", jobs.FP8_LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in jobs.FP8_FORMATS if name in jobs.HELD])
+def test_weights_held_in_fp8_change_nothing_under_a_layout(parallel, name, on_several):
+    if 2 not in on_several:
+        pytest.skip("needs 2 GPUs")
+    found, without = (on_several[2][f"{parallel}, {fmt}"] for fmt in (name, jobs.HELD[name]))
+    assert found["losses"] == without["losses"] == found["otherwise"]
+    assert found["resumed"] == found["losses"]
+    assert found["same_parameters"]
