@@ -61,6 +61,8 @@ class GatedDeltaNet(MegatronModule):
         self.A_log = self._parameter(widths.a, dtype=torch.float32)
         self.dt_bias = self._parameter(widths.a, dtype=torch.float32)
         self.o_norm_weight = self._parameter(gdn.value_head_dim, sharded=False)
+        # of every rank's heads: its gradient is summed over the ranks, once a step with the other norms' where there are such
+        self.o_norm_weight.sequence_parallel = config.sequence_parallel
 
     def _parameter(self, *shape: int, dtype: torch.dtype | None = None, sharded: bool = True) -> torch.nn.Parameter:
         dtype = dtype or self.config.params_dtype
@@ -85,8 +87,9 @@ class GatedDeltaNet(MegatronModule):
             return_gate=True,
         )
         o, _ = gated_delta_rule(q, k, v, g, beta)
-        # every rank's heads use this weight: its gradient is the sum over the ranks, with and without sequence parallelism
-        weight = copy_to_tensor_model_parallel_region(self.o_norm_weight, group=self.tp_group)
+        weight = self.o_norm_weight
+        if not self.config.sequence_parallel:
+            weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
         return gated_rmsnorm(o, gate, weight, self.gdn.norm_eps)
 
     def _sizes(self) -> dict:
