@@ -61,6 +61,10 @@ def main() -> None:
             expected, goal = (gpu[fmt], 1e-2) if fmt else (gpu["fp32, wide"], 1e-4)
             compare(f"{name}: from one GPU", expected, found, goal)
         write_gpu("gpu_parity", rows)
+    if torch.cuda.device_count() >= 2 and "bf16" in gpu:  # Transformer Engine is there
+        for name, (plain, found) in jobs.overlapped().items():
+            compare(f"TP2, overlapped, {name}: from TP2", plain, found, 5e-3)
+        write_gpu("gpu_parity", rows)
 
 
 if __name__ == "__main__":

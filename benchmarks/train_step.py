@@ -37,19 +37,22 @@ LAYOUTS = {
     2: {
         "TP1 x DP2": OVERLAP,
         "TP2": {"tensor_parallel_size": 2},
+        "TP2, overlapped": {"tensor_parallel_size": 2, "tp_comm_overlap": True},
         "PP2": {"pipeline_parallel_size": 2},
     },
     4: {
         "TP1 x DP4": OVERLAP,
         "TP2 x DP2": {"tensor_parallel_size": 2, **OVERLAP},
+        "TP2 x DP2, overlapped": {"tensor_parallel_size": 2, "tp_comm_overlap": True, **OVERLAP},
         "TP4": {"tensor_parallel_size": 4},
+        "TP4, overlapped": {"tensor_parallel_size": 4, "tp_comm_overlap": True},
         "PP2 x DP2": {"pipeline_parallel_size": 2, **OVERLAP},
         "PP4": {"pipeline_parallel_size": 4},
     },
 }
 KINDS = {  # of kernels, by parts of their names; the first that fits
     "waiting for other stages": ("pipeline",),
-    "communication": ("nccl",),
+    "communication": ("nccl", "userbuffers", "ptop"),
     "attention": ("fmha", "flash", "cudnn_generated", "sdpa"),
     "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "cublas"),
     "delta rule": ("forward_scan", "reverse_scan", "prepare_kernel", "gradients_kernel", "join"),
@@ -173,6 +176,8 @@ def main() -> None:
     for layout, parallel in LAYOUTS[launch.world_size].items():
         groups = start_distributed(launch, ParallelConfig(**parallel), seed=0, quiet=bool(rows))
         for name, precision in FORMATS.items():
+            if parallel.get("tp_comm_overlap") and name == "FP8 blockwise":  # its scales do not travel
+                continue
             case = f"{'whole' if whole else model.layer_pattern}, {layout}, {name}"
             if args.recompute != "none":
                 case += f", {args.recompute} recompute"

@@ -113,6 +113,8 @@ class Trainer:
         self.loader.close()
         self.logger.__exit__(*exception)
         self.checkpoints.close()
+        if exception[0] is None:  # else its GPU may not answer any more
+            self.engine.close()
 
     def _open_data(self):
         """Rank 0 checks the files first; the others find its verdicts."""

@@ -82,6 +82,14 @@ LAYOUTS = {
     },
 }
 FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped")
+OVERLAPPED = {  # name: (parallel, precision), at TP2
+    "bf16": ({}, {}),
+    "fp8 delayed": ({}, FORMATS["fp8 delayed"]),
+    "fp8 tensorwise": ({}, FORMATS["fp8 tensorwise"]),
+    "fp8 tensorwise, ends in bf16": ({}, FORMATS["fp8 tensorwise, ends in bf16"]),
+    "bf16, selective recompute": (dict(recompute="selective"), {}),
+    "bf16, full recompute": (dict(recompute="full"), {}),
+}
 FP8_FORMATS = (
     "fp8 delayed",
     "fp8 tensorwise",
@@ -165,6 +173,16 @@ def on_several(count: int) -> dict[str, dict]:
                 more = _resumed(fmt, Path(folder) / name.replace(" ", "_")) if fmt in HELD else {}
                 jobs[f"{name}, {fmt}"] = job(LAYOUTS[2][name], "bf16", FORMATS[fmt], **more)
         return curves(jobs, count)
+
+
+def overlapped() -> dict[str, tuple[dict, dict]]:
+    """TP2 on two GPUs, by name: without parallel.tp_comm_overlap, and with it."""
+    pairs = {}
+    for name, (parallel, precision) in OVERLAPPED.items():
+        pairs[f"{name}, plain"] = job(layout(2, **parallel), "bf16", precision)
+        pairs[f"{name}, overlapped"] = job(layout(2, tp_comm_overlap=True, **parallel), "bf16", precision)
+    found = curves(pairs, 2)
+    return {name: (found[f"{name}, plain"], found[f"{name}, overlapped"]) for name in OVERLAPPED}
 
 
 def difference(expected: dict, found: dict, what: str) -> float:

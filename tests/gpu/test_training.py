@@ -98,3 +98,16 @@ def test_weights_held_in_fp8_change_nothing_under_a_layout(parallel, name, on_se
     assert found["losses"] == without["losses"] == found["otherwise"]
     assert found["resumed"] == found["losses"]
     assert found["same_parameters"]
+
+
+@pytest.fixture(scope="session")
+def overlapped():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    return jobs.overlapped()
+
+
+@needs_te
+@pytest.mark.parametrize("name", jobs.OVERLAPPED)
+def test_overlapped_tensor_parallelism_has_the_same_curve(name, overlapped):
+    check(*overlapped[name], 5e-3)  # other kernels multiply the pieces
