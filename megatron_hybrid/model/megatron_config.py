@@ -83,10 +83,10 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         sequence_parallel=parallel.sequence_parallel_on,
-        params_dtype=params_dtype,
         tp_comm_overlap=parallel.tp_comm_overlap,
         tp_comm_bulk_dgrad=False,  # NCCL's, which overlap these products as well (model/tp_overlap.py)
         tp_comm_bulk_wgrad=False,
+        params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=dtype == "bf16",
         perform_initialization=False,  # model/param_layout.py does it, the same under every layout
