@@ -77,9 +77,7 @@ def build(engine: str, share: float, parts: str, groups):
     from megatron_hybrid.train.measure import fill_at_random
 
     config = RunConfig.model_validate(run_config(engine, share, parts))
-    if (
-        engine == "hybrid"
-    ):  # no field of ours: it runs on GPUs alone, so that the tests could not vouch for its checkpoints
+    if engine == "hybrid":  # no field of ours: it runs on GPUs alone, tests could not vouch for its checkpoints
         ours.MegatronOptimizerConfig = functools.partial(
             ours.MegatronOptimizerConfig,
             optimizer_cpu_offload=True,
@@ -87,6 +85,8 @@ def build(engine: str, share: float, parts: str, groups):
             use_precision_aware_optimizer=True,
             overlap_cpu_optimizer_d2h_h2d=True,
         )
+        # megatron-core hands it slices of fp32 parameters, A_log and dt_bias here, with a graph, which torch.optim refuses
+        ours.get_megatron_optimizer = torch.no_grad()(ours.get_megatron_optimizer)
         built = build_engine(config, groups, fill_at_random)
         return built, built.optimizer.megatron.step
     built = build_engine(config, groups, fill_at_random)

@@ -59,6 +59,7 @@ def main(backend: str, key_dim: int, value_dim: int, segments: int) -> None:
                     registers=int(re.search(r"Used (\d+) registers", log)[1]),
                     spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
                     warnings=re.findall(r".*C75\d\d.*", log),
+                    pipelined="cp.async" in kernel.asm["ptx"],
                 )
             )
         )

@@ -16,7 +16,13 @@ SHARED = 227 * 1024  # bytes that a program may have
 
 @pytest.mark.parametrize(
     "backend, key_dim, value_dim, segments",
-    [("hopper", 96, 192, 3), ("hopper", 128, 128, 3), ("triton", 96, 192, 3), ("triton", 256, 256, 1)],
+    [
+        ("hopper", 96, 192, 3),
+        ("hopper", 128, 128, 3),
+        ("triton", 96, 192, 3),
+        ("triton", 96, 64, 1),
+        ("triton", 256, 256, 1),
+    ],
 )
 def test_fits(backend, key_dim, value_dim, segments, root):
     command = [sys.executable, str(SCRIPT), backend, *map(str, (key_dim, value_dim, segments))]
@@ -30,5 +36,9 @@ def test_fits(backend, key_dim, value_dim, segments, root):
     for kernel in kernels:
         assert kernel["shared"] <= SHARED, kernel
         assert not kernel["warnings"], kernel  # C7517: the assembler waits for every matrix product
+        if (
+            kernel["kernel"] == "gradients_kernel"
+        ):  # outside a pipelined loop Triton 3.6 makes wrong code of its products
+            assert kernel["pipelined"], kernel
         if backend == "hopper" and "scan" in kernel["kernel"]:
             assert kernel["spilled"] == 0, kernel

@@ -20,7 +20,7 @@ def _tile(base, rows, mask, stride, WIDTH: tl.constexpr):
 @triton.jit
 def _part(
     q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta, start, end, tile, i_h, scale, offset,
-    WITH_BETA, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr,
+    WITH_BETA, one, H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Columns offset ... offset + WIDTH of dq and dk, their share of dg, and dbeta if asked for."""
     dtype = k.dtype.element_ty
@@ -31,7 +31,10 @@ def _part(
     from_q, from_new = tl.zeros([64, WIDTH], tl.float32), tl.zeros([64, WIDTH], tl.float32)
     from_z = tl.zeros([64, WIDTH], tl.float32)
     kept = tl.zeros([64], tl.float32)  # per value row: <dS', S>
-    for i_v in range(V // 64):
+    # not range(1): the compiler would unroll it, and what it makes of these products outside a pipelined loop is wrong on
+    # Hopper (see gradients_options)
+    tiles = V // 64 if V > 64 else one
+    for i_v in range(tiles):
         at = (start * H + i_h) * V + i_v * 64
         do_t, dz_t = _tile(do + at, t, valid, H * V, 64), _tile(dv + at, t, valid, H * V, 64)
         new = _tile(new_values + (tile * V + i_v * 64) * 64, t, every, 64, 64)  # [v, t]
@@ -72,10 +75,10 @@ def _part(
     tl.store(dk + at, (early + late).to(dk.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "NT"])
+@triton.jit(do_not_specialize=["T", "NT", "one"])
 def gradients_kernel(
     q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta,
-    cu, chunk_start, chunk_document, scale, T, NT, part_stride,
+    cu, chunk_start, chunk_document, scale, T, NT, part_stride, one,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk, head and tile of K; so two fit a multiprocessor, and one's loads hide the other's end."""
@@ -87,10 +90,10 @@ def gradients_kernel(
         if part < tile_count(K) - 1:
             _part(
                 q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta, start, end, tile, i_h, scale,
-                part * 64, part == 0, H, HK, K, V, tile_width(K, 0),
+                part * 64, part == 0, one, H, HK, K, V, tile_width(K, 0),
             )  # fmt: skip
         else:
             _part(
                 q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta, start, end, tile, i_h, scale,
-                part * 64, part == 0, H, HK, K, V, tile_width(K, tile_count(K) - 1),
+                part * 64, part == 0, one, H, HK, K, V, tile_width(K, tile_count(K) - 1),
             )  # fmt: skip

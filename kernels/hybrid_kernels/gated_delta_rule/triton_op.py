@@ -149,7 +149,7 @@ def gradients(q, k, g, beta, do, dv, G, states, new_values, dstates, scale, chun
     dg, dbeta = torch.empty(parts, *g.shape, device=g.device, dtype=torch.float32), torch.empty_like(beta)
     gradients_kernel[(parts, heads, chunks.count)](
         q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta, chunks.cu, chunks.first, chunks.document,
-        scale, chunks.length, chunks.per_row, g.numel(), H=heads, HK=key_heads, K=dim_k, V=dim_v, VARLEN=varlen,
+        scale, chunks.length, chunks.per_row, g.numel(), 1, H=heads, HK=key_heads, K=dim_k, V=dim_v, VARLEN=varlen,
         **gradients_options(),
     )  # fmt: skip
     if heads != key_heads:
@@ -166,7 +166,8 @@ def scan_options(key_dim: int) -> dict:
 
 
 def gradients_options() -> dict:
-    """Not num_stages=1: Triton 3.6 then computes dk and dg wrong on Hopper, and reads out of bounds."""
+    """Not num_stages=1: Triton 3.6 then computes dk and dg wrong on Hopper, and reads out of bounds. A loop over a single tile
+    of values, which it unrolls, is no better."""
     return dict(num_warps=4, num_stages=3)
 
 
