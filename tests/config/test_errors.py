@@ -19,6 +19,7 @@ TINY = [
 """A legal run."""
 
 ZERO = ["train.engine=deepspeed"]
+OVERLAP = ["parallel.tp_comm_overlap=true", "parallel.tensor_parallel_size=2"]
 VPP = ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_parallel_size=2"]
 RAMP = "train.batch_ramp={start: %d, increment: %d, samples: 1000}"
 
@@ -241,6 +242,33 @@ WRONG: list[tuple[list[str], str, str, str]] = [
     # layout
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel", "tensor_parallel_size > 1", "leave it out"),
     (["parallel.tensor_parallel_size=0"], "parallel.tensor_parallel_size", "greater than 0", "the nearest is 1"),
+    (OVERLAP[:1], "parallel.tp_comm_overlap", "nothing to overlap at tensor_parallel_size 1", "this to false"),
+    (
+        [*OVERLAP, "parallel.sequence_parallel=false"],
+        "parallel.tp_comm_overlap",
+        "needs sequence",
+        "leave sequence_par",
+    ),
+    ([*OVERLAP, "train.dtype=fp32"], "parallel.tp_comm_overlap", "needs train.dtype bf16", "or this to false"),
+    (
+        [*OVERLAP, "precision.parts=local"],
+        "parallel.tp_comm_overlap",
+        "Transformer Engine's",
+        "precision.parts to auto",
+    ),
+    (
+        [*OVERLAP, "parallel.tensor_parallel_size=16"],
+        "parallel.tp_comm_overlap",
+        "at most 8 GPUs of one node, and tensor_parallel_size is 16",
+        "set that to 8",
+    ),
+    (
+        [*OVERLAP, "precision.linear=fp8_blockwise", "model.gdn.value_head_dim=64"],
+        "parallel.tp_comm_overlap",
+        "cannot exchange fp8_blockwise",
+        "fp8_tensorwise, or this to false",
+    ),
+    ([*OVERLAP, *ZERO], "parallel.tp_comm_overlap", "is for train.engine = megatron", "or this to false"),
     (VPP[1:], "parallel.virtual_pipeline_parallel_size", "needs pipeline_parallel_size > 1", "set it to 1"),
     (["parallel.pipeline_parallel_size=9"], "parallel.pipeline_parallel_size", "exceed the 8 layers", "at most 8"),
     (
@@ -371,6 +399,8 @@ def test_names_what_does_not_fit_the_ranks(
         (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]),
         (3, ["parallel.tensor_parallel_size=3", "data.sequence_length=255"]),  # 4 heads over 3 ranks: padded to 6
         (4, ["parallel.tensor_parallel_size=4", "model.num_attention_heads=5", "model.hidden_size=160"]),
+        (4, OVERLAP),
+        (4, [*OVERLAP, "parallel.recompute=full", *VPP]),
         (2, [*VPP, "train.global_batch_size=4"]),
         (2, [*VPP, RAMP % (4, 4)]),
         (2, ["parallel={pipeline_parallel_size: 2, pipeline_split: [1, 7]}"]),
