@@ -117,7 +117,9 @@ def run_cases(cases: list[Case], out: Path, deadline: float) -> None:
         config = RunConfig.model_validate(_expanded(case))
         groups = start_distributed(launch, config.parallel, config.train.seed, quiet=True)
         result: dict = {}
-        started = time.perf_counter()
+        started, left = time.perf_counter(), torch.cuda.memory_allocated() / 1e9
+        if left > 1:
+            print(f"{left:.1f} GB are still allocated before: {case.name}", flush=True)
         try:
             result = gather(
                 measure(config, groups, STEPS, WARMUP, layers=case.parallel.get("pipeline_parallel_size", 1) == 1)

@@ -61,7 +61,15 @@ def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     engine = build_engine(config, groups, fill_at_random)
-    batches = _batches(config, groups)
+    try:
+        return _measured(engine, _batches(config, groups), steps, warmup, train.optimizer.lr, layers and cuda)
+    finally:  # also where memory ran out: the next layout wants it
+        engine.close()
+        del engine
+        gc.collect()
+
+
+def _measured(engine: MegatronEngine, batches: list, steps: int, warmup: int, lr: float, layers: bool) -> Measured:
     seconds: list[float] = []
     peak = update_peak = 0
     for _ in range(warmup + steps):
@@ -70,21 +78,17 @@ def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers:
         engine.forward_backward(batches)
         norm = engine.gradient_norm()
         peak = max(peak, _take_peak())
-        engine.update(train.optimizer.lr, norm)
+        engine.update(lr, norm)
         synchronize()
         seconds.append(time.perf_counter() - start)
         update_peak = max(update_peak, _take_peak())
-    found = Measured(
+    return Measured(
         seconds=sorted(seconds[warmup:])[steps // 2],
         peak_bytes=max(peak, update_peak),
-        resting_bytes=torch.cuda.memory_allocated() if cuda else 0,
+        resting_bytes=torch.cuda.memory_allocated() if has_cuda() else 0,
         update_peak_bytes=update_peak,
-        saved_by_layer=_saved_by_layer(engine, batches[0]) if layers and cuda else (),
+        saved_by_layer=_saved_by_layer(engine, batches[0]) if layers else (),
     )
-    engine.close()
-    del engine, batches
-    gc.collect()
-    return found
 
 
 def _batches(config: RunConfig, groups) -> list[dict[str, torch.Tensor]]:
