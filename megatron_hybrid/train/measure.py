@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("config", help="a run's YAML file; its data is not read")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--steps", type=int, default=10)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with no_traceback():
         launch = Launch.from_environment()
         config = load_run(arguments.config, arguments.overrides)
