@@ -20,18 +20,19 @@ def base_run(
 
     Args:
         name_or_path: a preset's name; a YAML file with a model's fields; or a whole run's, whose data, training and
-            precision are kept.
+            precision are kept, and its parallel.tp_comm_overlap for the layouts that can have it.
         sequence_length, global_batch_size, precision: laid over it. precision: bf16, fp8 (tensorwise), or an FP8 recipe.
 
     Raises:
         ConfigError: whatever is wrong with any of them.
     """
-    data, path = {}, Path(name_or_path)
+    data, path, overlap = {}, Path(name_or_path), False
     if path.suffix in (".yaml", ".yml") and path.is_file():
         read = yaml_text.read(path.read_text(encoding="utf-8"), name_or_path)
         data = read if isinstance(read, dict) else {}
         whole = "model" in data
         data = data if whole else {"model": data}
+        overlap = bool((data.get("parallel") or {}).get("tp_comm_overlap"))
     elif name_or_path in (*presets.SIZED, *presets.UNSIZED):
         data = {"model": name_or_path}
     else:
@@ -47,7 +48,9 @@ def base_run(
             raise ConfigError.at(key, f"is missing; give {option}, or a run's YAML file that has it")
     if precision is not None:
         overrides.append(f"precision.linear={_FORMATS.get(precision, precision)}")
-    return _load(data, overrides)
+    run = _load(data, overrides)
+    # unchecked: layouts come later, and this one has nothing to overlap
+    return run.model_copy(update={"parallel": run.parallel.model_copy(update={"tp_comm_overlap": overlap})})
 
 
 _FORMATS = {"bf16": "null", "fp8": "fp8_tensorwise"}

@@ -100,7 +100,7 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
         activations=activations,
         ends=ends,
         logits=logits,
-        transient=transient + FIXED_BYTES + _dummy_weight_gradients(plan, chunks),
+        transient=transient + FIXED_BYTES + _dummy_weight_gradients(plan, chunks) + _exchange_buffers(plan),
         padding=padding,
         pipeline_rank=pipeline_rank,
     )
@@ -159,6 +159,17 @@ def _dummy_weight_gradients(plan: Plan, chunks: tuple[Chunk, ...]) -> float:
         for name, size in _matrices(plan, kind).items()
     }
     return plan.element * sum(shapes.values())
+
+
+def _exchange_buffers(plan: Plan) -> float:
+    """Transformer Engine's user buffers (model/tp_overlap.py), outside of PyTorch's memory: eight that gather, whichever are used,
+    two that a kernel would scatter from, and two that copies do, with a place for every other rank's piece."""
+    if not plan.parallel.tp_comm_overlap:
+        return 0.0
+    some_in_bf16 = plan.precision.bf16_layers_at_start + plan.precision.bf16_layers_at_end > 0
+    formats = [1 if plan.precision.linear else plan.element, *([plan.element] if some_in_bf16 else [])]
+    scattering = plan.element * (2 + 2 * (2 * plan.tp - 1) / plan.tp)
+    return plan.tokens * plan.widths.hidden * sum(8 * gathered + scattering for gathered in formats)
 
 
 def _state_padding(plan: Plan, pipeline_rank: int) -> float:

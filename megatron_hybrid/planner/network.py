@@ -59,7 +59,7 @@ def assumptions(hardware: Hardware) -> list[str]:
         "hardware file says otherwise); no congestion, no stragglers",
         "inside a node NVLink at the measured rate, whatever else runs at the same time",
         "pipeline transfers are waited for on both sides; tensor parallel collectives of the backward pass hide behind the "
-        "products they can hide behind; gradient reduction and weight gathering hide behind a backward and a forward "
-        "pass where they are overlapped",
+        "products they can hide behind, those of the forward pass behind nothing (parallel.tp_comm_overlap is not predicted); "
+        "gradient reduction and weight gathering hide behind a backward and a forward pass where they are overlapped",
         f"rates: {hardware.name}, {hardware.measured}",
     ]

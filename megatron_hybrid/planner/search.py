@@ -7,7 +7,7 @@ from typing import Any
 from megatron_hybrid.config import checks
 from megatron_hybrid.config.data import DataConfig, SourceConfig
 from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.parallel import LARGEST_OVERLAP, ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.train import TrainConfig
@@ -42,6 +42,8 @@ class Job:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: str = "auto"
     """none, selective, full; auto: whichever is best."""
+    tp_comm_overlap: bool = False
+    """In the layouts that can have it. Its memory is predicted; its speed is not."""
 
     def run(self, parallel: ParallelConfig, micro_batch_size: int) -> RunConfig:
         """As a run, unchecked: its data is a placeholder."""
@@ -156,29 +158,30 @@ def _layouts(job: Job) -> Iterator[tuple[dict[str, Any], Plan | str]]:
 def _variants(job: Job, tp, pp, vpp, dp, b, recomputes) -> Iterator[tuple[dict[str, Any], Plan | str]]:
     """One set of degrees, with what goes without saying, and with each recomputation."""
     degrees: dict[str, Any] = {"tp": tp, "pp": pp, "vpp": vpp, "cp": 1, "dp": dp, "mbs": b}
-    problems, sp = _problems(job, _parallel(tp, tp > 1, pp, vpp, dp, "none"), b), tp > 1
+    problems, sp = _problems(job, _parallel(job, tp, tp > 1, pp, vpp, dp, "none"), b), tp > 1
     if sp and not problems:
         yield degrees | {"sp": False}, NO_SEQUENCE_PARALLELISM
     elif sp:  # what sequence parallelism asks of the sequence may be all that is wrong
         yield degrees | {"sp": True}, problems
-        problems, sp = _problems(job, _parallel(tp, False, pp, vpp, dp, "none"), b), False
+        problems, sp = _problems(job, _parallel(job, tp, False, pp, vpp, dp, "none"), b), False
     if problems:
         yield degrees | {"sp": sp}, problems
         return
     if dp > 1:
         yield degrees | {"sp": sp, "zero": False}, PLAIN_OPTIMIZER
     for recompute in recomputes:
-        parallel = _parallel(tp, sp, pp, vpp, dp, recompute)
+        parallel = _parallel(job, tp, sp, pp, vpp, dp, recompute)
         plan = Plan(
             job.model, parallel, job.gpus, job.sequence_length, b, job.global_batch_size, job.dtype, job.precision
         )
         yield degrees_of(plan), plan
 
 
-def _parallel(tp, sp, pp, vpp, dp, recompute) -> ParallelConfig:
+def _parallel(job, tp, sp, pp, vpp, dp, recompute) -> ParallelConfig:
     return ParallelConfig.model_construct(
         tensor_parallel_size=tp,
         sequence_parallel=sp if tp > 1 else None,
+        tp_comm_overlap=job.tp_comm_overlap and sp and tp <= LARGEST_OVERLAP,
         pipeline_parallel_size=pp,
         virtual_pipeline_parallel_size=vpp,
         pipeline_split=None,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_hybrid.config.errors import BAD_INPUT, ConfigError, UserError
-from megatron_hybrid.config.load import load_run
+from megatron_hybrid.config.load import dump_run, load_run
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.planner import measured, report
 from megatron_hybrid.planner.command import Question, answer
@@ -68,6 +68,19 @@ def test_emitted_runs_load_and_pass_the_trainers_checks(tmp_path):
     assert run.data.sequence_length == 64 and run.data.train[0].path == "data/train"
     kept = load_run(str(tmp_path / "2.yaml"))
     assert kept.precision.linear == "fp8_tensorwise" and kept.data.train[0].path == "data/olmo_mix/*.npy"
+
+
+def test_overlapped_tensor_parallelism_is_kept_where_it_fits(tmp_path):
+    asked, path = tmp_path / "asked.yaml", tmp_path / "run.yaml"
+    run = load_run("examples/configs/pretrain_hybrid_7b.yaml", ["parallel.tp_comm_overlap=true"])
+    asked.write_text(dump_run(run))
+    question = replace(ASK, model=str(asked), emit=path)
+    kept = {}
+    for changes in ({}, dict(gpus=8, sequence_length=65536, global_batch_size=64)):
+        answer(replace(question, **changes))
+        parallel = load_run(str(path)).parallel
+        kept[parallel.tensor_parallel_size > 1] = parallel.tp_comm_overlap
+    assert kept == {True: True, False: False}
 
 
 @pytest.mark.parametrize(

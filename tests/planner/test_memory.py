@@ -1,9 +1,12 @@
 """The activation table and what memory is made of it: sums by hand, and what must grow or shrink with a layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.presets import olmo3_7b, olmo_hybrid_7b
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.activations import Op, Setting, backward_peak, layer_bytes, layer_ops
@@ -124,3 +127,14 @@ def test_what_the_trainer_asks():
         }
     )
     assert expected(run, 64) == fullest(plan(2))
+
+
+def test_buffers_of_overlapped_tensor_parallelism_by_hand():
+    """Twelve of them (Transformer Engine's initialize_ub): two have room for 2 tp - 1 pieces, ten for the tp of a micro-batch."""
+    one = 8192 * 3840
+    for tp, pieces in ((2, 10 + 2 * 3 / 2), (8, 10 + 2 * 15 / 8)):
+        without, overlapped = (rank_memory(plan(tp, tp_comm_overlap=on), 0).total for on in (False, True))
+        assert overlapped - without == pytest.approx(2 * one * pieces)
+    fp8 = replace(plan(2, tp_comm_overlap=True), precision=PrecisionConfig(linear="fp8_tensorwise"))
+    without = replace(fp8, parallel=plan(2).parallel)
+    assert rank_memory(fp8, 0).total - rank_memory(without, 0).total == pytest.approx(one * (8 + 2 * 2 + 2 * 3))
