@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_hybrid.checkpoint.manager import CheckpointManager
+from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
@@ -46,6 +47,20 @@ def named_parameters(engine: Engine) -> list[tuple]:
 def values_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     """A copy of a parameter, as a plain tensor."""
     return parameter.dequantize() if held_in_fp8(parameter) else parameter.detach().clone()
+
+
+def same_casts(engine: Engine, checkpoint: str) -> bool:
+    """Whether the bytes of all weights held in FP8 are Transformer Engine's cast of the checkpoint's whole weights."""
+    with CheckpointReader(checkpoint) as reader:
+        for _, parameter, pieces in named_parameters(engine):
+            if not held_in_fp8(parameter):
+                continue
+            values = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            for piece in pieces:
+                piece.view(values).copy_(reader.read(piece.tensor.name, (piece.offset, piece.shape)))
+            if not torch.equal(parameter._get_quantizer().copy()(values).dequantize(), parameter.dequantize()):
+                return False
+    return True
 
 
 def batches_of(engine: Engine, samples: torch.Tensor, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
@@ -107,10 +122,12 @@ def curve(
         norms.append(engine.gradient_norm())
         if step not in skipped:
             engine.update(lr, norms[-1])
-    path = None
+    path, casts = None, None
     if save:
         path = manager.save(steps, {"updates": engine.optimizer.updates}, {})
         manager.close()
+        held = any(held_in_fp8(p) for _, p, _ in named_parameters(engine))
+        casts = same_casts(engine, path) if held and steps - 1 not in skipped else None
     parameters = {name: values_of(p) for name, p, _ in named_parameters(engine)}
     updates = engine.optimizer.updates
     engine.close()
@@ -119,8 +136,18 @@ def curve(
         "norms": norms,
         "parameters": parameters,
         "path": str(path),
+        "same_casts": casts,
         "updates": updates,
     }
+
+
+def curve_from_masters(**arguments) -> dict:
+    """As `curve`, with every matrix saved and loaded as its master weights: what is done with weights held in FP8."""
+    from megatron_hybrid.train import optimizer
+
+    optimizer.held_in_fp8 = lambda parameter: parameter.dim() == 2
+    optimizer.forget_last_cast = lambda parameters: None
+    return curve(**arguments)
 
 
 def logits_and_gradients(

@@ -76,6 +76,19 @@ WRONG: list[tuple[list[str], str, str, str]] = [
     (["precision.linear=fp8_tensorwise", "train.dtype=fp32"], "precision.linear", "needs train.dtype bf16", "to null"),
     (["precision={linear: fp8_delayed, parts: local}"], "precision.linear", "Transformer Engine's", "parts to auto"),
     (["precision.attention=fp8"], "precision.attention", "needs FP8 linears", "linear to fp8_tensorwise"),
+    (["precision.fp8_parameters=true"], "precision.fp8_parameters", "needs FP8 linears", "linear to fp8_tensorwise"),
+    (
+        ["precision={linear: fp8_tensorwise, fp8_parameters: true, cache_weights: false}"],
+        "precision.cache_weights",
+        "no weight is ever cast",
+        "set it to true",
+    ),
+    (
+        ["precision={linear: fp8_tensorwise, fp8_parameters: true}", "parallel.distributed_optimizer=false"],
+        "precision.fp8_parameters",
+        "needs parallel.distributed_optimizer",
+        "set that to true",
+    ),
     (
         ["precision={linear: fp8_tensorwise, attention: fp8}"],
         "precision.attention",

@@ -1,10 +1,12 @@
 """Stopping and going on: bit for bit under the same layout, the same curve under another."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_hybrid.checkpoint.reader import CheckpointReader
 from tests import jobs
 from tests.distributed.test_same_curve import DEEP, MODEL, SHALLOW, TRAIN, assert_same, layout, run, slow_unless
 from tests.distributed.test_same_curve import one_rank as one_rank  # noqa: F401 - a fixture
@@ -37,6 +39,34 @@ def test_same_layout_is_bit_identical(name, ranks, tmp_path):
         assert a["norms"] + b["norms"] == one["norms"]
         assert one["updates"] == b["updates"] == 6
         for parameter, value in one["parameters"].items():
+            assert torch.equal(value, b["parameters"][parameter]), parameter
+
+
+def checkpoint(folder: str) -> dict[str, torch.Tensor]:
+    with CheckpointReader(Path(folder)) as reader:
+        return {name: reader.read(name) for name in reader.index.tensors}
+
+
+@pytest.mark.parametrize(
+    ("count", "parallel"),
+    [
+        (2, layout(overlap_grad_reduce=True, overlap_param_gather=True)),
+        pytest.param(4, layout(2), marks=pytest.mark.slow),
+    ],
+    ids=["DP2, overlapped", "TP2, DP2"],
+)
+def test_weights_that_come_from_their_masters(count, parallel, ranks, tmp_path):
+    common = dict(model=MODEL | {"layer_pattern": SHALLOW}, parallel=parallel, train=TRAIN | {"dtype": "bf16"})
+    straight = ranks.run(jobs.curve, count, steps=6, **common)
+    plain = ranks.run(jobs.curve, count, steps=3, save=str(tmp_path / "plain"), **common)
+    first = ranks.run(jobs.curve_from_masters, count, steps=3, save=str(tmp_path / "masters"), **common)
+    one, other = checkpoint(plain[0]["path"]), checkpoint(first[0]["path"])
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    second = ranks.run(jobs.curve_from_masters, count, start=3, steps=6, load=plain[0]["path"], **common)
+    for all_six, a, b in zip(straight, first, second, strict=True):
+        assert a["losses"] + b["losses"] == all_six["losses"]
+        for parameter, value in all_six["parameters"].items():
             assert torch.equal(value, b["parameters"][parameter]), parameter
 
 

@@ -1,8 +1,8 @@
 """Runs jobs on the ranks of one launch, one after the other: python -m tests.gpu.curves JOBS.json RESULTS.json
 
 JOBS: {name: arguments of tests.jobs.curve}. RESULTS: {name: {"losses", "norms"}}; of a job with `resume` (a folder), which saves
-halfway and is built anew, also "resumed" (losses) and "same_parameters"; with `other_precision` as well, also "otherwise": the
-losses where the second half runs in that.
+halfway and is built anew, also "resumed" (losses), "same_parameters" and "same_casts" (tests.jobs.same_casts; null where it does
+not apply); with `other_precision` as well, also "otherwise": the losses where the second half runs in that.
 """
 
 import gc
@@ -26,6 +26,7 @@ def run(steps: int, resume: str | None = None, other_precision: dict | None = No
         rest = _fresh(steps=steps, start=half, load=again["path"], **arguments)
         found["resumed"] = again["losses"] + rest["losses"]
         pairs = [(p, rest["parameters"][name]) for name, p in result["parameters"].items()]
+        found["same_casts"] = again["same_casts"]
         found["same_parameters"] = all(torch.equal(a, b) for a, b in pairs)
         if other_precision is not None:
             other = arguments | {"precision": other_precision}

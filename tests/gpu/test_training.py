@@ -30,6 +30,15 @@ def check(expected: dict, found: dict, tolerance: float, norms: float = 10) -> N
         assert worst <= allowed, f"{what}: {worst:.2e} apart: {expected[what]} and {found[what]}"
 
 
+def check_held(without: dict, found: dict) -> None:
+    """The bytes are those that a forward pass would cast; a matrix product may take another kernel for where they lie."""
+    check(without, found, 2e-3)
+    assert found["losses"][0] == pytest.approx(without["losses"][0], rel=1e-5)
+    if "otherwise" in found:  # its checkpoint, read by a run without
+        assert found["same_casts"] is not False
+        check(without, {"losses": found["otherwise"], "norms": found["norms"]}, 2e-3)
+
+
 needs_te = pytest.mark.skipif(not find_spec("transformer_engine"), reason="Transformer Engine is not installed")
 
 
@@ -58,10 +67,8 @@ def test_selective_recompute_changes_nothing(on_one_gpu):
 
 @needs_te
 @pytest.mark.parametrize(("name", "without"), [*jobs.HELD.items(), *jobs.SKIPPED.items()])
-def test_weights_held_in_fp8_change_nothing(name, without, on_one_gpu):
-    assert on_one_gpu[name]["losses"] == on_one_gpu[without]["losses"]
-    if "otherwise" in on_one_gpu[name]:  # its checkpoint, read by a run without
-        assert on_one_gpu[name]["otherwise"] == on_one_gpu[without]["losses"]
+def test_weights_held_in_fp8_change_next_to_nothing(name, without, on_one_gpu):
+    check_held(on_one_gpu[without], on_one_gpu[name])
 
 
 @needs_te
@@ -91,11 +98,12 @@ def test_fp8_under_a_layout_has_one_gpus_curve(parallel, name, on_one_gpu, on_se
 @needs_te
 @pytest.mark.parametrize("parallel", jobs.FP8_LAYOUTS)
 @pytest.mark.parametrize("name", [name for name in jobs.FP8_FORMATS if name in jobs.HELD])
-def test_weights_held_in_fp8_change_nothing_under_a_layout(parallel, name, on_several):
+def test_weights_held_in_fp8_change_next_to_nothing_under_a_layout(parallel, name, on_several):
     if 2 not in on_several:
         pytest.skip("needs 2 GPUs")
     found, without = (on_several[2][f"{parallel}, {fmt}"] for fmt in (name, jobs.HELD[name]))
-    assert found["losses"] == without["losses"] == found["otherwise"]
+    check_held(without, found)
+    assert found["same_casts"]
     assert found["resumed"] == found["losses"]
     assert found["same_parameters"]
 

@@ -1,9 +1,12 @@
 """The table of what a run computes with, and the choice of its parts."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.model import formats
 from megatron_hybrid.model import parts as parts_module
 from megatron_hybrid.model.parts import LOCAL, choose_parts
 from tests import jobs
@@ -41,6 +44,16 @@ def test_the_table_names_every_part_with_format_backend_and_reason(dtype, ranks)
 def test_a_layer_kind_that_is_not_there_has_no_row(ranks):
     ((_, *rows),) = ranks.run(table, 1, model=SMALL | {"layer_pattern": "AA", "gdn": None}, dtype="fp32")
     assert not any(row.startswith("G ") for row in rows)
+
+
+def test_the_table_tells_of_weights_held_in_fp8():
+    chunk = SimpleNamespace(model=SimpleNamespace(num_layers=4))
+    precision = PrecisionConfig(linear="fp8_tensorwise", fp8_parameters=True, bf16_layers_at_end=1)
+    plain, fp8 = formats._linears([chunk], LOCAL, "", precision, "bf16")
+    assert plain[:3] == ("3-3", "projections, MLP", "bf16")
+    assert fp8[:2] == ("0-2", "projections, MLP")
+    assert fp8[2].endswith("weights held in fp8")
+    assert fp8[4] == "precision.linear = fp8_tensorwise, fp8_parameters = true"
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,17 @@ def test_dummy_heads_are_told():
     assert fullest(plan(1, model=olmo3_7b())).padding == 0
 
 
+def test_weights_held_in_fp8_save_two_bytes_and_leave_a_transpose():
+    cast, held = (
+        fullest(replace(plan(2), precision=PrecisionConfig(linear="fp8_tensorwise", fp8_parameters=on)))
+        for on in (False, True)
+    )
+    assert cast.fp8_weights == 2 * held.fp8_weights
+    assert cast.weights - held.weights == pytest.approx(held.fp8_weights, rel=1e-6)
+    assert (cast.gradients, cast.optimizer) == pytest.approx((held.gradients, held.optimizer), rel=1e-6)
+    assert cast.total - held.total == pytest.approx(2 * held.fp8_weights, rel=1e-6)
+
+
 def test_parts_add_up_and_the_line_says_so():
     memory = fullest(plan(2))
     assert sum(memory.parts().values()) == pytest.approx(memory.total)

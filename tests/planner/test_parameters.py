@@ -1,10 +1,13 @@
 """Bytes of weights, gradients and optimizer state: equal to what the trainer allocates, on every rank."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_hybrid.config.flops import count_parameters
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.presets import SIZED, olmo_hybrid_7b, olmo_hybrid_tiny
 from megatron_hybrid.planner.parameters import dummy_head_parameters, rank_parameters, rank_state
 from megatron_hybrid.planner.plan import Plan
@@ -69,6 +72,18 @@ def test_the_7b_is_exact():
     assert rank_parameters(plan, 0) - dummy_head_parameters(plan, 0) == 7_430_870_688
     aligned = 24 * 4 * olmo_hybrid_7b().hidden_size  # in_proj's rows, 17,340 rounded up to 17,344
     assert rank_parameters(plan, 0) - 7_430_870_688 == aligned
+
+
+def test_weights_held_in_fp8_take_a_byte():
+    # 7B widths, GGGA, on an H100: what buffers and optimizer of a run with precision.fp8_parameters really took
+    model = olmo_hybrid_7b().model_copy(update=dict(layer_pattern="GGGA"))
+    measured = {0: (2_374_159_616, 6_413_095_936, 19_239_283_872), 1: (2_589_691_136, 6_413_095_936, 19_239_283_872)}
+    for start, expected in measured.items():
+        precision = PrecisionConfig(linear="fp8_tensorwise", fp8_parameters=True, bf16_layers_at_start=start)
+        state = rank_state(replace(plan_of(model, layout(), 1), precision=precision), 0)
+        assert (state.weights, state.gradients, state.optimizer) == expected
+    shared = replace(plan_of(model, layout(2), 4), precision=precision)
+    assert rank_state(shared, 0).weights < rank_state(replace(shared, precision=PrecisionConfig()), 0).weights
 
 
 def test_dummy_heads_are_counted():
