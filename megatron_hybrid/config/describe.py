@@ -44,6 +44,7 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
     parallel = config.parallel
     virtual = parallel.virtual_pipeline_parallel_size
     sequence = " with sequence parallelism" if parallel.sequence_parallel_on else ""
+    sequence += ", exchanges overlapped" if parallel.tp_comm_overlap else ""
     sharing = " with a distributed optimizer" if parallel.distributed_optimizer else ""
     if config.train.engine == "deepspeed":
         sharing = f" with DeepSpeed's ZeRO {config.zero.stage}"

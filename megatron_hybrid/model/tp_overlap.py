@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model.parts import LOCAL, choose_parts
+from megatron_hybrid.parallel.launch import LONGEST_WAIT_MINUTES
 from megatron_hybrid.parallel.node_checks import node_name
 
 FIELD = "parallel.tp_comm_overlap"
@@ -54,6 +55,8 @@ def start_overlap(
 
     # Copies gain nothing by NVLink multicast, and making multicast buffers fails where it is switched off or missing
     os.environ["UB_SKIPMC"] = "1"
+    # A kernel that has waited this long for another rank goes on without its data, and only says so: NCCL must give up first
+    os.environ.setdefault("UB_TIMEOUT", str(120 * LONGEST_WAIT_MINUTES))
     mode = base.UserBufferQuantizationMode
     modes = [mode.FP8 if precision.fp8 else mode.NONE]
     if precision.bf16_layers_at_start or precision.bf16_layers_at_end:

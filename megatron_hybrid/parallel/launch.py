@@ -14,9 +14,16 @@ from megatron_hybrid.parallel.environment import Launch
 
 __all__ = ["Launch", "start_distributed", "stop_distributed"]
 
+LONGEST_WAIT_MINUTES = 30
+"""Of a collective for a rank that does not come: then the run ends."""
+
 
 def start_distributed(
-    launch: Launch, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30, quiet: bool = False
+    launch: Launch,
+    parallel: ParallelConfig,
+    seed: int,
+    timeout_minutes: float = LONGEST_WAIT_MINUTES,
+    quiet: bool = False,
 ) -> ProcessGroupCollection:
     """Choose the device, join the other ranks and form the tensor, pipeline and data parallel groups.
 

@@ -10,6 +10,7 @@ import pytest
 from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model import tp_overlap
+from megatron_hybrid.parallel.launch import LONGEST_WAIT_MINUTES
 from tests import jobs
 from tests.models import SMALL
 
@@ -56,7 +57,7 @@ def test_buffers_hold_a_micro_batch_in_the_layers_formats(precision, modes, monk
     asked = {}
 
     def initialize_ub(**arguments):
-        asked.update(arguments, multicast=os.environ["UB_SKIPMC"] != "1")
+        asked.update(arguments, multicast=os.environ["UB_SKIPMC"] != "1", waits=int(os.environ["UB_TIMEOUT"]))
 
     module = types.ModuleType("transformer_engine.pytorch.module")
     module.base = types.SimpleNamespace(initialize_ub=initialize_ub, UserBufferQuantizationMode=Mode)
@@ -66,6 +67,11 @@ def test_buffers_hold_a_micro_batch_in_the_layers_formats(precision, modes, monk
     monkeypatch.setattr(tp_overlap, "choose_parts", lambda *_: (None, ""))
     monkeypatch.setattr(tp_overlap, "_check_one_node", lambda group: None)
     monkeypatch.setenv("UB_SKIPMC", "0")
+    monkeypatch.setenv("UB_TIMEOUT", "")
+    monkeypatch.delenv("UB_TIMEOUT")  # whatever is set in the test goes with it
     tp_overlap.start_overlap(PrecisionConfig(**precision), "bf16", 8192, 3840, types.SimpleNamespace(size=lambda: 2))
     assert (asked["shape"], asked["tp_size"], asked["quantization_modes"]) == ([8192, 3840], 2, modes)
     assert not asked["multicast"]
+    assert asked["waits"] > 60 * LONGEST_WAIT_MINUTES, (
+        "else a late rank's data would be missing, and the run would go on"
+    )
