@@ -2,7 +2,7 @@
 against. One GPU's cases run on every GPU at once, then those of two GPUs in one torchrun; each process builds, measures
 and takes down one engine after another.
 
-python benchmarks/planner_memory.py [--seconds 210] [--out FOLDER]      writes FOLDER/planner-<gpu>.json
+python benchmarks/planner_memory.py [--seconds 210] [--ranks 2] [--out FOLDER]      writes FOLDER/planner-<gpu>.json
 """
 
 import argparse
@@ -193,11 +193,12 @@ def lead(arguments) -> None:
             [sys.executable, *here, "--part", f"{i}/{gpus}"], env=os.environ | {"CUDA_VISIBLE_DEVICES": str(i)}
         )
         for i in range(gpus)
+        if 1 in arguments.ranks
     ]
     for process in ones:
         process.wait()
     parts = [out / f"part-{i}of{gpus}.json" for i in range(gpus)]
-    if gpus > 1:
+    if gpus > 1 and 2 in arguments.ranks:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29512"]
         subprocess.run([*torchrun, *here, "--part", "two"])
         parts.append(out / "part-two.json")
@@ -214,6 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "measured")
     parser.add_argument("--seconds", type=float, default=210, help="no case starts later than this")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="cases of so many GPUs")
     parser.add_argument("--commit", help="where git is not at hand")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -226,6 +228,7 @@ def main() -> None:
     capacity = 1 + torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 1e9
     if arguments.part == "two":
         mine, name = [case for case in CASES if case.world == 2], "part-two.json"
+        mine.sort(key=lambda case: case.pattern != WHOLE)  # the ranking, whatever time is left
     else:
         index, count = map(int, arguments.part.split("/"))
         mine = [case for case in CASES if case.world == 1][index::count]

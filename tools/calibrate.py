@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="h100-80gb", help="hardware file that gives what is not measured here")
     parser.add_argument("--model", default="olmo_hybrid_7b", help="preset at whose widths to measure")
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
+    parser.add_argument("--network-only", action="store_true", help="the collectives alone; the rest as in --gpu")
     parser.add_argument("--output", type=Path, required=True, help="the hardware file to write")
     parser.add_argument("--points", type=Path, help="also write every measured point, as JSON")
     arguments = parser.parse_args()
@@ -36,7 +37,7 @@ def main() -> None:
         launch = Launch.from_environment()
         start_distributed(launch, ParallelConfig(), seed=0)
         # every rank measures its own device: one that idles would let the others boost
-        points = list(device_points(model, arguments.tokens))
+        points = [] if arguments.network_only else list(device_points(model, arguments.tokens))
         points += collective_points() if launch.world_size > 1 else []
         if launch.rank == 0:
             device = torch.cuda.get_device_name() if has_cuda() else "cpu"
