@@ -33,7 +33,7 @@ def check(expected: dict, found: dict, tolerance: float, norms: float = 10) -> N
 def check_held(without: dict, found: dict) -> None:
     """The bytes are those that a forward pass would cast; a matrix product may take another kernel for where they lie."""
     check(without, found, 2e-3)
-    assert found["losses"][0] == pytest.approx(without["losses"][0], rel=1e-5)
+    assert found["losses"][0] == pytest.approx(without["losses"][0], rel=1e-4)
     if "otherwise" in found:  # its checkpoint, read by a run without
         assert found["same_casts"] is not False
         check(without, {"losses": found["otherwise"], "norms": found["norms"]}, 2e-3)
