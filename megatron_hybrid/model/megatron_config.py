@@ -10,6 +10,7 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.model.tp_overlap import scatters_gradients
 from megatron_hybrid.parallel.device import has_cuda
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,6 +87,7 @@ def transformer_config(
         tp_comm_overlap=parallel.tp_comm_overlap,
         tp_comm_bulk_dgrad=False,  # NCCL's, which overlap these products as well (model/tp_overlap.py)
         tp_comm_bulk_wgrad=False,
+        tp_comm_overlap_rs_dgrad=scatters_gradients(parallel, precision),
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=dtype == "bf16",

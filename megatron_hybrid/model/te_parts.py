@@ -32,6 +32,8 @@ class ColumnLinear(TEColumnParallelLinear):
 
     def __init__(self, *args, config, **kwargs):
         super().__init__(*args, config=_into_main_grad(config), **kwargs)
+        # megatron-core asks for it of the one with a norm alone
+        self.ub_overlap_rs_dgrad = config.tp_comm_overlap and config.tp_comm_overlap_rs_dgrad
 
 
 class NormColumnLinear(TELayerNormColumnParallelLinear):

@@ -71,6 +71,7 @@ def test_buffers_hold_a_micro_batch_in_the_layers_formats(precision, modes, monk
     monkeypatch.delenv("UB_TIMEOUT")  # whatever is set in the test goes with it
     tp_overlap.start_overlap(PrecisionConfig(**precision), "bf16", 8192, 3840, types.SimpleNamespace(size=lambda: 2))
     assert (asked["shape"], asked["tp_size"], asked["quantization_modes"]) == ([8192, 3840], 2, modes)
+    assert ("qkv_dgrad" in asked["ub_cfgs"]) == (not precision), "gradients are scattered in pieces in bf16 alone"
     assert not asked["multicast"]
     assert asked["waits"] > 60 * LONGEST_WAIT_MINUTES, (
         "else a late rank's data would be missing, and the run would go on"
