@@ -109,7 +109,7 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
     from megatron_hybrid.config.precision import PrecisionConfig
     from megatron_hybrid.config.train import TrainConfig
     from megatron_hybrid.train.engine import MegatronEngine
-    from megatron_hybrid.train.measure import fill_at_random
+    from megatron_hybrid.train.measure import fill_at_random, random_batches
 
     train = TrainConfig(steps=1, global_batch_size=args.sequences, dtype="bf16")
     config = ParallelConfig(**parallel, recompute=args.recompute)
@@ -119,10 +119,8 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
     )
     if groups.dp.rank() == groups.tp.rank() == groups.pp.rank() == 0:
         print(*engine.backends(1), sep="\n", flush=True)
-    batches = []
-    for _ in range(args.sequences // groups.dp.size()):
-        tokens = torch.randint(0, model.vocab_size, (1, SEQUENCE + 1))
-        batches.append({"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(1, SEQUENCE)})
+    dp = groups.dp
+    batches = random_batches(args.sequences // dp.size(), 1, SEQUENCE, model.vocab_size, seed=dp.rank())
     found = timed(engine, batches, args.steps)
     step = found.pop("step")
     found["kinds"] = kernel_kinds(step) if args.profile else {}

@@ -49,6 +49,19 @@ def fill_at_random(chunks, layout, seed: int) -> None:
                 initial_values(parameter).copy_(values)
 
 
+def random_batches(
+    count: int, micro_batch_size: int, sequence_length: int, vocab_size: int, seed: int
+) -> list[dict[str, torch.Tensor]]:
+    """`count` micro-batches of random tokens as engines take them, on the CPU: tokens, labels, loss_mask [micro-batch, sequence]."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        tokens = torch.randint(0, vocab_size, (micro_batch_size, sequence_length + 1), generator=generator)
+        labels = tokens[:, 1:]
+        batches.append({"tokens": tokens[:, :-1], "labels": labels, "loss_mask": torch.ones(labels.shape)})
+    return batches
+
+
 def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers: bool = False) -> Measured:
     """Build the run's engine, train `warmup` + `steps` steps on random tokens, and take it down again.
 
@@ -61,8 +74,11 @@ def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     engine = build_engine(config, groups, fill_at_random)
+    dp, b = groups.dp, train.micro_batch_size
+    count = train.global_batch_size // (b * dp.size())
+    batches = random_batches(count, b, config.data.sequence_length, config.model.vocab_size, seed=dp.rank())
     try:
-        return _measured(engine, _batches(config, groups), steps, warmup, train.optimizer.lr, layers and cuda)
+        return _measured(engine, batches, steps, warmup, train.optimizer.lr, layers and cuda)
     finally:  # also where memory ran out: the next layout wants it
         engine.close()
         del engine
@@ -89,17 +105,6 @@ def _measured(engine: MegatronEngine, batches: list, steps: int, warmup: int, lr
         update_peak_bytes=update_peak,
         saved_by_layer=_saved_by_layer(engine, batches[0]) if layers else (),
     )
-
-
-def _batches(config: RunConfig, groups) -> list[dict[str, torch.Tensor]]:
-    """This rank's micro-batches of one global batch."""
-    b, s = config.train.micro_batch_size, config.data.sequence_length
-    generator = torch.Generator().manual_seed(groups.dp.rank())
-    batches = []
-    for _ in range(config.train.global_batch_size // (b * groups.dp.size())):
-        tokens = torch.randint(0, config.model.vocab_size, (b, s + 1), generator=generator)
-        batches.append({"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(b, s)})
-    return batches
 
 
 def _saved_by_layer(engine: MegatronEngine, batch: dict[str, torch.Tensor]) -> tuple[int, ...]:
