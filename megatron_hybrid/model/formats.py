@@ -1,6 +1,7 @@
 """What a run really computes with: one line a kind of layer and part, with its format, backend and the reason."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import torch
 
@@ -25,7 +26,9 @@ def format_table(
     batch_size: int,
     optimizer: str,
 ) -> list[str]:
-    """The table of this rank's stage, aligned. With Transformer Engine it runs attention once (precision/attention_probe.py).
+    """The table of this rank's stage, aligned; its layers are counted from the model's first, 0.
+
+    With Transformer Engine it runs attention once (precision/attention_probe.py).
 
     Raises:
         ConfigError: FP8 attention that does not run, or is wrong, on this machine.
@@ -35,31 +38,52 @@ def format_table(
     rows += _linears(chunks, parts, reason, precision, dtype)
     rows += _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size)
     rows += _head(chunks, dtype, sequence_length, batch_size)
-    rows.append(("all", "norms", dtype, parts.name, reason))
+    rows.append((_stage(chunks), "norms", dtype, parts.name, reason))
     if chunks[0].config.tp_comm_overlap:
-        rows.append(("all", "TP communication", precision.linear or dtype, "Transformer Engine's user buffers", WORDS))
+        sent = precision.linear or dtype
+        rows.append((_stage(chunks), "TP communication", sent, "Transformer Engine's user buffers", WORDS))
     rows.append(("all", "optimizer", "fp32", optimizer, "the fastest installed"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]  # noqa: B905 - the last is free
+
+
+def _layers(chunks) -> list[int]:
+    return [layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers]
+
+
+def _stage(chunks) -> str:
+    layers = _layers(chunks)
+    return "all" if len(layers) == chunks[0].model.num_layers else _ranges(layers)
+
+
+def _ranges(layers: Iterable[int]) -> str:
+    """`[0, 1, 2, 5]` -> `0-2, 5`: a stage of interleaved pipelines has several."""
+    layers = sorted(layers)
+    starts = [layers[0], *(b for a, b in pairwise(layers) if b != a + 1)]
+    ends = [*(a for a, b in pairwise(layers) if b != a + 1), layers[-1]]
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True))
 
 
 def _linears(chunks, parts: Parts, reason: str, precision: PrecisionConfig, dtype: str) -> Iterator[Row]:
     what = "projections, MLP"
     if not precision.fp8:
         apex = " with Apex's weight gradients" if parts is LOCAL and apex_weight_gradients() else ""
-        yield "all", what, dtype, parts.name + apex, reason
+        yield _stage(chunks), what, dtype, parts.name + apex, reason
         return
-    layers = chunks[0].model.num_layers
-    start, end = precision.bf16_layers_at_start, precision.bf16_layers_at_end
-    for first, last in ((0, start), (layers - end, layers)):
-        if first < last:
-            yield f"{first}-{last - 1}", what, dtype, parts.name, "precision.bf16_layers_at_start / _end"
+    layers, start = _layers(chunks), precision.bf16_layers_at_start
+    end = chunks[0].model.num_layers - precision.bf16_layers_at_end
+    for plain in ([i for i in layers if i < start], [i for i in layers if i >= end]):
+        if plain:
+            yield _ranges(plain), what, dtype, parts.name, "precision.bf16_layers_at_start / _end"
+    fp8 = [i for i in layers if start <= i < end]
+    if not fp8:
+        return
     scaling = _FORMATS[precision.linear]
     name = f"fp8 e4m3 (gradients e5m2), {scaling} scaling" if scaling != "blockwise" else "fp8 e4m3, blockwise scaling"
     held, why = "", f"precision.linear = {precision.linear}"
     if precision.fp8_parameters:
         held, why = ", weights held in fp8", f"{why}, fp8_parameters = true"
-    yield f"{start}-{layers - end - 1}", what, name + held, parts.name, why
+    yield _ranges(fp8), what, name + held, parts.name, why
 
 
 def _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size) -> Iterator[Row]:

@@ -13,8 +13,8 @@ from tests import jobs
 from tests.models import SMALL
 
 
-def table(model: dict, dtype: str) -> list[str]:
-    engine = jobs.make_engine(model, {}, dict(steps=1, global_batch_size=1, dtype=dtype))
+def table(model: dict, dtype: str, parallel: dict | None = None) -> list[str]:
+    engine = jobs.make_engine(model, parallel or {}, dict(steps=1, global_batch_size=1, dtype=dtype))
     return engine.backends(1)
 
 
@@ -46,12 +46,45 @@ def test_a_layer_kind_that_is_not_there_has_no_row(ranks):
     assert not any(row.startswith("G ") for row in rows)
 
 
+def test_each_stage_names_its_own_layers(ranks):
+    parallel = dict(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)
+    tables = ranks.run(table, 2, model=SMALL | {"layer_pattern": "GAGAGAGA"}, dtype="fp32", parallel=parallel)
+    for (head, *rows), layers in zip(tables, ("0-1, 4-5", "2-3, 6-7"), strict=True):
+        named = {row[head.index("part") :].partition("  ")[0]: row[: head.index("part")].strip() for row in rows}
+        assert named["projections, MLP"] == named["norms"] == layers
+        assert ("linear_cross_entropy" in named) == (layers == "2-3, 6-7"), "the last stage's alone"
+
+
+def stage(*layers: int) -> SimpleNamespace:
+    """As much of a chunk with these of eight layers as rows of linears need."""
+    holders = [SimpleNamespace(layer_number=layer + 1) for layer in layers]
+    return SimpleNamespace(model=SimpleNamespace(num_layers=8), decoder=SimpleNamespace(layers=holders))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "plain", "fp8"),
+    [
+        ([stage(*range(8))], ["0-1", "7"], ["2-6"]),
+        ([stage(0, 1, 2, 3)], ["0-1"], ["2-3"]),
+        ([stage(4, 5, 6, 7)], ["7"], ["4-6"]),
+        ([stage(0, 1), stage(4, 5)], ["0-1"], ["4-5"]),
+        ([stage(2), stage(4)], [], ["2, 4"]),
+        ([stage(0, 1)], ["0-1"], []),
+    ],
+)
+def test_rows_of_fp8_linears_name_the_layers_of_the_stage(chunks, plain, fp8):
+    precision = PrecisionConfig(linear="fp8_tensorwise", bf16_layers_at_start=2, bf16_layers_at_end=1)
+    rows = list(formats._linears(chunks, LOCAL, "", precision, "bf16"))
+    assert [row[0] for row in rows if row[2] == "bf16"] == plain
+    assert [row[0] for row in rows if row[2].startswith("fp8")] == fp8
+    assert len(rows) == len(plain) + len(fp8)
+
+
 def test_the_table_tells_of_weights_held_in_fp8():
-    chunk = SimpleNamespace(model=SimpleNamespace(num_layers=4))
     precision = PrecisionConfig(linear="fp8_tensorwise", fp8_parameters=True, bf16_layers_at_end=1)
-    plain, fp8 = formats._linears([chunk], LOCAL, "", precision, "bf16")
-    assert plain[:3] == ("3-3", "projections, MLP", "bf16")
-    assert fp8[:2] == ("0-2", "projections, MLP")
+    plain, fp8 = formats._linears([stage(*range(8))], LOCAL, "", precision, "bf16")
+    assert plain[:3] == ("7", "projections, MLP", "bf16")
+    assert fp8[:2] == ("0-6", "projections, MLP")
     assert fp8[2].endswith("weights held in fp8")
     assert fp8[4] == "precision.linear = fp8_tensorwise, fp8_parameters = true"
 
