@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_hybrid.config import nearest, presets, yaml_text
-from megatron_hybrid.config.errors import ConfigError, Problems, field_at, join, shown, translate
+from megatron_hybrid.config.errors import ConfigError, Problems, join, shown
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.config.translate import field_at, translate
 
 _PRESET_KEYS = (["model"], ["model", "preset"], ["model", "of"])
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_hybrid.config.errors import translate
 from megatron_hybrid.config.model import ModelConfig, fold_pattern
+from megatron_hybrid.config.translate import translate
 from megatron_hybrid.convert.errors import ConversionError
 
 ARCHITECTURES = {"olmo_hybrid": "OlmoHybridForCausalLM", "olmo3": "Olmo3ForCausalLM"}

@@ -4,88 +4,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_hybrid.config.errors import translate
 from megatron_hybrid.config.model import ModelConfig, fold_pattern
+from megatron_hybrid.config.translate import translate
 from megatron_hybrid.convert.errors import ConversionError
-
-_ANY = object()
-"""A field that has no effect on what the weights compute."""
-_NORM = {
-    "name": ("rms", "fused_rms", "cute_rms"),
-    "elementwise_affine": (True, None),
-    "bias": (False,),
-    "full_precision": _ANY,
-    "dtype": _ANY,
-}
-_FIELDS: dict[str, dict[str, Any]] = {
-    "model": {
-        "name": ("default",), "dtype": _ANY, "init_method": _ANY, "init_seed": _ANY, "embedding_init_std": _ANY, "freeze_params": _ANY,
-        "embedding_norm": (None,), "embed_scale": (None, 1),
-    },
-    "block": {
-        "dropout": (None, 0), "attention_residual_alpha": (None, 1), "feed_forward_residual_alpha": (None, 1),
-        "feed_forward_moe": (None,),
-    },
-    "layer_norm": _NORM,
-    "feed_forward": {"name": ("default",), "bias": (False,), "dtype": _ANY, "activation": ("silu", None)},
-    "lm_head": {"name": ("default",), "bias": (False,), "dtype": _ANY, "loss_implementation": _ANY},
-    "attention": {
-        "name": ("default", "fused", None), "type": ("attention", None), "bias": (False,), "gate": (None,), "clip_qkv": (None,),
-        "dropout": (None, 0), "use_flash": _ANY, "backend": _ANY, "dtype": _ANY, "use_head_qk_norm": (None, False),
-        "scalable_softmax": (None, False), "qk_norm_per_head_gains": (None, False), "attention_sinks": (None, False),
-        "use_recompute_qkv_prep": _ANY,
-    },
-    "gated_delta_net": {"type": ("gated_delta_net",), "conv_bias": (False, None), "dtype": _ANY},
-    "rope": {
-        "name": ("default", "fused"), "full_precision": _ANY, "no_global_rope": (None, False), "scaling": (None,),
-        "partial_rotary_factor": (None, 1),
-    },
-    "sliding_window": {},
-    "fla": {"name": ("GatedDeltaNet",), "dtype": _ANY},
-    "fla_layer_kwargs": {"use_gate": (True,), "use_short_conv": (True,), "mode": _ANY, "conv_bias": (False,)},
-}  # fmt: skip
-"""Fields whose values do not matter, or must be one of these. What a default would be must be written, not guessed: `bias`."""
-_MUST_BE_SAID = {"bias"}
-
-
-class _Section:
-    """One object of the file: what is read from it, and complaints about the rest."""
-
-    def __init__(self, data: object, kind: str, where: str, problems: list[str]):
-        self.where, self.problems = where, problems
-        self.data: dict[str, Any] = data if isinstance(data, dict) else {}
-        if not isinstance(data, dict):
-            problems.append(f"{where} is {data!r:.100}, not an object")
-        self.read = {"_CLASS_"}
-        for name, values in _FIELDS[kind].items():
-            self.read.add(name)
-            if values is _ANY or (name not in self.data and name not in _MUST_BE_SAID):
-                continue
-            if self.data.get(name) not in values:
-                problems.append(
-                    f"{where}.{name} = {self.data.get(name)!r:.100} cannot be represented; only {values[0]!r} can"
-                )
-
-    def get(self, name: str, kind: type | tuple[type, ...] = object, default: Any = None) -> Any:
-        self.read.add(name)
-        value = self.data.get(name)
-        if value is None:
-            if default is ...:
-                self.problems.append(f"{self.where}.{name} is missing")
-            return None if default is ... else default
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and object not in kinds):
-            self.problems.append(f"{self.where}.{name} is {value!r:.100}")
-            return None
-        return value
-
-    def section(self, name: str, kind: str) -> "_Section":
-        return _Section(self.get(name), kind, f"{self.where}.{name}", self.problems)
-
-    def done(self) -> None:
-        for name in sorted(self.data.keys() - self.read):
-            if self.data[name] is not None:
-                self.problems.append(f"{self.where}: unknown field {name!r:.100} = {self.data[name]!r:.100}")
+from megatron_hybrid.convert.olmo_core_section import Section
 
 
 def model_from_olmo_core(
@@ -98,7 +20,7 @@ def model_from_olmo_core(
     """
     problems: list[str] = []
     data = config.get("model", config if "d_model" in config else None)
-    model = _Section(data, "model", "model", problems)
+    model = Section(data, "model", "model", problems)
     count = model.get("n_layers", int, ...)
     blocks = _blocks(model, count) if count and 0 < count <= 4096 else []
     if not blocks and not problems:
@@ -132,7 +54,7 @@ def model_from_olmo_core(
         raise ConversionError(f"config.json: {str(translate(error, ModelConfig))[:2000]}") from None
 
 
-def _blocks(model: _Section, count: int) -> list[_Section]:
+def _blocks(model: Section, count: int) -> list[Section]:
     """The configuration of each layer's block."""
     block, pattern, overrides = (
         model.get("block", dict, ...) or {},
@@ -144,17 +66,17 @@ def _blocks(model: _Section, count: int) -> list[_Section]:
             model.problems.append(f"model.block_pattern {pattern!r:.100} names blocks that model.block does not have")
             return []
         names = [pattern[i % len(pattern)] for i in range(count)]
-        return [_Section(block[name], "block", f"model.block.{name}", model.problems) for name in names]
+        return [Section(block[name], "block", f"model.block.{name}", model.problems) for name in names]
     chosen = [(block, "model.block")] * count
     for index, other in (overrides or {}).items():
         if not index.isdecimal() or len(index) > 9 or int(index) >= count:
             model.problems.append(f"model.block_overrides has no layer {index!r:.50}")
             return []
         chosen[int(index)] = (other, f"model.block_overrides.{index}")
-    return [_Section(data, "block", where, model.problems) for data, where in chosen]
+    return [Section(data, "block", where, model.problems) for data, where in chosen]
 
 
-def _block(block: _Section, index: int, count: int) -> dict[str, Any]:
+def _block(block: Section, index: int, count: int) -> dict[str, Any]:
     """What one layer says: its kind, and every width and constant of it."""
     name = block.get("name", str, "default")
     found: dict[str, Any] = {"norm_eps": _eps(block, "layer_norm")}
@@ -182,15 +104,15 @@ def _block(block: _Section, index: int, count: int) -> dict[str, Any]:
         found |= {"kind": "G"} | (
             _old_gdn(block, mixer)
             if old
-            else _gdn(_Section(mixer, "gated_delta_net", f"{block.where}.sequence_mixer", block.problems))
+            else _gdn(Section(mixer, "gated_delta_net", f"{block.where}.sequence_mixer", block.problems))
         )
     else:
-        found |= _attention(_Section(mixer, "attention", f"{block.where}.sequence_mixer", block.problems), index, count)
+        found |= _attention(Section(mixer, "attention", f"{block.where}.sequence_mixer", block.problems), index, count)
     block.done()
     return found
 
 
-def _gdn(mixer: _Section) -> dict[str, Any]:
+def _gdn(mixer: Section) -> dict[str, Any]:
     heads = mixer.get("n_heads", int, ...)
     found = {
         "gdn_heads": heads,
@@ -205,7 +127,7 @@ def _gdn(mixer: _Section) -> dict[str, Any]:
     return found
 
 
-def _old_gdn(block: _Section, attention: Any) -> dict[str, Any]:
+def _old_gdn(block: Section, attention: Any) -> dict[str, Any]:
     """fla's own layer in a wrapper: as many heads as the attention's, the rest among its keyword arguments."""
     fla = block.section("fla", "fla")
     arguments = fla.section("fla_layer_kwargs", "fla_layer_kwargs")
@@ -224,7 +146,7 @@ def _old_gdn(block: _Section, attention: Any) -> dict[str, Any]:
     return found
 
 
-def _attention(mixer: _Section, index: int, count: int) -> dict[str, Any]:
+def _attention(mixer: Section, index: int, count: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "heads": mixer.get("n_heads", int, ...),
         "kv_heads": mixer.get("n_kv_heads", int),
@@ -242,7 +164,7 @@ def _attention(mixer: _Section, index: int, count: int) -> dict[str, Any]:
     return found
 
 
-def _window(mixer: _Section, index: int, count: int) -> int | None:
+def _window(mixer: Section, index: int, count: int) -> int | None:
     """Tokens that layer `index` sees; None: all."""
     if mixer.get("sliding_window", dict) is None:
         return None
@@ -260,7 +182,7 @@ def _window(mixer: _Section, index: int, count: int) -> int | None:
     return None if size == -1 else size
 
 
-def _eps(section: _Section, name: str) -> Any:
+def _eps(section: Section, name: str) -> Any:
     norm = section.section(name, "layer_norm")
     eps = norm.get("eps", (int, float), 1e-5)
     norm.done()

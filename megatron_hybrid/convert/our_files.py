@@ -16,9 +16,10 @@ from megatron_hybrid.checkpoint.format import (
     state_name,
 )
 from megatron_hybrid.config import yaml_text
-from megatron_hybrid.config.errors import ConfigError, translate
+from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import model_tensors
+from megatron_hybrid.config.translate import translate
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.folder import regular_file
 from megatron_hybrid.convert.job import Facts, write_text
