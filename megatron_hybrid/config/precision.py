@@ -26,7 +26,8 @@ class PrecisionConfig(Section):
     amax_history: PositiveInt = 1024
     """Steps that scales from past steps look back on."""
     cache_weights: bool = True
-    """Keep FP8 copies of the weights over the micro-batches of a step: two bytes a parameter for a cast less each."""
+    """Keep the FP8 copies of the weights, two bytes a parameter, over the micro-batches of a step. false: every micro-batch makes
+    its own and keeps them until its backward pass, which saves memory under full recompute alone."""
     fp8_parameters: bool = False
     """Hold the weights of FP8 linears in FP8 alone: data parallel ranks gather one byte a parameter, not two, and nothing is
     cast in the forward pass. Their true values are the optimizer's fp32 ones, which checkpoints hold."""

@@ -96,7 +96,7 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
         weights=state.weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
-        fp8_weights=_fp8_weights(plan, chunks),
+        fp8_weights=_fp8_weights(plan, chunks, flying),
         activations=activations,
         ends=ends,
         logits=logits,
@@ -132,20 +132,24 @@ def _matrices(plan: Plan, kind: LayerKind) -> dict[str, float]:
     return {name: size for name, size, _ in layer_parameters(plan.model, kind, plan.widths) if name in MATRICES}
 
 
-def _fp8_weights(plan: Plan, chunks: tuple[Chunk, ...]) -> float:
-    """A cast of each matrix and its transpose, over the micro-batches of a step or for one layer at a time; beside weights that are
-    held in FP8, their transposes alone."""
+def _fp8_weights(plan: Plan, chunks: tuple[Chunk, ...], in_flight: tuple[int, ...]) -> float:
+    """A cast of each matrix and its transpose; beside weights that are held in FP8, their transposes alone. Kept over the
+    micro-batches of a step, or else made by each micro-batch's forward pass and kept for its backward pass."""
     if plan.precision.linear is None:
         return 0.0
     low, high = plan.precision.bf16_layers_at_start, plan.model.num_layers - plan.precision.bf16_layers_at_end
     copies = 1 if plan.precision.fp8_parameters else 2
-    sizes = [
-        copies * sum(_matrices(plan, kind).values())
-        for chunk in chunks
+    layers = [
+        (copies * sum(_matrices(plan, kind).values()), count)
+        for chunk, count in zip(chunks, in_flight, strict=True)
         for index, kind in enumerate(chunk.kinds, chunk.first_layer)
         if low <= index < high
     ]
-    return sum(sizes) if plan.precision.cache_weights else max(sizes, default=0.0)
+    if plan.precision.cache_weights:
+        return sum(size for size, _ in layers)
+    if plan.parallel.recompute == "full":
+        return max((size for size, _ in layers), default=0.0)
+    return sum(size * count for size, count in layers)
 
 
 def _dummy_weight_gradients(plan: Plan, chunks: tuple[Chunk, ...]) -> float:
