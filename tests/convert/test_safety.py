@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import struct
 import subprocess
@@ -229,140 +228,6 @@ def test_what_fails_midway_leaves_nothing(folder, monkeypatch, capsys):
     assert [p.name for p in folder.parent.iterdir()] == ["hf"]
 
 
-FUZZ = """
-import json, os, random, resource, shutil, sys, time
-from pathlib import Path
-work, seed, count, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-sys.path.insert(0, os.getcwd())
-from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.from_hf import from_huggingface
-from megatron_hybrid.convert.job import run
-from megatron_hybrid.convert.ranks import Ranks
-from megatron_hybrid.convert.to_hf import to_huggingface
-from megatron_hybrid.convert.verify import verify
-from tests.convert.test_safety import mutated
-import pickle, tempfile, torch._dynamo if False else torch
-
-opened = set()
-watching = False
-def watch(event, arguments):
-    if watching and event == "open" and isinstance(arguments[0], (str, bytes)):
-        opened.add(os.path.realpath(os.fsdecode(arguments[0])))
-sys.addaudithook(watch)
-
-rng = random.Random(seed)
-places = {kind: sorted(p for p in (work / kind).iterdir()) for kind in ("hf", "ours")}
-originals = {p: p.read_bytes() for paths in places.values() for p in paths}
-outcome = {"refused": 0, "converted": 0}
-target = work / "out" / "target"
-target.parent.mkdir()
-start = time.monotonic()
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-slowest, done = 0.0, 0
-while done < count and time.monotonic() - start < seconds:
-    kind = rng.choice(["hf", "hf", "ours"])
-    victims = rng.sample(places[kind], rng.choice([1, 1, 1, 2]))
-    for path in victims:
-        path.write_bytes(mutated(rng, originals[path], path.suffix == ".json"))
-    began = time.monotonic()
-    watching = True
-    try:
-        plan = from_huggingface if kind == "hf" else to_huggingface
-        conversion = plan(work / kind, target)
-        run(conversion, Ranks(), lambda total: lambda count: None)
-        if kind == "ours":
-            verify(work / kind)
-        outcome["converted"] += 1
-    except ConversionError:
-        outcome["refused"] += 1
-        assert not target.exists() and not list(target.parent.iterdir()), "something was written"
-    finally:
-        watching = False
-    slowest = max(slowest, time.monotonic() - began)
-    shutil.rmtree(target, ignore_errors=True)
-    for path in victims:
-        path.write_bytes(originals[path])
-    done += 1
-inside = str(work.resolve()) + os.sep
-python = tuple(os.path.realpath(p) + os.sep for p in {sys.prefix, sys.base_prefix, os.getcwd()})
-strange = [p for p in opened if not p.startswith(inside) and not p.startswith(python)]
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
-print(json.dumps(outcome | {"done": done, "slowest": slowest, "strange": strange, "grown_kib": grown}))
-"""
-FUZZ = FUZZ.replace("import pickle, tempfile, torch._dynamo if False else torch\n", "")
-
-
-def mutated(rng: random.Random, data: bytes, is_json: bool) -> bytes:
-    """One of many kinds of damage, from a flipped bit to a header that means harm."""
-    if not is_json and rng.random() < 0.6:  # aim at the header
-        length = int.from_bytes(data[:8], "little")
-        header = _mutated_json(rng, data[8 : 8 + length])
-        stated = rng.choice([len(header)] * 6 + [len(header) + 8, 0, 1 << 40, (1 << 64) - 1, rng.randrange(1 << 20)])
-        return stated.to_bytes(8, "little") + header + data[8 + length :]
-    if is_json and rng.random() < 0.8:
-        return _mutated_json(rng, data)
-    kind, at = rng.randrange(6), rng.randrange(len(data))
-    if kind == 0:
-        return data[:at]
-    if kind == 1:
-        return data + rng.randbytes(rng.randrange(1, 64))
-    if kind == 2:
-        return data[:at] + data[at + rng.randrange(1, 32) :]
-    if kind == 3:
-        return data[:at] + rng.randbytes(rng.randrange(1, 16)) + data[at:]
-    changed = bytearray(data)
-    for _ in range(rng.choice([1, 1, 8, 100])):
-        changed[rng.randrange(len(changed) if kind == 4 else min(64, len(changed)))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-HARM: list = [
-    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**30, 1.5, 1e308, float("nan"), float("inf"), "", "F32", "F64",
-    "../x", "/etc/passwd", "..", "model.safetensors", "a\0b", "x" * 300, [], [[]], {}, [0, 4], [4, 0], [-4, 0], [1 << 40] * 3,
-    {"a": 1}, ["q"] * 3, "olmo3", "\ud800",
-]  # fmt: skip
-
-
-def _mutated_json(rng: random.Random, data: bytes) -> bytes:
-    kind = rng.randrange(10)
-    if kind == 0:  # text, wherever
-        at = rng.randrange(len(data))
-        return (
-            data[:at] + rng.choice([b'"', b"{", b"[", b",", b"9" * 5000, b"\xff", b"[" * 3000, b"\\u0000"]) + data[at:]
-        )
-    value = json.loads(data)
-    places = []
-
-    def walk(node: object) -> None:
-        keys = node if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
-        for key in keys:
-            places.append((node, key))
-            walk(node[key])  # type: ignore[index]
-
-    walk(value)
-    for _ in range(rng.choice([1, 1, 1, 3])):
-        node, key = rng.choice(places)
-        if isinstance(node, list) and key >= len(node) or isinstance(node, dict) and key not in node:
-            continue
-        if kind < 3 and isinstance(node, dict):
-            moved = node.pop(key)
-            if kind == 2:
-                node[rng.choice(["../x", "", "a", f"{key}x", "model.layers.0.mlp.up_proj.weight"])] = moved
-        elif kind == 3 and isinstance(node[key], int) and not isinstance(node[key], bool):
-            node[key] += rng.choice([-1, 1, -4, 4, 8, 1 << 32, -node[key]])
-        elif kind == 4:
-            other, where = rng.choice(places)
-            if not (isinstance(other, list) and where >= len(other) or isinstance(other, dict) and where not in other):
-                node[key] = json.loads(json.dumps(other[where]))
-        else:
-            node[key] = rng.choice(HARM)
-    text = json.dumps(value).encode()
-    if kind == 9 and text.startswith(b"{") and b":" in text:  # the first entry twice
-        first = json.dumps(next(iter(value.items()), ("a", 1)))[1:-1].replace(", ", ":", 1).encode()
-        text = b"{" + first + b"," + text[1:]
-    return text
-
-
 @pytest.mark.slow
 def test_fuzzing(tmp_path):
     """5,000 damaged files, headers and indices of both formats: refused or harmless, in bounded time and memory."""
@@ -372,7 +237,7 @@ def test_fuzzing(tmp_path):
         path.unlink()
     assert to_ours(tmp_path / "hf", tmp_path / "ours") == 0
     (tmp_path / "ours/model.yaml").unlink()
-    command = [sys.executable, "-c", FUZZ, str(tmp_path), "20260101", "5000", "150"]
+    command = [sys.executable, "-m", "tests.convert.fuzz", str(tmp_path), "20260101", "5000", "150"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout.splitlines()[-1])
