@@ -111,6 +111,20 @@ def test_gated_delta_rule_errs_no_more_than_fla(backend, hard):
     agree(delta_rule_inputs(1, 1024, 30, 30, 96, 192, dtype=torch.bfloat16, device="cuda", **hard), backend, True, 0.0)
 
 
+@pytest.mark.parametrize("batch, length, heads", [(2, 1, 1), (2, 1000, 2), (1, 700, 30), (4, 200, 30)])
+def test_the_scan_in_cuda_has_the_bits_of_gluon_s(batch, length, heads, monkeypatch):
+    from hybrid_kernels.gated_delta_rule import cuda_op
+
+    inputs = delta_rule_inputs(batch, length, 1, heads, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
+    if cuda_op.missing(inputs[0], inputs[2], None):
+        pytest.skip(cuda_op.missing(inputs[0], inputs[2], None))
+    inputs.append(torch.randn(batch, heads, 96, 192, device="cuda"))
+    agree(inputs, "hopper")
+    ours = delta_rule(inputs, "hopper")
+    monkeypatch.setattr(cuda_op, "missing", lambda *_: "to compare with Gluon's")
+    assert all(torch.equal(x, y) for x, y in zip(ours, delta_rule(inputs, "hopper")))
+
+
 def test_tensors_that_start_anywhere():
     """Bulk copies want 16-byte boundaries: the Hopper scans copy what does not lie on one."""
     inputs = delta_rule_inputs(1, 200, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda")

@@ -47,7 +47,7 @@ def gated_delta_rule(
     options = dict(
         scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
     )
-    choice = explain(q, k, v, g, beta, backend=backend, **options)
+    choice = _choose(q, v, backend)
     if choice.backend in ("hopper", "triton"):
         from .autograd import gated_delta_rule_triton
 
@@ -61,21 +61,33 @@ def gated_delta_rule(
 
 def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choice:
     """Which backend a call would run, and why; takes the arguments of `gated_delta_rule`."""
+    choice = _choose(q, v, backend)
+    reason, rejected = choice.reason, dict(choice.rejected)
+    if choice.backend in ("hopper", "triton"):
+        from .triton_op import segments_of
+
+        segments = segments_of(v, q.shape[-1], options.get("cu_seqlens"))
+        if segments > 1:
+            reason += f", each sequence in {segments} segments for its few heads"
+    if choice.backend == "hopper":
+        from .cuda_op import missing
+
+        lack = missing(q, v, options.get("cu_seqlens"))
+        if lack is None:
+            reason += ", outputs by the scan in CUDA C++"
+        else:
+            rejected["the scan in CUDA C++"] = lack
+    return Choice(choice.op, choice.backend, reason, rejected)
+
+
+def _choose(q, v, backend: str | None) -> Choice:
     backends = {
         "hopper": lambda: _missing_for_hopper(q, v),
         "triton": lambda: _missing_for_triton(q, v),
         "fla": lambda: _missing_for_fla(v),
         "torch": lambda: None,
     }
-    choice = choose("gated_delta_rule", backends, backend)
-    if choice.backend in ("hopper", "triton"):
-        from .triton_op import segments_of
-
-        segments = segments_of(v, q.shape[-1], options.get("cu_seqlens"))
-        if segments > 1:
-            reason = f"{choice.reason}, each sequence in {segments} segments for its few heads"
-            choice = Choice(choice.op, choice.backend, reason, choice.rejected)
-    return choice
+    return choose("gated_delta_rule", backends, backend)
 
 
 def _missing_for_triton(q: torch.Tensor, v: torch.Tensor) -> str | None:

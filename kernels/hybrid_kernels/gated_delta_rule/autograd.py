@@ -25,6 +25,16 @@ def _scans(hopper: bool):
     return triton_op
 
 
+def _scan_of_outputs(q, v, cu_seqlens, hopper: bool, states: bool):
+    """The forward scan that writes o: on Hopper the one in CUDA C++ where it pays, with the same bits, unless states are kept."""
+    if hopper and not states:
+        from . import cuda_op
+
+        if cuda_op.missing(q, v, cu_seqlens) is None:
+            return cuda_op.forward_scan
+    return _scans(hopper).forward_scan
+
+
 def _alone(scans, q, k, v, scores, initial, scale, chunks, last):
     """First pass over segments: where each starts, the final state if asked for, and each one's end and transition."""
     ends = scans.forward_scan(q, k, v, scores, None, None, scale, chunks, final=True, transition=True)[1]
@@ -45,7 +55,7 @@ def forward(q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: b
     cut, starts, ends, final = chunks.segments > 1, None, None, None
     if cut:
         starts, final, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, output_final)
-    o, end, kept = scans.forward_scan(
+    o, end, kept = _scan_of_outputs(q, v, cu_seqlens, hopper, save == "states")(
         q, k, v, scores, starts if cut else initial, cu_seqlens, scale, chunks, output=True,
         final=output_final and not cut, states=save == "states",
     )  # fmt: skip

@@ -32,14 +32,14 @@ def _layout(width: int):
 
 
 def _matrix(x: torch.Tensor, cols: int, width: int = 64) -> TensorDescriptor:
-    """x as rows of `cols` elements, copied in boxes of 64 by `width`. `missing` and `_aligned` have done the constructor's checks."""
+    """x as rows of `cols` elements, copied in boxes of 64 by `width`. `missing` and `aligned` have done the constructor's checks."""
     descriptor = object.__new__(TensorDescriptor)
     descriptor.base, descriptor.shape, descriptor.strides = x, [x.numel() // cols, cols], [cols, 1]
     descriptor.block_shape, descriptor.layout, descriptor.padding = [64, width], _layout(width), "zero"
     return descriptor
 
 
-def _aligned(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def aligned(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Those that do not start on a 16-byte boundary, as bulk copies must, are copied."""
     return tuple(x if x.data_ptr() % 16 == 0 else x.clone() for x in tensors)
 
@@ -52,7 +52,7 @@ def _keyed(x: torch.Tensor, cols: int, dim: int) -> tuple[TensorDescriptor, Tens
 def forward_scan(
     q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output=False, final=False, states=False, transition=False
 ):
-    q, k, v = _aligned(q, k, v)
+    q, k, v = aligned(q, k, v)
     (heads, dim_v), (key_heads, dim_k) = v.shape[2:], k.shape[2:]
     o = torch.empty_like(v) if output else None
     end = ends_like(v, dim_k, chunks, transition) if final else None
@@ -71,7 +71,7 @@ def forward_scan(
 
 
 def reverse_scan(q, k, do, scores, dfinal, cu_seqlens, scale, chunks, *, output=True, initial=False):
-    q, k, do = _aligned(q, k, do)
+    q, k, do = aligned(q, k, do)
     (heads, dim_v), (key_heads, dim_k) = do.shape[2:], k.shape[2:]
     dv, dstates = (torch.empty_like(do), chunks.states_like(do, dim_k)[0]) if output else (None, None)
     dinitial = ends_like(do, dim_k, chunks, False) if initial else None
