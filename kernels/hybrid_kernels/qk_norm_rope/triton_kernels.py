@@ -69,6 +69,7 @@ def forward_kernel(
     """squares [tokens, 2]: sums of squares of q and of k, which this fills, or in the REST finds summed over the ranks."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n = tl.where(part == 0, heads, groups)
+    eps = tl.full([], eps, tl.float32)  # torch.compile hands over Python's floats as fp64
     x = qkv + (token * (heads + 2 * groups) + tl.minimum(part, 1) * heads + tl.maximum(part - 1, 0) * groups) * D
     at, mask = _places(n, D, HEADS2, D, HALF2)
     low, high = _load(x, at, mask, D)
@@ -103,6 +104,7 @@ def backward_kernel(
 
     Writes dqkv, and in dweights [programs, heads + groups, D] the sum over this program's tokens.
     """
+    eps = tl.full([], eps, tl.float32)
     part = tl.program_id(1)
     n = tl.where(part == 0, heads, groups)
     offset = (tl.minimum(part, 1) * heads + tl.maximum(part - 1, 0) * groups) * D
