@@ -111,7 +111,7 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
     from megatron_hybrid.train.engine import MegatronEngine
     from megatron_hybrid.train.measure import fill_at_random, random_batches
 
-    train = TrainConfig(steps=1, global_batch_size=args.sequences, dtype="bf16")
+    train = TrainConfig(steps=1, global_batch_size=args.sequences, micro_batch_size=args.micro, dtype="bf16")
     config = ParallelConfig(**parallel, recompute=args.recompute)
     torch.cuda.reset_peak_memory_stats()
     engine = MegatronEngine(
@@ -120,7 +120,8 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
     if groups.dp.rank() == groups.tp.rank() == groups.pp.rank() == 0:
         print(*engine.backends(1), sep="\n", flush=True)
     dp = groups.dp
-    batches = random_batches(args.sequences // dp.size(), 1, SEQUENCE, model.vocab_size, seed=dp.rank())
+    count = args.sequences // dp.size() // args.micro
+    batches = random_batches(count, args.micro, SEQUENCE, model.vocab_size, seed=dp.rank())
     found = timed(engine, batches, args.steps)
     step = found.pop("step")
     found["kinds"] = kernel_kinds(step) if args.profile else {}
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--layers", default=None, help="pattern; default: the whole model, four layers on one GPU")
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--sequences", type=int, default=8, help="of a global batch")
+    parser.add_argument("--micro", type=int, default=1, help="sequences of a micro-batch")
     parser.add_argument("--steps", type=int, default=3)
     args, _ = parser.parse_known_args()
     launch = Launch.from_environment()
@@ -179,6 +181,8 @@ def main() -> None:
             case = f"{'whole' if whole else model.layer_pattern}, {layout}, {name}"
             if args.recompute != "none":
                 case += f", {args.recompute} recompute"
+            if args.micro > 1:
+                case += f", micro-batch {args.micro}"
             if not re.search(args.only, case):
                 continue
             try:
