@@ -1,17 +1,14 @@
 """Who am I: what each launcher leaves, and launchers that start the same run."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import yaml
 
 from megatron_hybrid.parallel.environment import Launch, LaunchError, first_host, master_port
-from tests.models import SMALLEST
+from tests.parallel.launchers import MPIRUN, curve, launchers, write_run
 
 
 @pytest.fixture(autouse=True)
@@ -125,48 +122,17 @@ def test_export_leaves_what_torchrun_leaves(monkeypatch):
     assert os.environ == found
 
 
-MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here")
 def test_every_launcher_gives_the_same_curve(root, tmp_path):
     """torchrun, tools/launch.py, and mpirun with and without mpi4py: one curve, to the last bit."""
-    (np.arange(5000) * 7 % 97).astype("uint16").tofile(tmp_path / "tokens.npy")
-    config = dict(
-        run_dir="?",
-        model=SMALLEST,
-        data=dict(train=[{"path": str(tmp_path / "tokens.npy")}], sequence_length=16),
-        train=dict(steps=3, global_batch_size=4, micro_batch_size=1, dtype="fp32"),
-        parallel=dict(tensor_parallel_size=2),
-        logging=dict(plot_interval=0, tensorboard=False),
-    )
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "hidden" / "mpi4py").mkdir(parents=True)
-    (tmp_path / "hidden" / "mpi4py" / "__init__.py").write_text("raise ImportError('hidden by a test')")
-    hidden = os.pathsep.join([str(tmp_path / "hidden"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    launchers = {
-        "torchrun": ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], {}),
-        "launch": ([sys.executable, "tools/launch.py", "--cpu-ranks", "2"], {}),
-        "mpi4py": ([*MPIRUN, sys.executable], {}),
-        "environment": ([*MPIRUN, sys.executable], {"PYTHONPATH": hidden}),
+    config = write_run(tmp_path, steps=3)
+    curves = {
+        name: curve(command, variables, root, config, tmp_path / f"run-{number}")
+        for number, (name, (command, variables)) in enumerate(launchers(tmp_path).items())
     }
-    curves = {}
-    for name, (command, more) in launchers.items():
-        run = tmp_path / name
-        done = subprocess.run(
-            [*command, "tools/pretrain.py", str(tmp_path / "config.yaml"), f"run_dir={run}"],
-            cwd=root,
-            env=os.environ | more,
-            capture_output=True,
-            text=True,
-            timeout=250,
-        )
-        assert done.returncode == 0, f"{name}:\n{done.stdout}{done.stderr}"
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        curves[name] = [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
     assert len(curves["torchrun"]) == 3
-    assert all(curve == curves["torchrun"] for curve in curves.values()), curves
+    assert all(found == curves["torchrun"] for found in curves.values()), curves
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun here")
