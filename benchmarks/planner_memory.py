@@ -8,9 +8,11 @@ python benchmarks/planner_memory.py [--seconds 210] [--ranks 2] [--out FOLDER]  
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,10 +126,11 @@ def run_cases(cases: list[Case], out: Path, deadline: float) -> None:
             result = gather(
                 measure(config, groups, STEPS, WARMUP, layers=case.parallel.get("pipeline_parallel_size", 1) == 1)
             )
-        except torch.cuda.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError as error:
             if launch.world_size > 1:
                 raise  # the others wait for this rank
-            result = {"out_of_memory": True}
+            where = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-12:]]
+            result = {"out_of_memory": True, "error": str(error)[:600], "where": where}
         except (RuntimeError, ValueError) as error:
             if launch.world_size > 1:
                 raise
@@ -186,7 +189,7 @@ def lead(arguments) -> None:
     name = torch.cuda.get_device_name()
     out, deadline = arguments.out, time.time() + arguments.seconds
     out.mkdir(parents=True, exist_ok=True)
-    common = ["--deadline", str(deadline), "--out", str(out)]
+    common = ["--deadline", str(deadline), "--out", str(out), "--only", arguments.only]
     here = [str(Path(__file__).resolve()), *common]
     ones = [
         subprocess.Popen(
@@ -215,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "measured")
     parser.add_argument("--seconds", type=float, default=210, help="no case starts later than this")
+    parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="cases of so many GPUs")
     parser.add_argument("--commit", help="where git is not at hand")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
@@ -233,7 +237,7 @@ def main() -> None:
         index, count = map(int, arguments.part.split("/"))
         mine = [case for case in CASES if case.world == 1][index::count]
         name = f"part-{index}of{count}.json"
-    mine = [case for case in mine if case.gigabytes <= capacity + 5]
+    mine = [case for case in mine if case.gigabytes <= capacity + 5 and re.search(arguments.only, case.name)]
     run_cases(mine, arguments.out / name, arguments.deadline)
 
 

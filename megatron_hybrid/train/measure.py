@@ -33,6 +33,8 @@ class Measured:
     """Between steps: weights, gradients, optimizer state."""
     update_peak_bytes: int
     """The most while the optimizer steps."""
+    reserved_bytes: int = 0
+    """What PyTorch has taken of the device: the most that was allocated, and what lies broken between."""
     saved_by_layer: tuple[int, ...] = ()
     """What the forward pass of one micro-batch keeps: before the first layer, by each layer, after the last. Without
     pipeline parallelism only."""
@@ -103,6 +105,7 @@ def _measured(engine: MegatronEngine, batches: list, steps: int, warmup: int, lr
         peak_bytes=max(peak, update_peak),
         resting_bytes=torch.cuda.memory_allocated() if has_cuda() else 0,
         update_peak_bytes=update_peak,
+        reserved_bytes=torch.cuda.memory_reserved() if has_cuda() else 0,
         saved_by_layer=_saved_by_layer(engine, batches[0]) if layers else (),
     )
 
