@@ -55,7 +55,7 @@ def test_olmo3_7b() -> None:
     assert count_parameters(model) == pytest.approx(7.3e9, rel=1e-3)
 
 
-def _transformers_count(model: ModelConfig) -> int:
+def transformers_count(model: ModelConfig) -> int:
     """Parameters of transformers' model, made on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM, Olmo3Config, OlmoHybridConfig
@@ -99,7 +99,7 @@ def _transformers_count(model: ModelConfig) -> int:
     ids=["olmo_hybrid_7b", "olmo3_7b", "grouped", "tied"],
 )
 def test_parameters_are_transformers(model: ModelConfig) -> None:
-    assert count_parameters(model) == _transformers_count(model)
+    assert count_parameters(model) == transformers_count(model)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -153,18 +153,25 @@ RESUMED = {
 }
 
 
+def values_that_differ(straight: list[dict], first: list[dict], second: list[dict]) -> int:
+    """How many losses, norms and parameters a run in two parts, saved and loaded between, has otherwise than one in one go."""
+    count = 0
+    for one, a, b in zip(straight, first, second, strict=True):
+        for what in ("losses", "norms"):
+            count += sum(x != y for x, y in zip(one[what], a[what] + b[what], strict=True))
+        assert one["parameters"].keys() == b["parameters"].keys()
+        count += sum(int((one["parameters"][name] != value).sum()) for name, value in b["parameters"].items())
+    return count
+
+
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_unless(name == "ZeRO 3, bf16")) for name in RESUMED])
 def test_resuming_is_bit_identical(name, ranks, tmp_path):
     zero, train = RESUMED[name]
     straight = run(ranks, 2, zero, train=train, steps=6)
     first = run(ranks, 2, zero, train=train, steps=3, save=str(tmp_path))
     second = run(ranks, 2, zero, train=train, start=3, steps=6, load=first[0]["path"])
-    for one, a, b in zip(straight, first, second, strict=True):
-        assert a["losses"] + b["losses"] == one["losses"]
-        assert a["norms"] + b["norms"] == one["norms"]
-        assert one["updates"] == b["updates"] == 6
-        for parameter, value in one["parameters"].items():
-            assert torch.equal(value, b["parameters"][parameter]), parameter
+    assert values_that_differ(straight, first, second) == 0
+    assert all(result["updates"] == 6 for result in straight + second)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""What the planner says exactly: parameters, and bytes of weights, gradients and optimizer state; and its time for 1,024 GPUs.
+
+python benchmarks/planner_exact.py        parameters against transformers' model, bytes against those that CPU ranks allocate
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+QUESTION = ["--model", "olmo_hybrid_7b", "--gpus", "1024", "--sequence-length", "8192", "--global-batch-size", "1024"]
+
+
+def parameter_rows() -> list[dict]:
+    """OLMo Hybrid 7B, by pipeline ranks: the planner's sum without padding, beside transformers' count."""
+    from report import bounded
+
+    from megatron_hybrid.config.presets import olmo_hybrid_7b
+    from megatron_hybrid.planner.parameters import dummy_head_parameters, rank_parameters
+    from tests.config.test_presets import transformers_count
+    from tests.planner.test_parameters import layout, plan_of
+
+    model, rows = olmo_hybrid_7b(), []
+    theirs = transformers_count(model)
+    for pp in (1, 2, 4, 8):
+        plan = plan_of(model, layout(pp=pp), pp)
+        ours = sum(rank_parameters(plan, rank) - dummy_head_parameters(plan, rank) for rank in range(pp))
+        case = f"olmo_hybrid_7b, PP{pp}: {ours:,.0f} parameters"
+        rows.append(bounded(case, "difference from transformers' model", "", abs(ours - theirs), 0))
+    return rows
+
+
+def state_rows() -> list[dict]:
+    """Predicted and allocated bytes of every rank, by layout."""
+    from report import bounded
+
+    from megatron_hybrid.planner.parameters import rank_state
+    from tests.planner import jobs
+    from tests.planner.test_parameters import CASES, plan_of
+    from tests.ranks import RankPool
+
+    pool, rows = RankPool(), []
+    for name, (count, model, parallel, dtype) in CASES.items():
+        plan, train = plan_of(model, parallel, count, dtype), dict(steps=1, global_batch_size=count * 4, dtype=dtype)
+        differ, total = 0, 0
+        for found in pool.run(jobs.state_bytes, count, model=model.model_dump(), parallel=parallel, train=train):
+            state = rank_state(plan, found["pipeline_rank"], found["dp_rank"])
+            for part in ("weights", "gradients", "optimizer"):
+                differ += abs(getattr(state, part) - found[part])
+                total += found[part]
+        rows.append(bounded(f"{name} ({count} ranks)", "bytes of state that differ", f"of {total:,}", differ, 0))
+    return rows
+
+
+def seconds() -> float:
+    """Of the tool, from its start to its table."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "tools/tune_parallelism.py", *QUESTION], cwd=ROOT, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    from report import bounded, write
+
+    took = sorted(seconds() for _ in range(5))[2]
+    case = "tools/tune_parallelism.py " + " ".join(QUESTION)
+    rows = [bounded(case, "whole command, median of five", "s", took, 5), *parameter_rows(), *state_rows()]
+    write("planner_exact", rows, ("torch", "megatron-core", "transformers"))
+
+
+if __name__ == "__main__":
+    main()
