@@ -19,6 +19,7 @@ def section_problems(run: "RunConfig") -> Problems:
     problems = Problems()
     _check_tensor_parallel(run, problems)
     _check_overlap(run, problems)
+    _check_offload(run, problems)
     try:
         run.parallel.stage_layers(run.model.num_layers)
     except ConfigError as error:
@@ -103,6 +104,31 @@ def _check_overlap(run: "RunConfig", problems: Problems) -> None:
             field,
             "true cannot exchange fp8_blockwise: its scales do not travel with the values; set precision.linear to "
             "fp8_tensorwise, or this to false",
+        )
+
+
+def _check_offload(run: "RunConfig", problems: Problems) -> None:
+    """train.optimizer.offload_fraction is megatron-core's: HybridDeviceOptimizer under its distributed optimizer."""
+    field, fraction = "train.optimizer.offload_fraction", run.train.optimizer.offload_fraction
+    if not fraction:
+        return
+    if run.train.engine == "deepspeed":
+        problems.add(
+            field,
+            f"{fraction:g} is for train.engine = megatron; set it to 0.0, and for DeepSpeed's own zero.offload_optimizer to cpu",
+        )
+        return
+    if not run.parallel.distributed_optimizer:
+        problems.add(
+            field,
+            f"{fraction:g} needs parallel.distributed_optimizer, the one that hands Adam what it keeps; set that to true, or this "
+            "to 0.0",
+        )
+    if run.precision.fp8_parameters:
+        problems.add(
+            field,
+            f"{fraction:g} cannot keep masters of weights held in FP8: they are copied back as bf16, not cast; set "
+            "precision.fp8_parameters to false, or this to 0.0",
         )
 
 

@@ -20,6 +20,9 @@ class OptimizerConfig(Section):
     """Parameter groups without weight decay. gdn_scalars: A_log and dt_bias."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    offload_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of master weights and moments that is kept, and updated, in host memory: 16 bytes of it a parameter, by whole tensors.
+    A checkpoint does not depend on it."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":

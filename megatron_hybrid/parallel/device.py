@@ -144,6 +144,7 @@ def use_cpu_backend() -> None:
     _patch_tensor_placement()
     _patch_random_state()
     _patch_fused_optimizers()
+    _patch_hybrid_optimizer()
     # megatron-core decorates small functions with torch.compile: on the CPU that costs 30 s of compiling, for nothing
     torch.compiler.set_stance("force_eager")
 
@@ -219,3 +220,21 @@ def _patch_fused_optimizers() -> None:
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     clip_grads.multi_tensor_scale_tensor_impl = None
+
+
+def _patch_hybrid_optimizer() -> None:
+    # cpu_offloading/hybrid_optimizer.py:_get_sub_optimizer_param_groups asks Tensor.is_cuda what it may copy to the host, and
+    # then which of the two a tensor is. Here that is what its own variable says: `cpu_copy`, of the parameter it is at
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    original = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    def divide(self, offload_fraction):
+        torch.Tensor.is_cuda = property(lambda tensor: not sys._getframe(1).f_locals.get("cpu_copy", False))
+        torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+        try:
+            return original(self, offload_fraction)
+        finally:
+            del torch.Tensor.is_cuda, torch.Tensor.pin_memory  # what they hid is of a base class
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = divide

@@ -52,7 +52,7 @@ def answer(question: Question) -> str:
     run = base_run(question.model, question.sequence_length, question.global_batch_size, question.precision)
     job = Job(
         run.model, question.gpus, hardware, run.data.sequence_length, run.train.global_batch_size, run.train.dtype,
-        run.precision, question.recompute, run.parallel.tp_comm_overlap,
+        run.precision, question.recompute, run.parallel.tp_comm_overlap, run.train.optimizer.offload_fraction,
     )  # fmt: skip
     texts = []
     plain = search(job)

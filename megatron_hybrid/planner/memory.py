@@ -34,6 +34,8 @@ class Memory:
     padding: float = field(compare=False, default=0.0)
     """How much of all these only dummy heads and padded widths take."""
     pipeline_rank: int = 0
+    host: float = 0.0
+    """Of the host, for the optimizer's state that train.optimizer.offload_fraction puts there."""
 
     @property
     def total(self) -> float:
@@ -55,7 +57,8 @@ class Memory:
         short["activations"] = sum(self.activations.values()) + self.ends
         short["logits and backward"] = self.logits + self.transient
         parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in short.items())
-        return f"expected memory: {self.total / GB:.1f} GB of tensors a GPU at most ({parts})"
+        host = f", and {self.host / GB:.1f} GB of host memory a GPU" if self.host else ""
+        return f"expected memory: {self.total / GB:.1f} GB of tensors a GPU at most ({parts}){host}"
 
 
 def expected(config: RunConfig, world_size: int) -> Memory:
@@ -103,6 +106,7 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
         transient=transient + FIXED_BYTES + _dummy_weight_gradients(plan, chunks) + _exchange_buffers(plan),
         padding=padding,
         pipeline_rank=pipeline_rank,
+        host=state.host,
     )
 
 
@@ -178,5 +182,6 @@ def _exchange_buffers(plan: Plan) -> float:
 
 def _state_padding(plan: Plan, pipeline_rank: int) -> float:
     sharded = plan.parallel.distributed_optimizer
-    per_parameter = plan.element + 4 + (12 if plan.element == 2 else 8) / (plan.dp if sharded else 1)
+    state = (12 if plan.element == 2 else 8) * (1 - plan.offload_fraction)
+    per_parameter = plan.element + 4 + state / (plan.dp if sharded else 1)
     return dummy_head_parameters(plan, pipeline_rank) * per_parameter

@@ -18,6 +18,8 @@ BUCKET_ALIGNMENT = 128  # elements, param_layout.py:bucket_end_divisor
 GRADIENT_BYTES = 4
 MOMENT_BYTES = 8  # two of Adam
 MASTER_BYTES = 4
+HOST_BYTES = MOMENT_BYTES + 4 + GRADIENT_BYTES
+"""A parameter whose state is in host memory: moments, an fp32 copy of it, and its gradient."""
 MATRICES = ("in_proj", "out_proj", "qkv", "o_proj", "fc1", "fc2")
 """Of a layer, what Transformer Engine multiplies by."""
 
@@ -45,9 +47,13 @@ class StateBytes:
     weights: int
     gradients: int
     optimizer: int
+    """On the device. A part that is offloaded is taken for as large as was asked: by whole tensors, the host's is larger."""
+    host: int = 0
+    """In host memory, for the part of the optimizer's state that is offloaded."""
 
     @property
     def total(self) -> int:
+        """On the device."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -153,13 +159,14 @@ def buckets(parameters: tuple[Parameter, ...], limit: int | None, dp: int, padde
 def chunk_state(plan: Plan, chunk: Chunk, position: int, dp_rank: int = 0) -> StateBytes:
     """Of one model chunk. `position`: its place among its rank's chunks."""
     which = plan.model, plan.tp, chunk.kinds, chunk.embedding, chunk.head, plan.pp > 1, _held_in_fp8(plan, chunk)
-    return _state(which, _bucket_limit(plan, chunk, position), plan.dp, dp_rank, plan.element, _sharded(plan))
+    limit = _bucket_limit(plan, chunk, position)
+    return _state(which, limit, plan.dp, dp_rank, plan.element, _sharded(plan), plan.offload_fraction)
 
 
 @lru_cache(maxsize=4096)
-def _state(which, limit, dp: int, dp_rank: int, element: int, sharded: bool) -> StateBytes:
+def _state(which, limit, dp: int, dp_rank: int, element: int, sharded: bool, offloaded: float) -> StateBytes:
     parameters = _parameters(*which)
-    weights = gradients = optimizer = 0
+    weights = gradients = optimizer = host = 0
     by_size: dict[int, list[Parameter]] = {}
     for parameter in parameters:
         by_size.setdefault(parameter.size(element), []).append(parameter)
@@ -170,8 +177,9 @@ def _state(which, limit, dp: int, dp_rank: int, element: int, sharded: bool) -> 
         weights += numel * size
         gradients += numel * GRADIENT_BYTES
         held = sum(p.numel for p in group) if not sharded else sum(_held(bucket, dp, dp_rank) for bucket in layout)
-        optimizer += held * state_bytes
-    return StateBytes(weights, gradients, optimizer)
+        optimizer += round(held * state_bytes * (1 - offloaded))
+        host += round(held * HOST_BYTES * offloaded)
+    return StateBytes(weights, gradients, optimizer, host)
 
 
 def _held(bucket: list[tuple[int, int]], dp: int, dp_rank: int) -> int:
@@ -186,7 +194,10 @@ def rank_state(plan: Plan, pipeline_rank: int, dp_rank: int = 0) -> StateBytes:
     """Of all chunks of a rank."""
     states = [chunk_state(plan, chunk, i, dp_rank) for i, chunk in enumerate(plan.chunks_of(pipeline_rank))]
     return StateBytes(
-        sum(s.weights for s in states), sum(s.gradients for s in states), sum(s.optimizer for s in states)
+        sum(s.weights for s in states),
+        sum(s.gradients for s in states),
+        sum(s.optimizer for s in states),
+        sum(s.host for s in states),
     )
 
 

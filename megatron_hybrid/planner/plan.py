@@ -25,6 +25,8 @@ class Plan:
     dtype: str = "bf16"
     """Of weights and activations: train.dtype."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    offload_fraction: float = 0.0
+    """train.optimizer.offload_fraction."""
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> "Plan":
@@ -39,6 +41,7 @@ class Plan:
             train.global_batch_size,
             train.dtype,
             config.precision,
+            train.optimizer.offload_fraction,
         )
 
     @property

@@ -44,6 +44,8 @@ class Job:
     """none, selective, full; auto: whichever is best."""
     tp_comm_overlap: bool = False
     """In the layouts that can have it. Its memory is predicted; its speed is not."""
+    offload_fraction: float = 0.0
+    """train.optimizer.offload_fraction. Memory is predicted with it; updates as if all of them were the device's."""
 
     def run(self, parallel: ParallelConfig, micro_batch_size: int) -> RunConfig:
         """As a run, unchecked: its data is a placeholder."""
@@ -172,8 +174,9 @@ def _variants(job: Job, tp, pp, vpp, dp, b, recomputes) -> Iterator[tuple[dict[s
     for recompute in recomputes:
         parallel = _parallel(job, tp, sp, pp, vpp, dp, recompute)
         plan = Plan(
-            job.model, parallel, job.gpus, job.sequence_length, b, job.global_batch_size, job.dtype, job.precision
-        )
+            job.model, parallel, job.gpus, job.sequence_length, b, job.global_batch_size, job.dtype, job.precision,
+            job.offload_fraction,
+        )  # fmt: skip
         yield degrees_of(plan), plan
 
 

@@ -19,6 +19,14 @@ from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.model.megatron_config import DTYPES
 from megatron_hybrid.model.param_layout import ParamLayout
 from megatron_hybrid.precision.fp8_parameters import forget_last_cast, held_in_fp8
+from megatron_hybrid.train.host_offload import (
+    adams,
+    hand_over_gradients,
+    name_of,
+    offload_options,
+    renew_copies,
+    updated_tensor,
+)
 
 _DECAY_GROUPS = {"embedding": "embedding", "norm": "norm", "A_log": "gdn_scalars", "dt_bias": "gdn_scalars"}
 
@@ -86,17 +94,19 @@ class Optimizer:
             use_distributed_optimizer=parallel.distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,
             fp8_recipe=precision.linear.removeprefix("fp8_") if precision.linear and self.in_fp8 else None,
+            **offload_options(adam.offload_fraction),
         )
         no_decay = ParamWithNamePredicate(name="no_decay", fn=lambda parameter, name: parameter in exempt)
         overrides = {ParamKey(with_name_predicate=no_decay): {"wd_mult": 0.0}} if exempt else {}
-        self.megatron = get_megatron_optimizer(config, wrapped, config_overrides=overrides)
+        # megatron-core makes slices of fp32 parameters with a graph, and hands them to torch.optim, which takes leaves alone
+        with torch.set_grad_enabled(not adam.offload_fraction):
+            self.megatron = get_megatron_optimizer(config, wrapped, config_overrides=overrides)
         self.set_fp8_parameters()
 
     @property
     def name(self) -> str:
         """Whose Adam it is."""
-        kind = type(self._parts()[0].optimizer)
-        return f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+        return name_of(self._parts()[0].optimizer)
 
     @property
     def scale_loss(self):
@@ -117,10 +127,15 @@ class Optimizer:
         for group in self.megatron.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
-        if self.clip > 0:
-            for part in self._parts():
-                if parameters := part.get_parameters():
-                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip, total_norm=gradient_norm)
+        for part in self._parts():
+            if self.clip > 0 and (parameters := part.get_parameters()):
+                clip_grad_by_total_norm_fp32(
+                    parameters,
+                    max_norm=self.clip,
+                    total_norm=gradient_norm,
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
+            hand_over_gradients(part.optimizer)
         self.megatron.step_with_ready_grads()
 
     def _parts(self) -> list:
@@ -151,13 +166,17 @@ class Optimizer:
         """Adam's state of every parameter of which this rank has some; zero before the first step."""
         found = {}
         for part in self._parts():
-            inner = part.optimizer
+            adam_of = {
+                main: adam for adam in adams(part.optimizer) for group in adam.param_groups for main in group["params"]
+            }
             for parameter, main, start, stop in self._main_parameters(part):
-                state = inner.state[main]
+                adam = adam_of[main]
+                state = adam.state[main]
                 if "exp_avg" not in state:
                     state.update(exp_avg=torch.zeros_like(main), exp_avg_sq=torch.zeros_like(main))
-                    if self._counts_by_parameter(inner):
-                        state["step"] = torch.zeros(())
+                    if self._counts_by_parameter(adam):
+                        on = main.device if adam.param_groups[0]["fused"] else None
+                        state["step"] = torch.zeros((), device=on)
                 states = {name: state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")}
                 if parameter.dtype != torch.float32:
                     states["master"] = main.detach().view(-1)
@@ -169,13 +188,17 @@ class Optimizer:
         if isinstance(part, DistributedOptimizer):
             # not model_param_group_index_map (distrib_optimizer.py:300): where a group has both fp32 and bf16 parameters,
             # its places are not those of the optimizer's list, and A_log would get a matrix's moments
-            for models, mains in (
+            aware = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            for models, shards in (
                 (part.model_fp32_groups, part.shard_fp32_groups),
-                (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+                (
+                    part.model_float16_groups,
+                    part.shard_float16_groups if aware else part.shard_fp32_from_float16_groups,
+                ),
             ):
-                for parameter, main in zip(chain(*models), chain(*mains), strict=True):
+                for parameter, shard in zip(chain(*models), chain(*shards), strict=True):
                     extent = part._get_model_param_range_map(parameter)["param"]
-                    yield parameter, main, extent.start, extent.end
+                    yield parameter, updated_tensor(part.optimizer, shard), extent.start, extent.end
             return
         for chunk in self.chunks:
             for parameter in chunk.parameters():
@@ -190,24 +213,32 @@ class Optimizer:
     @property
     def updates(self) -> int:
         """Adam's own step count, for its bias correction; skipped steps do not count."""
-        for part in self._parts():
-            if self._counts_by_parameter(part.optimizer):
-                counts = [state["step"] for state in part.optimizer.state.values() if "step" in state]
+        for adam in self._adams():
+            if self._counts_by_parameter(adam):
+                counts = [state["step"] for state in adam.state.values() if "step" in state]
             else:
-                counts = [group["step"] for group in part.optimizer.param_groups if "step" in group]
+                counts = [group["step"] for group in adam.param_groups if "step" in group]
             if counts:
                 return int(counts[0])
         return 0
 
     def set_updates(self, count: int) -> None:
         """Restore the step count."""
-        for part in self._parts():
-            if self._counts_by_parameter(part.optimizer):
-                for state in part.optimizer.state.values():
-                    state["step"] = torch.full((), float(count))  # a tensor of its own
+        for adam in self._adams():
+            if self._counts_by_parameter(adam):
+                for state in adam.state.values():
+                    state["step"] = torch.full_like(state["step"], float(count))  # a tensor of its own
             elif count:
-                for group in part.optimizer.param_groups:
+                for group in adam.param_groups:
                     group["step"] = count
+
+    def _adams(self) -> list[torch.optim.Optimizer]:
+        return [adam for part in self._parts() for adam in adams(part.optimizer)]
+
+    def renew_copies(self) -> None:
+        """After parameters are loaded: those that the host has copies of are the same there."""
+        for part in self._parts():
+            renew_copies(part.optimizer)
 
 
 class MegatronCollector(Collector):
@@ -221,8 +252,9 @@ class MegatronCollector(Collector):
         return held_in_fp8(parameter)
 
     def set_parameters(self) -> None:
-        """Cast the masters that were loaded."""
+        """Cast the masters that were loaded, and copy what has none."""
         self.optimizer.set_fp8_parameters()
+        self.optimizer.renew_copies()
 
     def shards(self) -> Iterator[SavedShard]:
         """What this rank saves, once all ranks have the newest parameters."""

@@ -113,6 +113,25 @@ WRONG: list[Case] = [
     ([*ZERO, "parallel.overlap_grad_reduce=true"], "parallel.overlap_grad_reduce", "is for train.engine", "zero.stage"),
     ([*ZERO, "parallel.distributed_optimizer=false"], "parallel.distributed_optimizer", "false is for", "leave it out"),
     ([*ZERO, "precision.linear=fp8_tensorwise"], "precision.linear", "fp32 gradient buffers", "this to null"),
+    (["train.optimizer.offload_fraction=1.5"], "train.optimizer.offload_fraction", "at most 1", "the nearest is 1"),
+    (
+        [*ZERO, "train.optimizer.offload_fraction=0.5"],
+        "train.optimizer.offload_fraction",
+        "0.5 is for train.engine = megatron",
+        "zero.offload_optimizer to cpu",
+    ),
+    (
+        ["train.optimizer.offload_fraction=0.5", "parallel.distributed_optimizer=false"],
+        "train.optimizer.offload_fraction",
+        "0.5 needs parallel.distributed_optimizer",
+        "set that to true",
+    ),
+    (
+        ["train.optimizer.offload_fraction=1", "precision={linear: fp8_tensorwise, fp8_parameters: true}"],
+        "train.optimizer.offload_fraction",
+        "1 cannot keep masters of weights held in FP8",
+        "precision.fp8_parameters to false",
+    ),
     # the model
     (["model.layer_pattern=GGGX*2"], "model.layer_pattern", "'GGGX*2' is not a group of layers", "as in GGGA*8"),
     (["model.layer_pattern=ggga*2"], "model.layer_pattern", "'ggga*2' is not a group", "did you mean GGGA*2?"),

@@ -167,6 +167,13 @@ def test_names_what_does_not_fit_the_ranks(
         (1, ["model.sliding_window=256", "model.layer_pattern=WA"]),
         (2, ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=false", "data.sequence_length=255"]),
         (2, [*ZERO, "parallel.tensor_parallel_size=2", "zero={stage: 3, offload_parameters: cpu}"]),
+        (
+            2,
+            [
+                "train.optimizer.offload_fraction=0.8",
+                "parallel={overlap_grad_reduce: true, overlap_param_gather: true}",
+            ],
+        ),
         (1, [*ZERO, "zero={stage: 3, offload_optimizer: nvme, offload_parameters: cpu, nvme_path: /nvme}"]),
     ],
 )

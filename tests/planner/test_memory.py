@@ -121,6 +121,16 @@ def test_weights_held_in_fp8_save_two_bytes_and_leave_a_transpose():
     assert cast.total - held.total == pytest.approx(2 * held.fp8_weights, rel=1e-6)
 
 
+def test_offloaded_state_is_the_hosts():
+    kept, moved = fullest(plan(gpus=1)), fullest(replace(plan(gpus=1), offload_fraction=0.8))
+    parameters = kept.optimizer / 12
+    assert moved.optimizer == pytest.approx(0.2 * 12 * parameters, rel=1e-6)
+    assert (kept.host, moved.host) == (0, pytest.approx(0.8 * 16 * parameters, rel=1e-5))
+    assert kept.total - moved.total == pytest.approx(0.8 * 12 * parameters, rel=1e-6)
+    assert f"and {moved.host / 1e9:.1f} GB of host memory" in moved.line()
+    assert "host" not in kept.line()
+
+
 def test_parts_add_up_and_the_line_says_so():
     memory = fullest(plan(2))
     assert sum(memory.parts().values()) == pytest.approx(memory.total)

@@ -9,7 +9,7 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.presets import SIZED, olmo_hybrid_7b, olmo_hybrid_tiny
-from megatron_hybrid.planner.parameters import dummy_head_parameters, rank_parameters, rank_state
+from megatron_hybrid.planner.parameters import chunk_parameters, dummy_head_parameters, rank_parameters, rank_state
 from megatron_hybrid.planner.plan import Plan
 from tests.planner import jobs
 
@@ -56,6 +56,27 @@ def test_state_is_what_the_trainer_allocates(name, ranks):
         assert state.weights == found["weights"]
         assert state.gradients == found["gradients"]
         assert state.optimizer == found["optimizer"]
+
+
+OFFLOADED = {"one rank": (1, 0.5), "DP2": (2, 0.5), "all of it": (1, 1.0)}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_offloaded_state_is_what_the_trainer_allocates(name, dtype, ranks):
+    count, fraction = OFFLOADED[name]
+    train = dict(steps=1, global_batch_size=count * 4, dtype=dtype, optimizer=dict(offload_fraction=fraction))
+    plan = replace(plan_of(MODEL, layout(), count, dtype), offload_fraction=fraction)
+    largest = max(
+        p.numel for p in chunk_parameters(plan, plan.chunks[0])
+    )  # by so much may the host have more than its share
+    for found in ranks.run(
+        jobs.offloaded_bytes, count, model=MODEL.model_dump(mode="json"), parallel=layout(), train=train
+    ):
+        state = rank_state(plan, 0, found["dp_rank"])
+        assert state.host <= found["host"] <= state.host + 16 * largest
+        assert state.optimizer - 12 * largest <= found["device"] <= 1.001 * state.optimizer  # A_log has no master
+        assert state.weights == rank_state(replace(plan, offload_fraction=0.0), 0, found["dp_rank"]).weights
 
 
 @pytest.mark.parametrize("name", SIZED)
