@@ -35,6 +35,8 @@ class Measured:
     """The most while the optimizer steps."""
     reserved_bytes: int = 0
     """What PyTorch has taken of the device: the most that was allocated, and what lies broken between."""
+    outside_bytes: int = 0
+    """Of the device, neither free nor PyTorch's: CUDA's context, communicators, workspaces; and other processes'."""
     saved_by_layer: tuple[int, ...] = ()
     """What the forward pass of one micro-batch keeps: before the first layer, by each layer, after the last. Without
     pipeline parallelism only."""
@@ -106,6 +108,7 @@ def _measured(engine: MegatronEngine, batches: list, steps: int, warmup: int, lr
         resting_bytes=torch.cuda.memory_allocated() if has_cuda() else 0,
         update_peak_bytes=update_peak,
         reserved_bytes=torch.cuda.memory_reserved() if has_cuda() else 0,
+        outside_bytes=_outside() if has_cuda() else 0,
         saved_by_layer=_saved_by_layer(engine, batches[0]) if layers else (),
     )
 
@@ -126,6 +129,11 @@ def _saved_by_layer(engine: MegatronEngine, batch: dict[str, torch.Tensor]) -> t
         hook.remove()
     del output
     return tuple(after - before for before, after in zip(marks, marks[1:]))
+
+
+def _outside() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 def _take_peak() -> int:
