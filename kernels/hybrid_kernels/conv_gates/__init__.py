@@ -3,6 +3,7 @@
 import torch
 
 from ..dispatch import Choice, choose, missing_for_triton
+from ..slices import several
 from .reference import conv_gates_torch, widths
 
 __all__ = ["conv_gates", "explain", "widths"]
@@ -20,6 +21,7 @@ def conv_gates(
     value_head_dim: int,
     allow_negative_eigenvalues: bool = True,
     cu_seqlens: torch.Tensor | None = None,
+    group=None,
     return_gate: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
@@ -32,6 +34,8 @@ def conv_gates(
         A_log, dt_bias: [Hv], kept in fp32.
         allow_negative_eigenvalues: beta in (0, 2) rather than (0, 1).
         cu_seqlens: [n + 1] int document boundaries from 0 to s, needs b == 1; the conv does not cross them.
+        group: the torch.distributed group whose ranks hold one slice each of every sequence, in rank order, of at least
+            taps - 1 tokens: the conv sees the last of the rank before. No documents then. None: whole sequences.
         return_gate: also return the gate slice of `packed_sbh` as a sixth result, [s, b, Hv*dv]. Slicing it
             yourself is equal, but costs autograd one more pass over a gradient as wide as `packed_sbh`.
 
@@ -46,9 +50,10 @@ def conv_gates(
         num_key_heads=num_key_heads, num_value_heads=num_value_heads,
         key_head_dim=key_head_dim, value_head_dim=value_head_dim,
     )  # fmt: skip
-    _check(packed_sbh, conv_weight, A_log, dt_bias, cu_seqlens, **heads)
+    group = several(group)
+    _check(packed_sbh, conv_weight, A_log, dt_bias, cu_seqlens, group, **heads)
     choice = explain(packed_sbh, conv_weight, cu_seqlens=cu_seqlens, backend=backend, **heads)
-    options = dict(heads, allow_negative_eigenvalues=allow_negative_eigenvalues, cu_seqlens=cu_seqlens)
+    options = dict(heads, allow_negative_eigenvalues=allow_negative_eigenvalues, cu_seqlens=cu_seqlens, group=group)
     if choice.backend == "triton":
         from .triton_op import conv_gates_triton
 
@@ -75,7 +80,7 @@ def _missing_for_triton(packed, conv_weight, *, num_value_heads, key_head_dim, v
     return lack
 
 
-def _check(packed, conv_weight, A_log, dt_bias, cu_seqlens, **heads) -> None:
+def _check(packed, conv_weight, A_log, dt_bias, cu_seqlens, group, **heads) -> None:
     if packed.dim() != 3:
         raise ValueError(f"packed_sbh: expected [s, b, W], got shape {tuple(packed.shape)}")
     sizes = widths(**heads)
@@ -92,3 +97,10 @@ def _check(packed, conv_weight, A_log, dt_bias, cu_seqlens, **heads) -> None:
             raise ValueError(f"{name}: expected [{heads['num_value_heads']}], got {tuple(t.shape)}")
     if cu_seqlens is not None and packed.shape[1] != 1:
         raise ValueError(f"cu_seqlens: packed documents need batch size 1, got {packed.shape[1]}")
+    if group is not None and cu_seqlens is not None:
+        raise ValueError("group: slices of sequences take no cu_seqlens")
+    if group is not None and len(packed) < conv_weight.shape[1] - 1:
+        raise ValueError(
+            f"packed_sbh: a slice of {len(packed)} tokens is shorter than the {conv_weight.shape[1] - 1} that the next one's "
+            "convolution looks back on"
+        )

@@ -7,6 +7,8 @@ for megatron's [sequence, batch, width] layout.
 import torch
 import torch.nn.functional as F
 
+from ..slices import FromPrevious
+
 L2_EPS = 1e-6  # inside the square root, as in fla and transformers
 
 
@@ -42,9 +44,12 @@ def l2_normalise(x: torch.Tensor) -> torch.Tensor:
 
 def conv_gates_torch(
     packed_sbh, conv_weight, A_log, dt_bias, *, num_key_heads, num_value_heads, key_head_dim, value_head_dim,
-    allow_negative_eigenvalues=True, cu_seqlens=None,
+    allow_negative_eigenvalues=True, cu_seqlens=None, group=None,
 ):  # fmt: skip
     """See `hybrid_kernels.conv_gates.conv_gates`, whose arguments and results these are."""
+    back = conv_weight.shape[1] - 1 if group is not None else 0
+    if back:
+        packed_sbh = torch.cat((FromPrevious.apply(packed_sbh[-back:], group), packed_sbh))
     key, _, value, _, heads, _ = sizes = widths(num_key_heads, num_value_heads, key_head_dim, value_head_dim)
     length, batch = packed_sbh.shape[:2]
     compute = torch.float64 if packed_sbh.dtype == torch.float64 else torch.float32
@@ -63,4 +68,5 @@ def conv_gates_torch(
     softplus = x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
     g = -torch.exp(A_log.to(compute)) * softplus
     dtype = packed_sbh.dtype
-    return tuple(t.to(dtype).contiguous() for t in (q, k, v)) + (g.contiguous(), beta.contiguous())
+    results = tuple(t.to(dtype) for t in (q, k, v)) + (g, beta)
+    return tuple(t[:, back:].contiguous() for t in results)

@@ -4,6 +4,7 @@ import torch
 import triton
 
 from ..opaque import opaque
+from ..slices import from_next, from_previous
 from .reference import position_in_document, widths
 from .triton_backward import conv_gates_backward_kernel
 from .triton_forward import conv_gates_kernel
@@ -88,16 +89,50 @@ def _backward(
     return [dpacked, dweight.sum(0).to(weight.dtype), sums.sum(0)]
 
 
+# Slices on several ranks: the kernels take a slice as a sequence, which is wrong for its first BACK tokens alone. They run once
+# more on these and as many before them, and both times what is wrong is left out. No token of the rest is copied.
+
+BACK = 3  # taps - 1
+
+
+def _correct_start(packed, weight, A_log, dt_bias, out, dims, beta_max, group) -> torch.Tensor:
+    """Write the first tokens of q, k and v anew. Returns [2 * BACK, b, W]: the end of the slice before, this one's start."""
+    start = torch.cat((from_previous(packed[-BACK:], group), packed[:BACK]))
+    for x, right in zip(out[:3], _forward(start, weight, A_log, dt_bias, None, dims, beta_max)):
+        x[:, :BACK] = right[:, BACK:]
+    return start
+
+
+def _backward_of_slice(packed, weight, A_log, dt_bias, start, given, dgate, dims, beta_max, group) -> list[torch.Tensor]:
+    """As `_backward`; the gradient of the slice before's last tokens travels to their rank."""
+    dqkv = [x[:, :BACK].clone() for x in given[:3]]
+    for x in given[:3]:
+        x[:, :BACK] = 0
+    dpacked, dweight, dgates = _backward(packed, weight, A_log, dt_bias, None, *given, dgate, dims, beta_max)
+    for x, part in zip(given[:3], dqkv):  # others may hold it
+        x[:, :BACK] = part
+    zeros = [x.new_zeros(x.shape[0], 2 * BACK, *x.shape[2:]) for x in given]
+    for x, part in zip(zeros[:3], dqkv):
+        x[:, BACK:] = part
+    dstart, more, _ = _backward(start, weight, A_log, dt_bias, None, *zeros, None, dims, beta_max)
+    dpacked[:BACK] += dstart[BACK:]
+    dpacked[-BACK:] += from_next(dstart[:BACK], group)
+    return [dpacked, dweight + more, dgates]
+
+
 class ConvGates(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, packed, weight, A_log, dt_bias, cu_seqlens, dims, beta_max, return_gate):
+    def forward(ctx, packed, weight, A_log, dt_bias, cu_seqlens, dims, beta_max, return_gate, group):
         packed, weight = packed.contiguous(), weight.contiguous()
         positions = None
         if cu_seqlens is not None:
             positions = position_in_document(packed.shape[0], cu_seqlens, packed.device).to(torch.int32)
         out = _forward(packed, weight, A_log, dt_bias, positions, dims, beta_max)
-        ctx.save_for_backward(packed, weight, A_log, dt_bias, positions)
-        ctx.dims, ctx.beta_max = dims, beta_max
+        start = None
+        if group is not None:
+            start = _correct_start(packed, weight, A_log, dt_bias, out, dims, beta_max, group)
+        ctx.save_for_backward(packed, weight, A_log, dt_bias, positions, start)
+        ctx.dims, ctx.beta_max, ctx.group = dims, beta_max, group
         if return_gate:
             sizes = widths(*dims)
             out = [*out, packed[..., sum(sizes[:3]) : sum(sizes[:4])]]
@@ -105,19 +140,27 @@ class ConvGates(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq, dk, dv, dg, dbeta, dgate=None):
-        packed, weight, A_log, dt_bias, positions = ctx.saved_tensors
+        packed, weight, A_log, dt_bias, positions, start = ctx.saved_tensors
         given = [x.contiguous() for x in (dq, dk, dv, dg, dbeta)]
-        dpacked, dweight, gates = _backward(
-            packed, weight, A_log, dt_bias, positions, *given, dgate, ctx.dims, ctx.beta_max
-        )
-        return dpacked, dweight, gates[0].to(A_log.dtype), gates[1].to(dt_bias.dtype), None, None, None, None
+        tensors, sizes = (packed, weight, A_log, dt_bias), (ctx.dims, ctx.beta_max)
+        if ctx.group is None:
+            dpacked, dweight, gates = _backward(*tensors, positions, *given, dgate, *sizes)
+        else:
+            dpacked, dweight, gates = _backward_of_slice(*tensors, start, given, dgate, *sizes, ctx.group)
+        return dpacked, dweight, gates[0].to(A_log.dtype), gates[1].to(dt_bias.dtype), *(None,) * 5
 
 
 def conv_gates_triton(
     packed, weight, A_log, dt_bias, *, num_key_heads, num_value_heads, key_head_dim, value_head_dim,
-    allow_negative_eigenvalues=True, cu_seqlens=None, return_gate=False,
+    allow_negative_eigenvalues=True, cu_seqlens=None, return_gate=False, group=None,
 ):  # fmt: skip
     """Arguments and results: `conv_gates`."""
     dims = [num_key_heads, num_value_heads, key_head_dim, value_head_dim]
     beta_max = 2.0 if allow_negative_eigenvalues else 1.0
-    return ConvGates.apply(packed, weight, A_log, dt_bias, cu_seqlens, dims, beta_max, return_gate)
+    run = ConvGates.apply if group is None else _between_ranks
+    return run(packed, weight, A_log, dt_bias, cu_seqlens, dims, beta_max, return_gate, group)
+
+
+@torch.compiler.disable(reason="a process group is no argument of an operator")
+def _between_ranks(*args):
+    return ConvGates.apply(*args)

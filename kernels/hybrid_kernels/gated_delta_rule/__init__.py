@@ -3,6 +3,7 @@
 import torch
 
 from ..dispatch import Choice, choose, has_module, missing_for_triton, triton_interpreted
+from ..slices import several
 from .reference import gated_delta_rule_torch
 
 __all__ = ["explain", "gated_delta_rule"]
@@ -19,6 +20,7 @@ def gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    group=None,
     save: str = "scores",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -31,6 +33,9 @@ def gated_delta_rule(
         scale: multiplies q; dk ** -0.5 by default.
         initial_state: [b, Hv, dk, dv] fp32, or [n, Hv, dk, dv] with n documents; zero by default.
         cu_seqlens: [n + 1] int boundaries of documents packed in one row (b == 1); empty ones are allowed.
+        group: the torch.distributed group whose ranks hold one slice each of every sequence, in rank order, of any lengths;
+            None: whole sequences. Neither documents nor states of the caller's then. What travels is a state and a transition
+            a head, not tokens, and each direction has a second, lighter scan.
         save: what the fast paths keep for the backward beside the inputs: nothing more ("inputs"), the 64 x 64
             matrices of every chunk ("scores", 4 * 64 bytes a token and head), or also its state and new values
             ("states", another 2 * dv * (dk / 64 + 1)). The rest is computed again.
@@ -41,27 +46,32 @@ def gated_delta_rule(
     Raises:
         ValueError: shapes that do not fit together, or a backend that cannot run here.
     """
+    group = several(group)
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
+    if group is not None and not (initial_state is None and cu_seqlens is None and not output_final_state):
+        raise ValueError("group: slices of sequences take no initial_state, output_final_state or cu_seqlens")
     if save not in ("inputs", "scores", "states"):
         raise ValueError(f'save: expected "inputs", "scores" or "states", got {save!r}')
     options = dict(
         scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
     )
-    choice = _choose(q, v, backend)
+    choice = _choose(q, v, backend, group)
     if choice.backend in ("hopper", "triton"):
         from .autograd import gated_delta_rule_triton
 
-        return gated_delta_rule_triton(q, k, v, g, beta, save=save, hopper=choice.backend == "hopper", **options)
+        hopper = choice.backend == "hopper"
+        return gated_delta_rule_triton(q, k, v, g, beta, save=save, hopper=hopper, group=group, **options)
     if choice.backend == "fla":
         from .peer import gated_delta_rule_fla
 
         return gated_delta_rule_fla(q, k, v, g, beta, **options)
-    return gated_delta_rule_torch(q, k, v, g, beta, **options)
+    return gated_delta_rule_torch(q, k, v, g, beta, group=group, **options)
 
 
 def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choice:
     """Which backend a call would run, and why; takes the arguments of `gated_delta_rule`."""
-    choice = _choose(q, v, backend)
+    group = several(options.get("group"))
+    choice = _choose(q, v, backend, group)
     reason, rejected = choice.reason, dict(choice.rejected)
     if choice.backend in ("hopper", "triton"):
         from .triton_op import segments_of
@@ -69,6 +79,8 @@ def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choic
         segments = segments_of(v, q.shape[-1], options.get("cu_seqlens"))
         if segments > 1:
             reason += f", each sequence in {segments} segments for its few heads"
+    if group is not None:
+        reason += f", each sequence in slices on {group.size()} ranks, which pass states on"
     if choice.backend == "hopper":
         from .cuda_op import missing
 
@@ -80,11 +92,11 @@ def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choic
     return Choice(choice.op, choice.backend, reason, rejected)
 
 
-def _choose(q, v, backend: str | None) -> Choice:
+def _choose(q, v, backend: str | None, group) -> Choice:
     backends = {
         "hopper": lambda: _missing_for_hopper(q, v),
         "triton": lambda: _missing_for_triton(q, v),
-        "fla": lambda: _missing_for_fla(v),
+        "fla": lambda: _missing_for_fla(v, group),
         "torch": lambda: None,
     }
     return choose("gated_delta_rule", backends, backend)
@@ -110,7 +122,9 @@ def _missing_for_hopper(q: torch.Tensor, v: torch.Tensor) -> str | None:
     return lack
 
 
-def _missing_for_fla(v: torch.Tensor) -> str | None:
+def _missing_for_fla(v: torch.Tensor, group) -> str | None:
+    if group is not None:
+        return "slices of sequences on several ranks are not its"
     if not v.is_cuda:
         return "tensors are not on a CUDA device"
     if v.dtype not in (torch.bfloat16, torch.float16):

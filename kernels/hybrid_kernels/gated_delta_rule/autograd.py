@@ -5,10 +5,15 @@ scan, then one chunk-parallel kernel for dq, dk, dg and dbeta. Every sum has a f
 
 Few heads leave most of the GPU idle, for a scan is a chain: then sequences are cut into segments (`segments_of`). A first,
 lighter scan of each finds what it does alone, `join` the state it starts from, and the second scan runs all at once.
+
+Slices of sequences on several ranks (`group`) go the same way, with an exchange (../slices.py) between the two scans.
 """
+
+from functools import partial
 
 import torch
 
+from ..slices import fold, fold_back, gradient_after, product, state_before
 from . import triton_op
 from .triton_join import join
 from .triton_op import Chunks, Scores, gradients, prepare
@@ -35,26 +40,49 @@ def _scan_of_outputs(q, v, cu_seqlens, hopper: bool, states: bool):
     return _scans(hopper).forward_scan
 
 
-def _alone(scans, q, k, v, scores, initial, scale, chunks, last):
+def _alone(scans, q, k, v, scores, initial, scale, chunks, last, group):
     """First pass over segments: where each starts, the final state if asked for, and each one's end and transition."""
     ends = scans.forward_scan(q, k, v, scores, None, None, scale, chunks, final=True, transition=True)[1]
+    if group is not None:
+        parts, moves = _by_segment(ends, k, v, chunks)
+        initial = state_before(fold(parts, moves), product(moves), group)
+    if chunks.segments == 1:
+        return initial, None, ends
     starts, final = join(
         ends, ends, initial, _state_shape(k, v), chunks.segments, reverse=False, last=last
     )  # fmt: skip
     return starts, final, ends
 
 
+def _alone_backward(scans, q, k, v, do, scores, ends, dfinal, scale, chunks, last, group):
+    """First pass in reverse: the gradient of each segment's final state, and that of the initial one if asked for."""
+    alone = scans.reverse_scan(q, k, do, scores, None, None, scale, chunks, output=False, initial=True)[2]
+    if group is not None:
+        moves = _by_segment(ends, k, v, chunks)[1]
+        first = fold_back(alone.unflatten(0, (-1, chunks.segments)).transpose(0, 1), moves)
+        dfinal = gradient_after(first, product(moves), group)
+    if chunks.segments == 1:
+        return dfinal, None
+    return join(alone, ends, dfinal, _state_shape(k, v), chunks.segments, reverse=True, last=last)
+
+
+def _by_segment(ends, k, v, chunks):
+    """Ends [segments, b, H, K, V] and transitions [segments, b, H, K, K] of a first pass."""
+    by_segment = ends.unflatten(0, (-1, chunks.segments)).transpose(0, 1)
+    return by_segment[..., : v.shape[3]], by_segment[..., v.shape[3] : v.shape[3] + k.shape[3]]
+
+
 def _state_shape(k, v):
     return v.shape[0], v.shape[2], k.shape[3], v.shape[3]
 
 
-def forward(q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: bool, save: str, hopper: bool):
+def forward(q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: bool, save: str, hopper: bool, group=None):
     """o, the final state or None, and what `backward` wants: A, P, G, states, new values, segments' starts and ends."""
     scans, chunks = _scans(hopper), Chunks.of(v, k.shape[3], cu_seqlens)
     scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
-    cut, starts, ends, final = chunks.segments > 1, None, None, None
+    cut, starts, ends, final = chunks.segments > 1 or group is not None, None, None, None
     if cut:
-        starts, final, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, output_final)
+        starts, final, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, output_final, group)
     o, end, kept = _scan_of_outputs(q, v, cu_seqlens, hopper, save == "states")(
         q, k, v, scores, starts if cut else initial, cu_seqlens, scale, chunks, output=True,
         final=output_final and not cut, states=save == "states",
@@ -63,24 +91,23 @@ def forward(q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: b
     return o, final if cut else end, (*between[:3], *kept, *between[3:])
 
 
-def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: float, hopper: bool):
+def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: float, hopper: bool, group=None):
     """dq, dk, dv, dg, dbeta and dinitial (None without an initial state)."""
     A, P, G, states, new_values, starts, ends = saved
     scans, chunks, varlen = _scans(hopper), Chunks.of(v, k.shape[3], cu_seqlens), cu_seqlens is not None
-    scores, cut = Scores(A, P, G), chunks.segments > 1
+    scores, cut = Scores(A, P, G), chunks.segments > 1 or group is not None
     if A is None:
         scores = prepare(q, k, g, beta, scale, chunks, varlen)
     if cut and ends is None:
-        starts, _, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, False)
+        starts, _, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, False, group)
     if states is None:
         begin = starts if cut else initial
         states, new_values = scans.forward_scan(q, k, v, scores, begin, cu_seqlens, scale, chunks, states=True)[2]
     dinitial = None
     if cut:
-        alone = scans.reverse_scan(q, k, do, scores, None, None, scale, chunks, output=False, initial=True)[2]
-        dfinal, dinitial = join(
-            alone, ends, dfinal, _state_shape(k, v), chunks.segments, reverse=True, last=initial is not None
-        )  # fmt: skip
+        dfinal, dinitial = _alone_backward(
+            scans, q, k, v, do, scores, ends, dfinal, scale, chunks, initial is not None, group
+        )
     dv, dstates, dbegin = scans.reverse_scan(
         q, k, do, scores, dfinal, cu_seqlens, scale, chunks, initial=initial is not None and not cut
     )
@@ -92,13 +119,13 @@ def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: fl
 
 class GatedDeltaRule(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save, hopper):
+    def forward(ctx, q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save, hopper, group):
         q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
         initial = initial if initial is None else initial.contiguous()
-        run = _forward_op if torch.compiler.is_compiling() else forward
+        run = _forward_op if torch.compiler.is_compiling() else partial(forward, group=group)
         o, final, saved = run(q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save, hopper)
         ctx.save_for_backward(q, k, v, g, beta, initial, cu_seqlens, *saved)
-        ctx.scale, ctx.hopper = scale, hopper
+        ctx.scale, ctx.hopper, ctx.group = scale, hopper, group
         if not torch.compiler.is_compiling():  # which knows no such thing
             ctx.set_materialize_grads(False)
         return o, final
@@ -108,21 +135,27 @@ class GatedDeltaRule(torch.autograd.Function):
         q, k, v, g, beta, initial, cu_seqlens, *saved = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dfinal = dfinal if dfinal is None else dfinal.contiguous()
-        run = _backward_op if torch.compiler.is_compiling() else backward
+        run = _backward_op if torch.compiler.is_compiling() else partial(backward, group=ctx.group)
         *grads, dinitial = run(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, ctx.scale, ctx.hopper)
         if dinitial is not None:
             dinitial = dinitial.to(initial.dtype)
-        return *grads, dinitial, None, None, None, None, None
+        return *grads, dinitial, None, None, None, None, None, None
 
 
 def gated_delta_rule_triton(
     q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, save="scores",
-    hopper=False,
+    hopper=False, group=None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Arguments and results: `gated_delta_rule`."""
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     save = save if torch.is_grad_enabled() else "inputs"
-    return GatedDeltaRule.apply(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, save, hopper)
+    run = GatedDeltaRule.apply if group is None else _between_ranks
+    return run(q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, save, hopper, group)
+
+
+@torch.compiler.disable(reason="a process group is no argument of an operator")
+def _between_ranks(*args):
+    return GatedDeltaRule.apply(*args)
 
 
 # What torch.compile sees: two operators it does not look into. They return tensors alone: empty ones for what is missing.

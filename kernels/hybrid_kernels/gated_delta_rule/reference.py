@@ -10,6 +10,8 @@ Both compute in fp32, or in fp64 when v is fp64, and run on any device under aut
 import torch
 import torch.nn.functional as F
 
+from ..slices import StateBefore
+
 CHUNK = 64
 
 
@@ -21,10 +23,22 @@ def gated_delta_rule_recurrent(
 
 
 def gated_delta_rule_torch(
-    q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+    q, k, v, g, beta, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, group=None
 ):
     """Chunks of 64 tokens: matrix products inside a chunk, a scan of states across chunks."""
+    if group is not None:
+        initial_state = _state_before(k, v, g, beta, group)
     return _by_document(_chunked, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens)
+
+
+def _state_before(k, v, g, beta, group):
+    """The state [b, heads, dk, dv] that this rank's slice of every sequence starts from, by a scan of its own."""
+    batch, _, heads, dv = v.shape
+    compute = torch.float64 if v.dtype == torch.float64 else torch.float32
+    # beside the state, the identity with values of zero: it ends as what the slice does to any state
+    start = torch.eye(k.shape[-1], dtype=compute, device=v.device).expand(batch, heads, -1, -1)
+    _, ends = _by_document(_chunked, k, k, F.pad(v, (0, k.shape[-1])), g, beta, 1.0, F.pad(start, (dv, 0)), True, None)
+    return StateBefore.apply(ends, dv, group)
 
 
 def _by_document(rule, q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
