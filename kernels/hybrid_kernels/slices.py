@@ -52,8 +52,8 @@ class FromPrevious(torch.autograd.Function):
 
 
 def fold(ends, moves) -> torch.Tensor:
-    """S <- M S + E one after the other, from zero. ends [n, ..., K, V], moves [n, ..., K, K], n at least 1."""
-    state = ends[0]
+    """S <- M S + E one after the other, from zero; contiguous. ends [n, ..., K, V], moves [n, ..., K, K], n at least 1."""
+    state = ends[0].contiguous()
     for end, move in zip(ends[1:], moves[1:], strict=True):
         state = torch.matmul(move, state) + end
     return state

@@ -111,7 +111,7 @@ class Collector:
 
     def _writes(self, turn: int, name: str, piece: Piece, shared_out: bool) -> tuple[bool, bool]:
         """Whether this rank saves (the weight, the optimizer state) of a piece."""
-        dp, tp = self.groups.dp, self.groups.tp
+        dp, tp = self.groups.dp_cp, self.groups.tp  # context parallel ranks hold the same parameters, too
         tied_copy = name == "output_layer.weight" and self.layout.model.tie_embeddings
         mine = not tied_copy and (not piece.replicated or tp.rank() == 0)
         my_turn = turn % dp.size() == dp.rank()
@@ -132,7 +132,7 @@ class Collector:
                     )
                 if state and shard:
                     yield from self._state_shards(parameter, piece)
-        if self.groups.dp.rank() == self.groups.tp.rank() == 0:
+        if self.groups.dp_cp.rank() == self.groups.tp.rank() == 0:
             for name, tensor in self.fp8.tensors().items():
                 shape = tuple(tensor.shape)
                 yield SavedShard(name, shape, (0,) * len(shape), shape, tensor)

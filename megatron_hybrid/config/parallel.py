@@ -12,7 +12,7 @@ LARGEST_OVERLAP = 8
 
 
 class ParallelConfig(Section):
-    """Parallel degrees. The data parallel size is what is left: world size / (tensor * pipeline)."""
+    """Parallel degrees. The data parallel size is what is left: world size / (tensor * context * pipeline)."""
 
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share each matrix. Heads that do not divide are padded, exactly."""
@@ -21,13 +21,16 @@ class ParallelConfig(Section):
     tp_comm_overlap: bool = False
     """Exchange tokens between the tensor parallel ranks piece by piece while the pieces that are there are multiplied. Needs
     sequence parallelism, Transformer Engine's parts in bf16, fp8_delayed or fp8_tensorwise, and the ranks in one node."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of each sequence, for long ones: Gated DeltaNet passes states on, attention exchanges tokens for
+    heads. Parameters, gradients and the optimizer are treated as by data parallel ranks."""
     pipeline_parallel_size: PositiveInt = 1
     virtual_pipeline_parallel_size: PositiveInt = 1
     """Model chunks a pipeline rank holds (interleaved 1F1B); 1: plain 1F1B."""
     pipeline_split: tuple[PositiveInt, ...] | None = Field(None, strict=False)
     """Layers of each (virtual) stage in model order. None: as even as can be, extra layers to the middle stages."""
     distributed_optimizer: bool = True
-    """Shard the optimizer's state over the data parallel ranks."""
+    """Shard the optimizer's state over the data and context parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
@@ -96,9 +99,14 @@ class ParallelConfig(Section):
         """Ranks that hold one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    @property
+    def replica_size(self) -> int:
+        """Ranks that share the work on each sequence."""
+        return self.model_parallel_size * self.context_parallel_size
+
     def data_parallel_size(self, world_size: int) -> int:
-        """Copies of the model that `world_size` ranks hold; `RunConfig.check_world` has checked that it is whole."""
-        return world_size // self.model_parallel_size
+        """How many shares of a batch `world_size` ranks make; `RunConfig.check_world` has checked that it is whole."""
+        return world_size // self.replica_size
 
     def padded_heads(self, groups: int, heads: int | None = None) -> int:
         """Heads held over all tensor parallel ranks, dummies included.

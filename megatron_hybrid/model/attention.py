@@ -2,6 +2,7 @@
 queries, optional sliding window. The post-norm is part of the output projection (model/layer_specs.py).
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from hybrid_kernels.qk_norm_rope import explain as explain_qk_norm_rope
 from hybrid_kernels.qk_norm_rope import qk_norm_rope
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.padding import PaddedSizes
+from megatron_hybrid.parallel.context import HeadExchange
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -55,7 +57,8 @@ class SelfAttention(MegatronModule):
     """The attention mixer of one layer, on this rank's heads.
 
     `linear_qkv`'s output on a rank is `[q | k | v]`, heads in order. Dummy heads that tensor parallelism adds have zero
-    weights (config/padding.py).
+    weights (config/padding.py). Under context parallelism a rank has these of its slice's tokens, and attends with some of them
+    over whole sequences (`exchange`).
     """
 
     def __init__(self, config, submodules, layer_number, pg_collection, model: ModelConfig, name=None, **_):
@@ -78,8 +81,12 @@ class SelfAttention(MegatronModule):
             group=tp if tp.size() > 1 else None,
         )
         self.q_norm_weight, self.k_norm_weight = self._norm_weight(q_width), self._norm_weight(kv_width)
+        self.exchange = HeadExchange(pg_collection.cp, self.heads, self.groups)
+        core_config = copy.copy(config)  # Transformer Engine counts heads by it
+        core_config.num_attention_heads = self.exchange.heads * tp.size()
+        core_config.num_query_groups = self.exchange.groups * tp.size()
         self.core_arguments = dict(
-            config=config,
+            config=core_config,
             layer_number=layer_number,
             attn_mask_type=AttnMaskType.causal,
             attention_type="self",
@@ -102,11 +109,15 @@ class SelfAttention(MegatronModule):
         return weight
 
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary_pos_emb=None, **_):
-        """hidden_states [s, b, h] (this rank's tokens under sequence parallelism) -> ([s, b, h], None)."""
+        """hidden_states [s, b, h] (this rank's tokens under sequence and context parallelism) -> ([s, b, h], None)."""
         qkv, _ = self.linear_qkv(hidden_states)
         q, k, v = qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight, rotary_pos_emb, **self.norm)
+        q, k, v = (
+            self.exchange.to_heads(x, n)
+            for x, n in ((q, self.exchange.heads), (k, self.exchange.groups), (v, self.exchange.groups))
+        )
         context = self.core_attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal)
-        return self.linear_proj(context)
+        return self.linear_proj(self.exchange.to_tokens(context))
 
     def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
         """Which backend QK norm and rotary embedding run, and why."""

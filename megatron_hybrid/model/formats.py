@@ -30,6 +30,9 @@ def format_table(
 
     With Transformer Engine it runs attention once (precision/attention_probe.py).
 
+    Args:
+        sequence_length: of the whole sequences.
+
     Raises:
         ConfigError: FP8 attention that does not run, or is wrong, on this machine.
     """
@@ -37,7 +40,7 @@ def format_table(
     rows: list[Row] = [("layers", "part", "format", "backend", "why")]
     rows += _linears(chunks, parts, reason, precision, dtype)
     rows += _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size)
-    rows += _head(chunks, dtype, sequence_length, batch_size)
+    rows += _head(chunks, dtype, sequence_length // _context_ranks(chunks), batch_size)
     rows.append((_stage(chunks), "norms", dtype, parts.name, reason))
     if chunks[0].config.tp_comm_overlap:
         sent = precision.linear or dtype
@@ -45,6 +48,10 @@ def format_table(
     rows.append(("all", "optimizer", "fp32", optimizer, "the fastest installed"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]  # noqa: B905 - the last is free
+
+
+def _context_ranks(chunks) -> int:
+    return chunks[0].pg_collection.cp.size()
 
 
 def _layers(chunks) -> list[int]:
@@ -91,7 +98,7 @@ def _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size
     gdn = next((m for m in modules if isinstance(m, GatedDeltaNet)), None)
     attention = next((m for m in modules if isinstance(m, SelfAttention)), None)
     for symbol, mixer in (("G", gdn), ("A", attention)):
-        for choice in mixer.backends(sequence_length, batch_size) if mixer else ():
+        for choice in mixer.backends(sequence_length // _context_ranks(chunks), batch_size) if mixer else ():
             yield symbol, choice.op, dtype, choice.backend, _why(choice)
     if attention:
         yield _attention(attention, parts, reason, precision, dtype, sequence_length, batch_size)
@@ -111,9 +118,12 @@ def _head(chunks, dtype, sequence_length, batch_size) -> Iterator[Row]:
 
 
 def _attention(mixer: SelfAttention, parts, reason, precision, dtype, sequence_length, batch_size) -> Row:
+    exchange = mixer.exchange
+    if exchange.ranks > 1:
+        reason += f"; {exchange.heads} heads of whole sequences on each of {exchange.ranks} context parallel ranks"
     if parts is LOCAL:
         return "A", "attention", dtype, "torch's scaled_dot_product_attention", reason
-    sizes = (sequence_length, batch_size, mixer.heads, mixer.groups, mixer.head_dim)
+    sizes = (sequence_length, batch_size, exchange.heads, exchange.groups, mixer.head_dim)
     fp8 = mixer.another_core_attention(parts.attention) if precision.attention else None
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         found = probe_attention(fp8, mixer.another_core_attention(parts.plain_attention), *sizes)

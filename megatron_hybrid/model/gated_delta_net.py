@@ -1,8 +1,9 @@
-"""The Gated DeltaNet mixer (arXiv 2412.06464) with tensor and sequence parallelism.
+"""The Gated DeltaNet mixer (arXiv 2412.06464) with tensor, sequence and context parallelism.
 
     project  ->  conv, gates  ->  delta rule  ->  gated norm  ->  project
 
-Heads are shared over the tensor parallel ranks; each rank's slice of every weight is whole heads. The mathematics is in
+Heads are shared over the tensor parallel ranks; each rank's slice of every weight is whole heads. Tokens are shared over the
+context parallel ranks, which pass on states and what the convolution looks back on. The mathematics is in
 `hybrid_kernels`; which backend of it runs is its dispatch's choice.
 """
 
@@ -44,7 +45,7 @@ class GatedDeltaNet(MegatronModule):
     def __init__(self, config, submodules, layer_number, pg_collection, model: ModelConfig, name=None, **_):
         super().__init__(config)
         gdn, tp = model.gdn, pg_collection.tp
-        self.gdn, self.tp_group, self.layer_number = gdn, tp, layer_number
+        self.gdn, self.tp_group, self.cp_group, self.layer_number = gdn, tp, pg_collection.cp, layer_number
         self.widths = widths = PackedWidths.of(model, tp.size())
         self.recompute = config.recompute_granularity == "selective"
 
@@ -72,7 +73,7 @@ class GatedDeltaNet(MegatronModule):
         return parameter
 
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, **_) -> tuple[torch.Tensor, None]:
-        """hidden_states [s, b, h] (this rank's tokens under sequence parallelism) -> ([s, b, h], None)."""
+        """hidden_states [s, b, h] (this rank's tokens under sequence and context parallelism) -> ([s, b, h], None)."""
         packed, _ = self.in_proj(hidden_states)
         return between_linears(self._mix, packed, self.out_proj, self.recompute and self.training)
 
@@ -84,9 +85,10 @@ class GatedDeltaNet(MegatronModule):
             self.A_log,
             self.dt_bias,
             **self._sizes(),
+            group=self.cp_group,
             return_gate=True,
         )
-        o, _ = gated_delta_rule(q, k, v, g, beta)
+        o, _ = gated_delta_rule(q, k, v, g, beta, group=self.cp_group)
         weight = self.o_norm_weight
         if not self.config.sequence_parallel:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
@@ -112,6 +114,6 @@ class GatedDeltaNet(MegatronModule):
         packed = like.expand(s, b, widths.total)
         return [
             explain_conv_gates(packed, self.conv_weight, **self._sizes()),
-            explain_gated_delta_rule(q, q, v, gates, gates),
+            explain_gated_delta_rule(q, q, v, gates, gates, group=self.cp_group),
             explain_gated_rmsnorm(v, packed[..., : widths.gate], self.o_norm_weight),
         ]

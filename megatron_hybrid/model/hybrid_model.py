@@ -77,7 +77,8 @@ class HybridLanguageModel(HybridModel):
         z_loss: float = 0.0,
     ) -> torch.Tensor | Losses:
         """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the Losses (z_loss is the weight
-        of the z-loss). On a stage that is not the last: hidden states [s, b, h], of this rank's tokens.
+        of the z-loss), means over these tokens. On a stage that is not the last: hidden states [s, b, h], of this rank's tokens.
+        Under context parallelism s is this rank's slice of every sequence (parallel/context.py).
 
         megatron-core's own forward has inference and multi-token prediction in it as well, and always makes all logits.
         """
@@ -85,7 +86,9 @@ class HybridLanguageModel(HybridModel):
         if self.pre_process:
             x_sbh = self.embedding(input_ids=tokens, position_ids=None)
         if self.position_embedding_type == "rope":
-            angles = self.rotary_pos_emb(tokens.shape[1])
+            # packed_seq: not megatron-core's slices, which are two a rank, one from either end
+            length = tokens.shape[1]
+            angles = self.rotary_pos_emb(length, offset=self.pg_collection.cp.rank() * length, packed_seq=True)
         x_sbh = self.decoder(hidden_states=x_sbh, attention_mask=None, rotary_pos_emb=angles)
         if not self.post_process:
             return x_sbh

@@ -51,7 +51,11 @@ def _fp8(precision: PrecisionConfig) -> dict:
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, dtype: str
 ) -> TransformerConfig:
-    """The TransformerConfig of a run. Heads and vocabulary are the padded ones; everything else is the model's."""
+    """The TransformerConfig of a run. Heads and vocabulary are the padded ones; everything else is the model's.
+
+    Its context_parallel_size stays 1: it is what would have Transformer Engine's attention exchange keys on its own. What
+    megatron-core itself divides by context parallel ranks (gradients, pipeline tensors, losses) it divides by their group's size.
+    """
     cuda, sizes = has_cuda(), PaddedSizes.of(model, parallel.tensor_parallel_size)
     virtual = parallel.virtual_pipeline_parallel_size
     params_dtype = DTYPES[dtype]

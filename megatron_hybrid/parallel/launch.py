@@ -1,4 +1,4 @@
-"""Joining the other ranks: the device, torch.distributed, and the tensor, pipeline and data parallel groups."""
+"""Joining the other ranks: the device, torch.distributed, and the tensor, context, data and pipeline parallel groups."""
 
 import datetime
 import os
@@ -25,9 +25,9 @@ def start_distributed(
     timeout_minutes: float = LONGEST_WAIT_MINUTES,
     quiet: bool = False,
 ) -> ProcessGroupCollection:
-    """Choose the device, join the other ranks and form the tensor, pipeline and data parallel groups.
+    """Choose the device, join the other ranks and form the tensor, context, data and pipeline parallel groups.
 
-    Ranks are numbered tensor parallel first, then data, then pipeline (megatron-core's `tp-cp-ep-dp-pp`), so that the
+    Ranks are numbered tensor parallel first, then context, data, pipeline (megatron-core's `tp-cp-ep-dp-pp`), so that the
     busiest communication stays inside a node.
     """
     chosen = setup_device(launch.local_rank)
@@ -46,6 +46,7 @@ def start_distributed(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)

@@ -99,9 +99,8 @@ class MegatronEngine:
         self.groups, self.parallel, self.precision, self.sequence_length = groups, parallel, precision, sequence_length
         self.dtype = train.dtype
         if parallel.tp_comm_overlap:
-            start_overlap(
-                precision, train.dtype, sequence_length * train.micro_batch_size, model.hidden_size, groups.tp
-            )
+            tokens = sequence_length // groups.cp.size() * train.micro_batch_size
+            start_overlap(precision, train.dtype, tokens, model.hidden_size, groups.tp)
         self.chunks = build_model(model, parallel, precision, train.dtype, sequence_length, groups)
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         fill(self.chunks, self.layout, train.seed)

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_hybrid.parallel.context import slice_of_sequences
 from megatron_hybrid.parallel.device import local_device
 
 Batch = dict[str, Tensor]
@@ -43,7 +44,8 @@ class BatchRunner:
         """Forward (and backward) of this rank's micro-batches; gradients are reduced over all ranks when it returns.
 
         Args:
-            batches: micro-batches of `tokens`, `labels` [b, s] int64 and `loss_mask` [b, s].
+            batches: micro-batches of `tokens`, `labels` [b, s] int64 and `loss_mask` [b, s], whole sequences, the same on all
+                context parallel ranks of a replica.
         """
         several = len(self.chunks) > 1
         iterators = [iter(batches) for _ in self.chunks]
@@ -59,14 +61,16 @@ class BatchRunner:
         return self._mean(outputs)
 
     def _forward_step(self, batches: Iterator[Batch], model):
-        batch = on_device(next(batches))
+        batch = {name: slice_of_sequences(x, self.groups.cp) for name, x in next(batches).items()}
+        batch = on_device(batch)
         output = model(batch["tokens"], batch["labels"], batch["loss_mask"], self.z_loss)
         return output, self._loss
 
-    @staticmethod
-    def _loss(losses: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, losses: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         total, cross_entropy, z_loss = losses
-        return total, {"losses": torch.stack((cross_entropy, z_loss))}
+        # megatron-core multiplies it by the context parallel size (schedules.py, forward_step_calc_loss) and averages gradients over
+        # these ranks as well: all slices have as many tokens, so their means' mean is the sequences'
+        return total / self.groups.cp.size(), {"losses": torch.stack((cross_entropy, z_loss))}
 
     def _mean(self, outputs: Iterable[dict[str, Tensor]]) -> Losses:
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
@@ -82,8 +86,8 @@ def on_device(batch: Batch) -> Batch:
 def mean_losses(losses: list[Tensor], groups: ProcessGroupCollection) -> Losses:
     """Of each micro-batch's (cross-entropy, z-loss) on this rank to the means of all ranks; zeros where a stage has none."""
     mean = torch.stack(losses).mean(0)
-    dist.all_reduce(mean, group=groups.dp)
-    mean /= groups.dp.size()
+    dist.all_reduce(mean, group=groups.dp_cp)
+    mean /= groups.dp_cp.size()
     if groups.pp.size() > 1:
         dist.all_reduce(mean, group=groups.pp)
     loss, z_loss = mean.tolist()

@@ -27,8 +27,9 @@ TRAIN = dict(
 TOLERANCE = 1e-5
 
 
-def layout(tp=1, pp=1, vpp=1, **more) -> dict:
-    return dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp, **more)
+def layout(tp=1, pp=1, vpp=1, cp=1, **more) -> dict:
+    sizes = dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp)
+    return sizes | dict(context_parallel_size=cp) | more
 
 
 LAYOUTS = {
@@ -61,6 +62,18 @@ LAYOUTS = {
     "TP2, PP2, VPP2, selective recompute": (4, layout(2, 2, 2, recompute="selective")),
     "PP2, VPP2, DP2, overlapped": (4, layout(pp=2, vpp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
     "DP4": (4, layout()),
+    # three key/value heads: over two context parallel ranks or more, some are exchanged as dummies
+    "CP2": (2, layout(cp=2)),
+    "CP2, plain optimizer": (2, layout(cp=2, distributed_optimizer=False)),
+    "CP2, selective recompute": (2, layout(cp=2, recompute="selective")),
+    "CP2, full recompute": (2, layout(cp=2, recompute="full")),
+    "CP4": (4, layout(cp=4)),
+    "CP2, TP2": (4, layout(2, cp=2)),
+    "CP2, TP2, no sequence parallelism": (4, layout(2, cp=2, sequence_parallel=False)),
+    "CP2, PP2": (4, layout(pp=2, cp=2)),
+    "CP2, PP2, VPP2": (4, layout(pp=2, vpp=2, cp=2)),
+    "CP2, DP2": (4, layout(cp=2)),
+    "CP2, DP2, overlapped": (4, layout(cp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
 }
 
 
