@@ -1,10 +1,13 @@
 """Checks that need more than one section, or the number of ranks."""
 
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING
 
 from megatron_hybrid.config import nearest
 from megatron_hybrid.config.errors import ConfigError, Problems, join
 from megatron_hybrid.config.fp8_checks import check_precision
+from megatron_hybrid.config.padding import PaddedSizes
 from megatron_hybrid.config.zero import check_engine
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ def section_problems(run: "RunConfig") -> Problems:
     """What no section can see alone."""
     problems = Problems()
     _check_tensor_parallel(run, problems)
+    _check_context_parallel(run, problems)
     _check_overlap(run, problems)
     _check_offload(run, problems)
     try:
@@ -33,7 +37,7 @@ def section_problems(run: "RunConfig") -> Problems:
 def world_problems(run: "RunConfig", world_size: int) -> Problems:
     """What does not fit `world_size` ranks."""
     problems, parallel, train = Problems(), run.parallel, run.train
-    if world_size < 1 or world_size % parallel.model_parallel_size:
+    if world_size < 1 or world_size % parallel.replica_size:
         _degrees_do_not_divide(run, world_size, problems)
         return problems
     ranks = parallel.data_parallel_size(world_size)
@@ -85,6 +89,35 @@ def _check_tensor_parallel(run: "RunConfig", problems: Problems) -> None:
             "data.sequence_length",
             f"{sequence} is not a multiple of tensor_parallel_size = {size}, as sequence parallelism needs; the "
             f"nearest is {nearest.multiple(sequence, size)}, or set parallel.sequence_parallel to false",
+        )
+
+
+def _check_context_parallel(run: "RunConfig", problems: Problems) -> None:
+    """A slice of every sequence, and heads to attend with, for each context parallel rank."""
+    size, model, sequence = run.parallel.context_parallel_size, run.model, run.data.sequence_length
+    if size == 1:
+        return
+    field, tensor = "parallel.context_parallel_size", run.parallel.tensor_parallel_size
+    shared = tensor if run.parallel.sequence_parallel_on else 1
+    words = f"context_parallel_size {size}" + (f" x tensor_parallel_size {tensor}" if shared > 1 else "")
+    if sequence % (size * shared) and not (shared > 1 and sequence % shared):  # of that, tensor parallelism has told
+        problems.add(
+            "data.sequence_length",
+            f"{sequence} is not a multiple of {words} = {size * shared}; the nearest is "
+            f"{nearest.multiple(sequence, size * shared)}",
+        )
+    back = model.gdn.conv_kernel_size - 1 if model.gdn is not None and "G" in model.layers else 0
+    if sequence // size < back:
+        problems.add(
+            field,
+            f"{size} leaves {sequence // size} tokens of a sequence on each rank, and Gated DeltaNet's convolution looks back on "
+            f"{back}; the largest that fits is {max(1, sequence // back)}",
+        )
+    groups = PaddedSizes.of(model, tensor).num_key_value_heads // tensor
+    if set(model.layers) & {"A", "W"} and size > groups:
+        of = f" of each of {tensor} tensor parallel ranks" if tensor > 1 else ""
+        problems.add(
+            field, f"{size} exceeds the {groups} key/value heads{of}, which its ranks share; set it to {groups} at most"
         )
 
 
@@ -168,24 +201,26 @@ def _check_data(run: "RunConfig", problems: Problems) -> None:
 
 
 def _degrees_do_not_divide(run: "RunConfig", world_size: int, problems: Problems) -> None:
-    """Tensor x pipeline parallel ranks that do not divide the world."""
-    parallel = run.parallel
-    tensor, pipeline, both = (
-        parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size,
-        parallel.model_parallel_size,
-    )
+    """Tensor x pipeline x context parallel ranks that do not divide the world."""
+    sizes = {
+        name: getattr(run.parallel, f"{name}_parallel_size")
+        for name in ("tensor", "pipeline", "context")
+        if name != "context" or run.parallel.context_parallel_size > 1
+    }
+    all_of_them = run.parallel.replica_size
     if world_size < 1:
-        problems.add("world_size", f"{world_size} ranks cannot train; run on {both}, or a multiple of it")
+        problems.add("world_size", f"{world_size} ranks cannot train; run on {all_of_them}, or a multiple of it")
         return
-    name, degree, held = ("pipeline", pipeline, tensor) if world_size % tensor == 0 else ("tensor", tensor, pipeline)
-    remedy = f"run on {nearest.multiples(world_size, both)} ranks"
+    so_far = accumulate(sizes.values(), mul)
+    name = next(name for name, ranks in zip(sizes, so_far, strict=True) if world_size % ranks)
+    remedy = f"run on {nearest.multiples(world_size, all_of_them)} ranks"
+    held = all_of_them // sizes[name]
     if world_size % held == 0:
-        remedy += f", or set it to {nearest.divisor(degree, world_size // held)}"
+        remedy += f", or set it to {nearest.divisor(sizes[name], world_size // held)}"
+    words = " x ".join(f"{name}_parallel_size {size}" for name, size in sizes.items())
     problems.add(
         f"parallel.{name}_parallel_size",
-        f"tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline} = {both} does not divide the {world_size} "
-        f"ranks of this run; {remedy}",
+        f"{words} = {all_of_them} does not divide the {world_size} ranks of this run; {remedy}",
     )
 
 

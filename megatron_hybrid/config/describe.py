@@ -51,9 +51,24 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
     return [
         f"Layout of {world_size} ranks",
         f"  tensor    {parallel.tensor_parallel_size}{sequence}",
+        *_context(config),
         f"  pipeline  {parallel.pipeline_parallel_size}" + (f" x {virtual} chunks, interleaved" if virtual > 1 else ""),
         f"  data      {parallel.data_parallel_size(world_size)}{sharing}",
     ]
+
+
+def _context(config: RunConfig) -> list[str]:
+    """What a context parallel rank has; nothing where there is one."""
+    ranks, model = config.parallel.context_parallel_size, config.model
+    if ranks == 1:
+        return []
+    words = f", {config.data.sequence_length // ranks:,} tokens of each sequence a rank"
+    if set(model.layers) & {"A", "W"}:
+        tensor = config.parallel.tensor_parallel_size
+        groups = config.parallel.padded_heads(model.kv_heads) // tensor
+        a_rank = -(-groups // ranks) * (model.num_attention_heads // model.kv_heads)
+        words += f", which attends with {a_rank} heads over whole sequences"
+    return [f"  context   {ranks}{words}"]
 
 
 def _stages(config: RunConfig) -> list[str]:

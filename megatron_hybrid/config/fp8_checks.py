@@ -52,10 +52,12 @@ def _check_widths(run: "RunConfig", problems: Problems) -> None:
         width = sizes.gdn_value_heads * model.gdn.value_head_dim
         if width % (unit * ranks):
             _heads(problems, "model.gdn.value_head_dim", model.gdn.value_head_dim, width // ranks)
-    shared = ranks if run.parallel.sequence_parallel_on else 1
+    context = run.parallel.context_parallel_size
+    shared = context * (ranks if run.parallel.sequence_parallel_on else 1)
     tokens = run.data.sequence_length * run.train.micro_batch_size
     if tokens % (unit * shared):
-        words = "tokens a micro-batch" + (f" over {shared} sequence parallel ranks" if shared > 1 else "")
+        kinds = "context and sequence" if context > 1 else "sequence"
+        words = "tokens a micro-batch" + (f" over {shared} {kinds} parallel ranks" if shared > 1 else "")
         problems.add(
             "data.sequence_length",
             f"{run.data.sequence_length} makes {tokens} {words}, and FP8 takes them in multiples of {unit}; the nearest is "

@@ -59,7 +59,8 @@ def field_paths(root: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 _SAME_AS = {
-    "batch_size": "train.global_batch_size", "bf16": "train.dtype", "cp": "parallel.context_parallel_size", "d_model": "model.hidden_size",
+    "batch_size": "train.global_batch_size", "bf16": "train.dtype",
+    "cp": "parallel.context_parallel_size", "d_model": "model.hidden_size",
     "fp16": "train.dtype", "iters": "train.steps", "layers": "model.layer_pattern",
     "learning_rate": "train.optimizer.lr",
     "log_interval": "logging.interval", "lr_warmup_iters": "train.schedule.warmup_steps", "max_steps": "train.steps",

@@ -76,6 +76,12 @@ def _check_deepspeed(run: "RunConfig", problems: Problems) -> None:
             "after each micro-batch's backward pass, and a pipeline has several micro-batches under way; set it to 1, or "
             "train.engine to megatron",
         )
+    if parallel.context_parallel_size > 1:
+        problems.add(
+            "parallel.context_parallel_size",
+            f"{parallel.context_parallel_size} is for train.engine = megatron, whose data parallel groups hold these ranks as well; "
+            "set it to 1, or train.engine to megatron",
+        )
     for field in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "bucket_size"):
         value = getattr(parallel, field)
         if value != defaults[field].default:

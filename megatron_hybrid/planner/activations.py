@@ -63,6 +63,12 @@ class Setting:
     fp8: bool
     fp8_attention: bool
     transformer_engine: bool
+    context: int = 1
+    """Context parallel ranks."""
+    slice_length: int = 0
+    """Tokens of a sequence on each of several."""
+    dummies: float = 1.0
+    """Heads that they attend with, for each of theirs."""
 
     @classmethod
     def of(cls, plan: Plan) -> "Setting":
@@ -74,6 +80,7 @@ class Setting:
             plan.precision.linear is not None,
             plan.precision.attention is not None,
             plan.transformer_engine,
+            *((plan.cp, plan.slice_length, plan.dummies) if plan.cp > 1 else ()),
         )
 
     @property
@@ -93,15 +100,16 @@ def _gdn_ops(w: Widths, of: Setting) -> list[Op]:
     e, key, value, heads = of.element, w.gdn_key, w.gdn_value, w.gdn_heads
     scores = heads * (2 * e * CHUNK + 4)  # A and P [64, 64] of every chunk, G
     states = e * value * w.key_head_dim / CHUNK  # every chunk's incoming state, and its gradient
+    kept, exchanged = _states_of_slices(w, of)
     return [
         *_norm_linear(w, of, "in_proj", w.gdn_packed),
         # the gate is a view of its input, which it keeps for its own recomputation
         Op("conv_gates", e * w.gdn_packed, e * w.gdn_packed, again=True, input=e * w.gdn_packed),
         Op(
             "delta rule",
-            e * (2 * key + value) + 8 * heads + scores,
+            e * (2 * key + value) + 8 * heads + scores + kept,
             e * (2 * key + value) + 8 * heads,
-            extra=2 * states + e * value + 4 * heads * -(-w.key_head_dim // CHUNK),
+            extra=2 * states + e * value + 4 * heads * -(-w.key_head_dim // CHUNK) + exchanged,
             again=True,
         ),
         Op("gated norm", e * value, 2 * e * value, again=True),
@@ -109,16 +117,29 @@ def _gdn_ops(w: Widths, of: Setting) -> list[Op]:
     ]
 
 
+def _states_of_slices(w: Widths, of: Setting) -> tuple[float, float]:
+    """A slice's state before it, its own end and its transition, and what all ranks' are when they are exchanged: fp32, a
+    sequence, hence so much a token."""
+    if of.context == 1:
+        return 0.0, 0.0
+    columns = w.gdn_value + w.gdn_heads * CHUNK * -(
+        -w.key_head_dim // CHUNK
+    )  # of ends, with their transitions beside them
+    rows = 4 * w.key_head_dim / of.slice_length
+    return rows * (w.gdn_value + columns), rows * (of.context + 1) * (w.gdn_value + w.gdn_heads * w.key_head_dim)
+
+
 def _attention_ops(w: Widths, of: Setting) -> list[Op]:
     e, qkv = of.element, w.q + 2 * w.kv
-    kept = (qkv + w.q) * (1 if of.fp8_attention else e) + 4 * w.heads
+    kept = of.dummies * ((qkv + w.q) * (1 if of.fp8_attention else e) + 4 * w.heads)
     # the output is the next linear's input: that keeps its own cast of it where it is FP8, or a copy in another layout
-    shared = not of.fp8 and not of.fp8_attention and of.transformer_engine
+    shared = not of.fp8 and not of.fp8_attention and of.transformer_engine and of.context == 1
+    sent = of.dummies * e * qkv if of.context > 1 else 0.0  # what an exchange sends beside what it receives
     fp32_copies = 0.0 if of.transformer_engine else 8 * w.heads
     return [
         _column_linear(w, of, "qkv", qkv),
         Op("QK norm, RoPE", e * qkv + 8, e * qkv, extra=fp32_copies),
-        Op("attention", kept, e * qkv, extra=4 * w.q + 4 * w.heads),  # cuDNN sums dq in fp32
+        Op("attention", kept, e * qkv, extra=of.dummies * (4 * w.q + 4 * w.heads) + sent),  # cuDNN sums dq in fp32
         _row_linear(w, of, "o_proj", w.q, saved=0.0 if shared else of.linear_input * w.q),
         _norm(w, of, "post-norm"),
     ]

@@ -10,6 +10,9 @@ from megatron_hybrid.planner.plan import Plan
 from megatron_hybrid.planner.work import attention_flops, glue_bytes, linear_bytes, linear_flops
 
 Parts = Counter[str]
+LIGHT_SCAN = {"forward": 0.75, "backward": 0.3}
+"""What a slice's first pass takes of the delta rule's time, as 15 heads in two segments do: 192 us of 255 forward and of 647
+backward (hybrid_kernels/NOTES.md)."""
 HIDDEN = ("TP communication, hidden", "DP communication, hidden")
 
 
@@ -23,7 +26,8 @@ class Layers:
 
     def __init__(self, plan: Plan, hardware: Hardware) -> None:
         self.plan, self.hardware, self.w = plan, hardware, plan.widths
-        self.group = network.groups(plan, hardware.gpus_per_node)["tp"]
+        groups = network.groups(plan, hardware.gpus_per_node)
+        self.group, self.context = groups["tp"], groups["cp"]
         self.compute, self.talk = hardware.factor("compute"), hardware.factor("communication")
         self._layers: dict[tuple[LayerKind, str, bool], Parts] = {}
         self.chunks: dict[tuple, Parts] = {}
@@ -69,15 +73,22 @@ class Layers:
             gdn = plan.model.gdn
             state = gdn.key_head_dim * gdn.value_head_dim  # type: ignore[union-attr]
             rows = w.gdn_heads * plan.micro_batch_size
-            seconds = self.hardware.delta_rule_seconds(way, plan.sequence_length, rows, state)
+            seconds = self.hardware.delta_rule_seconds(way, plan.slice_length, rows, state)
             parts["delta rule"] = seconds * self.compute
+            if plan.cp > 1:
+                parts["delta rule"] *= 1 + LIGHT_SCAN[way]
+                ends = 4 * rows * gdn.key_head_dim * (gdn.value_head_dim + gdn.key_head_dim)  # type: ignore[union-attr]
+                parts["CP communication"] = self._exchange("all_gather", plan.cp * ends)
             parts["glue"] = self._glue("conv_gates", way) + self._glue("gated_norm", way)
             return parts
         window = plan.model.sliding_window if kind == "W" else None
-        flops = attention_flops(plan.sequence_length, plan.micro_batch_size, w.q, way, window)
+        flops = attention_flops(plan.sequence_length, plan.micro_batch_size, w.q * plan.dummies / plan.cp, way, window)
         rate = self.hardware.attention["fp8" if plan.precision.attention else "bf16"][way]
         parts["attention"] = rate.seconds(flops) * self.compute
         parts["glue"] = self._glue("qk_norm_rope", way)
+        if plan.cp > 1:  # q, k, v and the output to other ranks or back
+            size = plan.element * plan.dummies * plan.tokens
+            parts["CP communication"] = sum(self._exchange("all_gather", size * n) for n in (w.q, w.kv, w.kv, w.q))
         if plan.tp > 1:  # two sums a token, each way
             parts["TP communication"] = self._talk("all_reduce", 8 * plan.tokens)
         return parts
@@ -131,6 +142,9 @@ class Layers:
 
     def _talk(self, op: str, size: float) -> float:
         return network.seconds(op, size, self.group, self.hardware) * self.talk
+
+    def _exchange(self, op: str, size: float) -> float:
+        return network.seconds(op, size, self.context, self.hardware) * self.talk
 
     def _move(self, size: float) -> float:
         """Seconds to read and write `size` bytes."""

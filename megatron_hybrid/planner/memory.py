@@ -183,5 +183,5 @@ def _exchange_buffers(plan: Plan) -> float:
 def _state_padding(plan: Plan, pipeline_rank: int) -> float:
     sharded = plan.parallel.distributed_optimizer
     state = (12 if plan.element == 2 else 8) * (1 - plan.offload_fraction)
-    per_parameter = plan.element + 4 + state / (plan.dp if sharded else 1)
+    per_parameter = plan.element + 4 + state / (plan.sharing if sharded else 1)
     return dummy_head_parameters(plan, pipeline_rank) * per_parameter

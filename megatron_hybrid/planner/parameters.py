@@ -157,10 +157,10 @@ def buckets(parameters: tuple[Parameter, ...], limit: int | None, dp: int, padde
 
 
 def chunk_state(plan: Plan, chunk: Chunk, position: int, dp_rank: int = 0) -> StateBytes:
-    """Of one model chunk. `position`: its place among its rank's chunks."""
+    """Of one model chunk. `position`: its place among its rank's chunks. `dp_rank`: among the data and context parallel ranks."""
     which = plan.model, plan.tp, chunk.kinds, chunk.embedding, chunk.head, plan.pp > 1, _held_in_fp8(plan, chunk)
     limit = _bucket_limit(plan, chunk, position)
-    return _state(which, limit, plan.dp, dp_rank, plan.element, _sharded(plan), plan.offload_fraction)
+    return _state(which, limit, plan.sharing, dp_rank, plan.element, _sharded(plan), plan.offload_fraction)
 
 
 @lru_cache(maxsize=4096)
@@ -236,7 +236,7 @@ def _bucket_limit(plan: Plan, chunk: Chunk, position: int) -> int | None:
     """Buckets are cut only where reduction overlaps the backward pass, and then on the first pipeline rank's first chunk:
     elsewhere it is not on the critical path (distributed_data_parallel.py)."""
     first = chunk.stage % plan.pp == 0 and position == 0
-    return max(40_000_000, 1_000_000 * plan.dp) if plan.parallel.overlap_grad_reduce and first else None
+    return max(40_000_000, 1_000_000 * plan.sharing) if plan.parallel.overlap_grad_reduce and first else None
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -57,8 +57,17 @@ class Plan:
         return self.parallel.virtual_pipeline_parallel_size
 
     @property
+    def cp(self) -> int:
+        return self.parallel.context_parallel_size
+
+    @property
     def dp(self) -> int:
         return self.parallel.data_parallel_size(self.world_size)
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that hold the same parameters, and share out the optimizer's state: data and context parallel ones."""
+        return self.dp * self.cp
 
     @property
     def microbatches(self) -> int:
@@ -67,8 +76,19 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.sequence_length * self.micro_batch_size
+        """Of a micro-batch, on a rank before tensor parallelism shares them."""
+        return self.slice_length * self.micro_batch_size
+
+    @property
+    def slice_length(self) -> int:
+        """Tokens of a sequence on a context parallel rank."""
+        return self.sequence_length // self.cp
+
+    @property
+    def dummies(self) -> float:
+        """Heads that the context parallel ranks of a tensor parallel rank attend with, for each of its heads."""
+        groups = PaddedSizes.of(self.model, self.tp).num_key_value_heads // self.tp
+        return -(-groups // self.cp) * self.cp / groups
 
     @property
     def element(self) -> int:
@@ -106,8 +126,9 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """`TP2 PP4 VPP2 DP8 mbs1 selective`."""
-        parts = [f"{name}{size}" for name, size in (("TP", self.tp), ("PP", self.pp), ("VPP", self.vpp)) if size > 1]
+        """`TP2 CP2 PP4 VPP2 DP8 mbs1 selective`."""
+        sizes = (("TP", self.tp), ("CP", self.cp), ("PP", self.pp), ("VPP", self.vpp))
+        parts = [f"{name}{size}" for name, size in sizes if size > 1]
         if self.tp > 1 and not self.parallel.sequence_parallel_on:
             parts.append("no-SP")
         parts += [f"DP{self.dp}", f"mbs{self.micro_batch_size}", f"recompute-{self.parallel.recompute}"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_hybrid.config.errors import ConfigError, shown
 from megatron_hybrid.planner import network
-from megatron_hybrid.planner.search import NO_CONTEXT_PARALLELISM, Answer, Candidate, Job, Rejection, degrees_of
+from megatron_hybrid.planner.search import Answer, Candidate, Job, Rejection, degrees_of
 
 GB = 1e9
 _YES = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
@@ -19,11 +19,25 @@ def table(answer: Answer, top: int) -> str:
     if not answer.candidates:
         return "\n".join([*lines, "no layout fits.", *summary(answer.rejections)])
     rows = [
-        ("", "TP", "PP", "VPP", "DP", "mbs", "recompute", "GB", "s/step", "tokens/s/GPU", "MFU", "where the time goes")
+        (
+            "",
+            "TP",
+            "CP",
+            "PP",
+            "VPP",
+            "DP",
+            "mbs",
+            "recompute",
+            "GB",
+            "s/step",
+            "tokens/s/GPU",
+            "MFU",
+            "where the time goes",
+        )
     ]
     for place, candidate in enumerate(answer.candidates[:top], 1):
         plan, step = candidate.plan, candidate.step
-        sizes = (plan.tp, plan.pp, plan.vpp, plan.dp, plan.micro_batch_size)
+        sizes = (plan.tp, plan.cp, plan.pp, plan.vpp, plan.dp, plan.micro_batch_size)
         rows.append(
             (f"{place}.", *map(str, sizes), plan.parallel.recompute, f"{candidate.need / GB:.1f}", f"{step.seconds:.3f}",
              f"{step.tokens_per_gpu:,.0f}", f"{step.mfu:.1%}", _where(step.parts))
@@ -31,7 +45,7 @@ def table(answer: Answer, top: int) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [
-            cell.ljust(width) if i in (6, 11) else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            cell.ljust(width) if i in (7, 12) else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
         ]
         lines.append("  ".join(cells).rstrip())
     lines += ["", f"{len(answer.candidates)} layouts fit; {len(answer.rejections)} do not (--why tp=4 tells why)"]
@@ -80,8 +94,6 @@ def why(answer: Answer, condition: str) -> str:
     """
     wanted = _condition(condition)
     lines = [f"{condition}:"]
-    if wanted.get("cp", 1) != 1:
-        return f"{condition}: {NO_CONTEXT_PARALLELISM}"
     fits = [(place, c) for place, c in enumerate(answer.candidates, 1) if _matches(degrees_of(c.plan), wanted)]
     if fits:
         place, best = fits[0]

@@ -26,7 +26,8 @@ NO_SEQUENCE_PARALLELISM = (
 PLAIN_OPTIMIZER = (
     "as many bytes on the wire as with the distributed optimizer, and all of the optimizer's state on every rank"
 )
-NO_CONTEXT_PARALLELISM = "context parallelism is not in this trainer"
+SHORTEST_SLICE = 2048
+"""Tokens of a sequence on a context parallel rank, below which it is not worth asking: latencies are most of it."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Answer:
 def degrees_of(plan: Plan) -> dict[str, Any]:
     """By the short names that --why takes."""
     return {
-        "tp": plan.tp, "sp": plan.parallel.sequence_parallel_on, "pp": plan.pp, "vpp": plan.vpp, "cp": 1, "dp": plan.dp,
+        "tp": plan.tp, "sp": plan.parallel.sequence_parallel_on, "cp": plan.cp, "pp": plan.pp, "vpp": plan.vpp, "dp": plan.dp,
         "mbs": plan.micro_batch_size, "recompute": plan.parallel.recompute, "zero": plan.parallel.distributed_optimizer,
     }  # fmt: skip
 
@@ -133,8 +134,6 @@ def _too_large(memory: Memory, need: float, hardware: Hardware) -> str:
 
 def _layouts(job: Job) -> Iterator[tuple[dict[str, Any], Plan | str]]:
     """Every layout with its plan, or why it is not legal."""
-    yield {"cp": "2 and more"}, NO_CONTEXT_PARALLELISM
-    recomputes = ("none", "selective", "full") if job.recompute == "auto" else (job.recompute,)
     for tp in _divisors(job.gpus):
         if tp > job.hardware.gpus_per_node:
             yield (
@@ -142,55 +141,78 @@ def _layouts(job: Job) -> Iterator[tuple[dict[str, Any], Plan | str]]:
                 f"tensor parallelism over more than a node's {job.hardware.gpus_per_node} GPUs waits for the network",
             )
             continue
-        for pp in _divisors(job.gpus // tp):
-            if pp > job.model.num_layers:
-                yield {"tp": tp, "pp": pp}, f"more pipeline ranks than the {job.model.num_layers} layers"
+        for cp in _divisors(job.gpus // tp):
+            if reason := _no_slices(job, tp, cp):
+                yield {"tp": tp, "cp": cp}, reason
                 continue
-            dp = job.gpus // (tp * pp)
-            micro_batches = [b for b in _powers(MOST_MICRO_BATCH) if job.global_batch_size % (dp * b) == 0]
-            if not micro_batches:
-                reason = f"{dp} replicas do not divide the global batch of {job.global_batch_size} sequences"
-                yield {"tp": tp, "pp": pp, "dp": dp}, reason
-                continue
-            for vpp in range(1, (min(MOST_VIRTUAL, job.model.num_layers // pp) if pp > 1 else 1) + 1):
-                for b in micro_batches:
-                    yield from _variants(job, tp, pp, vpp, dp, b, recomputes)
+            yield from _pipelines(job, {"tp": tp, "cp": cp})
 
 
-def _variants(job: Job, tp, pp, vpp, dp, b, recomputes) -> Iterator[tuple[dict[str, Any], Plan | str]]:
+def _no_slices(job: Job, tp: int, cp: int) -> str:
+    """Why sequences are not shared over so many ranks; empty if they may be."""
+    length = job.sequence_length // cp
+    if cp > 1 and length < SHORTEST_SLICE:
+        return (
+            f"context parallelism would leave a rank {length} tokens of a sequence: latencies would be most of the step"
+        )
+    run = job.run(_parallel(job, {"tp": tp, "cp": cp, "pp": 1, "vpp": 1, "dp": 1}, tp > 1, "none"), 1)
+    found = checks.section_problems(run) if cp > 1 else ()
+    return "; ".join(f"{name}: {message}" for name, message in found if name == "parallel.context_parallel_size")
+
+
+def _pipelines(job: Job, degrees: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Plan | str]]:
+    """Every pipeline, micro-batch and recomputation under these tensor and context parallel sizes."""
+    left = job.gpus // (degrees["tp"] * degrees["cp"])
+    for pp in _divisors(left):
+        if pp > job.model.num_layers:
+            yield degrees | {"pp": pp}, f"more pipeline ranks than the {job.model.num_layers} layers"
+            continue
+        dp = left // pp
+        micro_batches = [b for b in _powers(MOST_MICRO_BATCH) if job.global_batch_size % (dp * b) == 0]
+        if not micro_batches:
+            reason = f"{dp} replicas do not divide the global batch of {job.global_batch_size} sequences"
+            yield degrees | {"pp": pp, "dp": dp}, reason
+            continue
+        for vpp in range(1, (min(MOST_VIRTUAL, job.model.num_layers // pp) if pp > 1 else 1) + 1):
+            for b in micro_batches:
+                yield from _variants(job, degrees | {"pp": pp, "vpp": vpp, "dp": dp}, b)
+
+
+def _variants(job: Job, sizes: dict[str, int], b: int) -> Iterator[tuple[dict[str, Any], Plan | str]]:
     """One set of degrees, with what goes without saying, and with each recomputation."""
-    degrees: dict[str, Any] = {"tp": tp, "pp": pp, "vpp": vpp, "cp": 1, "dp": dp, "mbs": b}
-    problems, sp = _problems(job, _parallel(job, tp, tp > 1, pp, vpp, dp, "none"), b), tp > 1
+    degrees: dict[str, Any] = sizes | {"mbs": b}
+    problems, sp = _problems(job, _parallel(job, sizes, sizes["tp"] > 1, "none"), b), sizes["tp"] > 1
     if sp and not problems:
         yield degrees | {"sp": False}, NO_SEQUENCE_PARALLELISM
     elif sp:  # what sequence parallelism asks of the sequence may be all that is wrong
         yield degrees | {"sp": True}, problems
-        problems, sp = _problems(job, _parallel(job, tp, False, pp, vpp, dp, "none"), b), False
+        problems, sp = _problems(job, _parallel(job, sizes, False, "none"), b), False
     if problems:
         yield degrees | {"sp": sp}, problems
         return
-    if dp > 1:
+    if sizes["dp"] * sizes["cp"] > 1:
         yield degrees | {"sp": sp, "zero": False}, PLAIN_OPTIMIZER
-    for recompute in recomputes:
-        parallel = _parallel(job, tp, sp, pp, vpp, dp, recompute)
+    for recompute in ("none", "selective", "full") if job.recompute == "auto" else (job.recompute,):
         plan = Plan(
-            job.model, parallel, job.gpus, job.sequence_length, b, job.global_batch_size, job.dtype, job.precision,
-            job.offload_fraction,
+            job.model, _parallel(job, sizes, sp, recompute), job.gpus, job.sequence_length, b, job.global_batch_size,
+            job.dtype, job.precision, job.offload_fraction,
         )  # fmt: skip
         yield degrees_of(plan), plan
 
 
-def _parallel(job, tp, sp, pp, vpp, dp, recompute) -> ParallelConfig:
+def _parallel(job: Job, sizes: dict[str, int], sp: bool, recompute: str) -> ParallelConfig:
+    shared = sizes["dp"] * sizes["cp"] > 1
     return ParallelConfig.model_construct(
-        tensor_parallel_size=tp,
-        sequence_parallel=sp if tp > 1 else None,
-        tp_comm_overlap=job.tp_comm_overlap and sp and tp <= LARGEST_OVERLAP,
-        pipeline_parallel_size=pp,
-        virtual_pipeline_parallel_size=vpp,
+        tensor_parallel_size=sizes["tp"],
+        sequence_parallel=sp if sizes["tp"] > 1 else None,
+        tp_comm_overlap=job.tp_comm_overlap and sp and sizes["tp"] <= LARGEST_OVERLAP,
+        context_parallel_size=sizes["cp"],
+        pipeline_parallel_size=sizes["pp"],
+        virtual_pipeline_parallel_size=sizes["vpp"],
         pipeline_split=None,
         distributed_optimizer=True,
-        overlap_grad_reduce=dp > 1,
-        overlap_param_gather=dp > 1,
+        overlap_grad_reduce=shared,
+        overlap_param_gather=shared,
         recompute=recompute,
     )
 

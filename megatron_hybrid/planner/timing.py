@@ -24,7 +24,7 @@ class StepTime:
     """Seconds of a step by part, as the busiest pipeline rank spends them."""
 
     parts: Mapping[str, float]
-    """products, attention, delta rule, glue, launches; TP, PP and DP communication that is waited for; bubble; optimizer."""
+    """products, attention, delta rule, glue, launches; TP, CP, PP and DP communication that is waited for; bubble; optimizer."""
     hidden: Mapping[str, float]
     """Communication behind computation: no part of the step's time."""
     tokens: int
@@ -72,7 +72,7 @@ class Clock:
         total["bubble"] = max(0.0, pipeline - _visible(total))
         self._data_parallel(plan, busiest, times, total)
         shard = rank_parameters(plan, busiest)
-        own = shard / plan.dp if plan.parallel.distributed_optimizer else shard
+        own = shard / plan.sharing if plan.parallel.distributed_optimizer else shard
         optimizer = (own * OPTIMIZER_BYTES + shard * GRADIENT_BYTES) / (hardware.copy * hardware.efficiency["other"])
         total["optimizer"] = (optimizer + hardware.host_step) * hardware.factor("optimizer")
         tokens = plan.global_batch_size * plan.sequence_length
@@ -86,7 +86,7 @@ class Clock:
         )
 
     def _of(self, plan: Plan) -> Layers:
-        key = (plan.tp, plan.parallel.sequence_parallel_on, plan.micro_batch_size, plan.parallel.recompute, plan.precision,
+        key = (plan.tp, plan.cp, plan.parallel.sequence_parallel_on, plan.micro_batch_size, plan.parallel.recompute, plan.precision,
                plan.dtype, plan.sequence_length, plan.model.layer_pattern, plan.model.hidden_size)  # fmt: skip
         if key not in self._layers:
             self._layers[key] = Layers(plan, self.hardware)
@@ -130,7 +130,7 @@ class Clock:
 
     def _data_parallel(self, plan: Plan, rank: int, times: StageTimes, total: Parts) -> None:
         """Reduction of gradients and gathering of weights, once a step."""
-        if plan.dp == 1:
+        if plan.sharing == 1:
             return
         hardware, parallel = self.hardware, plan.parallel
         group = network.groups(plan, hardware.gpus_per_node)["dp"]

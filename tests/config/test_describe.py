@@ -37,6 +37,16 @@ def test_layout_heads_and_work() -> None:
     assert all(line.isascii() and len(line) <= 120 for line in text.splitlines())
 
 
+def test_slices_of_sequences() -> None:
+    overrides = ["parallel={tensor_parallel_size: 2, context_parallel_size: 4}"]
+    text = describe(load_run(LARGE, overrides), 64)
+    wanted = "context 4, 2,048 tokens of each sequence a rank, which attends with 4 heads over whole sequences"
+    assert wanted in lines_of(text) and "data 8 with a distributed optimizer" in lines_of(text)
+    assert all(len(line) <= 120 for line in text.splitlines())
+    overrides.append("model.layer_pattern=G*32")
+    assert "context 4, 2,048 tokens of each sequence a rank" in lines_of(describe(load_run(LARGE, overrides), 64))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_stages_hold_all_parameters(tied: bool) -> None:
     overrides = [f"model.tie_embeddings={str(tied).lower()}", "parallel.pipeline_split=[3, 5]"]

@@ -99,6 +99,36 @@ WRONG: list[Case] = [
         "386 is not a multiple of tensor_parallel_size = 4",
         "the nearest is 384; or keep it: the nearest tensor_parallel_size that fits is 2",
     ),
+    (
+        ["parallel.context_parallel_size=2", "data.sequence_length=255"],
+        "data.sequence_length",
+        "255 is not a multiple of context_parallel_size 2 = 2",
+        "the nearest is 254",
+    ),
+    (
+        ["parallel={context_parallel_size: 2, tensor_parallel_size: 2}", "data.sequence_length=254"],
+        "data.sequence_length",
+        "context_parallel_size 2 x tensor_parallel_size 2 = 4",
+        "the nearest is 252",
+    ),
+    (
+        ["parallel.context_parallel_size=3", "data.sequence_length=6", "model.layer_pattern=G*8"],
+        "parallel.context_parallel_size",
+        "leaves 2 tokens of a sequence on each rank",
+        "the largest that fits is 2",
+    ),
+    (
+        ["parallel={context_parallel_size: 4, tensor_parallel_size: 2}"],
+        "parallel.context_parallel_size",
+        "4 exceeds the 2 key/value heads of each of 2 tensor parallel ranks",
+        "set it to 2 at most",
+    ),
+    (
+        [*ZERO, "parallel.context_parallel_size=2"],
+        "parallel.context_parallel_size",
+        "2 is for train.engine = megatron",
+        "set it to 1",
+    ),
 ]
 
 
@@ -118,6 +148,13 @@ WRONG_WORLDS: list[tuple[int, list[str], str, str, str]] = [
         "parallel.pipeline_parallel_size",
         "tensor_parallel_size 2 x pipeline_parallel_size 3 = 6 does not divide the 8 ranks",
         "run on 6 or 12 ranks, or set it to 2",
+    ),
+    (
+        6,
+        ["parallel={tensor_parallel_size: 2, context_parallel_size: 2}"],
+        "parallel.context_parallel_size",
+        "tensor_parallel_size 2 x pipeline_parallel_size 1 x context_parallel_size 2 = 4 does not divide the 6 ranks",
+        "run on 4 or 8 ranks, or set it to 1",
     ),
     (1, ["parallel.pipeline_parallel_size=4"], "parallel.pipeline_parallel_size", "divide the 1 ranks", "set it to 1"),
     (3, [], "train.global_batch_size", "micro_batch_size 2 x data parallel size 3 = 6", "the nearest are 6 or 12"),
@@ -157,6 +194,9 @@ def test_names_what_does_not_fit_the_ranks(
         (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]),
         (3, ["parallel.tensor_parallel_size=3", "data.sequence_length=255"]),  # 4 heads over 3 ranks: padded to 6
         (4, ["parallel.tensor_parallel_size=4", "model.num_attention_heads=5", "model.hidden_size=160"]),
+        (4, ["parallel.context_parallel_size=4"]),
+        (8, ["parallel={tensor_parallel_size: 2, pipeline_parallel_size: 2, context_parallel_size: 2}"]),
+        (8, ["parallel.context_parallel_size=8", "model.layer_pattern=G*8"]),  # no attention, no limit of heads
         (4, OVERLAP),
         (4, [*OVERLAP, "parallel.recompute=full", *VPP]),
         (2, [*VPP, "train.global_batch_size=4"]),

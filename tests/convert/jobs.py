@@ -7,20 +7,22 @@ import torch
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.run import CheckpointConfig
+from megatron_hybrid.parallel.context import slice_of_sequences
 from tests.jobs import make_engine
 
 _TRAIN = {"steps": 1, "global_batch_size": 1, "dtype": "fp32"}
 
 
 def logits(checkpoint: str, tokens: torch.Tensor, new_tokens: int = 0, parallel: dict | None = None) -> dict:
-    """A checkpoint's logits [b, s, vocabulary or this rank's share of it], and a greedy continuation of tokens."""
+    """A checkpoint's logits [b, s, vocabulary or this rank's share of it], of this rank's slice of the tokens, and a greedy
+    continuation of them."""
     with CheckpointReader(checkpoint) as reader:
         model = reader.index.model
         engine = make_engine(model, parallel or {}, _TRAIN, tokens.shape[1])
         engine.collector().load_weights(reader)
     (chunk,) = engine.chunks
     with torch.no_grad():
-        result = chunk(tokens)
+        result = chunk(slice_of_sequences(tokens, engine.groups.cp))
         longer = tokens
         for _ in range(new_tokens):
             following = chunk(longer)[:, -1, : model["vocab_size"]].argmax(-1)

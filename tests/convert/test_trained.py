@@ -22,6 +22,7 @@ TRAIN = dict(steps=STEPS, global_batch_size=8, micro_batch_size=1, dtype="fp32")
 LAYOUTS = {
     "TP2xPP2": dict(tensor_parallel_size=2, pipeline_parallel_size=2),
     "TP4 with padded heads": dict(tensor_parallel_size=4),
+    "CP2xTP2": dict(context_parallel_size=2, tensor_parallel_size=2),
 }
 TOKENS = torch.randint(0, 131, (2, 40), generator=torch.Generator().manual_seed(3))
 
@@ -93,7 +94,9 @@ def test_their_model_is_the_same_under_any_layout(layout, ranks, tmp_path):
     assert relative_error(alone["logits"][..., :131], expected) < 1e-5
     if "PP" not in layout:
         shared = ranks.run(convert_jobs.logits, 4, checkpoint=checkpoint, tokens=TOKENS, parallel=LAYOUTS[layout])
-        together = torch.cat([r["logits"] for r in shared], dim=-1)[..., :131]
+        logits, tp = [r["logits"] for r in shared], LAYOUTS[layout]["tensor_parallel_size"]
+        slices = [torch.cat(logits[first : first + tp], dim=-1) for first in range(0, 4, tp)]
+        together = torch.cat(slices, dim=1)[..., :131]
         assert relative_error(together, expected) < 1e-5
 
     saved = ranks.run(

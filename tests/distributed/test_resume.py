@@ -17,11 +17,20 @@ SAME = {
     "DP2, plain optimizer, bf16": (2, layout(distributed_optimizer=False), {"dtype": "bf16"}),
     "DP2, overlapped, bf16": (2, layout(overlap_grad_reduce=True, overlap_param_gather=True), {"dtype": "bf16"}),
     "TP2, PP2": (4, layout(2, 2), {}),
+    "CP2, bf16": (2, layout(cp=2), {"dtype": "bf16"}),
+    "CP2, TP2": (4, layout(2, cp=2), {}),
     "DP4, bf16, written in the background": (4, layout(), {"dtype": "bf16", "async_save": True}),
 }
 
 
-QUICK = ("one rank, bf16", "DP2, overlapped, bf16", "TP2, PP2", ("TP2, PP2", "one rank"), ("TP2, PP2", "DP4"))
+QUICK = (
+    "one rank, bf16",
+    "DP2, overlapped, bf16",
+    "TP2, PP2",
+    "CP2, bf16",
+    ("TP2, PP2", "one rank"),
+    ("CP2, TP2", "CP4"),
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_unless(name in QUICK)) for name in SAME])
@@ -74,6 +83,8 @@ FROM = {
     "TP2, PP2": (4, layout(2, 2)),
     "TP4, padded": (4, layout(4)),
     "DP2, plain": (2, layout(distributed_optimizer=False)),
+    "CP2, TP2": (4, layout(2, cp=2)),
+    "CP2, DP2, plain": (4, layout(cp=2, distributed_optimizer=False)),
 }
 TO = {
     "one rank": (1, layout()),
@@ -81,6 +92,8 @@ TO = {
     "PP4, VPP2": (4, layout(pp=4, vpp=2)),
     "TP2, DP2": (4, layout(2)),
     "DP4": (4, layout()),
+    "CP4": (4, layout(cp=4)),
+    "CP2, DP2": (4, layout(cp=2)),
     "DP2, plain optimizer": (2, layout(distributed_optimizer=False)),
 }
 
@@ -98,6 +111,7 @@ def saved(ranks, tmp_path_factory):
 
 
 PAIRS = [("TP2, PP2", to) for to in TO] + [(s, t) for s in list(FROM)[1:] for t in ("one rank", "TP2, DP2")]
+PAIRS += [("CP2, TP2", "CP4"), ("CP2, DP2, plain", "CP4")]
 
 
 @pytest.mark.parametrize(("source", "to"), [pytest.param(*p, marks=slow_unless(p in QUICK)) for p in PAIRS])

@@ -77,7 +77,16 @@ LAYOUTS = {
 }
 
 
-QUICK = ("one rank, selective recompute", "DP2", "TP2", "PP2, VPP2", "TP2, PP2", "TP4, padded heads")
+QUICK = (
+    "one rank, selective recompute",
+    "DP2",
+    "TP2",
+    "PP2, VPP2",
+    "TP2, PP2",
+    "TP4, padded heads",
+    "CP2, full recompute",
+    "CP2, TP2",
+)
 
 
 def slow_unless(quick: bool) -> list:
@@ -116,3 +125,16 @@ def test_layout(name, ranks, one_rank):
     pattern = DEEP if parallel["pipeline_parallel_size"] * parallel["virtual_pipeline_parallel_size"] > 2 else SHALLOW
     for result in run(ranks, count, pattern, parallel, steps=20):
         assert_same(result, one_rank[pattern])
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pattern", ["WA", pytest.param("G*2", marks=pytest.mark.slow)])
+def test_one_kind_of_mixer_in_slices(pattern, count, ranks):
+    """A window that looks back over the edges of slices; and states alone."""
+    only = dict(sliding_window=11) if "W" in pattern else {}
+    model = MODEL | {"layer_pattern": pattern} | only
+    one, *several = (
+        ranks.run(jobs.curve, n, model=model, parallel=layout(cp=n), train=TRAIN, steps=8) for n in (1, count)
+    )
+    for result in several[0]:
+        assert_same(result, one[0])

@@ -46,6 +46,14 @@ def test_a_layer_kind_that_is_not_there_has_no_row(ranks):
     assert not any(row.startswith("G ") for row in rows)
 
 
+def test_slices_of_sequences_are_named(ranks):
+    model = SMALL | {"num_attention_heads": 3, "hidden_size": 48}
+    (head, *rows), _ = ranks.run(table, 2, model=model, dtype="fp32", parallel=dict(context_parallel_size=2))
+    of = {row[head.index("part") :].partition("  ")[0]: row for row in rows}
+    assert "each sequence in slices on 2 ranks, which pass states on" in of["gated_delta_rule"]
+    assert "2 heads of whole sequences on each of 2 context parallel ranks" in of["attention"]
+
+
 def test_each_stage_names_its_own_layers(ranks):
     parallel = dict(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)
     tables = ranks.run(table, 2, model=SMALL | {"layer_pattern": "GAGAGAGA"}, dtype="fp32", parallel=parallel)

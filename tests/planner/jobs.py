@@ -16,7 +16,7 @@ def state_bytes(model: dict, parallel: dict, train: dict) -> dict[str, int]:
     return {
         "rank": get_rank(),
         "pipeline_rank": engine.groups.pp.rank(),
-        "dp_rank": engine.groups.dp.rank(),
+        "dp_rank": engine.groups.dp_cp.rank(),
         "parameters": sum(p.numel() for p in parameters),
         "weights": sum(w.numel() * w.element_size() for w in weights),
         "gradients": sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers),

@@ -76,7 +76,7 @@ def test_overlapped_tensor_parallelism_is_kept_where_it_fits(tmp_path):
     asked.write_text(dump_run(run))
     question = replace(ASK, model=str(asked), emit=path)
     kept = {}
-    for changes in ({}, dict(gpus=8, sequence_length=65536, global_batch_size=64)):
+    for changes in ({}, dict(gpus=8, gpu="h200")):
         answer(replace(question, **changes))
         parallel = load_run(str(path)).parallel
         kept[parallel.tensor_parallel_size > 1] = parallel.tp_comm_overlap
@@ -88,7 +88,8 @@ def test_overlapped_tensor_parallelism_is_kept_where_it_fits(tmp_path):
     [
         ("tp=4", "the best is number"),
         ("tp=16", "waits for the network"),
-        ("cp=2", "context parallelism is not in this trainer"),
+        ("cp=2", "slower than TP2"),
+        ("cp=8", "would leave a rank 1024 tokens"),
         ("pp=64", "more pipeline ranks than the 32 layers"),
         ("tp=1,pp=1,mbs=4,recompute=none", "needs"),
         ("zero=false", "all of the optimizer's state on every rank"),
@@ -97,6 +98,18 @@ def test_overlapped_tensor_parallelism_is_kept_where_it_fits(tmp_path):
 )
 def test_why(found, condition, says):
     assert says in report.why(found, condition)
+
+
+def test_long_sequences_are_shared_and_the_run_says_so(tmp_path):
+    """65,536 tokens on 512 GPUs: 64 sequences a step leave eight GPUs for each."""
+    path = tmp_path / "run.yaml"
+    question = replace(ASK, gpus=512, sequence_length=65536, global_batch_size=64, emit=path)
+    best = json.loads(answer(replace(question, json=True)))["candidates"][0]
+    run = load_run(str(path))
+    run.check_world(512)
+    assert best["cp"] == run.parallel.context_parallel_size > 1
+    assert best["time"]["CP communication"] > 0
+    assert "exceeds the" in answer(replace(question, why=["tp=4,cp=32"], emit=None))
 
 
 def test_the_table_and_the_breakdown():

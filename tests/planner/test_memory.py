@@ -45,6 +45,28 @@ def test_tensor_parallelism_divides_what_a_layer_keeps(kind):
     assert layer_bytes(kind, alone.widths, Setting.of(alone), "none").saved > half
 
 
+def test_context_parallelism_divides_activations_and_not_parameters():
+    whole, halves = (fullest(plan(sequence=65536, context_parallel_size=n)) for n in (1, 2))
+    assert (halves.weights, halves.gradients) == (whole.weights, whole.gradients)
+    assert halves.optimizer == pytest.approx(whole.optimizer), "the same ranks share it out"
+    assert 0.5 < halves.activations["G"] / whole.activations["G"] < 0.51, "beside tokens, states and transitions"
+    assert 0.5 < halves.activations["A"] / whole.activations["A"] < 0.56, "attention's output once more"
+
+
+def test_states_of_slices_by_hand():
+    one = plan(sequence=65536, context_parallel_size=2)
+    alone = replace(Setting.of(one), context=1)
+    without, found = (layer_bytes("G", one.widths, of, "none").saved for of in (alone, Setting.of(one)))
+    state, end = 96 * 192, 96 * (192 + 128)  # 96 columns of a transition are written as two tiles
+    assert (found - without) * 32768 == pytest.approx(30 * 4 * (state + end))
+
+
+def test_dummies_of_an_exchange():
+    assert plan(context_parallel_size=2).dummies == 1
+    assert plan(context_parallel_size=4).dummies == 32 / 30
+    assert plan(4, context_parallel_size=4).dummies == 1, "those of tensor parallelism are there already"
+
+
 @pytest.mark.parametrize("kind", ["G", "A"])
 def test_recomputation_keeps_less_and_needs_more_at_a_time(kind):
     none, selective, full = (

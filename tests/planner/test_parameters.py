@@ -39,6 +39,8 @@ CASES = {
     "TP2, PP2": (4, MODEL, layout(2, 2), "bf16"),
     "PP2, VPP2, DP2": (4, MODEL, layout(pp=2, vpp=2, **OVERLAP), "bf16"),
     "PP2, DP2, tied embeddings": (4, TIED, layout(pp=2), "bf16"),
+    "CP2, DP2": (4, MODEL, layout(context_parallel_size=2), "bf16"),
+    "CP2, TP2, overlapped": (4, MODEL, layout(2, context_parallel_size=2, **OVERLAP), "bf16"),
     "PP3, uneven": (3, MODEL, layout(pp=3, pipeline_split=[1, 5, 2]), "bf16"),
 }
 

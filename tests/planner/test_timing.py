@@ -40,6 +40,18 @@ def test_recomputation_costs_time_and_no_mfu_is_claimed_for_it():
     assert none.mfu * none.seconds == pytest.approx(full.mfu * full.seconds)
 
 
+def test_slices_cost_exchanges_and_second_scans():
+    """Eight GPUs in a node, a sequence over one of them or over two: half as many tokens at a time, twice as often."""
+    whole, halves = (CLOCK.step(plan(gpus=8, sequence=65536, context_parallel_size=n)) for n in (1, 2))
+    assert halves.parts["products"] == pytest.approx(whole.parts["products"], rel=0.01)
+    assert halves.parts["attention"] == pytest.approx(whole.parts["attention"], rel=0.01)
+    assert 1.3 < halves.parts["delta rule"] / whole.parts["delta rule"] < 1.75
+    assert "CP communication" not in whole.parts
+    # q, k, v and the output, half of them, each way, of 8 layers
+    size = 8 * 2 * 4 * 3840 * 65536 / 2 / 2 * 2 * (512 / 4)
+    assert halves.parts["CP communication"] > size / H100.node["all_gather"].bytes_a_second
+
+
 def test_playing_the_schedule_agrees_with_the_closed_form():
     for pp, vpp in ((2, 1), (4, 1), (4, 2), (8, 4)):
         one = plan(pp=pp, vpp=vpp)

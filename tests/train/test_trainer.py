@@ -76,6 +76,19 @@ def test_an_interrupted_run_goes_on_bit_for_bit(ranks, config, tmp_path):
         assert [line[key] for line in found] == [line[key] for line in expected], key
 
 
+def test_context_parallel_ranks_read_the_same_samples(ranks, config, tmp_path):
+    """A whole run, its evaluations and its checkpoint as well, is the same over one rank's sequences and over slices of them."""
+    for name, count, parallel in (("one", 1, {}), ("slices", 2, dict(context_parallel_size=2))):
+        ranks.run(jobs.pretrain_run, count, config=config | {"run_dir": str(tmp_path / name), "parallel": parallel})
+    one, slices = (metrics({"run_dir": str(tmp_path / name)}) for name in ("one", "slices"))
+    assert len(one) == len(slices) == 6
+    for key in ("loss", "z_loss", "grad_norm", "eval_loss"):
+        expected = [line[key] for line in one if key in line]
+        assert expected and [line[key] for line in slices if key in line] == pytest.approx(expected, rel=1e-4), key
+    for key in ("tokens", "batch_size", "lr", "step"):
+        assert [line[key] for line in slices] == [line[key] for line in one], key
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("parallel", [dict(), dict(tensor_parallel_size=2), dict(distributed_optimizer=False)])
 def test_a_gradient_that_is_not_finite_changes_nothing(ranks, value, parallel):

@@ -103,7 +103,9 @@ def _correct_start(packed, weight, A_log, dt_bias, out, dims, beta_max, group) -
     return start
 
 
-def _backward_of_slice(packed, weight, A_log, dt_bias, start, given, dgate, dims, beta_max, group) -> list[torch.Tensor]:
+def _backward_of_slice(
+    packed, weight, A_log, dt_bias, start, given, dgate, dims, beta_max, group
+) -> list[torch.Tensor]:
     """As `_backward`; the gradient of the slice before's last tokens travels to their rank."""
     dqkv = [x[:, :BACK].clone() for x in given[:3]]
     for x in given[:3]:

@@ -76,7 +76,9 @@ def _state_shape(k, v):
     return v.shape[0], v.shape[2], k.shape[3], v.shape[3]
 
 
-def forward(q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: bool, save: str, hopper: bool, group=None):
+def forward(
+    q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: bool, save: str, hopper: bool, group=None
+):
     """o, the final state or None, and what `backward` wants: A, P, G, states, new values, segments' starts and ends."""
     scans, chunks = _scans(hopper), Chunks.of(v, k.shape[3], cu_seqlens)
     scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)

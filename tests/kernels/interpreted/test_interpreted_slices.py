@@ -1,9 +1,7 @@
 """Triton's kernels under the interpreter on sequences in slices, a rank each, against whole sequences in fp64."""
 
 import pytest
-import torch
 
-from hybrid_kernels.gated_delta_rule import gated_delta_rule
 from hybrid_kernels.testing import delta_rule_inputs, packed_inputs
 from tests.kernels.slices import check_conv, check_delta_rule
 
