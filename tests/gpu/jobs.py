@@ -39,8 +39,9 @@ def job(parallel: dict | None = None, dtype: str = "fp32", precision: dict | Non
     )
 
 
-def layout(tp=1, pp=1, vpp=1, **more) -> dict:
-    return dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp, **more)
+def layout(tp=1, pp=1, vpp=1, cp=1, **more) -> dict:
+    sizes = dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp)
+    return sizes | dict(context_parallel_size=cp) | more
 
 
 FORMATS = {
@@ -72,6 +73,7 @@ LAYOUTS = {
         "PP2": layout(pp=2),
         "PP2, VPP2": layout(pp=2, vpp=2),
         "DP2, overlapped": layout(**OVERLAP),
+        "CP2": layout(cp=2),
     },
     4: {
         "TP4, padded heads": layout(4),
@@ -79,9 +81,11 @@ LAYOUTS = {
         "PP2, VPP2, DP2, overlapped": layout(pp=2, vpp=2, **OVERLAP),
         "DP4, overlapped": layout(**OVERLAP),
         "TP2, PP2": layout(2, 2),
+        "CP4": layout(cp=4),
+        "CP2, TP2": layout(2, cp=2),
     },
 }
-FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped")
+FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped", "CP2")
 OVERLAPPED = {  # name: (parallel, precision), at TP2
     "bf16": ({}, {}),
     "fp8 delayed": ({}, FORMATS["fp8 delayed"]),

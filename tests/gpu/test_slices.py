@@ -1,0 +1,144 @@
+"""Sequences in slices, on the fast paths and at the 7B's head sizes: the ranks are threads of this process and share its GPU.
+
+They call what autograd would call: its engine runs one backward pass at a time on a device, and these wait for one another.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from hybrid_kernels import slices
+from hybrid_kernels.conv_gates import conv_gates
+from hybrid_kernels.dispatch import Choice
+from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
+from hybrid_kernels.testing import delta_rule_inputs, packed_inputs, relative_error
+from tests.kernels.slices import drawn, results
+
+DEVICE = "cuda"
+TOLERANCES = dict(o=6e-3, dq=8e-3, dk=8e-3, dv=8e-3, dg=2e-2, dbeta=2e-2)  # those of tests/gpu/test_kernels.py
+
+
+class Threads:
+    """A process group whose ranks are threads, of which one runs at a time: Triton compiles (and interprets) for one alone."""
+
+    def __init__(self, size: int):
+        self.barrier, self.said, self.mine = threading.Barrier(size, timeout=300), [None] * size, threading.local()
+        self.turn = threading.Lock()
+
+    def size(self) -> int:
+        return len(self.said)
+
+    def rank(self) -> int:
+        return self.mine.rank
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        self.said[self.rank()] = x
+        self._wait()
+        every = torch.stack(self.said)
+        self._wait()
+        return every
+
+    def _wait(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
+
+    def run(self, function) -> list:
+        """function(rank) on every rank."""
+
+        def work(rank: int):
+            self.mine.rank = rank
+            try:
+                with self.turn:
+                    return function(rank)
+            except BaseException:
+                self.barrier.abort()  # the others wait
+                raise
+
+        with ThreadPoolExecutor(self.size()) as pool:
+            return list(pool.map(work, range(self.size())))
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    monkeypatch.setattr(slices, "gather", lambda x, group: group.gather(x))
+    return Threads
+
+
+def can_run(choice: Choice) -> None:
+    if choice.backend == "torch":
+        pytest.skip(str(choice))
+
+
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+@pytest.mark.parametrize("save", ["scores", "states", "inputs"])
+@pytest.mark.parametrize(
+    ("heads", "bounds"),
+    [(30, [0, 1024, 2048]), (6, [0, 4096, 8192]), (6, [0, 512, 1000, 1536, 2048])],
+    ids=["30 heads", "6 heads, in segments", "4 ranks, no multiple of a chunk"],
+)
+def test_gated_delta_rule(backend, save, heads, bounds, threads):
+    from hybrid_kernels.gated_delta_rule import autograd
+
+    inputs = delta_rule_inputs(1, bounds[-1], heads, heads, 96, 192, dtype=torch.bfloat16, device=DEVICE, gate=-1e-3)
+    try:
+        can_run(explain(*inputs, backend=backend))
+    except ValueError as error:
+        pytest.skip(str(error))
+    given = drawn([inputs[2]])[0].to(DEVICE)
+    group = threads(len(bounds) - 1)
+
+    def rank(at: int) -> list[torch.Tensor]:
+        mine = slice(bounds[at], bounds[at + 1])
+        q, k, v, g, beta = (x[:, mine].contiguous() for x in inputs)
+        common = dict(hopper=backend == "hopper", group=group)
+        o, _, saved = autograd.forward(q, k, v, g, beta, None, None, 96**-0.5, False, save, **common)
+        do = given[:, mine].contiguous()
+        return [o, *autograd.backward(q, k, v, g, beta, None, None, saved, do, None, 96**-0.5, **common)[:5]]
+
+    whole = lambda *x: gated_delta_rule(*x, backend="torch")[:1]  # noqa: E731
+    exact = results(whole, [x.double() for x in inputs], [given.double()])
+    first, again = group.run(rank), group.run(rank)
+    for name, parts, once_more, oracle in zip(TOLERANCES, zip(*first), zip(*again), exact):
+        found = torch.cat(parts, 1)
+        assert torch.equal(found, torch.cat(once_more, 1)), f"{name} differs from one run to the next"
+        error = relative_error(found, oracle, floor=1e-2)
+        assert error < TOLERANCES[name], (name, error)
+
+
+@pytest.mark.parametrize("bounds", [[0, 1024, 2048], [0, 512, 1000, 1536, 2048]], ids=["2 ranks", "4 ranks"])
+def test_conv_gates_has_the_bits_of_whole_sequences(bounds, threads):
+    """Forward; backward, sums over tokens are cut elsewhere."""
+    from hybrid_kernels.conv_gates import triton_op
+
+    sizes = dict(num_key_heads=6, num_value_heads=6, key_head_dim=96, value_head_dim=192)
+    dims = list(sizes.values())
+    packed, *weights = packed_inputs(bounds[-1], 2, *dims, padding=4, dtype=torch.bfloat16, device=DEVICE)
+    whole = lambda *x: conv_gates(*x, backend="triton", **sizes)  # noqa: E731
+    given = [x.to(DEVICE) for x in drawn(whole(packed, *weights))]
+    exact = results(whole, [packed, *weights], given)
+    group = threads(len(bounds) - 1)
+
+    def rank(at: int) -> list[torch.Tensor]:
+        mine = slice(bounds[at], bounds[at + 1])
+        own = packed[mine].contiguous()
+        out = triton_op._forward(own, *weights, None, dims, 2.0)
+        start = triton_op._correct_start(own, *weights, out, dims, 2.0, group)
+        do = [x[:, mine].contiguous() for x in given]
+        before = [x.clone() for x in do]
+        found = triton_op._backward_of_slice(own, *weights, start, do, None, dims, 2.0, group)
+        assert all(torch.equal(x, y) for x, y in zip(do, before)), "gradients that others may hold"
+        return [*out, *found]
+
+    found = group.run(rank)
+    for name, at in zip(("q", "k", "v", "g", "beta"), range(5)):
+        assert torch.equal(torch.cat([x[at] for x in found], 1), exact[at]), name
+    dpacked = torch.cat([x[5] for x in found])
+    assert relative_error(dpacked, exact[5]) < 4e-3, "rounded twice where slices meet"
+    assert relative_error(sum(x[6] for x in found), exact[6]) < 1e-2
+    for at, oracle in enumerate(exact[7:]):
+        assert relative_error(sum(x[7][at] for x in found), oracle) < 1e-4
