@@ -23,7 +23,8 @@ class ParallelConfig(Section):
     sequence parallelism, Transformer Engine's parts in bf16, fp8_delayed or fp8_tensorwise, and the ranks in one node."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share the tokens of each sequence, for long ones: Gated DeltaNet passes states on, attention exchanges tokens for
-    heads. Parameters, gradients and the optimizer are treated as by data parallel ranks."""
+    heads. Parameters, gradients and the optimizer are treated as by data parallel ranks. data.sequence_length must be a multiple (of
+    it x tensor_parallel_size under sequence parallelism); slices of whole 64-token chunks are a little faster."""
     pipeline_parallel_size: PositiveInt = 1
     virtual_pipeline_parallel_size: PositiveInt = 1
     """Model chunks a pipeline rank holds (interleaved 1F1B); 1: plain 1F1B."""

@@ -32,6 +32,7 @@ def delta_rule(inputs: list, given: list, bounds: list[int], **options) -> list[
 def conv(inputs: list, given: list, bounds: list[int], **options) -> list[torch.Tensor]:
     """q, k, v, g, beta [b, s of this rank, ...], gate and the gradient of packed [s of this rank, b, ...]; three gradients summed
     over all ranks."""
+    options = walking(options)
     mine = slice(*bounds[dist.get_rank() : dist.get_rank() + 2])
     packed, *weights = inputs
     op = lambda *x: conv_gates(*x, group=dist.group.WORLD, return_gate=True, **options)  # noqa: E731
@@ -52,6 +53,16 @@ def in_segments(options: dict) -> dict:
     return options
 
 
+def walking(options: dict) -> dict:
+    """With `walk`, a program of Triton's conv_gates walks so few tokens at a time: the interpreter is slow."""
+    if "walk" in options:
+        from hybrid_kernels.conv_gates import triton_op
+
+        options = dict(options)
+        triton_op.SEGMENTS, triton_op.FORWARD_SEGMENT, triton_op.BACKWARD_SEGMENT = options.pop("walk")
+    return options
+
+
 def check_delta_rule(ranks, inputs, bounds, tolerance, **options) -> None:
     """Ranks with a slice each against the reference in fp64 on whole sequences."""
     given = drawn([inputs[2]])
@@ -65,7 +76,7 @@ def check_delta_rule(ranks, inputs, bounds, tolerance, **options) -> None:
 def check_conv(ranks, inputs, bounds, tolerance, **options) -> None:
     """As check_delta_rule, of conv_gates."""
     whole = lambda *x: conv_gates(*x, backend="torch", return_gate=True, **of_all)  # noqa: E731
-    of_all = {name: value for name, value in options.items() if name != "backend"}
+    of_all = {name: value for name, value in options.items() if name not in ("backend", "walk")}
     given = drawn(whole(*inputs))
     exact = results(whole, [x.double() for x in inputs], [x.double() for x in given])
     found = ranks.run(conv, len(bounds) - 1, inputs=inputs, given=given, bounds=bounds, **options)
