@@ -39,6 +39,7 @@ LAYOUTS = {
         "TP2": {"tensor_parallel_size": 2},
         "TP2, overlapped": {"tensor_parallel_size": 2, "tp_comm_overlap": True},
         "PP2": {"pipeline_parallel_size": 2},
+        "CP2": {"context_parallel_size": 2, **OVERLAP},
     },
     4: {
         "TP1 x DP4": OVERLAP,
@@ -48,6 +49,8 @@ LAYOUTS = {
         "TP4, overlapped": {"tensor_parallel_size": 4, "tp_comm_overlap": True},
         "PP2 x DP2": {"pipeline_parallel_size": 2, **OVERLAP},
         "PP4": {"pipeline_parallel_size": 4},
+        "CP4": {"context_parallel_size": 4, **OVERLAP},
+        "TP2 x CP2": {"tensor_parallel_size": 2, "context_parallel_size": 2, **OVERLAP},
     },
 }
 KINDS = {  # of kernels, by parts of their names; the first that fits

@@ -3,7 +3,8 @@
 A recurrence hands on its state, not its tokens. A slice takes the state S that it starts from to M S + E, with E [K, V] its
 final state after starting from zero and M [K, K] its transition. In the other direction, the gradient D of its final state
 becomes M^T D + F, with F that of its initial state where its final one has none. So every rank says E and M, or F and M, and
-folds those of the ranks on one side of it: one all-gather of [K, V + K] a head in each direction.
+folds those of the ranks on one side of it: one all-gather of [K, V + K] a head in each direction. flash-linear-attention passes
+states between ranks in the same way (its fla/ops/cp/KCP.md).
 
 Every rank calls each of these, in the same order; the autograd functions are in every rank's graph, the first's and last's too.
 """

@@ -58,4 +58,4 @@ def test_refuses_what_does_not_go_with_slices():
 def test_says_so():
     rule = delta_rule_inputs(1, 8, 1, 1, 4, 4)
     assert "slices on 2 ranks" in str(explain(*rule, group=TwoRanks()))
-    assert "slices of sequences" in explain(*[x.cpu() for x in rule], group=TwoRanks()).rejected["fla"]
+    assert "slice sequences over ranks" in explain(*rule, group=TwoRanks()).rejected["fla"]

@@ -124,7 +124,7 @@ def _missing_for_hopper(q: torch.Tensor, v: torch.Tensor) -> str | None:
 
 def _missing_for_fla(v: torch.Tensor, group) -> str | None:
     if group is not None:
-        return "slices of sequences on several ranks are not its"
+        return "its own way to slice sequences over ranks is not called from here"
     if not v.is_cuda:
         return "tensors are not on a CUDA device"
     if v.dtype not in (torch.bfloat16, torch.float16):
