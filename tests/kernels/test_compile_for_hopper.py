@@ -15,17 +15,19 @@ SHARED = 227 * 1024  # bytes that a program may have
 
 
 @pytest.mark.parametrize(
-    "backend, key_dim, value_dim, segments",
+    "backend, key_dim, value_dim, segments, ranks",
     [
-        ("hopper", 96, 192, 3),
-        ("hopper", 128, 128, 3),
-        ("triton", 96, 192, 3),
-        ("triton", 96, 64, 1),
-        ("triton", 256, 256, 1),
+        ("hopper", 96, 192, 3, 1),
+        ("hopper", 96, 192, 1, 2),
+        ("hopper", 128, 128, 3, 1),
+        ("triton", 96, 192, 3, 1),
+        ("triton", 96, 64, 1, 1),
+        ("triton", 256, 256, 1, 1),
+        ("triton", 256, 256, 1, 2),
     ],
 )
-def test_fits(backend, key_dim, value_dim, segments, root):
-    command = [sys.executable, str(SCRIPT), backend, *map(str, (key_dim, value_dim, segments))]
+def test_fits(backend, key_dim, value_dim, segments, ranks, root):
+    command = [sys.executable, str(SCRIPT), backend, *map(str, (key_dim, value_dim, segments, ranks))]
     path = os.pathsep.join([str(root / "kernels"), str(root)])
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
