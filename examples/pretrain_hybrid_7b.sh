@@ -28,6 +28,7 @@ overrides=(
     ${DATA:+"data.train.0.path=$DATA"}
     ${VALIDATION:+"data.validation.0.path=$VALIDATION"}
     ${TP:+"parallel.tensor_parallel_size=$TP" "parallel.sequence_parallel=null"} # null: where TP > 1
+    ${CP:+"parallel.context_parallel_size=$CP"}
     ${PP:+"parallel.pipeline_parallel_size=$PP"}
     "$@"
 )

@@ -57,6 +57,7 @@ def test_eight_nodes_unless_told_otherwise(login_node):
     ("variables", "says"),
     [
         ({"TP": "31"}, "parallel.tensor_parallel_size"),
+        ({"CP": "16"}, "parallel.context_parallel_size: 16 exceeds the 15 key/value heads"),
         ({"NODES": "7"}, "train.global_batch_size"),
         ({"PP": "33"}, "parallel.pipeline_parallel_size"),
         ({"PRECISION": "fp4"}, "precision.linear: 'fp4' is not one of"),
