@@ -103,16 +103,14 @@ def run_config(engine: str, share: float, parts: str = "auto") -> dict:
 def measure(name: str, batch_sizes: list[int], steps: int, parts: str) -> dict:
     """Seconds of a step by sequences a step, of the update in it, and peak bytes."""
     from megatron_hybrid.parallel.launch import Launch, start_distributed
+    from megatron_hybrid.train.measure import random_batches
 
     groups = start_distributed(Launch.from_environment(), _parallel(), seed=0, quiet=True)
     host, started = HostPeak(), time.perf_counter()
     engine = build(*CASES[name], parts, groups)
     found: dict = {"setup": time.perf_counter() - started, "steps": {}}
     for count in batch_sizes:
-        batches = []
-        for _ in range(count):
-            tokens = torch.randint(0, 100352, (1, SEQUENCE + 1))
-            batches.append({"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(1, SEQUENCE)})
+        batches = random_batches(count, 1, SEQUENCE, 100352, seed=0)
         times = []
         for _ in range(steps + 1):
             marks = [time.perf_counter()]
