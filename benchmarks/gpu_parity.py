@@ -48,7 +48,12 @@ def main() -> None:
     for name, without in {**jobs.HELD, **jobs.SKIPPED}.items():
         if name in gpu:
             compare(f"{name}: from {without}", gpu[without], gpu[name], 2e-3)
+    for name, (without, _) in jobs.OFFLOADED.items():
+        if name in gpu:
+            compare(f"{name}: from {without}", gpu[without], gpu[name], 1e-5 if without == "fp32" else 2e-3)
     for name in gpu:
+        if name in jobs.OFFLOADED:
+            continue
         if name.startswith("fp8") and name not in jobs.HELD:
             compare(f"{name}: from bf16", gpu["bf16"], gpu[name], 2e-2)
         elif "recompute" in name:

@@ -109,7 +109,7 @@ def main() -> None:
         f"Measured {data['date']} by benchmarks/planner_memory.py at {data['commit']}; rates: {hardware.measured}."
     ]
     notes += [f"Said to fit, and ran out of memory: {case['case']}; why is not known yet." for case in wrong]
-    write("planner", rows, ("torch",), machine=data["device"], notes=notes, printed=len(rows))
+    write("planner_errors", rows, ("torch",), machine=data["device"], notes=notes, printed=len(rows))
 
 
 def ranking(cases: list[dict], factors: dict) -> list[dict]:

@@ -120,7 +120,7 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
     engine = MegatronEngine(
         model, train, config, SEQUENCE, groups, precision=PrecisionConfig(**precision), fill=fill_at_random
     )
-    if groups.dp.rank() == groups.tp.rank() == groups.pp.rank() == 0:
+    if groups.dp_cp.rank() == groups.tp.rank() == groups.pp.rank() == 0:
         print(*engine.backends(1), sep="\n", flush=True)
     dp = groups.dp
     count = args.sequences // dp.size() // args.micro

@@ -15,7 +15,6 @@ Page-locked buffers come on top of that: PyTorch rounds each up to a power of tw
 """
 
 import argparse
-import functools
 import json
 import re
 import subprocess
@@ -36,7 +35,7 @@ CASES = {
     # name: (engine, share of the optimizer's state on the host)
     "DeepSpeed, ZeRO 3, 60% on the host": ("deepspeed", 0.6),
     "DeepSpeed, ZeRO 3, 65% on the host": ("deepspeed", 0.65),
-    "megatron-core's HybridDeviceOptimizer, 80% on the host": ("hybrid", 0.8),
+    "megatron-core's HybridDeviceOptimizer, 80% on the host": ("megatron", 0.8),
 }
 
 
@@ -70,65 +69,57 @@ class HostPeak:
 
 
 def build(engine: str, share: float, parts: str, groups):
-    """(the engine, what clips and updates)."""
     from megatron_hybrid.config.run import RunConfig
-    from megatron_hybrid.train import optimizer as ours
     from megatron_hybrid.train.engine import build_engine
     from megatron_hybrid.train.measure import fill_at_random
 
     config = RunConfig.model_validate(run_config(engine, share, parts))
-    if engine == "hybrid":  # no field of ours: it runs on GPUs alone, tests could not vouch for its checkpoints
-        ours.MegatronOptimizerConfig = functools.partial(
-            ours.MegatronOptimizerConfig,
-            optimizer_cpu_offload=True,
-            optimizer_offload_fraction=share,
-            use_precision_aware_optimizer=True,
-            overlap_cpu_optimizer_d2h_h2d=True,
-        )
-        # megatron-core hands it slices of fp32 parameters, A_log and dt_bias here, with a graph, which torch.optim refuses
-        ours.get_megatron_optimizer = torch.no_grad()(ours.get_megatron_optimizer)
-        built = build_engine(config, groups, fill_at_random)
-        return built, built.optimizer.megatron.step
     built = build_engine(config, groups, fill_at_random)
     print(*built.backends(1), sep="\n", file=sys.stderr, flush=True)
-    return built, lambda: built.update(1e-5, built.gradient_norm())
+    return built
 
 
 def run_config(engine: str, share: float, parts: str = "auto") -> dict:
     from megatron_hybrid.config.presets import olmo_hybrid_7b
 
-    deepspeed = {"stage": 3, "offload_optimizer": "cpu", "offload_fraction": share} if engine == "deepspeed" else {}
+    deepspeed = engine == "deepspeed"
+    zero = {"stage": 3, "offload_optimizer": "cpu", "offload_fraction": share} if deepspeed else {}
     return dict(
         run_dir="unused",
         model=olmo_hybrid_7b().model_dump(),
         data={"train": [{"path": "unused"}], "sequence_length": SEQUENCE},
-        train={"steps": 1, "global_batch_size": 1, "engine": "deepspeed" if deepspeed else "megatron"},
+        train={
+            "steps": 1,
+            "global_batch_size": 1,
+            "engine": engine,
+            "optimizer": {} if deepspeed else {"offload_fraction": share},
+        },
         parallel={"recompute": "full"},
         precision={"parts": parts},
-        zero=deepspeed,
+        zero=zero,
     )
 
 
 def measure(name: str, batch_sizes: list[int], steps: int, parts: str) -> dict:
     """Seconds of a step by sequences a step, of the update in it, and peak bytes."""
     from megatron_hybrid.parallel.launch import Launch, start_distributed
+    from megatron_hybrid.train.measure import random_batches
 
     groups = start_distributed(Launch.from_environment(), _parallel(), seed=0, quiet=True)
     host, started = HostPeak(), time.perf_counter()
-    engine, update = build(*CASES[name], parts, groups)
+    engine = build(*CASES[name], parts, groups)
     found: dict = {"setup": time.perf_counter() - started, "steps": {}}
     for count in batch_sizes:
-        batches = []
-        for _ in range(count):
-            tokens = torch.randint(0, 100352, (1, SEQUENCE + 1))
-            batches.append({"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(1, SEQUENCE)})
+        batches = random_batches(count, 1, SEQUENCE, 100352, seed=0)
         times = []
         for _ in range(steps + 1):
             marks = [time.perf_counter()]
-            for part in (lambda batches=batches: engine.forward_backward(batches), update):
-                part()
-                torch.cuda.synchronize()
-                marks.append(time.perf_counter())
+            engine.forward_backward(batches)
+            torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+            engine.update(1e-5, engine.gradient_norm())
+            torch.cuda.synchronize()
+            marks.append(time.perf_counter())
             times.append((marks[2] - marks[0], marks[2] - marks[1]))
             print(f"{name}: {count} sequences: {times[-1][0]:.1f} s, update {times[-1][1]:.1f} s", file=sys.stderr)
         found["steps"][count] = sorted(times[1:])[len(times[1:]) // 2]

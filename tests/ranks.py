@@ -2,6 +2,7 @@
 megatron-core already. Jobs are module-level functions; their results come back as plain values and tensors.
 """
 
+import gc
 import multiprocessing as mp
 import os
 import queue
@@ -11,13 +12,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_PRELOAD = ["torch", "megatron_hybrid.train.trainer", "tests.jobs"]
+# pytest, because every process starts by importing what the main program is.
+_PRELOAD = ["torch", "pytest", "megatron_hybrid.train.trainer", "tests.jobs"]
 
 
 def _work(rank: int, world_size: int, store: str, function: Callable, kwargs: dict, outbox, end) -> None:
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # what the server has imported: no collection looks through it again, or copies its pages
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:

@@ -2,7 +2,8 @@
 
     step-00001000/
         index.json                  what the tensors are, which file holds which part, the run's state and configuration
-        rank-00000.safetensors      what each rank wrote
+        rank-00000.safetensors      what each rank wrote, of a large part the first 4 GiB
+        rank-00000-001.safetensors  the next
 
 The index speaks of true tensors (config/tensors.py): no padding, no packing, no layout. A tensor's shards are boxes of it;
 a shard of optimizer state may be a range of its box, flattened, because the distributed optimizer splits that way.

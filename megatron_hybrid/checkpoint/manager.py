@@ -76,11 +76,12 @@ class CheckpointManager:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         dist.barrier()
-        shards = [self._on_host(shard) for shard in self.collector.shards()]
+        shards = map(self._on_host, self.collector.shards())
         if self.config.async_save:
-            self._writes.start(lambda: self._write(folder, target, shards, state, extra))
+            copies = list(shards)
+            self._writes.start(lambda: self._write(folder, target, copies, state, extra))
         else:
-            self._write(folder, target, shards, state, extra)
+            self._write(folder, target, shards, state, extra)  # one by one: the host need not hold all of the device's
             dist.barrier()
         return target
 

@@ -1,6 +1,6 @@
-"""Writing a checkpoint: every rank its file, into a temporary folder that is checked and renamed when all are there.
+"""Writing a checkpoint: every rank its files, into a temporary folder that is checked and renamed when all are there.
 
-No collective is needed to finish: a rank's part is done when its `rank-XXXXX.json` stands beside its file, and rank 0
+No collective is needed to finish: a rank's part is done when its `rank-XXXXX.json` stands beside its files, and rank 0
 waits for all of them. So the whole of it can run in a background thread.
 """
 
@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from megatron_hybrid.checkpoint.format import (
 )
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+
+FILE_BYTES = 4 << 30
+"""After which a rank begins another file: what it takes from a device is in host memory until its file is written."""
 
 
 @dataclass
@@ -47,26 +51,43 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_rank(folder: Path, rank: int, shards: list[SavedShard], extra: dict[str, torch.Tensor]) -> None:
+def write_rank(folder: Path, rank: int, shards: Iterable[SavedShard], extra: dict[str, torch.Tensor]) -> None:
     """Write one rank's tensors and, when they are safe on disk, its part of the index.
 
     Args:
-        extra: tensors of this rank alone (its random state), kept beside the shards under `local.NAME`.
+        shards: taken one by one, and let go file by file.
+        extra: tensors of this rank alone (its random state), kept in the first file under `local.NAME`.
     """
-    file = f"rank-{rank:05d}.safetensors"
-    entries, tensors = {}, {}
-    for number, shard in enumerate(shards):
-        entry = f"{number}/{shard.name}"
-        entries[entry] = shard.data.contiguous()
-        described = TensorEntry(_DTYPE_NAMES[shard.data.dtype], shard.tensor_shape)
-        described = tensors.setdefault(shard.name, described)
-        described.shards.append(Shard(file, entry, shard.offset, shard.shape, shard.range))
-    entries |= {f"local.{name}": tensor for name, tensor in extra.items()}
-    save_file(entries, folder / file)
-    _sync(folder / file)
-    facts = {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
-    part = {"file": file, "facts": facts, "tensors": {name: asdict(entry) for name, entry in tensors.items()}}
+    tensors: dict[str, TensorEntry] = {}
+    facts = {}
+    entries = {f"local.{name}": tensor for name, tensor in extra.items()}
+    for number, described in enumerate(_by_file(shards)):
+        file = f"rank-{rank:05d}{f'-{number:03d}' if number else ''}.safetensors"
+        for shard in described:
+            entry = f"{len(entries)}/{shard.name}"
+            entries[entry] = shard.data.contiguous()
+            known = tensors.setdefault(shard.name, TensorEntry(_DTYPE_NAMES[shard.data.dtype], shard.tensor_shape))
+            known.shards.append(Shard(file, entry, shard.offset, shard.shape, shard.range))
+        save_file(entries, folder / file)
+        entries.clear()
+        described.clear()
+        _sync(folder / file)
+        facts[file] = {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
+    part = {"files": facts, "tensors": {name: asdict(entry) for name, entry in tensors.items()}}
     _write_text(folder / f"rank-{rank:05d}.json", json.dumps(part, separators=(",", ":")))
+
+
+def _by_file(shards: Iterable[SavedShard]) -> Iterator[list[SavedShard]]:
+    """Lists of FILE_BYTES or a shard more, which the caller empties; the first one may be empty."""
+    held: list[SavedShard] = []
+    size = 0
+    for shard in shards:
+        if size >= FILE_BYTES:
+            yield held
+            held, size = [], 0
+        held.append(shard)
+        size += shard.data.nbytes
+    yield held
 
 
 def finish(folder: Path, target: Path, index: Index, world_size: int, timeout_s: float = 1800) -> None:
@@ -85,7 +106,7 @@ def finish(folder: Path, target: Path, index: Index, world_size: int, timeout_s:
         time.sleep(0.02)
     for part in parts:
         data = json.loads(part.read_text())
-        index.files[data["file"]] = data["facts"]
+        index.files |= data["files"]
         index.merge(tensors_from_json(data["tensors"]))
     _write_text(folder / INDEX, index.dump())
     read_index(folder)

@@ -57,7 +57,7 @@ class Memory:
         short["activations"] = sum(self.activations.values()) + self.ends
         short["logits and backward"] = self.logits + self.transient
         parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in short.items())
-        host = f", and {self.host / GB:.1f} GB of host memory a GPU" if self.host else ""
+        host = f", and at least {self.host / GB:.1f} GB of host memory a GPU" if self.host else ""
         return f"expected memory: {self.total / GB:.1f} GB of tensors a GPU at most ({parts}){host}"
 
 

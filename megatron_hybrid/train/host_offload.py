@@ -61,8 +61,12 @@ def renew_copies(optimizer: torch.optim.Optimizer) -> None:
 def name_of(optimizer: torch.optim.Optimizer) -> str:
     """Whose Adam it is, `transformer_engine.FusedAdam`; of a hybrid one, also how much is on the host."""
     if not is_hybrid(optimizer):
-        return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}"
+        return _name_of_class(type(optimizer))
     everything = sum(shard.numel() for shard in optimizer.param_to_inner_param)
     share = sum(shard.numel() for shard in optimizer.gpu_params_map_cpu_copy) / max(everything, 1)
-    on_host = f"{share:.1%} of the state in host memory, by {name_of(optimizer.cpu_optimizers[0])}"
-    return f"{name_of(optimizer.gpu_optimizer)}; {on_host}" if optimizer.gpu_optimizer else on_host
+    on_host = f"{share:.1%} of the state in host memory, by {_name_of_class(optimizer.cpu_optimizer_cls)}"
+    return f"{_name_of_class(optimizer.gpu_optimizer_cls)}; {on_host}" if optimizer.gpu_optimizer else on_host
+
+
+def _name_of_class(kind: type) -> str:
+    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"

@@ -2,14 +2,16 @@
 
 import json
 import random
+import weakref
 
 import pytest
 import torch
 
+from megatron_hybrid.checkpoint import writer
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, boxes_of_range, read_index
 from megatron_hybrid.checkpoint.manager import CheckpointManager, complete_checkpoints, find_checkpoint
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, write_rank
+from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, file_sha256, finish, write_rank
 from megatron_hybrid.config.run import CheckpointConfig
 
 STATE = {"step": 7}
@@ -65,6 +67,29 @@ def test_any_box_of_a_tensor_cut_anyhow(seed, tmp_path):
                 assert torch.equal(found, expected) and found.dtype == tensor.dtype
         assert reader.index.state == STATE
         assert reader.local_tensors(1)["rng"].tolist() == [1, 2, 3]
+
+
+def test_a_large_part_takes_several_files_and_memory_for_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "FILE_BYTES", 1000)
+    alive: list[weakref.ref] = []
+
+    def shards():
+        for row in range(20):
+            data = torch.full((1, 100), float(row))  # 400 bytes: three make a file
+            assert sum(reference() is not None for reference in alive) <= 4  # and the last, in a variable
+            alive.append(weakref.ref(data))
+            yield SavedShard("w", (20, 100), (row, 0), (1, 100), data)
+
+    folder = write(tmp_path, 5, [shards(), [SavedShard("x", (2,), (0,), (2,), torch.ones(2))]])
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    more = [f"rank-00000-{n:03d}.safetensors" for n in range(1, 7)]
+    assert names == sorted(["rank-00000.safetensors", *more, "rank-00001.safetensors"])
+    with CheckpointReader(folder) as reader:
+        assert torch.equal(reader.read("w"), torch.arange(20.0)[:, None].expand(20, 100))
+        assert torch.equal(reader.read("w", ((2, 7), (3, 2))), torch.tensor([[2.0, 2.0], [3.0, 3.0], [4.0, 4.0]]))
+        assert reader.local_tensors(0)["rng"].tolist() == [0, 1, 2]
+        assert sorted(reader.index.files) == names
+        assert all(facts["sha256"] == file_sha256(folder / name) for name, facts in reader.index.files.items())
 
 
 def test_a_part_that_is_missing_is_not_committed(tmp_path):

@@ -5,10 +5,12 @@ page-locked memory are stand-ins (parallel/device.py): tests/gpu has the real on
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_hybrid.convert.verify import verify
 from tests import jobs
 from tests.distributed.test_same_curve import MODEL as SIZES
 from tests.distributed.test_same_curve import SHALLOW, TRAIN, assert_same, layout, slow_unless
@@ -137,10 +139,27 @@ def test_resuming_is_bit_identical(name, ranks, tmp_path):
             assert torch.equal(value, b["parameters"][parameter]), parameter
 
 
+def curve_in_many_files(**arguments) -> dict:
+    from megatron_hybrid.checkpoint import writer
+
+    writer.FILE_BYTES = 100_000
+    return jobs.curve(**arguments)
+
+
+def test_a_checkpoint_of_many_files_is_whole(ranks, tmp_path):
+    common = dict(model=MODEL, parallel=layout(), train=settings(0.5, "bf16"))
+    straight = run(ranks, 2, fraction=0.5, dtype="bf16", steps=6)
+    first = ranks.run(curve_in_many_files, 2, steps=3, save=str(tmp_path), **common)
+    path = Path(first[0]["path"])
+    assert len(list(path.glob("*.safetensors"))) > 4
+    assert not verify(path).problems
+    second = ranks.run(curve_in_many_files, 2, start=3, steps=6, load=str(path), **common)
+    for one, a, b in zip(straight, first, second, strict=True):
+        assert a["losses"] + b["losses"] == one["losses"]
+
+
 def loaded(fraction: float, path: str) -> dict:
     """Parameters and optimizer state of a run that has just loaded a checkpoint, and its copies of fp32 parameters."""
-    from pathlib import Path
-
     from megatron_hybrid.checkpoint.manager import CheckpointManager
     from megatron_hybrid.config.model import ModelConfig
     from megatron_hybrid.config.run import CheckpointConfig

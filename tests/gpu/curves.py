@@ -2,7 +2,8 @@
 
 JOBS: {name: arguments of tests.jobs.curve}. RESULTS: {name: {"losses", "norms"}}; of a job with `resume` (a folder), which saves
 halfway and is built anew, also "resumed" (losses), "same_parameters" and "same_casts" (tests.jobs.same_casts; null where it does
-not apply); with `other_precision` as well, also "otherwise": the losses where the second half runs in that.
+not apply); with `other` as well, also "otherwise": the losses where the second half runs with those arguments instead; with
+`poisoned`, also "unchanged": whether a step whose gradient is not a number was skipped, and left everything as it was.
 """
 
 import gc
@@ -17,7 +18,7 @@ from megatron.core import parallel_state
 from tests import jobs
 
 
-def run(steps: int, resume: str | None = None, other_precision: dict | None = None, **arguments) -> dict:
+def run(steps: int, resume: str | None = None, other: dict | None = None, poisoned: bool = False, **arguments) -> dict:
     result = jobs.curve(steps=steps, **arguments)
     found = {"losses": result["losses"], "norms": result["norms"]}
     if resume:
@@ -28,12 +29,25 @@ def run(steps: int, resume: str | None = None, other_precision: dict | None = No
         pairs = [(p, rest["parameters"][name]) for name, p in result["parameters"].items()]
         found["same_casts"] = again["same_casts"]
         found["same_parameters"] = all(torch.equal(a, b) for a, b in pairs)
-        if other_precision is not None:
-            other = arguments | {"precision": other_precision}
-            found["otherwise"] = (
-                again["losses"] + _fresh(steps=steps, start=half, load=again["path"], **other)["losses"]
-            )
+        if other is not None:
+            rest = _fresh(steps=steps, start=half, load=again["path"], **arguments | other)
+            found["otherwise"] = again["losses"] + rest["losses"]
+    if poisoned:
+        _reset()
+        found["unchanged"] = _unchanged(*(arguments[name] for name in ("model", "parallel", "train")))
     return found
+
+
+def _unchanged(model: dict, parallel: dict, train: dict) -> bool:
+    bad = jobs.step_with_bad_gradient(model, parallel, train, float("nan"), 0)
+    before, after, later = bad["states"]
+    same = [
+        torch.equal(value, after[what][name])
+        for what in ("parameters", "moments")
+        for name, value in before[what].items()
+    ]
+    moved = [not torch.equal(value, later["moments"][name]) for name, value in before["moments"].items()]
+    return all(same) and any(moved) and [reason is None for reason in bad["reasons"]] == [True, False, True]
 
 
 def _fresh(**arguments) -> dict:

@@ -25,12 +25,17 @@ MODEL = dict(
 STEPS = 10
 
 
+def training(dtype: str, offloaded: float = 0.0) -> dict:
+    adam = dict(eps=1e-2, offload_fraction=offloaded)
+    return dict(steps=STEPS, global_batch_size=8, micro_batch_size=1, dtype=dtype, optimizer=adam)
+
+
 def job(parallel: dict | None = None, dtype: str = "fp32", precision: dict | None = None, **more) -> dict:
     return (
         dict(
             model=MODEL | more.pop("model", {}),
             parallel=parallel or {},
-            train=dict(steps=STEPS, global_batch_size=8, micro_batch_size=1, dtype=dtype, optimizer=dict(eps=1e-2)),
+            train=training(dtype, more.pop("offloaded", 0.0)),
             precision=precision or {},
             steps=STEPS,
             sequence_length=256,
@@ -64,6 +69,12 @@ RESUMED = [
 ]
 SKIPPED = {"skipped, fp8 delayed, parameters": "skipped, fp8 delayed"}
 """As HELD, with two updates that are not made, the last before a save among them."""
+OFFLOADED = {
+    f"{base}, {share:.0%} on the host": (base, share)
+    for base in ("fp32", "bf16, local", "bf16", "fp8 tensorwise")
+    for share in (0.5, 1.0)
+}
+"""A share of the optimizer's state in host memory -> the run without, and the share."""
 WIDE = dict(model=dict(num_attention_heads=4))  # so that four ranks have heads; 6 Gated DeltaNet heads are padded to 8
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 LAYOUTS = {
@@ -85,6 +96,8 @@ LAYOUTS = {
         "CP2, TP2": layout(2, cp=2),
     },
 }
+HALF = ", 50% on the host"
+OFFLOADED_LAYOUTS = {2: ("TP2", "DP2, overlapped"), 4: ("PP2, VPP2, DP2, overlapped",)}
 FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped", "CP2")
 OVERLAPPED = {  # name: (parallel, precision), at TP2
     "bf16": ({}, {}),
@@ -155,20 +168,31 @@ def on_one_gpu(folder: Path) -> dict[str, dict]:
         for name in ("fp8 tensorwise", "fp8 tensorwise, attention"):
             jobs[f"{name}, full recompute"] = job(recompute, "bf16", FORMATS[name])
         jobs["bf16, selective recompute"] = job(layout(recompute="selective"), "bf16")
+    for name, (base, share) in OFFLOADED.items():
+        if base in jobs:
+            jobs[name] = offloaded(jobs[base], share, folder / name.replace(" ", "_"))
     return side_by_side(jobs, 4)
+
+
+def offloaded(base: dict, share: float, folder: Path) -> dict:
+    """A job with that share of its optimizer's state in host memory: resumed, also without, and with a gradient that is no number."""
+    dtype = base["train"]["dtype"]
+    more = {"resume": str(folder), "other": {"train": training(dtype)}, "poisoned": True}
+    return base | {"train": training(dtype, share)} | more
 
 
 def _resumed(name: str, folder: Path) -> dict:
     """How a format is resumed: with its parameters in FP8, also as if they were not."""
     if name not in RESUMED:
         return {}
-    other = {"other_precision": FORMATS[HELD[name]]} if name in HELD else {}
+    other = {"other": {"precision": FORMATS[HELD[name]]}} if name in HELD else {}
     return {"resume": str(folder / name.replace(" ", "_"))} | other
 
 
 def on_several(count: int) -> dict[str, dict]:
     """Layouts of that many GPUs in fp32, some of two GPUs also in FP8."""
     jobs = {name: job(parallel, **WIDE) for name, parallel in LAYOUTS[count].items()}
+    jobs |= {f"{name}{HALF}": job(LAYOUTS[count][name], offloaded=0.5, **WIDE) for name in OFFLOADED_LAYOUTS[count]}
     if count != 2 or not find_spec("transformer_engine"):
         return curves(jobs, count)
     with tempfile.TemporaryDirectory() as folder:

@@ -79,6 +79,28 @@ def test_resuming_is_bit_identical(name, on_one_gpu):
     assert result["same_parameters"]
 
 
+@pytest.mark.parametrize("name", jobs.OFFLOADED)
+def test_state_in_host_memory_changes_next_to_nothing(name, on_one_gpu):
+    without, _ = jobs.OFFLOADED[name]
+    if name not in on_one_gpu:
+        pytest.skip("Transformer Engine is not installed")
+    found, tolerance = on_one_gpu[name], 1e-5 if without == "fp32" else 2e-3
+    check(on_one_gpu[without], found, tolerance)
+    check(on_one_gpu[without], {"losses": found["otherwise"], "norms": found["norms"]}, tolerance)
+    assert found["resumed"] == found["losses"]
+    assert found["same_parameters"]
+    assert found["unchanged"]
+
+
+@pytest.mark.parametrize(
+    ("count", "name"), [(count, name) for count, names in jobs.OFFLOADED_LAYOUTS.items() for name in names]
+)
+def test_state_in_host_memory_under_a_layout_has_one_gpus_curve(count, name, on_one_gpu, on_several):
+    if count not in on_several:
+        pytest.skip(f"needs {count} GPUs")
+    check(on_one_gpu["fp32, wide"], on_several[count][f"{name}{jobs.HALF}"], 1e-4)
+
+
 @pytest.mark.parametrize(("count", "name"), [(count, name) for count, names in jobs.LAYOUTS.items() for name in names])
 def test_every_layout_has_one_gpus_curve(count, name, on_one_gpu, on_several):
     if count not in on_several:
