@@ -17,7 +17,7 @@ MODEL = dict(
     num_attention_heads=6,  # TP4 pads to 8
     gdn=dict(num_key_heads=6, num_value_heads=6, key_head_dim=8, value_head_dim=16),
 )
-STEPS = 24
+STEPS = 12
 TRAIN = dict(steps=STEPS, global_batch_size=8, micro_batch_size=1, dtype="fp32")
 LAYOUTS = {
     "TP2xPP2": dict(tensor_parallel_size=2, pipeline_parallel_size=2),
