@@ -149,16 +149,18 @@ class Optimizer:
         forget_last_cast(self.in_fp8)
         for part in self._parts():
             part._copy_main_params_to_model_params()
-        for chunk in self.wrapped:
-            chunk.start_param_sync(force_sync=True)
+        self._gather()
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
         """Have on all ranks what the last update made of the parameters. Where the gathering is overlapped, each rank has but its
         own part of them until the next forward pass."""
         if self.overlap_param_gather:
-            for chunk in self.wrapped:
-                chunk.start_param_sync(force_sync=True)
+            self._gather()
+
+    def _gather(self) -> None:
+        for chunk in self.wrapped:
+            chunk.start_param_sync(force_sync=True)
 
     # ---- state, for checkpoints
 

@@ -32,9 +32,8 @@ def make_adam(decayed: list, exempt: list, adam: OptimizerConfig, zero: ZeroConf
 def _use_a_share_of_the_cores() -> None:
     """Launchers give a rank one thread; an Adam on the host wants all cores of the node, shared with the other ranks."""
     share = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    os.environ["OMP_NUM_THREADS"] = str(
-        share
-    )  # DeepSpeed's library has an OpenMP of its own, which reads it when it is loaded
+    # DeepSpeed's library has an OpenMP of its own, which reads it when it is loaded
+    os.environ["OMP_NUM_THREADS"] = str(share)
     torch.set_num_threads(share)
 
 
