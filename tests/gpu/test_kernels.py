@@ -115,7 +115,6 @@ def test_gated_delta_rule_errs_no_more_than_fla(backend, hard):
 def test_the_scan_in_cuda_has_the_bits_of_gluon_s(batch, length, heads, monkeypatch):
     from hybrid_kernels.gated_delta_rule import cuda_op
 
-    monkeypatch.setenv(cuda_op.SWITCH, "1")
     inputs = delta_rule_inputs(batch, length, 1, heads, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
     if cuda_op.missing(inputs[0], inputs[2], None):
         pytest.skip(cuda_op.missing(inputs[0], inputs[2], None))

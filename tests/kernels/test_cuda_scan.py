@@ -18,7 +18,6 @@ needs_nvcc = pytest.mark.skipif(cuda_op.nvcc() is None, reason="nvcc is not inst
 def fresh(monkeypatch, tmp_path):
     """An empty cache folder, and nothing built yet in this process."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv(cuda_op.SWITCH, "1")
     cuda_op._built.cache_clear()
     yield tmp_path
     cuda_op._built.cache_clear()
@@ -93,10 +92,6 @@ def test_the_dispatch_says_why_it_does_not(fresh, monkeypatch):
         assert "not the scan in CUDA C++: sequences in segments" in explained(patch)
     monkeypatch.setattr(cuda_op, "nvcc", lambda: None)
     assert "not the scan in CUDA C++: nvcc was not found" in explained(monkeypatch)
-    monkeypatch.delenv(cuda_op.SWITCH)
-    assert f"not the scan in CUDA C++: it is not the default yet: {cuda_op.SWITCH}=1 lets it run" in explained(
-        monkeypatch
-    )
 
 
 def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):

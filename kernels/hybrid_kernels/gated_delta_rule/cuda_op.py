@@ -19,8 +19,6 @@ from .triton_op import ends_like, segments_of
 SOURCES = [Path(__file__).with_name(name) for name in ("hopper_scan.cu", "hopper_ptx.cuh")]
 OPTIONS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC"]
 POINTERS = ("G", "initial", "final", "o", "cu", "first_chunk")
-SWITCH = "HYBRID_KERNELS_CUDA_SCAN"
-"""Environment variable: 1 lets it run. Not the default before a whole training run with it is on record."""
 COUNTS = ("length", "chunks", "segments", "heads", "key_heads", "values")
 
 
@@ -38,8 +36,6 @@ def missing(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -
     The kernel runs other shapes as well; these are those where it was measured to be faster.
     """
     batch, _, heads, dim_v = v.shape
-    if os.environ.get(SWITCH) != "1":
-        return f"it is not the default yet: {SWITCH}=1 lets it run"
     if (q.shape[-1], dim_v) != (96, 192):
         return f"it takes heads of 96 and 192, not {q.shape[-1]} and {dim_v}"
     if cu_seqlens is not None:
