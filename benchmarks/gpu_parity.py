@@ -7,6 +7,7 @@ python benchmarks/gpu_parity.py
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,11 +36,14 @@ def main() -> None:
             differ = int(not found["same_casts"])
             rows.append(bounded(f"{case}, against a cast of whole weights", "bytes that differ", "", differ, 0))
 
+    gpus = list(range(torch.cuda.device_count()))
+    first, rest = (gpus[:2], gpus[2:]) if len(gpus) >= 4 else (gpus, [])
+    pool = ThreadPoolExecutor()
+    cpu_part = pool.submit(jobs.on_cpu)
+    beside = pool.submit(on_two, rest) if rest else None  # the GPUs that the first part leaves
     with tempfile.TemporaryDirectory() as folder:
-        with ThreadPoolExecutor() as pool:
-            on_cpu = pool.submit(jobs.on_cpu)
-            gpu = jobs.on_one_gpu(Path(folder))
-            cpu = on_cpu.result()
+        gpu = jobs.on_one_gpu(Path(folder), first)
+    cpu = cpu_part.result()
     for name in ("fp32", "fp32, wide"):
         compare(f"{name}: a GPU from the CPU", cpu[name], gpu[name], 1e-4)
     for name in ("bf16, local", "bf16"):
@@ -59,18 +63,29 @@ def main() -> None:
         elif "recompute" in name:
             compare(f"{name}: from bf16", gpu["bf16"], gpu[name], 0.0)
     write_gpu("gpu_parity", rows)
-    for count in jobs.LAYOUTS:
-        if torch.cuda.device_count() < count:
-            continue
-        for name, found in jobs.on_several(count).items():
+
+    def compare_layouts(found: dict) -> None:
+        for name, result in found.items():
             fmt = next((f for f in sorted(jobs.FP8_FORMATS, key=len, reverse=True) if name.endswith(f)), None)
             expected, goal = (gpu[fmt], 1e-2) if fmt else (gpu["fp32, wide"], 1e-4)
-            compare(f"{name}: from one GPU", expected, found, goal)
-        write_gpu("gpu_parity", rows)
-    if torch.cuda.device_count() >= 2 and "bf16" in gpu:  # Transformer Engine is there
-        for name, (plain, found) in jobs.overlapped().items():
+            compare(f"{name}: from one GPU", expected, result, goal)
+
+    if len(gpus) >= 2:
+        layouts, pairs = beside.result() if beside else on_two(gpus[:2])
+        compare_layouts(layouts)
+        for name, (plain, found) in pairs.items():
             compare(f"TP2, overlapped, {name}: from TP2", plain, found, 5e-3)
         write_gpu("gpu_parity", rows)
+    if len(gpus) >= 4:
+        compare_layouts(jobs.on_several(4))
+        write_gpu("gpu_parity", rows)
+
+
+def on_two(gpus: list[int]) -> tuple[dict, dict]:
+    """What two GPUs find: layouts, and pairs without and with overlapped exchanges where Transformer Engine is there."""
+    from tests.gpu import jobs
+
+    return jobs.on_several(2, gpus), jobs.overlapped(gpus) if find_spec("transformer_engine") else {}
 
 
 if __name__ == "__main__":

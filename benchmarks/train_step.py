@@ -3,10 +3,12 @@
 python benchmarks/train_step.py                                    one GPU: slices of the model (its widths, four of its layers)
 torchrun --nproc-per-node 2 benchmarks/train_step.py               several: the whole model, by layout and format
     --only REGEX   cases whose name it finds      --profile   where the time goes, by kind of kernel
+    --cases FILE   also as planner_errors.py reads them
 """
 
 import argparse
 import gc
+import json
 import re
 import sys
 import time
@@ -48,7 +50,9 @@ LAYOUTS = {
         "TP4": {"tensor_parallel_size": 4},
         "TP4, overlapped": {"tensor_parallel_size": 4, "tp_comm_overlap": True},
         "PP2 x DP2": {"pipeline_parallel_size": 2, **OVERLAP},
+        "PP2, VPP4, DP2": {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 4, **OVERLAP},
         "PP4": {"pipeline_parallel_size": 4},
+        "PP4, VPP2": {"pipeline_parallel_size": 4, "virtual_pipeline_parallel_size": 2},
         "CP4": {"context_parallel_size": 4, **OVERLAP},
         "TP2 x CP2": {"tensor_parallel_size": 2, "context_parallel_size": 2, **OVERLAP},
     },
@@ -82,7 +86,8 @@ def timed(engine, batches, steps: int) -> dict:
         step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": sorted(seconds[2:])[steps // 2], "bytes": torch.cuda.max_memory_allocated(), "step": step}
+    memory = {"bytes": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+    return {"seconds": sorted(seconds[2:])[steps // 2], "step": step} | memory
 
 
 def kernel_kinds(engine_step) -> dict[str, float]:
@@ -131,7 +136,7 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
     engine.close()
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
-    return found | {name: max(one[name] for one in everyone) for name in ("seconds", "bytes")}
+    return found | {name: max(one[name] for one in everyone) for name in ("seconds", "bytes", "reserved")}
 
 
 def rows_of(case: str, found: dict, model, args, whole: bool) -> list[dict]:
@@ -154,6 +159,21 @@ def rows_of(case: str, found: dict, model, args, whole: bool) -> list[dict]:
     return rows + [row(case, f"kernels: {kind}", f"ms of {total:.0f}", ms) for kind, ms in found["kinds"].items()]
 
 
+def planner_case(case: str, found: dict, parallel: dict, precision: dict, args) -> dict:
+    """As planner_memory.py writes one."""
+    sizes = {"steps": 1, "micro_batch_size": args.micro, "global_batch_size": args.sequences}
+    config = {
+        "run_dir": "runs/none",
+        "model": {"preset": "olmo_hybrid_7b"},
+        "data": {"train": [{"path": "none"}], "sequence_length": SEQUENCE},
+        "train": sizes,
+        "parallel": parallel | {"recompute": args.recompute},
+        "precision": precision,
+    }
+    measured = {"seconds": found["seconds"], "peak_bytes": found["bytes"], "reserved_bytes": found["reserved"]}
+    return {"case": case, "world": dist.get_world_size(), "held_out": False, "config": config} | measured
+
+
 def main() -> None:
     from kernel_timing import write_gpu
 
@@ -169,6 +189,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="of a global batch")
     parser.add_argument("--micro", type=int, default=1, help="sequences of a micro-batch")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--cases", type=Path, help="measured cases, as planner_errors.py reads them")
     args, _ = parser.parse_known_args()
     launch = Launch.from_environment()
     whole = args.layers is None and launch.world_size > 1
@@ -176,6 +197,7 @@ def main() -> None:
     if not whole:
         model = model.model_copy(update={"layer_pattern": args.layers or "GGGA"})
     rows: list[dict] = []
+    cases: list[dict] = []
     for layout, parallel in LAYOUTS[launch.world_size].items():
         groups = start_distributed(launch, ParallelConfig(**parallel), seed=0, quiet=bool(rows))
         for name, precision in FORMATS.items():
@@ -195,11 +217,14 @@ def main() -> None:
                 stop_distributed()
                 raise SystemExit(1) from None
             rows += rows_of(case, found, model, args, whole)
+            cases.append(planner_case(case, found, parallel, precision, args))
             del found
             gc.collect()
             torch.cuda.empty_cache()
             if launch.rank == 0:
                 write_gpu("train_step" if launch.world_size == 1 else f"train_step_x{launch.world_size}", rows)
+                if whole and args.cases:
+                    args.cases.write_text(json.dumps(cases))
         parallel_state.destroy_model_parallel()
     stop_distributed()
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import chain
@@ -116,12 +117,13 @@ FP8_FORMATS = (
 )
 
 
-def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu") -> dict[str, dict]:
-    """Results of the jobs (tests/gpu/curves.py), from one launch of that many ranks."""
+def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Sequence[int] = ()) -> dict[str, dict]:
+    """Results of the jobs (tests/gpu/curves.py), from one launch of that many ranks, on those GPUs if they are named."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus or device == "cpu" else {}
+        environment = os.environ | visible
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         )
@@ -141,12 +143,16 @@ def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu") -> dict[s
         return json.loads((folder / "results.json").read_text())
 
 
-def side_by_side(jobs: dict[str, dict], processes: int, device: str = "gpu") -> dict[str, dict]:
+def side_by_side(jobs: dict[str, dict], processes: int, device: str = "gpu", gpus: Sequence[int] = ()) -> dict[str, dict]:
     """Jobs of one rank, shared out over processes that run at once: these models are small, and most of the time is start-up."""
     names = list(jobs)
     shares = [{name: jobs[name] for name in names[first::processes]} for first in range(processes)]
+
+    def run(number: int) -> dict[str, dict]:
+        return curves(shares[number], device=device, gpus=gpus and [gpus[number % len(gpus)]])
+
     with ThreadPoolExecutor(processes) as pool:
-        results = list(pool.map(lambda share: curves(share, device=device), [share for share in shares if share]))
+        results = list(pool.map(run, [number for number, share in enumerate(shares) if share]))
     return {name: found for result in results for name, found in result.items()}
 
 
@@ -155,8 +161,8 @@ def on_cpu() -> dict[str, dict]:
     return side_by_side({"fp32": job(), "fp32, wide": job(**WIDE)}, 2, device="cpu")
 
 
-def on_one_gpu(folder: Path) -> dict[str, dict]:
-    """Every format, some of them also saved in `folder` and resumed."""
+def on_one_gpu(folder: Path, gpus: Sequence[int] = ()) -> dict[str, dict]:
+    """Every format, some of them also saved in `folder` and resumed; each job on one of `gpus`."""
     jobs = {"fp32": job(), "fp32, wide": job(**WIDE), "bf16, local": job(dtype="bf16", precision=dict(parts="local"))}
     if find_spec("transformer_engine"):
         for name, precision in {"bf16": {}, **FORMATS}.items():
@@ -171,7 +177,7 @@ def on_one_gpu(folder: Path) -> dict[str, dict]:
     for name, (base, share) in OFFLOADED.items():
         if base in jobs:
             jobs[name] = offloaded(jobs[base], share, folder / name.replace(" ", "_"))
-    return side_by_side(jobs, 4)
+    return side_by_side(jobs, 4 * max(1, len(gpus)), gpus=gpus)
 
 
 def offloaded(base: dict, share: float, folder: Path) -> dict:
@@ -189,27 +195,27 @@ def _resumed(name: str, folder: Path) -> dict:
     return {"resume": str(folder / name.replace(" ", "_"))} | other
 
 
-def on_several(count: int) -> dict[str, dict]:
+def on_several(count: int, gpus: Sequence[int] = ()) -> dict[str, dict]:
     """Layouts of that many GPUs in fp32, some of two GPUs also in FP8."""
     jobs = {name: job(parallel, **WIDE) for name, parallel in LAYOUTS[count].items()}
     jobs |= {f"{name}{HALF}": job(LAYOUTS[count][name], offloaded=0.5, **WIDE) for name in OFFLOADED_LAYOUTS[count]}
     if count != 2 or not find_spec("transformer_engine"):
-        return curves(jobs, count)
+        return curves(jobs, count, gpus=gpus)
     with tempfile.TemporaryDirectory() as folder:
         for name in FP8_LAYOUTS:
             for fmt in FP8_FORMATS:
                 more = _resumed(fmt, Path(folder) / name.replace(" ", "_")) if fmt in HELD else {}
                 jobs[f"{name}, {fmt}"] = job(LAYOUTS[2][name], "bf16", FORMATS[fmt], **more)
-        return curves(jobs, count)
+        return curves(jobs, count, gpus=gpus)
 
 
-def overlapped() -> dict[str, tuple[dict, dict]]:
+def overlapped(gpus: Sequence[int] = ()) -> dict[str, tuple[dict, dict]]:
     """TP2 on two GPUs, by name: without parallel.tp_comm_overlap, and with it."""
     pairs = {}
     for name, (parallel, precision) in OVERLAPPED.items():
         pairs[f"{name}, plain"] = job(layout(2, **parallel), "bf16", precision)
         pairs[f"{name}, overlapped"] = job(layout(2, tp_comm_overlap=True, **parallel), "bf16", precision)
-    found = curves(pairs, 2)
+    found = curves(pairs, 2, gpus=gpus)
     return {name: (found[f"{name}, plain"], found[f"{name}, overlapped"]) for name in OVERLAPPED}
 
 
