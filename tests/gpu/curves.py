@@ -6,9 +6,11 @@ not apply); with `other` as well, also "otherwise": the losses where the second 
 `poisoned`, also "unchanged": whether a step whose gradient is not a number was skipped, and left everything as it was.
 """
 
+import faulthandler
 import gc
 import json
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +18,9 @@ import torch
 from megatron.core import parallel_state
 
 from tests import jobs
+
+STUCK_S = 120
+"""A job that runs for longer prints where all of its threads are."""
 
 
 def run(steps: int, resume: str | None = None, other: dict | None = None, poisoned: bool = False, **arguments) -> dict:
@@ -72,9 +77,13 @@ def main() -> None:
     for name, arguments in todo.items():
         if results:
             _reset()
+        started = time.monotonic()
+        faulthandler.dump_traceback_later(STUCK_S)
         results[name] = run(**arguments)
-    if torch.distributed.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+        faulthandler.cancel_dump_traceback_later()
+        print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+        if torch.distributed.get_rank() == 0:
+            Path(sys.argv[2]).write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 

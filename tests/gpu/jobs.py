@@ -24,6 +24,8 @@ MODEL = dict(
     gdn=dict(num_key_heads=6, num_value_heads=6, key_head_dim=96, value_head_dim=192),
 )
 STEPS = 10
+LIMIT_S = 400
+"""Seconds of one launch; after curves.STUCK_S in one job it says where it is."""
 
 
 def training(dtype: str, offloaded: float = 0.0) -> dict:
@@ -137,13 +139,25 @@ def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Seq
             "tests.gpu.curves",
         ]
         command = [sys.executable, *launch, str(folder / "jobs.json"), str(folder / "results.json")]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{ranks} ranks ended with status {done.returncode}\n{done.stderr[-6000:]}")
-        return json.loads((folder / "results.json").read_text())
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            _, said = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its ranks
+            _, said = process.communicate()
+        results = folder / "results.json"
+        found = json.loads(results.read_text()) if results.exists() else {}
+        if process.returncode:
+            missing = ", ".join(name for name in jobs if name not in found)
+            raise RuntimeError(
+                f"{ranks} ranks ended with status {process.returncode}, without: {missing}\n{said[-6000:]}"
+            )
+        return found
 
 
-def side_by_side(jobs: dict[str, dict], processes: int, device: str = "gpu", gpus: Sequence[int] = ()) -> dict[str, dict]:
+def side_by_side(
+    jobs: dict[str, dict], processes: int, device: str = "gpu", gpus: Sequence[int] = ()
+) -> dict[str, dict]:
     """Jobs of one rank, shared out over processes that run at once: these models are small, and most of the time is start-up."""
     names = list(jobs)
     shares = [{name: jobs[name] for name in names[first::processes]} for first in range(processes)]
