@@ -5,7 +5,8 @@ the optimizer has taken its fp32 weights from it; from then on the optimizer cas
 checkpoint is loaded, and once at the start.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core.fp8_utils import is_float8tensor
@@ -31,3 +32,26 @@ def forget_last_cast(parameters: Iterable[torch.nn.Parameter]) -> None:
         quantizer = parameter._get_quantizer()
         if isinstance(quantizer, Float8Quantizer):  # delayed scaling's
             quantizer.amax.zero_()
+
+
+@contextmanager
+def casting_rows_alone() -> Iterator[None]:
+    """For the optimizer's casts. Transformer Engine 2.20 has each range of flattened fp32 weights cast by a quantizer that also writes
+    its transpose, of one column, which nothing reads: on an H100 61 of a step's 780 ms, four layers of the 7B."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
+
+    update = Float8Quantizer.update_quantized
+
+    def update_rows(self, *arguments, **options):
+        columnwise = self.columnwise_usage
+        self.set_usage(columnwise=False)
+        try:
+            return update(self, *arguments, **options)
+        finally:
+            self.set_usage(columnwise=columnwise)
+
+    Float8Quantizer.update_quantized = update_rows
+    try:
+        yield
+    finally:
+        Float8Quantizer.update_quantized = update

@@ -1,6 +1,7 @@
 """AdamW over megatron-core's data parallel wrappers, and the state that checkpoints need of it."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
 
 import torch
@@ -18,7 +19,7 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.model.megatron_config import DTYPES
 from megatron_hybrid.model.param_layout import ParamLayout
-from megatron_hybrid.precision.fp8_parameters import forget_last_cast, held_in_fp8
+from megatron_hybrid.precision.fp8_parameters import casting_rows_alone, forget_last_cast, held_in_fp8
 from megatron_hybrid.train.host_offload import (
     adams,
     hand_over_gradients,
@@ -136,7 +137,8 @@ class Optimizer:
                     use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
             hand_over_gradients(part.optimizer)
-        self.megatron.step_with_ready_grads()
+        with self._casting():
+            self.megatron.step_with_ready_grads()
 
     def _parts(self) -> list:
         return getattr(self.megatron, "chained_optimizers", [self.megatron])
@@ -147,9 +149,13 @@ class Optimizer:
         if not self.in_fp8:
             return
         forget_last_cast(self.in_fp8)
-        for part in self._parts():
-            part._copy_main_params_to_model_params()
+        with self._casting():
+            for part in self._parts():
+                part._copy_main_params_to_model_params()
         self._gather()
+
+    def _casting(self):
+        return casting_rows_alone() if self.in_fp8 else nullcontext()
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
