@@ -66,7 +66,7 @@ def train(name: str, data: Path, folder: Path, steps: int, sequence: int, gpu: s
     ]
     if linear != "bf16":
         overrides.append(f"precision={{linear: {linear}{', attention: fp8' if attention else ''}}}")
-    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    environment = os.environ | {"OMP_NUM_THREADS": "2"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "tools/pretrain.py", "examples/configs/pretrain_hybrid_tiny.yaml", *overrides]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -134,6 +134,8 @@ class MegatronEngine:
     def close(self) -> None:
         """Let go of the memory. Hooks that C++ holds tie model and optimizer into cycles Python's collector does not see."""
         for chunk in self.wrapped:
+            if self.parallel.overlap_param_gather:
+                chunk.disable_forward_pre_hook(param_sync=False)
             chunk.grad_accs.clear()
             config = chunk.module.config
             config.grad_scale_func = config.no_sync_func = config.grad_sync_func = config.param_sync_func = None

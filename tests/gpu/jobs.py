@@ -125,7 +125,9 @@ def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Seq
         folder = Path(name)
         (folder / "jobs.json").write_text(json.dumps(jobs))
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus or device == "cpu" else {}
-        environment = os.environ | visible
+        environment = (
+            os.environ | {"OMP_NUM_THREADS": "1"} | visible
+        )  # many at once: threads of all cores each would only wait
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         )

@@ -9,11 +9,11 @@ from tests import jobs
 from tests.models import SMALL
 
 
-def what_is_left(train: dict) -> list[str]:
+def what_is_left(train: dict, parallel: dict) -> list[str]:
     """Which parts of a closed engine that has trained a step are still in memory."""
 
     def watched() -> dict[str, weakref.ref]:
-        engine = jobs.make_engine(SMALL, {}, train)
+        engine = jobs.make_engine(SMALL, parallel, train)
         engine.forward_backward(jobs.batches_of(engine, jobs.samples_of_step(0, 2, 257), 1))
         engine.update(1e-3, engine.gradient_norm())
         parts = {
@@ -32,5 +32,9 @@ def what_is_left(train: dict) -> list[str]:
 @pytest.mark.parametrize(("dtype", "offloaded"), [("fp32", 0.0), ("bf16", 0.0), ("bf16", 0.5)])
 def test_a_closed_engine_leaves_no_memory_behind(dtype, offloaded, ranks):
     train = dict(steps=1, global_batch_size=2, dtype=dtype, optimizer=dict(offload_fraction=offloaded))
-    (left,) = ranks.run(what_is_left, 1, train=train)
-    assert left == []
+    assert ranks.run(what_is_left, 1, train=train, parallel={}) == [[]]
+
+
+def test_nor_does_one_that_overlaps_its_collectives(ranks):
+    train, overlap = dict(steps=1, global_batch_size=2), dict(overlap_grad_reduce=True, overlap_param_gather=True)
+    assert ranks.run(what_is_left, 2, train=train, parallel=overlap) == [[], []]
