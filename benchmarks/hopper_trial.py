@@ -1,46 +1,80 @@
-"""The forward scan of gated_delta_rule in CUDA C++ against the one in Gluon, in one process: results first, then times.
+"""The scans of gated_delta_rule in CUDA C++ against those in Gluon, in one process: results first, then times.
 
 Both get what one `prepare` wrote. The results have to be the same to the bit; fp64 says how far both are from the truth.
 Run on a Hopper GPU with nvcc.
 """
 
 import subprocess
+from dataclasses import replace
 
 import torch
 from kernel_timing import gpu_ms, write_gpu
 from report import row
 
-from hybrid_kernels.gated_delta_rule import cuda_op, explain, gated_delta_rule, gluon_op
+from hybrid_kernels.gated_delta_rule import cuda_op, gated_delta_rule, gluon_op
 from hybrid_kernels.gated_delta_rule.triton_op import Chunks, prepare
 from hybrid_kernels.testing import delta_rule_inputs, relative_error
 
 K, V = 96, 192
 SHAPES = ((1, 8192, 30), (1, 8192, 15), (4, 8192, 30))
+PARTS = {  # bytes a token and head to read and to write at least: q, k, v (or do), A, P, G; then what is written
+    "forward scan": 4 * K + 2 * V + 4 * 64 + 4 + 2 * V,
+    "forward scan for states": 2 * K + 2 * V + 2 * 64 + 4 + 2 * V * K // 64 + 2 * V,
+    "forward scan for both": 4 * K + 2 * V + 4 * 64 + 4 + 2 * V * K // 64 + 4 * V,
+    "reverse scan": 4 * K + 2 * V + 4 * 64 + 4 + 2 * V * K // 64 + 2 * V,
+}
 
 
-def scans(q, k, v, g, beta, initial=None, cu_seqlens=None):
-    """The two scans over whole sequences, as functions of the options they take."""
-    chunks = Chunks.of(v, K, cu_seqlens)
-    if cu_seqlens is None:
-        chunks = Chunks(v.shape[0], v.shape[1], chunks.count, v, v, v)  # never in segments
-    scores = prepare(q, k, g, beta, K**-0.5, chunks, cu_seqlens is not None)
-    args = (q, k, v, scores, initial, cu_seqlens, K**-0.5, chunks)
-    return [lambda module=x, **options: module.forward_scan(*args, output=True, **options) for x in (cuda_op, gluon_op)]
+def given(*tensors) -> list:
+    return [x for x in tensors if x is not None]
+
+
+def scans(inputs, initial=None, cu_seqlens=None) -> dict[str, list]:
+    """Every scan over whole sequences, ours and Gluon's, as functions of whether to give the last state, too."""
+    q, k, v, g, beta = inputs
+    chunks = Chunks.of(v, cu_seqlens)  # never in segments
+    if cu_seqlens is not None:
+        chunks = replace(chunks, count=int(chunks.first[-1]))  # no room for chunks that there are not
+    scores, do = prepare(q, k, g, beta, K**-0.5, chunks, cu_seqlens is not None), v.roll(1, 1)
+    rest = (initial, cu_seqlens, K**-0.5, chunks)
+
+    def forward(module, **options):
+        def run(last=False):
+            o, end, kept = module.forward_scan(q, k, v, scores, *rest, final=last, **options)
+            return given(o, end, *kept)
+
+        return run
+
+    def reverse(module):
+        return lambda last=False: given(*module.reverse_scan(q, k, do, scores, *rest, initial=last))
+
+    modules = (cuda_op, gluon_op)
+    return {
+        "forward scan": [forward(x, output=True) for x in modules],
+        "forward scan for states": [forward(x, states=True) for x in modules],
+        "forward scan for both": [forward(x, output=True, states=True) for x in modules],
+        "reverse scan": [reverse(x) for x in modules],
+    }
 
 
 def agree(name, inputs, initial=None, cu_seqlens=None) -> list[dict]:
-    ours, peer = (scan(final=True)[:2] for scan in scans(*inputs, initial, cu_seqlens))
-    again = scans(*inputs, initial, cu_seqlens)[0](final=True)
-    same = all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(ours, peer, again))
-    rows = [dict(row(name, "the bits of Gluon's scan, twice", "bool", same), goal=True, met=same)]
+    rows, both = [], scans(inputs, initial, cu_seqlens)
+    for what, (scan, peer) in both.items():
+        ours, again, theirs = scan(True), scan(True), peer(True)
+        same = all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(ours, again, theirs, strict=True))
+        rows.append(dict(row(name, f"{what}: the bits of Gluon's, twice", "bool", same), goal=True, met=same))
     if inputs[0].shape[1] <= 1024:
-        doubled = [x.double() for x in inputs]
-        start = initial if initial is None else initial.double()
-        exact = gated_delta_rule(
-            *doubled, initial_state=start, cu_seqlens=cu_seqlens, output_final_state=True, backend="torch"
-        )
-        for what, x, y, z in zip(("o", "final state"), ours, peer, exact):
-            errors = relative_error(x, z), relative_error(y, z)
+        leaves = [x.double().requires_grad_() for x in inputs]
+        start = None if initial is None else initial.double().requires_grad_()
+        options = dict(initial_state=start, cu_seqlens=cu_seqlens, output_final_state=True)
+        exact = gated_delta_rule(*leaves, **options, backend="torch")
+        do = leaves[2].detach().roll(1, 1)
+        dfinal = torch.zeros_like(exact[1]) if initial is None else initial.double()
+        exact += torch.autograd.grad(exact, [leaves[2], *([] if start is None else [start])], [do, dfinal])
+        found = (("o", "forward scan", 0), ("final state", "forward scan", 1), ("dv", "reverse scan", 0))
+        found += (("the initial state's gradient", "reverse scan", 2),)
+        for (what, scan, i), truth in zip(found, exact):
+            errors = [relative_error(x(True)[i], truth) for x in both[scan]]
             rows.append(row(name, f"error of {what}", "relative RMS", *errors, "Gluon", 0.999))
     return rows
 
@@ -52,18 +86,25 @@ def random_inputs(batch, length, heads):
 
 
 def times(name, inputs) -> list[dict]:
-    ours, peer = (gpu_ms(scan) for scan in scans(*inputs))
-    rows = [row(name, "forward scan", "ms", ours, peer, "Gluon", 1.05)]
-    batch, length, heads = inputs[2].shape[:3]
-    size = batch * length * heads * (4 * (K + V) + 4 * 64 + 4)  # q, k, v, o; A and P; G
-    rows.append(row(name, "bytes at least moved, a second", "TB/s", size / ours / 1e9, 3.0, "a copy", None, True))
-    if "segments" not in str(explain(*inputs)):  # what the op does is this scan after prepare
+    rows, tokens = [], inputs[2].shape[:3].numel()
+    for what, both in scans(inputs).items():
+        ours, peer = map(gpu_ms, both)
+        rows.append(row(name, what, "ms", ours, peer, "Gluon", 1.05))
+        speed = tokens * PARTS[what] / ours / 1e9
+        rows.append(row(name, f"{what}: bytes at least moved, a second", "TB/s", speed, 3.0, "a copy", None, True))
+    if cuda_op.missing(inputs[0], inputs[2], None) is None:
         available = cuda_op.missing
-        ours = gpu_ms(lambda: gated_delta_rule(*inputs, backend="hopper"))
+        leaves = [x.clone().requires_grad_() for x in inputs]
+
+        def step():
+            o, _ = gated_delta_rule(*leaves, backend="hopper")
+            torch.autograd.grad(o, leaves, inputs[2])
+
+        ours = gpu_ms(step)
         cuda_op.missing = lambda *_: "switched off to be compared with"
-        peer = gpu_ms(lambda: gated_delta_rule(*inputs, backend="hopper"))
+        peer = gpu_ms(step)
         cuda_op.missing = available
-        rows.append(row(name, "forward", "ms", ours, peer, "with Gluon's scan"))
+        rows.append(row(name, "forward and backward", "ms", ours, peer, "with Gluon's scans"))
     return rows
 
 

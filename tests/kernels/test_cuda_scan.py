@@ -1,4 +1,4 @@
-"""The forward scan in CUDA C++: how it is built and found, what the compiler says of it, and the dispatch's reason without it."""
+"""The scans in CUDA C++: how they are built and found, what the compiler says of them, and the dispatch's reason without them."""
 
 import subprocess
 import types
@@ -24,7 +24,10 @@ def fresh(monkeypatch, tmp_path):
 
 
 @needs_nvcc
-def test_its_products_overlap_and_nothing_spills(tmp_path):
+@pytest.mark.parametrize(
+    "source, kernels", [(x, n) for x, n in zip(cuda_op.COMPILED, (3, 1))], ids=lambda x: getattr(x, "stem", x)
+)
+def test_products_overlap_and_nothing_spills(source, kernels, tmp_path):
     options = [x for x in cuda_op.OPTIONS if x not in ("-shared", "-Xcompiler", "-fPIC")]
     command = [
         cuda_op.nvcc(),
@@ -34,11 +37,11 @@ def test_its_products_overlap_and_nothing_spills(tmp_path):
         "-cubin",
         "-o",
         str(tmp_path / "scan"),
-        str(cuda_op.SOURCES[0]),
+        str(source),
     ]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert " 0 bytes spill stores, 0 bytes spill loads" in ran.stderr
+    assert ran.stderr.count(" 0 bytes spill stores, 0 bytes spill loads") == kernels
     assert "C75" not in ran.stderr, ran.stderr  # the assembler waits for every matrix product
     assert "warning" not in ran.stderr, ran.stderr
 
@@ -55,16 +58,31 @@ def test_it_is_built_once(fresh, monkeypatch):
 
 @needs_nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu runs it")
-def test_without_a_gpu_cuda_s_error_is_raised(fresh, monkeypatch):
+@pytest.mark.parametrize(
+    "options", [dict(output=True, final=True), dict(states=True), dict(output=True, states=True)], ids=", ".join
+)
+def test_without_a_gpu_cuda_s_error_is_raised(options, fresh, monkeypatch):
     """The library loads, takes its arguments and says what CUDA says."""
     from hybrid_kernels.gated_delta_rule.triton_op import Chunks, Scores
 
     q, k, v, _, _ = delta_rule_inputs(1, 100, 1, 2, 96, 192, dtype=torch.bfloat16)
     assert cuda_op.missing(q, v, None) is None
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
-    chunks = Chunks.of(v, 96, None)
+    chunks = Chunks.of(v, None)
     with pytest.raises(RuntimeError, match="CUDA driver|no CUDA-capable device"):
-        cuda_op.forward_scan(q, k, v, Scores.empty(k, 2, chunks.count), None, None, 0.1, chunks, final=True)
+        cuda_op.forward_scan(q, k, v, Scores.empty(k, 2, chunks.count), None, None, 0.1, chunks, **options)
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu runs it")
+def test_the_reverse_scan_raises_it_too(fresh, monkeypatch):
+    from hybrid_kernels.gated_delta_rule.triton_op import Chunks, Scores
+
+    q, k, v, _, _ = delta_rule_inputs(1, 100, 1, 2, 96, 192, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    chunks = Chunks.of(v, None)
+    with pytest.raises(RuntimeError, match="the reverse scan of .*(CUDA driver|no CUDA-capable device)"):
+        cuda_op.reverse_scan(q, k, v, Scores.empty(k, 2, chunks.count), None, None, 0.1, chunks, initial=True)
 
 
 def explained(monkeypatch, batch=1, heads=1, key_dim=96, processors=132, **options):
@@ -78,20 +96,20 @@ def explained(monkeypatch, batch=1, heads=1, key_dim=96, processors=132, **optio
 @needs_nvcc
 @pytest.mark.parametrize("batch, heads", [(1, 1), (1, 30), (1, 44), (4, 30)])
 def test_the_dispatch_says_that_it_runs(fresh, monkeypatch, batch, heads):
-    assert explained(monkeypatch, batch, heads).endswith("outputs by the scan in CUDA C++)")
+    assert explained(monkeypatch, batch, heads).endswith("by the scans in CUDA C++)")
 
 
 def test_the_dispatch_says_why_it_does_not(fresh, monkeypatch):
-    assert "not the scan in CUDA C++: it takes heads of 96 and 192, not 64 and 192" in explained(
+    assert "not the scans in CUDA C++: they take heads of 96 and 192, not 64 and 192" in explained(
         monkeypatch, key_dim=64
     )
-    assert "not the scan in CUDA C++: documents are" in explained(monkeypatch, cu_seqlens=torch.tensor([0, 64]))
-    assert "not the scan in CUDA C++: 180 blocks are one round" in explained(monkeypatch, 2, 30)
+    assert "not the scans in CUDA C++: documents are" in explained(monkeypatch, cu_seqlens=torch.tensor([0, 64]))
+    assert "not the scans in CUDA C++: 180 blocks are one round" in explained(monkeypatch, 2, 30)
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_op, "segments_of", lambda *_: 3)
-        assert "not the scan in CUDA C++: sequences in segments" in explained(patch)
+        patch.setattr(cuda_op, "segments_of", lambda *_: 4)
+        assert "not the scans in CUDA C++: two passes over 4 segments" in explained(patch)
     monkeypatch.setattr(cuda_op, "nvcc", lambda: None)
-    assert "not the scan in CUDA C++: nvcc was not found" in explained(monkeypatch)
+    assert "not the scans in CUDA C++: nvcc was not found" in explained(monkeypatch)
 
 
 def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):
@@ -101,15 +119,15 @@ def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
     monkeypatch.setattr(cuda_op, "nvcc", lambda: str(compiler))
     said = explained(monkeypatch)
-    assert "it could not be built" in said and said.rstrip(")").endswith("no such architecture")
+    assert "they could not be built" in said and said.rstrip(")").endswith("no such architecture")
 
 
-@pytest.mark.parametrize(
-    "hopper, states, module", [(True, False, cuda_op), (True, True, gluon_op), (False, False, None)]
-)
-def test_which_scan_writes_the_outputs(fresh, monkeypatch, hopper, states, module):
+@pytest.mark.parametrize("hopper, lack, module", [(True, None, cuda_op), (True, "why", gluon_op), (False, None, None)])
+def test_whose_scans_run(fresh, monkeypatch, hopper, lack, module):
     from hybrid_kernels.gated_delta_rule import autograd, triton_op
 
-    monkeypatch.setattr(cuda_op, "missing", lambda q, v, cu_seqlens: None)
+    monkeypatch.setattr(cuda_op, "missing", lambda q, v, cu_seqlens: lack)
+    monkeypatch.setattr(triton_op, "segments_of", lambda *_: 3)
     q, _, v, _, _ = delta_rule_inputs(1, 64, 1, 1, 96, 192)
-    assert autograd._scan_of_outputs(q, v, None, hopper, states) is (module or triton_op).forward_scan
+    assert autograd._full_scans(q, v, None, hopper) is (module or triton_op)
+    assert autograd._chunks(q, v, None, hopper).segments == (1 if module is cuda_op else 3)

@@ -72,23 +72,24 @@ def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choic
     """Which backend a call would run, and why; takes the arguments of `gated_delta_rule`."""
     group = several(options.get("group"))
     choice = _choose(q, v, backend, group)
-    reason, rejected = choice.reason, dict(choice.rejected)
-    if choice.backend in ("hopper", "triton"):
+    reason, rejected, documents, whole = choice.reason, dict(choice.rejected), options.get("cu_seqlens"), False
+    if choice.backend == "hopper":
+        from .cuda_op import missing
+
+        lack = missing(q, v, documents)
+        whole = lack is None
+        if whole:
+            reason += ", by the scans in CUDA C++"
+        else:
+            rejected["the scans in CUDA C++"] = lack
+    if choice.backend in ("hopper", "triton") and not whole:
         from .triton_op import segments_of
 
-        segments = segments_of(v, q.shape[-1], options.get("cu_seqlens"))
+        segments = segments_of(v, q.shape[-1], documents)
         if segments > 1:
             reason += f", each sequence in {segments} segments for its few heads"
     if group is not None:
         reason += f", each sequence in slices on {group.size()} ranks, which pass states on"
-    if choice.backend == "hopper":
-        from .cuda_op import missing
-
-        lack = missing(q, v, options.get("cu_seqlens"))
-        if lack is None:
-            reason += ", outputs by the scan in CUDA C++"
-        else:
-            rejected["the scan in CUDA C++"] = lack
     return Choice(choice.op, choice.backend, reason, rejected)
 
 

@@ -30,14 +30,20 @@ def _scans(hopper: bool):
     return triton_op
 
 
-def _scan_of_outputs(q, v, cu_seqlens, hopper: bool, states: bool):
-    """The forward scan that writes o: on Hopper the one in CUDA C++ where it pays, with the same bits, unless states are kept."""
-    if hopper and not states:
+def _full_scans(q, v, cu_seqlens, hopper: bool):
+    """The module whose scans write more than final states: on Hopper those in CUDA C++ where they pay, with the same bits."""
+    if hopper:
         from . import cuda_op
 
         if cuda_op.missing(q, v, cu_seqlens) is None:
-            return cuda_op.forward_scan
-    return _scans(hopper).forward_scan
+            return cuda_op
+    return _scans(hopper)
+
+
+def _chunks(q, v, cu_seqlens, hopper: bool) -> Chunks:
+    """Where chunks lie; the scans in CUDA C++ run whole sequences."""
+    whole = _full_scans(q, v, cu_seqlens, hopper) is not _scans(hopper)
+    return Chunks.of(v, cu_seqlens, 1 if whole else triton_op.segments_of(v, q.shape[3], cu_seqlens))
 
 
 def _alone(scans, q, k, v, scores, initial, scale, chunks, last, group):
@@ -80,12 +86,12 @@ def forward(
     q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: bool, save: str, hopper: bool, group=None
 ):
     """o, the final state or None, and what `backward` wants: A, P, G, states, new values, segments' starts and ends."""
-    scans, chunks = _scans(hopper), Chunks.of(v, k.shape[3], cu_seqlens)
+    scans, chunks = _scans(hopper), _chunks(q, v, cu_seqlens, hopper)
     scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
     cut, starts, ends, final = chunks.segments > 1 or group is not None, None, None, None
     if cut:
         starts, final, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, output_final, group)
-    o, end, kept = _scan_of_outputs(q, v, cu_seqlens, hopper, save == "states")(
+    o, end, kept = _full_scans(q, v, cu_seqlens, hopper).forward_scan(
         q, k, v, scores, starts if cut else initial, cu_seqlens, scale, chunks, output=True,
         final=output_final and not cut, states=save == "states",
     )  # fmt: skip
@@ -96,21 +102,22 @@ def forward(
 def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: float, hopper: bool, group=None):
     """dq, dk, dv, dg, dbeta and dinitial (None without an initial state)."""
     A, P, G, states, new_values, starts, ends = saved
-    scans, chunks, varlen = _scans(hopper), Chunks.of(v, k.shape[3], cu_seqlens), cu_seqlens is not None
+    scans, chunks, varlen = _scans(hopper), _chunks(q, v, cu_seqlens, hopper), cu_seqlens is not None
     scores, cut = Scores(A, P, G), chunks.segments > 1 or group is not None
+    full = _full_scans(q, v, cu_seqlens, hopper)
     if A is None:
         scores = prepare(q, k, g, beta, scale, chunks, varlen)
     if cut and ends is None:
         starts, _, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, False, group)
     if states is None:
         begin = starts if cut else initial
-        states, new_values = scans.forward_scan(q, k, v, scores, begin, cu_seqlens, scale, chunks, states=True)[2]
+        states, new_values = full.forward_scan(q, k, v, scores, begin, cu_seqlens, scale, chunks, states=True)[2]
     dinitial = None
     if cut:
         dfinal, dinitial = _alone_backward(
             scans, q, k, v, do, scores, ends, dfinal, scale, chunks, initial is not None, group
         )
-    dv, dstates, dbegin = scans.reverse_scan(
+    dv, dstates, dbegin = full.reverse_scan(
         q, k, do, scores, dfinal, cu_seqlens, scale, chunks, initial=initial is not None and not cut
     )
     dq, dk, dg, dbeta = gradients(
@@ -176,7 +183,7 @@ def _forward_opaque(
 @_forward_opaque.register_fake
 def _(q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save, hopper):
     batch, length, heads, dim_v = v.shape
-    dim_k, segments = k.shape[3], triton_op.segments_of(v, k.shape[3], cu_seqlens)
+    dim_k, segments = k.shape[3], 1 if cu_seqlens is not None else _chunks(q, v, None, hopper).segments
     n = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     count = batch * -(-length // 64) if cu_seqlens is None else length // 64 + min(n, length)
     chunks = Chunks(batch * segments, length, count, v, v, v, segments)

@@ -1,4 +1,4 @@
-"""The forward scan in CUDA C++ (hopper_scan.cu): built by nvcc at its first use, kept on disk, called through ctypes."""
+"""The scans in CUDA C++ (hopper_scan.cu, hopper_reverse.cu): built by nvcc at their first use, kept on disk, called by ctypes."""
 
 import ctypes
 import fcntl
@@ -16,14 +16,20 @@ from .gluon_op import aligned
 from .triton_join import processors
 from .triton_op import ends_like, segments_of
 
-SOURCES = [Path(__file__).with_name(name) for name in ("hopper_scan.cu", "hopper_ptx.cuh")]
+COMPILED = [Path(__file__).with_name(name) for name in ("hopper_scan.cu", "hopper_reverse.cu")]
+SOURCES = [
+    *COMPILED,
+    *(Path(__file__).with_name(name) for name in ("hopper_launch.cuh", "hopper_scan.cuh", "hopper_ptx.cuh")),
+]
 OPTIONS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC"]
-POINTERS = ("G", "initial", "final", "o", "cu", "first_chunk")
+POINTERS = ("G", "begin", "end", "out", "cu", "first_chunk")
+SEGMENTS = 4
+"""Into so many, sequences are cut: at 15 heads one pass of these scans is faster than two of Gluon's over three segments."""
 COUNTS = ("length", "chunks", "segments", "heads", "key_heads", "values")
 
 
 class Arguments(ctypes.Structure):
-    """`Arguments` of hopper_scan.cu."""
+    """`Arguments` of hopper_scan.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS), ("scale", ctypes.c_float), *((name, ctypes.c_int) for name in COUNTS),
@@ -31,20 +37,21 @@ class Arguments(ctypes.Structure):
 
 
 def missing(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> str | None:
-    """Why Gluon's scan writes the outputs of a call that "hopper" runs, or None. The first time it builds, some seconds.
+    """Why Gluon's scans do a call that "hopper" runs, or None. The first time it builds, some seconds.
 
-    The kernel runs other shapes as well; these are those where it was measured to be faster.
+    The kernels run other shapes as well; these are those where they were measured to be faster.
     """
     batch, _, heads, dim_v = v.shape
     if (q.shape[-1], dim_v) != (96, 192):
-        return f"it takes heads of 96 and 192, not {q.shape[-1]} and {dim_v}"
+        return f"they take heads of 96 and 192, not {q.shape[-1]} and {dim_v}"
     if cu_seqlens is not None:
-        return "documents are left to Gluon's scan"
-    if segments_of(v, q.shape[-1], None) > 1:
-        return "sequences in segments are left to Gluon's scan: of its blocks, a multiprocessor runs two at once"
+        return "documents are left to Gluon's scans"
+    segments = segments_of(v, q.shape[-1], None)
+    if segments >= SEGMENTS:
+        return f"two passes over {segments} segments of each sequence, by Gluon's scans, take less time than one over all of it"
     blocks, room = batch * heads * (dim_v // 64), processors(v.device)
     if room < blocks <= 2 * room:
-        return f"{blocks} blocks are one round of Gluon's scan on {room} multiprocessors, and two of this one"
+        return f"{blocks} blocks are one round of Gluon's scans on {room} multiprocessors, and two of these"
     return _built()[1]
 
 
@@ -71,7 +78,7 @@ def build(compiler: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             part = library.with_suffix(".part")
-            command = [compiler, *OPTIONS, "-o", str(part), str(SOURCES[0])]
+            command = [compiler, *OPTIONS, "-o", str(part), *map(str, COMPILED)]
             ran = subprocess.run(command, capture_output=True, text=True)
             if ran.returncode:
                 raise RuntimeError(f"{' '.join(command)}: {(ran.stderr or ran.stdout)[-1000:].strip()}")
@@ -88,32 +95,55 @@ def _built() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         library = ctypes.CDLL(str(build(compiler)))
     except (RuntimeError, OSError) as error:
-        return None, f"it could not be built: {error}"
+        return None, f"they could not be built: {error}"
     pointer, long = ctypes.c_void_p, ctypes.c_long
-    library.forward_scan.argtypes = [*[pointer] * 5, ctypes.POINTER(Arguments), long, long, ctypes.c_int, pointer]
-    library.forward_scan.restype = ctypes.c_char_p
+    for function, tensors in ((library.forward_scan, 7), (library.reverse_scan, 6)):
+        function.argtypes = [*[pointer] * tensors, ctypes.POINTER(Arguments), long, long, ctypes.c_int, pointer]
+        function.restype = ctypes.c_char_p
     return library, None
 
 
-def forward_scan(q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output=True, final=False, states=False):
-    """`forward_scan` of triton_op for the outputs, and the final state if asked for."""
-    assert output and not states, "Gluon's forward scan writes states"
+def forward_scan(q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output=False, final=False, states=False):
+    """`forward_scan` of triton_op, without transitions."""
+    assert output or states, "Gluon's forward scan is for final states alone"
     q, k, v = aligned(q, k, v)
-    heads, key_heads = v.shape[2], k.shape[2]
-    o = torch.empty_like(v)
-    end = ends_like(v, k.shape[3], chunks, False) if final else None
-    initial = initial if initial is None else initial.float()
-    documents = cu_seqlens is not None
-    tensors = (scores.G, initial, end, o, chunks.cu if documents else None, chunks.first if documents else None)
+    dim_k = k.shape[3]
+    o = torch.empty_like(v) if output else None
+    end = ends_like(v, dim_k, chunks, False) if final else None
+    kept = chunks.states_like(v, dim_k) if states else (None, None)
+    _launch("forward_scan", (q, k, v, scores.A, scores.P, *kept), scores, (initial, end, o), cu_seqlens, scale, chunks)
+    return o, end, kept
+
+
+def reverse_scan(q, k, do, scores, dfinal, cu_seqlens, scale, chunks, *, initial=False):
+    """`reverse_scan` of triton_op, with its outputs."""
+    q, k, do = aligned(q, k, do)
+    dim_k = k.shape[3]
+    dv, dstates = torch.empty_like(do), chunks.states_like(do, dim_k)[0]
+    dinitial = ends_like(do, dim_k, chunks, False) if initial else None
+    tensors = (q, k, do, scores.A, scores.P, dstates)
+    _launch("reverse_scan", tensors, scores, (dfinal, dinitial, dv), cu_seqlens, scale, chunks)
+    return dv, dstates, dinitial
+
+
+def _launch(name, tensors, scores, carried, cu_seqlens, scale, chunks):
+    """`carried`: what the state is before the scan, where it goes after it, and what is written by tokens; each may be None."""
+    begin, end, out = carried
+    k, v = tensors[1:3]
+    begin = begin if begin is None else begin.float()
+    documents = (None, None) if cu_seqlens is None else (chunks.cu, chunks.first)
     args = Arguments(
-        *(x if x is None else x.data_ptr() for x in tensors), scale, chunks.length, chunks.per_row, chunks.segments,
-        heads, key_heads, v.shape[3],
+        *map(_pointer, (scores.G, begin, end, out, *documents)), scale, chunks.length, chunks.per_row, chunks.segments,
+        v.shape[2], k.shape[2], v.shape[3],
     )  # fmt: skip
     with torch.cuda.device_of(v):
-        error = _built()[0].forward_scan(
-            *(x.data_ptr() for x in (q, k, v, scores.A, scores.P)), ctypes.byref(args), v.shape[0] * v.shape[1],
-            chunks.count * heads, chunks.sequences, torch.cuda.current_stream().cuda_stream,
+        error = getattr(_built()[0], name)(
+            *map(_pointer, tensors), ctypes.byref(args), v.shape[0] * v.shape[1], chunks.count * v.shape[2],
+            chunks.sequences, torch.cuda.current_stream().cuda_stream,
         )  # fmt: skip
     if error:
-        raise RuntimeError(f"the forward scan of gated_delta_rule: {error.decode()}")
-    return o, end, (None, None)
+        raise RuntimeError(f"the {name.replace('_', ' ')} of gated_delta_rule: {error.decode()}")
+
+
+def _pointer(x: torch.Tensor | None) -> int | None:
+    return x if x is None else x.data_ptr()

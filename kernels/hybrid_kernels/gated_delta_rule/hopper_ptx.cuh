@@ -1,4 +1,4 @@
-// The Hopper instructions that the scan is made of, one function each: barriers, bulk copies, matrix products.
+// The Hopper instructions that the scans are made of, one function each: barriers, bulk copies, matrix products.
 // Names and constraints: PTX ISA 9.0, "Asynchronous warpgroup level matrix instructions" and "cp.async.bulk.tensor".
 #pragma once
 #include <cuda.h>
@@ -62,6 +62,12 @@ __device__ __forceinline__ void put(const CUtensorMap *map, const void *from, in
         "l"(map), "r"(address(from)), "r"(c0), "r"(c1) : "memory");
 }
 
+__device__ __forceinline__ void put(const CUtensorMap *map, const void *from, int c0, int c1, int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];\ncp.async.bulk.commit_group;" ::
+        "l"(map), "r"(address(from)), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+
 __device__ __forceinline__ void puts_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 __device__ __forceinline__ void puts_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
@@ -70,7 +76,12 @@ __device__ __forceinline__ void shared_visible_to_copies() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// 8 x 8 matrices between shared memory and fragments, transposed on the way ------------------------------------------
+// 8 x 8 matrices between shared memory and fragments, as they lie or transposed on the way ---------------------------
+
+__device__ __forceinline__ void store(uint32_t at, const uint32_t *r) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::
+                 "r"(at), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
 
 __device__ __forceinline__ void load_transposed(uint32_t at, uint32_t *r) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -114,7 +125,17 @@ __device__ __forceinline__ void product_half(float (&acc)[32], const uint32_t *a
                  "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }" : R32(acc) : A4(a), "l"(b), "r"((int)add));
 }
 
-// acc += a b with b stored by rows of the summed dimension ("transposed"), bf16
+// With b stored by rows of the summed dimension ("transposed"): bf16, fp16, and bf16 onto what acc holds
+__device__ __forceinline__ void product_rows(float (&acc)[32], const uint32_t *a, uint64_t b, bool add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIST32
+                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1; }" : R32(acc) : A4(a), "l"(b), "r"((int)add));
+}
+
+__device__ __forceinline__ void product_half_rows(float (&acc)[32], const uint32_t *a, uint64_t b, bool add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" LIST32
+                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1; }" : R32(acc) : A4(a), "l"(b), "r"((int)add));
+}
+
 __device__ __forceinline__ void product_rows(float (&acc)[48], const uint32_t *a, uint64_t b) {
     asm volatile("{ .reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" LIST48
                  "}, {%48, %49, %50, %51}, %52, p, 1, 1, 1; }"

@@ -56,10 +56,9 @@ class Chunks:
         return -(-self.length // CHUNK)
 
     @classmethod
-    def of(cls, v: torch.Tensor, dim_k: int, cu_seqlens: torch.Tensor | None) -> "Chunks":
+    def of(cls, v: torch.Tensor, cu_seqlens: torch.Tensor | None, segments: int = 1) -> "Chunks":
         batch, length = v.shape[:2]
         if cu_seqlens is None:
-            segments = segments_of(v, dim_k, None)
             return cls(batch * segments, length, batch * -(-length // CHUNK), v, v, v, segments)  # tables unused
         n = cu_seqlens.numel() - 1
         cu = torch.cat([cu_seqlens, cu_seqlens[-1:]]).to(v.device, torch.int32)
