@@ -109,6 +109,7 @@ def main() -> None:
         f"Measured {data['date']} by benchmarks/planner_memory.py at {data['commit']}; rates: {hardware.measured}."
     ]
     notes += [f"Said to fit, and ran out of memory: {case['case']}; why is not known yet." for case in wrong]
+    notes += [f"{case['case']}: {case['measured']}." for case in cases if "measured" in case]
     write("planner_errors", rows, ("torch",), machine=data["device"], notes=notes, printed=len(rows))
 
 
