@@ -7,18 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_hybrid.config.model import ModelConfig
+from tests.models import hybrid
 from tests.peers import transformers_model
 
-BASE = dict(
-    layer_pattern="GGGA",
-    hidden_size=24,
-    ffn_hidden_size=40,
-    vocab_size=67,
-    num_attention_heads=3,
-    gdn=dict(num_key_heads=3, num_value_heads=3, key_head_dim=4, value_head_dim=10),
-    eos_token_id=5,
-    pad_token_id=6,
-)
+BASE = hybrid("GGGA", 24, 3, 4, value_head_dim=10, ffn_hidden_size=40, vocab_size=67, eos_token_id=5, pad_token_id=6)
 GDN = BASE["gdn"]
 MODELS = {
     "odd heads": BASE,

@@ -20,16 +20,10 @@ from megatron_hybrid.convert.names import huggingface_name
 from megatron_hybrid.convert.ranks import Ranks, find_ranks
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
 from tests.convert.folders import BASE, write_folder
+from tests.models import hybrid
 
 ROOT = Path(__file__).resolve().parents[2]
-LARGE = dict(
-    layer_pattern="GGGA*2",
-    hidden_size=512,
-    ffn_hidden_size=4096,
-    vocab_size=40_000,
-    num_attention_heads=8,
-    gdn=dict(num_key_heads=8, num_value_heads=8, key_head_dim=48, value_head_dim=96),
-)
+LARGE = hybrid("GGGA*2", 512, 8, 48, ffn_hidden_size=4096, vocab_size=40_000)
 
 MEASURE = """
 import json, sys

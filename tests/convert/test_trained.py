@@ -8,15 +8,9 @@ from tests import jobs
 from tests.convert import jobs as convert_jobs
 from tests.convert.folders import weights, write_folder
 from tests.convert.test_huggingface import equal, to_ours, to_theirs
+from tests.models import hybrid
 
-MODEL = dict(
-    layer_pattern="GGGA",
-    hidden_size=48,
-    ffn_hidden_size=96,
-    vocab_size=131,
-    num_attention_heads=6,  # TP4 pads to 8
-    gdn=dict(num_key_heads=6, num_value_heads=6, key_head_dim=8, value_head_dim=16),
-)
+MODEL = hybrid("GGGA", 48, 6, 8)  # TP4 pads its heads to 8
 STEPS = 12
 TRAIN = dict(steps=STEPS, global_batch_size=8, micro_batch_size=1, dtype="fp32")
 LAYOUTS = {

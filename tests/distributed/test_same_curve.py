@@ -5,17 +5,10 @@ layout and resuming under another. All against one rank, fp32.
 import pytest
 
 from tests import jobs
+from tests.models import hybrid
 
 SHALLOW, DEEP = "GGGA", "GGGA*2"  # gloo is slow: the deep model only where the pipeline needs its layers
-MODEL = dict(
-    hidden_size=48,
-    ffn_hidden_size=96,
-    vocab_size=131,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-    head_dim=8,
-    gdn=dict(num_key_heads=3, num_value_heads=6, key_head_dim=8, value_head_dim=16),
-)
+MODEL = hybrid("GGGA", 48, 6, 8, key_heads=3, num_key_value_heads=3, head_dim=8)
 TRAIN = dict(
     steps=20,
     global_batch_size=8,

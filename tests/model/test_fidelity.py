@@ -5,16 +5,10 @@ import torch
 
 from megatron_hybrid.config.model import ModelConfig
 from tests import jobs
+from tests.models import hybrid
 from tests.peers import transformers_model, true_tensors_of
 
-BASE = dict(
-    layer_pattern="GGGA",
-    hidden_size=48,
-    ffn_hidden_size=96,
-    vocab_size=131,
-    num_attention_heads=4,
-    gdn=dict(num_key_heads=4, num_value_heads=4, key_head_dim=12, value_head_dim=24),
-)
+BASE = hybrid("GGGA", 48, 4, 12)
 GDN = BASE["gdn"]
 CASES = {
     "rope": BASE,

@@ -7,16 +7,9 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import model_tensors
 from megatron_hybrid.model.initialize import initial_value
 from tests import jobs
+from tests.models import hybrid
 
-MODEL = dict(
-    layer_pattern="GA",
-    hidden_size=64,
-    ffn_hidden_size=128,
-    vocab_size=131,
-    num_attention_heads=6,
-    head_dim=8,
-    gdn=dict(num_key_heads=6, num_value_heads=6, key_head_dim=8, value_head_dim=16),
-)
+MODEL = hybrid("GA", 64, 6, 8, head_dim=8)
 TRAIN = dict(steps=3, global_batch_size=4, dtype="fp32", optimizer=dict(weight_decay=0.1))
 
 
