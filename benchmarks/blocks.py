@@ -134,8 +134,8 @@ def main() -> None:
             for metric, own, other in zip(("forward", "forward + backward"), mine, theirs, strict=True):
                 rows.append(row(case, metric, "ms", own, other, PEER, goal if name == "bf16" else None))
             torch.cuda.empty_cache()
-    if launch.rank == 0:
-        write_gpu("blocks" if launch.world_size == 1 else f"blocks_tp{launch.world_size}", rows)
+            if launch.rank == 0:
+                write_gpu("blocks" if launch.world_size == 1 else f"blocks_tp{launch.world_size}", rows)
     stop_distributed()
 
 

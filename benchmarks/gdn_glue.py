@@ -107,16 +107,20 @@ if __name__ == "__main__":
         },
         (forward, forward + T * (4 * channels + 2 * VALUE + 2 * width)), 2.0,
     )  # fmt: skip
+    write_gpu("gdn_glue", rows)
+    del packed
     norms = {
         "ours": lambda *x: gated_rmsnorm(*x, 1e-5, backend="triton"),
         "fla 0.6 rms_norm_gated": lambda *x: fla_gated_rmsnorm(*x, 1e-5),
         "torch.compile of the reference": torch.compile(lambda *x: gated_rmsnorm_torch(*x, 1e-5)),
     }
     exact = lambda *x: gated_rmsnorm_torch(*x, 1e-5)  # noqa: E731
-    for batch in (1, 4):  # with a batch, [b, s, H, d] and [s, b, H*d] differ in memory too
+    for batch, whole in ((1, True), (1, False), (4, True)):
+        # with a batch, [b, s, H, d] and [s, b, H*d] differ in memory too; in the model the gate is a slice of in_proj's output
         o = torch.randn(batch, T // batch, H, V, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        gate = torch.randn(T // batch, batch, VALUE, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        gate = torch.randn(T // batch, batch, VALUE if whole else width, device="cuda", dtype=torch.bfloat16)
+        gate = gate[..., -VALUE - 64 : -64].detach() if not whole else gate
         weight = torch.randn(V, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        name = f"gated_rmsnorm, batch {batch}"
-        rows += compare(name, [o, gate, weight], exact, norms, (T * 6 * VALUE, T * 16 * VALUE), 1.2)
-    write_gpu("gdn_glue", rows)
+        name = f"gated_rmsnorm, batch {batch}{'' if whole else ', gate as it lies in the projection'}"
+        rows += compare(name, [o, gate.requires_grad_(), weight], exact, norms, (T * 6 * VALUE, T * 16 * VALUE), 1.2)
+        write_gpu("gdn_glue", rows)
