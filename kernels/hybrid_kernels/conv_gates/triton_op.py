@@ -32,8 +32,9 @@ def _constants(dims: list[int], width: int, varlen: bool) -> dict:
     )  # fmt: skip
 
 
-def _units(c: dict) -> int:
-    return 2 * c["HK"] + c["HV"] * c["V"] // c["VT"] + 1
+def _units(c: dict, of_values: int) -> int:
+    """Programs side by side: a key or query head each, a tile of values each, `of_values` times over, and one for a and b."""
+    return 2 * c["HK"] + of_values * (c["HV"] * c["V"] // c["VT"]) + 1
 
 
 def _forward_like(packed, weight, A_log, dt_bias, positions, dims, beta_max):
@@ -54,7 +55,7 @@ def _forward(
     length, batch, width = packed.shape
     out = _forward_like(packed, weight, A_log, dt_bias, positions, dims, beta_max)
     c = _constants(dims, width, positions is not None)
-    conv_gates_kernel[(_units(c), triton.cdiv(length, SEGMENTS * FORWARD_SEGMENT), batch)](
+    conv_gates_kernel[(_units(c, 1), triton.cdiv(length, SEGMENTS * FORWARD_SEGMENT), batch)](
         packed, weight, A_log, dt_bias, packed if positions is None else positions, *out, length, batch, beta_max, **c,
         S=SEGMENTS, L=FORWARD_SEGMENT, num_warps=4,
     )  # fmt: skip
@@ -78,14 +79,13 @@ def _backward(
     dpacked = torch.empty_like(packed)
     dweight = torch.empty(blocks * batch, *weight.shape, device=weight.device, dtype=torch.float32)
     sums = torch.empty(blocks * batch, 2, c["HV"], device=weight.device, dtype=torch.float32)
-    conv_gates_backward_kernel[(_units(c), blocks, batch)](
-        packed, weight, A_log, dt_bias, packed if positions is None else positions, dq, dk, dv, dg, dbeta, dpacked,
-        dweight, sums, length, batch, beta_max, **c, S=SEGMENTS, L=BACKWARD_SEGMENT, num_warps=4,
+    padding = width - sum(widths(*dims))
+    gate = packed if dgate is None else dgate if dgate.stride(-1) == 1 else dgate.contiguous()
+    conv_gates_backward_kernel[(_units(c, 2), blocks, batch)](
+        packed, weight, A_log, dt_bias, packed if positions is None else positions, dq, dk, dv, dg, dbeta, gate, dpacked,
+        dweight, sums, length, batch, beta_max, gate.stride(0), gate.stride(1), **c, WITH_GATE=dgate is not None,
+        PADDING=padding, PADDING_POW2=triton.next_power_of_2(max(padding, 1)), S=SEGMENTS, L=BACKWARD_SEGMENT, num_warps=4,
     )  # fmt: skip
-    sizes = widths(*dims)
-    gate = dpacked[..., sum(sizes[:3]) : sum(sizes[:4])]
-    gate.zero_() if dgate is None else gate.copy_(dgate)
-    dpacked[..., sum(sizes) :].zero_()
     return [dpacked, dweight.sum(0).to(weight.dtype), sums.sum(0)]
 
 

@@ -153,3 +153,21 @@ def test_gated_rmsnorm():
         return lambda o, packed, weight: gated_rmsnorm(o, packed[..., 5:293], weight, 1e-5, backend=backend)
 
     agree(of, [o, packed, weight], 1e-5)
+
+
+@pytest.mark.parametrize("with_gate", [True, False])
+def test_conv_gates_writes_all_of_its_gradient(with_gate, monkeypatch):
+    """Also where it is zero: what pads the rows, and the gate's part if nothing comes back through the gate."""
+    from hybrid_kernels.conv_gates import triton_op
+
+    dims = [2, 4, 32, 64]
+    inputs = packed_inputs(70, 2, 2, 4, 32, 64, padding=14, dtype=torch.float32)
+    gate = torch.randn(70, 2, 512)[..., 64:320] if with_gate else None  # a slice: its rows lie apart
+    given = [torch.zeros_like(x) for x in triton_op._forward(*inputs, None, dims, 2.0)]
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(float("nan")))
+    found = triton_op._backward(*inputs, None, *given, gate, dims, 2.0)[0]
+    expected = torch.zeros_like(found)
+    if with_gate:
+        expected[..., 2 * 64 + 256 : 2 * 64 + 512] = gate
+    assert torch.equal(found, expected)
