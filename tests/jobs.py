@@ -1,5 +1,6 @@
 """What tests run on ranks (tests/ranks.py): plain functions of plain arguments."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -147,6 +148,7 @@ def curve_from_masters(**arguments) -> dict:
 
     optimizer.held_in_fp8 = lambda parameter: parameter.dim() == 2
     optimizer.forget_last_cast = lambda parameters: None
+    optimizer.casting_rows_alone = nullcontext
     return curve(**arguments)
 
 

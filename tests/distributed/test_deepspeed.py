@@ -11,28 +11,38 @@ from megatron_hybrid.convert.verify import verify
 from tests import jobs
 from tests.convert import jobs as convert_jobs
 from tests.convert.test_huggingface import to_theirs
-from tests.distributed.test_same_curve import MODEL as SIZES
-from tests.distributed.test_same_curve import SHALLOW, TRAIN, assert_same, layout, slow_unless
+from tests.distributed.test_same_curve import (
+    LR,
+    MODEL,
+    SAVED,
+    SHALLOW,
+    STEPS,
+    TRAIN,
+    assert_same,
+    few_micro_batches,
+    layout,
+    slow_unless,
+)
 
 if find_spec("deepspeed") is None:
     pytest.skip("no DeepSpeed here: HYBRID_EXTRAS=dev,deepspeed source tools/env.sh", allow_module_level=True)
 
-MODEL = SIZES | {"layer_pattern": SHALLOW}
 ZERO = TRAIN | {"engine": "deepspeed"}
-STEPS = 20
 
 
 def run(ranks, count: int, zero: dict, parallel: dict | None = None, train: dict | None = None, **more) -> list[dict]:
-    common = dict(model=MODEL, parallel=parallel or layout(), train=ZERO | (train or {}), zero=zero)
-    return ranks.run(jobs.curve, count, **common | {"steps": STEPS} | more)
+    parallel = parallel or layout()
+    train = few_micro_batches(count, parallel) | {"engine": "deepspeed"} | (train or {})
+    common = dict(model=MODEL, parallel=parallel, train=train, zero=zero)
+    return ranks.run(jobs.curve, count, **common | {"steps": STEPS, "lr": LR} | more)
 
 
 @pytest.fixture(scope="module")
 def megatron(ranks, tmp_path_factory):
-    """megatron-core's curve on one rank, and its checkpoint of step 10."""
-    common = dict(model=MODEL, parallel=layout(), train=TRAIN)
-    (first,) = ranks.run(jobs.curve, 1, steps=10, save=str(tmp_path_factory.mktemp("megatron")), **common)
-    (second,) = ranks.run(jobs.curve, 1, start=10, steps=STEPS, load=first["path"], **common)
+    """megatron-core's curve on one rank, and its checkpoint of step SAVED."""
+    common = dict(model=MODEL, parallel=layout(), train=TRAIN, lr=LR)
+    (first,) = ranks.run(jobs.curve, 1, steps=SAVED, save=str(tmp_path_factory.mktemp("megatron")), **common)
+    (second,) = ranks.run(jobs.curve, 1, start=SAVED, steps=STEPS, load=first["path"], **common)
     curves = {what: first[what] + second[what] for what in ("losses", "norms")}
     assert curves["losses"][-1] < curves["losses"][0] - 0.01, "it learns something"
     return curves | {"path": first["path"]}
@@ -70,15 +80,15 @@ def curve_in_small_groups(**arguments) -> dict:
 
 @pytest.mark.slow
 def test_state_in_many_groups_is_saved_and_loaded(ranks, megatron, tmp_path):
-    common = dict(model=MODEL, parallel=layout(), train=ZERO, zero={"stage": 3})
-    first = ranks.run(curve_in_small_groups, 2, steps=10, save=str(tmp_path), **common)
-    for result in ranks.run(curve_in_small_groups, 2, start=10, steps=15, load=first[0]["path"], **common):
-        assert_same(result, {what: megatron[what][10:15] for what in ("losses", "norms")})
+    common = dict(model=MODEL, parallel=layout(), train=ZERO, zero={"stage": 3}, lr=LR)
+    first = ranks.run(curve_in_small_groups, 2, steps=SAVED, save=str(tmp_path), **common)
+    for result in ranks.run(curve_in_small_groups, 2, start=SAVED, steps=STEPS, load=first[0]["path"], **common):
+        assert_same(result, {what: megatron[what][SAVED:] for what in ("losses", "norms")})
 
 
 def test_the_curve_of_a_tied_model_is_megatron_s(ranks):
     """Stage 3 must gather the embedding for the output layer, too."""
-    tied = dict(model=MODEL | {"tie_embeddings": True}, parallel=layout(), steps=6)
+    tied = dict(model=MODEL | {"tie_embeddings": True}, parallel=layout(), steps=6, lr=LR)
     (expected,) = ranks.run(jobs.curve, 1, train=TRAIN, **tied)
     for result in ranks.run(jobs.curve, 2, train=ZERO, zero={"stage": 3}, **tied):
         assert_same(result, expected)
@@ -136,7 +146,7 @@ def test_what_deepspeed_would_read_back_wrongly_is_refused(width, ranks, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_curve_in_bf16_is_near_megatron_s(stage, ranks):
-    common = dict(model=MODEL, parallel=layout(), steps=STEPS)
+    common = dict(model=MODEL, parallel=layout(), steps=STEPS, lr=LR)
     (expected,) = ranks.run(jobs.curve, 1, train=TRAIN | {"dtype": "bf16"}, **common)
     for result in ranks.run(jobs.curve, 2, train=ZERO | {"dtype": "bf16"}, zero={"stage": stage}, **common):
         assert_same(result, expected, tolerance=2e-3)
@@ -179,18 +189,19 @@ def test_resuming_is_bit_identical(name, ranks, tmp_path):
     [(2, layout(2), 2), pytest.param(4, layout(2), 3, marks=pytest.mark.slow), (2, layout(), 3)],
 )
 def test_a_run_moves_between_engines_and_to_transformers(count, parallel, stage, ranks, megatron, tmp_path):
-    """megatron's step 10 -> ZeRO to 15 -> megatron to 20: one curve. ZeRO's weights are the same model in transformers."""
+    """megatron to SAVED -> ZeRO, two steps -> megatron to STEPS: one curve. ZeRO's weights are the same model in transformers."""
     from transformers import AutoModelForCausalLM
 
-    part = dict(start=10, steps=15, load=megatron["path"], save=str(tmp_path / "zero"))
+    until = SAVED + 2
+    part = dict(start=SAVED, steps=until, load=megatron["path"], save=str(tmp_path / "zero"))
     for zero in run(ranks, count, {"stage": stage}, parallel, **part):
-        assert_same(zero, {what: megatron[what][10:15] for what in ("losses", "norms")})
-    checkpoint = tmp_path / "zero" / "step-00000015"
+        assert_same(zero, {what: megatron[what][SAVED:until] for what in ("losses", "norms")})
+    checkpoint = tmp_path / "zero" / f"step-{until:08d}"
     assert not verify(checkpoint).problems
 
-    common = dict(model=MODEL, parallel=layout(), train=TRAIN)
-    (back,) = ranks.run(jobs.curve, 1, start=15, steps=STEPS, load=str(checkpoint), **common)
-    assert_same(back, {what: megatron[what][15:] for what in ("losses", "norms")})
+    common = dict(model=MODEL, parallel=layout(), train=TRAIN, lr=LR)
+    (back,) = ranks.run(jobs.curve, 1, start=until, steps=STEPS, load=str(checkpoint), **common)
+    assert_same(back, {what: megatron[what][until:] for what in ("losses", "norms")})
 
     tokens = torch.randint(0, MODEL["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(3))
     assert to_theirs(checkpoint, tmp_path / "export") == 0

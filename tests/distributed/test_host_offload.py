@@ -5,6 +5,7 @@ page-locked memory are stand-ins (parallel/device.py): tests/gpu has the real on
 """
 
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,9 @@ import torch
 
 from megatron_hybrid.convert.verify import verify
 from tests import jobs
-from tests.distributed.test_same_curve import MODEL as SIZES
-from tests.distributed.test_same_curve import SHALLOW, TRAIN, assert_same, layout, slow_unless
+from tests.distributed.test_same_curve import LR, MODEL, STEPS, TRAIN, assert_same, layout, slow_unless
 
-MODEL = SIZES | {"layer_pattern": SHALLOW}
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
-STEPS = 20
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-4}
 """Two Adams that round differently: measured 1.2e-7 in fp32, and 0 in bf16, where weights are rounded after them."""
 
@@ -28,7 +26,7 @@ def settings(fraction: float, dtype: str = "fp32", **more) -> dict:
 
 def run(ranks, count: int = 1, parallel: dict | None = None, *, fraction: float, dtype: str = "fp32", **more):
     common = dict(model=MODEL, parallel=parallel or layout(), train=settings(fraction, dtype))
-    return ranks.run(jobs.curve, count, **common | {"steps": STEPS} | more)
+    return ranks.run(jobs.curve, count, **common | {"steps": STEPS, "lr": LR} | more)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +145,7 @@ def curve_in_many_files(**arguments) -> dict:
 
 
 def test_a_checkpoint_of_many_files_is_whole(ranks, tmp_path):
-    common = dict(model=MODEL, parallel=layout(), train=settings(0.5, "bf16"))
+    common = dict(model=MODEL, parallel=layout(), train=settings(0.5, "bf16"), lr=LR)
     straight = run(ranks, 2, fraction=0.5, dtype="bf16", steps=6)
     first = ranks.run(curve_in_many_files, 2, steps=3, save=str(tmp_path), **common)
     path = Path(first[0]["path"])
@@ -199,13 +197,12 @@ def test_a_run_moves_between_all_ways(ranks, plain, tmp_path):
     if find_spec("deepspeed"):
         ways.append(("zero", {"train": TRAIN | {"engine": "deepspeed"}, "zero": {"stage": 2}}))
     ways += [("all", {"fraction": 1.0}), ("none again", {"fraction": 0.0})]
-    path = None
-    for number, (name, how) in enumerate(ways):
-        part = dict(start=4 * number, steps=4 * number + 4, load=path, save=str(tmp_path / name))
+    path, bounds = None, (0, 1, 3, 5, 7, STEPS)
+    for (name, how), (start, end) in zip(ways, pairwise(bounds)):
+        part = dict(start=start, steps=end, load=path, save=str(tmp_path / name))
         (found,) = run(ranks, **{"fraction": 0.0} | how, **part)
-        expected = {what: plain["fp32"][what][4 * number : 4 * number + 4] for what in ("losses", "norms")}
-        assert_same(found, expected)
-        assert found["updates"] == 4 * number + 4
+        assert_same(found, {what: plain["fp32"][what][start:end] for what in ("losses", "norms")})
+        assert found["updates"] == end
         path = found["path"]
 
 

@@ -8,7 +8,16 @@ import torch
 
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from tests import jobs
-from tests.distributed.test_same_curve import DEEP, MODEL, SHALLOW, TRAIN, assert_same, layout, run, slow_unless
+from tests.distributed.test_same_curve import (
+    DEEP,
+    MODEL,
+    SAVED,
+    TRAIN,
+    assert_same,
+    layout,
+    run,
+    slow_unless,
+)
 from tests.distributed.test_same_curve import one_rank as one_rank  # noqa: F401 - a fixture
 
 SAME = {
@@ -37,7 +46,7 @@ QUICK = (
 def test_same_layout_is_bit_identical(name, ranks, tmp_path):
     count, parallel, more = SAME[name]
     train = TRAIN | {"dtype": more.get("dtype", "fp32")}
-    common = dict(model=MODEL | {"layer_pattern": SHALLOW}, parallel=parallel, train=train)
+    common = dict(model=MODEL, parallel=parallel, train=train)
     straight = ranks.run(jobs.curve, count, steps=6, **common)
     first = ranks.run(
         jobs.curve, count, steps=3, save=str(tmp_path), async_save=more.get("async_save", False), **common
@@ -65,7 +74,7 @@ def checkpoint(folder: str) -> dict[str, torch.Tensor]:
     ids=["DP2, overlapped", "TP2, DP2"],
 )
 def test_weights_that_come_from_their_masters(count, parallel, ranks, tmp_path):
-    common = dict(model=MODEL | {"layer_pattern": SHALLOW}, parallel=parallel, train=TRAIN | {"dtype": "bf16"})
+    common = dict(model=MODEL, parallel=parallel, train=TRAIN | {"dtype": "bf16"})
     straight = ranks.run(jobs.curve, count, steps=6, **common)
     plain = ranks.run(jobs.curve, count, steps=3, save=str(tmp_path / "plain"), **common)
     first = ranks.run(jobs.curve_from_masters, count, steps=3, save=str(tmp_path / "masters"), **common)
@@ -100,12 +109,12 @@ TO = {
 
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory):
-    """A checkpoint of step 10, given the name of the layout that is to write it."""
+    """A checkpoint of step SAVED, given the name of the layout that is to write it."""
 
     @cache
     def folder(name: str) -> str:
         count, parallel = FROM[name]
-        return run(ranks, count, DEEP, parallel, steps=10, save=str(tmp_path_factory.mktemp("saved")))[0]["path"]
+        return run(ranks, count, DEEP, parallel, steps=SAVED, save=str(tmp_path_factory.mktemp("saved")))[0]["path"]
 
     return folder
 
@@ -117,6 +126,6 @@ PAIRS += [("CP2, TP2", "CP4"), ("CP2, DP2, plain", "CP4")]
 @pytest.mark.parametrize(("source", "to"), [pytest.param(*p, marks=slow_unless(p in QUICK)) for p in PAIRS])
 def test_another_layout_goes_on_with_the_same_curve(source, to, ranks, saved, one_rank):  # noqa: F811
     count, parallel = TO[to]
-    expected = {what: one_rank[DEEP][what][10:] for what in ("losses", "norms")}
-    for result in run(ranks, count, DEEP, parallel, start=10, steps=20, load=saved(source)):
+    expected = {what: one_rank[DEEP][what][SAVED:] for what in ("losses", "norms")}
+    for result in run(ranks, count, DEEP, parallel, start=SAVED, load=saved(source)):
         assert_same(result, expected)
