@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets up the environment, then: ruff, mypy on config/, pytest. Arguments go to pytest: bash tests/run.sh -m "not slow"
+# Two tests run at a time, as half of them use one core and many wait: one at a time by -n 0, and where there is a GPU.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source tools/env.sh
@@ -10,7 +11,9 @@ mypy_log=$(mktemp)
 trap 'rm -f "$mypy_log"' EXIT
 python -m mypy >"$mypy_log" 2>&1 & # beside pytest: it takes one core for a few seconds
 mypy_pid=$!
-python -m pytest "$@" || failed+=(pytest)
+workers=2
+if nvidia-smi -L >/dev/null 2>&1; then workers=0; fi
+python -m pytest -n "$workers" --dist worksteal "$@" || failed+=(pytest)
 wait "$mypy_pid" || failed+=(mypy)
 echo "mypy: $(cat "$mypy_log")"
 if [ ${#failed[@]} -gt 0 ]; then
