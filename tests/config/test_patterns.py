@@ -39,13 +39,13 @@ def test_malformed_patterns(pattern: str) -> None:
 
 
 def test_absurd_patterns_neither_hang_nor_eat_memory() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for pattern in ("GGGA*999999999", "G*" + "9" * 10**5, "G" * 10**6, ",".join(["GGGA*999"] * 10**4)):
         with pytest.raises(ValueError, match=f"more than {MAX_LAYERS} layers") as caught:
             expand_pattern(pattern)
         assert len(str(caught.value)) < 300
     assert len(expand_pattern(f"G*{MAX_LAYERS}")) == MAX_LAYERS
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_stage_layers_of_many_splits() -> None:

@@ -69,7 +69,7 @@ def main(folder: Path, seed: int, count: int, seconds: float) -> None:
         victims = rng.sample(places[kind], rng.choice([1, 1, 1, 2]))
         for path in victims:
             path.write_bytes(mutated(rng, originals[path], path.suffix == ".json"))
-        began = time.monotonic()
+        began = time.process_time()  # other tests run beside it
         try:
             with opened:
                 convert(folder, kind, target)
@@ -77,7 +77,7 @@ def main(folder: Path, seed: int, count: int, seconds: float) -> None:
         except ConversionError:
             outcome["refused"] += 1
             assert not target.exists() and not list(target.parent.iterdir()), "something was written"
-        slowest = max(slowest, time.monotonic() - began)
+        slowest = max(slowest, time.process_time() - began)
         shutil.rmtree(target, ignore_errors=True)
         for path in victims:
             path.write_bytes(originals[path])

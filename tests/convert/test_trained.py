@@ -12,7 +12,7 @@ from tests.models import hybrid
 
 MODEL = hybrid("GGGA", 48, 6, 8)  # TP4 pads its heads to 8
 STEPS = 12
-TRAIN = dict(steps=STEPS, global_batch_size=8, micro_batch_size=1, dtype="fp32")
+TRAIN = dict(steps=STEPS, global_batch_size=8, micro_batch_size=4, dtype="fp32")
 LAYOUTS = {
     "TP2xPP2": dict(tensor_parallel_size=2, pipeline_parallel_size=2),
     "TP4 with padded heads": dict(tensor_parallel_size=4),
@@ -31,9 +31,8 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_trained_model_is_the_same_in_transformers(layout, ranks, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    run = ranks.run(
-        jobs.curve, 4, model=MODEL, parallel=LAYOUTS[layout], train=TRAIN, steps=STEPS, save=str(tmp_path / "run")
-    )
+    settings = dict(model=MODEL, parallel=LAYOUTS[layout], train=TRAIN, steps=STEPS)
+    run = ranks.run(jobs.curve, 4, **settings, save=str(tmp_path / "run"))
     assert run[0]["losses"][-1] < run[0]["losses"][0] - 0.2  # it has learnt something
     checkpoint = run[0]["path"]
     assert not verify(checkpoint_path := tmp_path / "run" / f"step-{STEPS:08d}").problems
