@@ -156,7 +156,7 @@ def test_gated_rmsnorm():
 
 
 @pytest.mark.parametrize("with_gate", [True, False])
-def test_conv_gates_writes_all_of_its_gradient(with_gate, monkeypatch):
+def test_conv_gates_writes_all_of_its_gradient(with_gate, small_segments, monkeypatch):
     """Also where it is zero: what pads the rows, and the gate's part if nothing comes back through the gate."""
     from hybrid_kernels.conv_gates import triton_op
 
