@@ -14,6 +14,20 @@ from hybrid_kernels.testing import delta_rule_inputs  # noqa: E402
 needs_nvcc = pytest.mark.skipif(cuda_op.nvcc() is None, reason="nvcc is not installed")
 
 
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory):
+    """A cache folder with the library in it: nvcc takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        return cuda_op.build(cuda_op.nvcc()).parent.parent
+
+
+@pytest.fixture
+def built(fresh, cache_folder, monkeypatch):
+    """Nothing loaded yet in this process, but the library lies in the cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache_folder))
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """An empty cache folder, and nothing built yet in this process."""
@@ -61,7 +75,7 @@ def test_it_is_built_once(fresh, monkeypatch):
 @pytest.mark.parametrize(
     "options", [dict(output=True, final=True), dict(states=True), dict(output=True, states=True)], ids=", ".join
 )
-def test_without_a_gpu_cuda_s_error_is_raised(options, fresh, monkeypatch):
+def test_without_a_gpu_cuda_s_error_is_raised(options, built, monkeypatch):
     """The library loads, takes its arguments and says what CUDA says."""
     from hybrid_kernels.gated_delta_rule.triton_op import Chunks, Scores
 
@@ -75,7 +89,7 @@ def test_without_a_gpu_cuda_s_error_is_raised(options, fresh, monkeypatch):
 
 @needs_nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu runs it")
-def test_the_reverse_scan_raises_it_too(fresh, monkeypatch):
+def test_the_reverse_scan_raises_it_too(built, monkeypatch):
     from hybrid_kernels.gated_delta_rule.triton_op import Chunks, Scores
 
     q, k, v, _, _ = delta_rule_inputs(1, 100, 1, 2, 96, 192, dtype=torch.bfloat16)
@@ -95,7 +109,7 @@ def explained(monkeypatch, batch=1, heads=1, key_dim=96, processors=132, **optio
 
 @needs_nvcc
 @pytest.mark.parametrize("batch, heads", [(1, 1), (1, 30), (1, 44), (4, 30)])
-def test_the_dispatch_says_that_it_runs(fresh, monkeypatch, batch, heads):
+def test_the_dispatch_says_that_it_runs(built, monkeypatch, batch, heads):
     assert explained(monkeypatch, batch, heads).endswith("by the scans in CUDA C++)")
 
 
