@@ -51,9 +51,6 @@ def setup_device(local_rank: int) -> str:
         torch.cuda.set_device(local_rank)
         return f"device: CUDA over NCCL ({torch.cuda.get_device_name()}, {count} visible on this node)"
     use_cpu_backend()
-    with contextlib.suppress(AttributeError, OSError):  # elsewhere than on Linux, or in a sandbox without it
-        # where ranks outnumber cores, one that a message wakes would interrupt the rank that sent it: let it wait for its turn
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     return f"device: CPU over gloo, {torch.get_num_threads()} threads a rank (no CUDA device is visible)"
 
 
