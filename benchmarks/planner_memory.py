@@ -7,6 +7,7 @@ python benchmarks/planner_memory.py [--seconds 210] [--ranks 2] [--out FOLDER]  
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -40,8 +41,8 @@ class Case:
 
     def config(self) -> dict:
         """As a run's configuration."""
-        replicas = self.world // self.parallel.get("tensor_parallel_size", 1)
-        replicas //= self.parallel.get("pipeline_parallel_size", 1)
+        degrees = (self.parallel.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline", "context"))
+        replicas = self.world // math.prod(degrees)
         return {
             "run_dir": "runs/none",
             "model": {"preset": "olmo_hybrid_7b", "layer_pattern": self.pattern},

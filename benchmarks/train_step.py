@@ -132,7 +132,7 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
     batches = random_batches(count, args.micro, SEQUENCE, model.vocab_size, seed=dp.rank())
     found = timed(engine, batches, args.steps)
     step = found.pop("step")
-    found["kinds"] = kernel_kinds(step) if args.profile else {}
+    found |= {"kinds": kernel_kinds(step) if args.profile else {}, "microbatches": count}
     engine.close()
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
@@ -161,17 +161,13 @@ def rows_of(case: str, found: dict, model, args, whole: bool) -> list[dict]:
 
 def planner_case(case: str, found: dict, parallel: dict, precision: dict, args) -> dict:
     """As planner_memory.py writes one."""
-    sizes = {"steps": 1, "micro_batch_size": args.micro, "global_batch_size": args.sequences}
-    config = {
-        "run_dir": "runs/none",
-        "model": {"preset": "olmo_hybrid_7b"},
-        "data": {"train": [{"path": "none"}], "sequence_length": SEQUENCE},
-        "train": sizes,
-        "parallel": parallel | {"recompute": args.recompute},
-        "precision": precision,
-    }
+    from planner_memory import WHOLE, Case
+
+    world, parallel = dist.get_world_size(), parallel | {"recompute": args.recompute}
+    sizes = (WHOLE, SEQUENCE, args.micro, found["microbatches"])
+    config = Case(case, world, *sizes, parallel=parallel, precision=precision).config()
     measured = {"seconds": found["seconds"], "peak_bytes": found["bytes"], "reserved_bytes": found["reserved"]}
-    return {"case": case, "world": dist.get_world_size(), "held_out": False, "config": config} | measured
+    return {"case": case, "world": world, "held_out": False, "config": config} | measured
 
 
 def main() -> None:

@@ -143,5 +143,6 @@ def test_whose_scans_run(fresh, monkeypatch, hopper, lack, module):
     monkeypatch.setattr(cuda_op, "missing", lambda q, v, cu_seqlens: lack)
     monkeypatch.setattr(triton_op, "segments_of", lambda *_: 3)
     q, _, v, _, _ = delta_rule_inputs(1, 64, 1, 1, 96, 192)
-    assert autograd._full_scans(q, v, None, hopper) is (module or triton_op)
-    assert autograd._chunks(q, v, None, hopper).segments == (1 if module is cuda_op else 3)
+    scans, segments = autograd._full_scans(q, v, None, hopper)
+    assert scans is (module or triton_op)
+    assert segments == (1 if module is cuda_op else 3)

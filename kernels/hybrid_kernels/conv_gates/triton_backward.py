@@ -8,7 +8,7 @@ tokens a segment), though the convolution couples four tokens both ways.
 import triton
 import triton.language as tl
 
-from ..triton_support import even_width, load_tiles, sigmoid, store_tiles
+from ..triton_support import even_width, load_tiles, sigmoid, store_tiles, zero_tiles
 from .triton_rows import L2_EPS, add_products, row_tiles, seen, tap_tiles, zero_rows
 
 
@@ -97,16 +97,17 @@ def _rows_of_gate(
     """The gate's gradient, or zeros, to where the gate lies."""
     for block in range(TOKENS // 32):
         t = (first + block * 32 + tl.arange(0, 32)).to(tl.int64)
-        rows = (tl.zeros([32, DIM], dx.dtype.element_ty),)
         if WITH_GATE:
             rows = load_tiles(dgate, t, t < T, gate_stride, DIM)
+        else:
+            rows = zero_tiles(32, DIM)
         store_tiles(dx, t, t < T, stride, rows, DIM)
 
 
 @triton.jit
 def _gates(
     raw, draw, A_log, dt_bias, dg, dbeta, sums, first, T, stride, beta_max,
-    HV: tl.constexpr, HEADS_POW2: tl.constexpr, PADDING: tl.constexpr, PADDING_POW2: tl.constexpr, TOKENS: tl.constexpr,
+    HV: tl.constexpr, HEADS_POW2: tl.constexpr, PADDING: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of b and a (at raw and raw + HV), zeros for what pads the row, and this program's part of A_log's and dt_bias's."""
     head = tl.arange(0, HEADS_POW2)
@@ -126,10 +127,9 @@ def _gates(
         tl.store(draw + at, (db_t * beta_max * gate * (1.0 - gate)).to(draw.dtype.element_ty), mask=mask)
         tl.store(draw + at + HV, dx.to(draw.dtype.element_ty), mask=mask)
         if PADDING > 0:
-            col = tl.arange(0, PADDING_POW2)
+            col = tl.arange(0, triton.next_power_of_2(PADDING))
             rest = draw + t[:, None] * stride + 2 * HV + col[None, :]
-            zeros = tl.zeros([16, PADDING_POW2], draw.dtype.element_ty)
-            tl.store(rest, zeros, mask=(t < T)[:, None] & (col < PADDING)[None, :])
+            tl.store(rest, 0.0, mask=(t < T)[:, None] & (col < PADDING)[None, :])
         softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
         dA += tl.sum(-dg_t * A * softplus, 0)
         ddt += tl.sum(dx, 0)
@@ -140,10 +140,8 @@ def _gates(
 @triton.jit
 def conv_gates_backward_kernel(
     packed, weight, A_log, dt_bias, positions, dq, dk, dv, dg, dbeta, dgate, dpacked, dweight, sums, T, B, beta_max,
-    gate_stride_t, gate_stride_b,
     W: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VT: tl.constexpr,
-    HEADS_POW2: tl.constexpr, VARLEN: tl.constexpr, WITH_GATE: tl.constexpr, PADDING: tl.constexpr,
-    PADDING_POW2: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+    HEADS_POW2: tl.constexpr, VARLEN: tl.constexpr, WITH_GATE: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     unit, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     part = (i_b * tl.num_programs(1) + i_t).to(tl.int64)
@@ -171,11 +169,11 @@ def conv_gates_backward_kernel(
         tile = (unit - 2 * HK) * VT - HV * V
         at = 2 * HK * K + HV * V + tile
         _rows_of_gate(
-            dgate + i_b.to(tl.int64) * gate_stride_b + tile, dx + at, first, T, gate_stride_t, B * W, WITH_GATE, VT, S * L
+            dgate + i_b * HV * V + tile, dx + at, first, T, B * HV * V, B * W, WITH_GATE, VT, S * L
         )  # fmt: skip
     else:
-        at = 2 * HK * K + 2 * HV * V
+        at: tl.constexpr = 2 * HK * K + 2 * HV * V
         _gates(
             x + at, dx + at, A_log, dt_bias, dg + row * HV, dbeta + row * HV, sums + part * 2 * HV, first, T, B * W,
-            beta_max, HV, HEADS_POW2, PADDING, PADDING_POW2, S * L,
+            beta_max, HV, HEADS_POW2, W - at - 2 * HV, S * L,
         )  # fmt: skip

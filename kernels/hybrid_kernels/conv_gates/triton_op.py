@@ -79,12 +79,11 @@ def _backward(
     dpacked = torch.empty_like(packed)
     dweight = torch.empty(blocks * batch, *weight.shape, device=weight.device, dtype=torch.float32)
     sums = torch.empty(blocks * batch, 2, c["HV"], device=weight.device, dtype=torch.float32)
-    padding = width - sum(widths(*dims))
-    gate = packed if dgate is None else dgate if dgate.stride(-1) == 1 else dgate.contiguous()
+    gate = packed if dgate is None else dgate.contiguous()
     conv_gates_backward_kernel[(_units(c, 2), blocks, batch)](
         packed, weight, A_log, dt_bias, packed if positions is None else positions, dq, dk, dv, dg, dbeta, gate, dpacked,
-        dweight, sums, length, batch, beta_max, gate.stride(0), gate.stride(1), **c, WITH_GATE=dgate is not None,
-        PADDING=padding, PADDING_POW2=triton.next_power_of_2(max(padding, 1)), S=SEGMENTS, L=BACKWARD_SEGMENT, num_warps=4,
+        dweight, sums, length, batch, beta_max, **c, WITH_GATE=dgate is not None, S=SEGMENTS, L=BACKWARD_SEGMENT,
+        num_warps=4,
     )  # fmt: skip
     return [dpacked, dweight.sum(0).to(weight.dtype), sums.sum(0)]
 

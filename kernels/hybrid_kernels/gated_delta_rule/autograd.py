@@ -31,19 +31,14 @@ def _scans(hopper: bool):
 
 
 def _full_scans(q, v, cu_seqlens, hopper: bool):
-    """The module whose scans write more than final states: on Hopper those in CUDA C++ where they pay, with the same bits."""
+    """The module whose scans write more than final states, and in how many segments it takes sequences: on Hopper those in
+    CUDA C++ where they pay, with the same bits, which take them whole."""
     if hopper:
         from . import cuda_op
 
         if cuda_op.missing(q, v, cu_seqlens) is None:
-            return cuda_op
-    return _scans(hopper)
-
-
-def _chunks(q, v, cu_seqlens, hopper: bool) -> Chunks:
-    """Where chunks lie; the scans in CUDA C++ run whole sequences."""
-    whole = _full_scans(q, v, cu_seqlens, hopper) is not _scans(hopper)
-    return Chunks.of(v, cu_seqlens, 1 if whole else triton_op.segments_of(v, q.shape[3], cu_seqlens))
+            return cuda_op, 1
+    return _scans(hopper), triton_op.segments_of(v, q.shape[3], cu_seqlens)
 
 
 def _alone(scans, q, k, v, scores, initial, scale, chunks, last, group):
@@ -86,12 +81,13 @@ def forward(
     q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: bool, save: str, hopper: bool, group=None
 ):
     """o, the final state or None, and what `backward` wants: A, P, G, states, new values, segments' starts and ends."""
-    scans, chunks = _scans(hopper), _chunks(q, v, cu_seqlens, hopper)
+    scans, (full, segments) = _scans(hopper), _full_scans(q, v, cu_seqlens, hopper)
+    chunks = Chunks.of(v, cu_seqlens, segments)
     scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
     cut, starts, ends, final = chunks.segments > 1 or group is not None, None, None, None
     if cut:
         starts, final, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, output_final, group)
-    o, end, kept = _full_scans(q, v, cu_seqlens, hopper).forward_scan(
+    o, end, kept = full.forward_scan(
         q, k, v, scores, starts if cut else initial, cu_seqlens, scale, chunks, output=True,
         final=output_final and not cut, states=save == "states",
     )  # fmt: skip
@@ -102,9 +98,9 @@ def forward(
 def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: float, hopper: bool, group=None):
     """dq, dk, dv, dg, dbeta and dinitial (None without an initial state)."""
     A, P, G, states, new_values, starts, ends = saved
-    scans, chunks, varlen = _scans(hopper), _chunks(q, v, cu_seqlens, hopper), cu_seqlens is not None
-    scores, cut = Scores(A, P, G), chunks.segments > 1 or group is not None
-    full = _full_scans(q, v, cu_seqlens, hopper)
+    scans, (full, segments) = _scans(hopper), _full_scans(q, v, cu_seqlens, hopper)
+    chunks, varlen = Chunks.of(v, cu_seqlens, segments), cu_seqlens is not None
+    scores, cut = Scores(A, P, G), segments > 1 or group is not None
     if A is None:
         scores = prepare(q, k, g, beta, scale, chunks, varlen)
     if cut and ends is None:
@@ -183,7 +179,7 @@ def _forward_opaque(
 @_forward_opaque.register_fake
 def _(q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save, hopper):
     batch, length, heads, dim_v = v.shape
-    dim_k, segments = k.shape[3], 1 if cu_seqlens is not None else _chunks(q, v, None, hopper).segments
+    dim_k, (_, segments) = k.shape[3], _full_scans(q, v, cu_seqlens, hopper)
     n = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     count = batch * -(-length // 64) if cu_seqlens is None else length // 64 + min(n, length)
     chunks = Chunks(batch * segments, length, count, v, v, v, segments)

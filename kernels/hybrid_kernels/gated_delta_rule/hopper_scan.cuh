@@ -160,9 +160,7 @@ __device__ __forceinline__ void start(Multiply multiply) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) multiply(step);
     ptx::commit();
-#ifndef LOOSE
     __syncwarp();
-#endif
 }
 
 // 16 of q's or k's columns on, in a descriptor
