@@ -121,8 +121,8 @@ def main() -> None:
     groups = start_distributed(launch, parallel, seed=0)
     angles = RotaryEmbedding(model.attention_head_dim, 1.0, rotary_base=int(model.rope_theta or 0))(SEQUENCE)
     rows: list[dict] = []
-    for block, (symbol, goal) in BLOCKS.items():
-        for name, options in FORMATS.items():
+    for name, options in FORMATS.items():
+        for block, (symbol, goal) in BLOCKS.items():
             precision, case = PrecisionConfig(**options), f"{block} block, TP{launch.world_size}, {name}"
             sizes = (model, parallel, precision, groups, symbol)
             mine = measure(our_stack(*sizes), angles, launch.world_size)

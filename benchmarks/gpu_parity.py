@@ -1,9 +1,10 @@
 """How far training on GPUs lies from its oracle, as tests/gpu/test_training.py checks it: one GPU from the CPU, FP8 from bf16,
 layouts from one GPU. Largest relative differences over ten steps.
 
-python benchmarks/gpu_parity.py
+python benchmarks/gpu_parity.py [--layouts]      the second: of what runs on one GPU, only what layouts are compared with
 """
 
+import argparse
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ def main() -> None:
 
     from tests.gpu import jobs
 
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layouts", action="store_true")
+    args, _ = parser.parse_known_args()
     rows: list[dict] = []
 
     def compare(case: str, expected: dict, found: dict, goal: float) -> None:
@@ -40,14 +44,16 @@ def main() -> None:
             rows.append(bounded(f"{case}, against a cast of whole weights", "bytes that differ", "", differ, 0))
 
     gpus = list(range(torch.cuda.device_count()))
-    first, rest = (gpus[:2], gpus[2:]) if len(gpus) >= 4 else (gpus, [])
+    first, rest = (gpus[:2], gpus[2:4]) if len(gpus) >= 4 else (gpus, [])
+    names = {*jobs.IN_FP32, "bf16", *jobs.FP8_FORMATS} if args.layouts else ()
     pool = ThreadPoolExecutor()
     cpu_part = pool.submit(jobs.on_cpu)
-    beside = pool.submit(on_two, rest) if rest else None  # the GPUs that the first part leaves
+    beside = pool.submit(on_two, rest) if len(gpus) >= 4 else None  # on GPUs that the first part leaves
     with tempfile.TemporaryDirectory() as folder:
-        gpu = jobs.on_one_gpu(Path(folder), first)
+        gpu = jobs.on_one_gpu(Path(folder), first, names)
+    on_four = pool.submit(jobs.on_several, 4) if len(gpus) >= 4 else None
     cpu = cpu_part.result()
-    for name in ("fp32", "fp32, wide"):
+    for name in jobs.IN_FP32:
         compare(f"{name}: a GPU from the CPU", cpu[name], gpu[name], 1e-4)
     for name in ("bf16, local", "bf16"):
         if name in gpu:
@@ -69,18 +75,17 @@ def main() -> None:
 
     def compare_layouts(found: dict) -> None:
         for name, result in found.items():
-            fmt = next((f for f in sorted(jobs.FP8_FORMATS, key=len, reverse=True) if name.endswith(f)), None)
-            expected, goal = (gpu[fmt], 1e-2) if fmt else (gpu["fp32, wide"], 1e-4)
-            compare(f"{name}: from one GPU", expected, result, goal)
+            like = jobs.one_gpu_of(name)
+            compare(f"{name}: from one GPU", gpu[like], result, 1e-2 if like in jobs.FP8_FORMATS else 1e-4)
 
+    if on_four:
+        compare_layouts(on_four.result())
+        write_gpu("gpu_parity", rows)
     if len(gpus) >= 2:
         layouts, pairs = beside.result() if beside else on_two(gpus[:2])
         compare_layouts(layouts)
         for name, (plain, found) in pairs.items():
             compare(f"TP2, overlapped, {name}: from TP2", plain, found, 5e-3)
-        write_gpu("gpu_parity", rows)
-    if len(gpus) >= 4:
-        compare_layouts(jobs.on_several(4))
         write_gpu("gpu_parity", rows)
 
 

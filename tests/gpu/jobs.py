@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import chain
@@ -79,6 +79,7 @@ OFFLOADED = {
 }
 """A share of the optimizer's state in host memory -> the run without, and the share."""
 WIDE = dict(model=dict(num_attention_heads=4))  # so that four ranks have heads; 6 Gated DeltaNet heads are padded to 8
+DEEP = dict(model=WIDE["model"] | dict(layer_pattern="GGGA*2"))  # a layer for each of eight virtual stages
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 LAYOUTS = {
     2: {
@@ -92,6 +93,7 @@ LAYOUTS = {
     4: {
         "TP4, padded heads": layout(4),
         "PP4": layout(pp=4),
+        "PP4, VPP2": layout(pp=4, vpp=2),
         "PP2, VPP2, DP2, overlapped": layout(pp=2, vpp=2, **OVERLAP),
         "DP4, overlapped": layout(**OVERLAP),
         "TP2, PP2": layout(2, 2),
@@ -102,6 +104,7 @@ LAYOUTS = {
 HALF = ", 50% on the host"
 OFFLOADED_LAYOUTS = {2: ("TP2", "DP2, overlapped"), 4: ("PP2, VPP2, DP2, overlapped",)}
 FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped", "CP2")
+DEEP_LAYOUTS = ("PP4, VPP2",)
 OVERLAPPED = {  # name: (parallel, precision), at TP2
     "bf16": ({}, {}),
     "fp8 delayed": ({}, FORMATS["fp8 delayed"]),
@@ -117,6 +120,9 @@ FP8_FORMATS = (
     "fp8 delayed, parameters",
     "fp8 tensorwise, parameters",
 )
+
+
+IN_FP32 = {"fp32": job(), "fp32, wide": job(**WIDE), "fp32, deep": job(**DEEP)}
 
 
 def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Sequence[int] = ()) -> dict[str, dict]:
@@ -159,28 +165,30 @@ def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Seq
 
 
 def side_by_side(
-    jobs: dict[str, dict], processes: int, device: str = "gpu", gpus: Sequence[int] = ()
+    jobs: dict[str, dict], launches: int, ranks: int = 1, device: str = "gpu", gpus: Sequence[int] = ()
 ) -> dict[str, dict]:
-    """Jobs of one rank, shared out over processes that run at once: these models are small, and most of the time is start-up."""
+    """Jobs shared out over launches that run at once, those of one rank on a GPU each: these models are small, and most of the
+    time is start-up."""
     names = list(jobs)
-    shares = [{name: jobs[name] for name in names[first::processes]} for first in range(processes)]
+    shares = [{name: jobs[name] for name in names[first::launches]} for first in range(launches)]
 
     def run(number: int) -> dict[str, dict]:
-        return curves(shares[number], device=device, gpus=gpus and [gpus[number % len(gpus)]])
+        mine = gpus if ranks > 1 else gpus and [gpus[number % len(gpus)]]
+        return curves(shares[number], ranks, device, mine)
 
-    with ThreadPoolExecutor(processes) as pool:
+    with ThreadPoolExecutor(launches) as pool:
         results = list(pool.map(run, [number for number, share in enumerate(shares) if share]))
     return {name: found for result in results for name, found in result.items()}
 
 
 def on_cpu() -> dict[str, dict]:
     """The oracle."""
-    return side_by_side({"fp32": job(), "fp32, wide": job(**WIDE)}, 2, device="cpu")
+    return side_by_side(IN_FP32, len(IN_FP32), device="cpu")
 
 
-def on_one_gpu(folder: Path, gpus: Sequence[int] = ()) -> dict[str, dict]:
-    """Every format, some of them also saved in `folder` and resumed; each job on one of `gpus`."""
-    jobs = {"fp32": job(), "fp32, wide": job(**WIDE), "bf16, local": job(dtype="bf16", precision=dict(parts="local"))}
+def on_one_gpu(folder: Path, gpus: Sequence[int] = (), names: Collection[str] = ()) -> dict[str, dict]:
+    """Every format, or these `names`, some of them also saved in `folder` and resumed; each job on one of `gpus`."""
+    jobs = IN_FP32 | {"bf16, local": job(dtype="bf16", precision=dict(parts="local"))}
     if find_spec("transformer_engine"):
         for name, precision in {"bf16": {}, **FORMATS}.items():
             jobs[name] = job(dtype="bf16", precision=precision, **_resumed(name, folder))
@@ -194,6 +202,8 @@ def on_one_gpu(folder: Path, gpus: Sequence[int] = ()) -> dict[str, dict]:
     for name, (base, share) in OFFLOADED.items():
         if base in jobs:
             jobs[name] = offloaded(jobs[base], share, folder / name.replace(" ", "_"))
+    if names:
+        jobs = {name: one for name, one in jobs.items() if name in names}
     return side_by_side(jobs, 4 * max(1, len(gpus)), gpus=gpus)
 
 
@@ -214,16 +224,24 @@ def _resumed(name: str, folder: Path) -> dict:
 
 def on_several(count: int, gpus: Sequence[int] = ()) -> dict[str, dict]:
     """Layouts of that many GPUs in fp32, some of two GPUs also in FP8."""
-    jobs = {name: job(parallel, **WIDE) for name, parallel in LAYOUTS[count].items()}
+    jobs = {
+        name: job(parallel, **(DEEP if name in DEEP_LAYOUTS else WIDE)) for name, parallel in LAYOUTS[count].items()
+    }
     jobs |= {f"{name}{HALF}": job(LAYOUTS[count][name], offloaded=0.5, **WIDE) for name in OFFLOADED_LAYOUTS[count]}
     if count != 2 or not find_spec("transformer_engine"):
-        return curves(jobs, count, gpus=gpus)
+        return side_by_side(jobs, 2, count, gpus=gpus)
     with tempfile.TemporaryDirectory() as folder:
         for name in FP8_LAYOUTS:
             for fmt in FP8_FORMATS:
                 more = _resumed(fmt, Path(folder) / name.replace(" ", "_")) if fmt in HELD else {}
                 jobs[f"{name}, {fmt}"] = job(LAYOUTS[2][name], "bf16", FORMATS[fmt], **more)
-        return curves(jobs, count, gpus=gpus)
+        return side_by_side(jobs, 3, count, gpus=gpus)
+
+
+def one_gpu_of(name: str) -> str:
+    """The job on one GPU that a layout's job is to be like: the format's, or the fp32 model's."""
+    fmt = next((f for f in sorted(FP8_FORMATS, key=len, reverse=True) if name.endswith(f)), None)
+    return fmt or ("fp32, deep" if name in DEEP_LAYOUTS else "fp32, wide")
 
 
 def overlapped(gpus: Sequence[int] = ()) -> dict[str, tuple[dict, dict]]:

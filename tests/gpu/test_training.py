@@ -42,7 +42,7 @@ def check_held(without: dict, found: dict) -> None:
 needs_te = pytest.mark.skipif(not find_spec("transformer_engine"), reason="Transformer Engine is not installed")
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("fp32", 1e-4), ("fp32, wide", 1e-4), ("bf16, local", 1e-2)])
+@pytest.mark.parametrize(("name", "tolerance"), [*((name, 1e-4) for name in jobs.IN_FP32), ("bf16, local", 1e-2)])
 def test_same_curve_as_the_cpu(name, tolerance, on_cpu, on_one_gpu):
     check(on_cpu.get(name, on_cpu["fp32"]), on_one_gpu[name], tolerance)
 
@@ -108,7 +108,7 @@ def test_state_in_host_memory_under_a_layout_has_one_gpus_curve(count, name, on_
 def test_every_layout_has_one_gpus_curve(count, name, on_one_gpu, on_several):
     if count not in on_several:
         pytest.skip(f"needs {count} GPUs")
-    check(on_one_gpu["fp32, wide"], on_several[count][name], 1e-4)
+    check(on_one_gpu[jobs.one_gpu_of(name)], on_several[count][name], 1e-4)
 
 
 @needs_te
