@@ -3,7 +3,7 @@
 Errors are relative RMS against fp64; both sides get the same bf16 inputs. Run on a Hopper GPU with
 flash-linear-attention 0.6.0 and, for its backward, TileLang installed.
 
-    --only TEXT     the parts whose name has TEXT: a shape ("H 15", "ragged"), or "errors"
+    --only TEXT     the parts whose name has TEXT: a shape ("H 15", "ragged"), "errors" or one of its cases ("errors T 1")
     --flashqla      also FlashQLA at 128/128, which compiles for minutes; its times are scaled by the work
 """
 
@@ -45,16 +45,20 @@ def results(inputs, backend, initial=None, **options):
     return (o, *torch.autograd.grad(out, leaves, given), *out[1:])
 
 
-def errors() -> list[dict]:
+def errors(only: str) -> list[dict]:
     """Every case on both backends: whether two runs agree, and the error that is worst beside fla's on the same data."""
     rows, heads = [], dict(key_heads=30, heads=30)
     cases = [(name, dict(length=1024, **heads, **hard), {}) for name, hard in HARD_CASES.items()]
-    cases += [(f"T {t}", dict(length=t, **heads), {}) for t in (1, 63, 64, 65, 8192)]
+    # of one token 64 batch rows: fewer gradients of beta would be too few to compare errors by
+    cases += [(f"T {t}", dict(length=t, batch=64 if t == 1 else 1, **heads), {}) for t in (1, 63, 64, 65, 8192)]
     cases += [("ragged", dict(length=4096, **heads), dict(cu_seqlens=torch.tensor(SHORT).int().cuda()))]
     cases += [("10 key heads, 30 value heads", dict(length=1024, key_heads=10, heads=30), {})]
     cases += [("initial and final state", dict(length=1024, **heads), dict(initial=torch.randn(1, 30, K, V).cuda()))]
     for name, shape, options in cases:
-        inputs = delta_rule_inputs(1, key_dim=K, value_dim=V, dtype=torch.bfloat16, device="cuda", **shape)
+        if only not in f"errors {name}":
+            continue
+        shape = dict(batch=1, key_dim=K, value_dim=V) | shape
+        inputs = delta_rule_inputs(**shape, dtype=torch.bfloat16, device="cuda")
         doubled = {k: x.double() if x.is_floating_point() else x for k, x in options.items()}
         exact = results([x.double() for x in inputs], "torch", **doubled)
         peer = results(inputs, "fla", **options)
@@ -176,6 +180,5 @@ if __name__ == "__main__":
             print(name, flush=True)
             rows += part(name, *shape)
             write_gpu("gated_delta_rule", rows)  # the result file grows as it goes
-    if options.only in "errors":
-        rows += errors()
-        write_gpu("gated_delta_rule", rows)
+    rows += errors(options.only)
+    write_gpu("gated_delta_rule", rows)

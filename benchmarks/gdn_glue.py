@@ -1,4 +1,9 @@
-"""conv_gates and gated_rmsnorm at OLMo Hybrid's sizes, against fla's modules and torch.compile of the references."""
+"""conv_gates and gated_rmsnorm at OLMo Hybrid's sizes, against fla's modules and torch.compile of the references.
+
+python benchmarks/gdn_glue.py [conv_gates | gated_rmsnorm]
+"""
+
+import sys
 
 import torch
 from kernel_timing import cpu_ms, gpu_ms, kernels, write_gpu
@@ -13,6 +18,8 @@ from hybrid_kernels.testing import packed_inputs, relative_error
 T, H, K, V = 8192, 30, 96, 192
 DIMS = dict(num_key_heads=H, num_value_heads=H, key_head_dim=K, value_head_dim=V)
 KEY, VALUE = H * K, H * V
+PADDING = 4
+WIDTH = 2 * KEY + 2 * VALUE + 2 * H + PADDING
 
 
 def fla_conv_gates(packed, weight, A_log, dt_bias):
@@ -93,34 +100,43 @@ def compare(op, inputs, exact, versions, floors, goal) -> list[dict]:
     return rows
 
 
-if __name__ == "__main__":
-    packed = packed_inputs(T, 1, H, H, K, V, padding=4, dtype=torch.bfloat16, device="cuda")
+def conv_gates_rows() -> list[dict]:
+    packed = packed_inputs(T, 1, H, H, K, V, padding=PADDING, dtype=torch.bfloat16, device="cuda")
     packed = [x.requires_grad_() for x in packed]
-    channels, width = 2 * KEY + VALUE, packed[0].shape[-1]
+    channels = 2 * KEY + VALUE
     forward = T * 4 * channels
-    rows = compare(
+    return compare(
         "conv_gates", packed, torch_conv_gates,
         {
             "ours": lambda *x: conv_gates(*x, **DIMS, return_gate=True, backend="triton"),
             "fla 0.6 modules": fla_conv_gates,
             "torch.compile of the reference": torch.compile(torch_conv_gates),
         },
-        (forward, forward + T * (4 * channels + 2 * VALUE + 2 * width)), 2.0,
+        (forward, forward + T * (4 * channels + 2 * VALUE + 2 * WIDTH)), 2.0,
     )  # fmt: skip
-    write_gpu("gdn_glue", rows)
-    del packed
+
+
+def gated_rmsnorm_rows(batch: int, whole: bool) -> list[dict]:
+    """With a batch, [b, s, H, d] and [s, b, H*d] differ in memory too; in the model the gate is a slice of in_proj's output."""
     norms = {
         "ours": lambda *x: gated_rmsnorm(*x, 1e-5, backend="triton"),
         "fla 0.6 rms_norm_gated": lambda *x: fla_gated_rmsnorm(*x, 1e-5),
         "torch.compile of the reference": torch.compile(lambda *x: gated_rmsnorm_torch(*x, 1e-5)),
     }
     exact = lambda *x: gated_rmsnorm_torch(*x, 1e-5)  # noqa: E731
-    for batch, whole in ((1, True), (1, False), (4, True)):
-        # with a batch, [b, s, H, d] and [s, b, H*d] differ in memory too; in the model the gate is a slice of in_proj's output
-        o = torch.randn(batch, T // batch, H, V, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        gate = torch.randn(T // batch, batch, VALUE if whole else width, device="cuda", dtype=torch.bfloat16)
-        gate = gate[..., -VALUE - 64 : -64].detach() if not whole else gate
-        weight = torch.randn(V, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        name = f"gated_rmsnorm, batch {batch}{'' if whole else ', gate as it lies in the projection'}"
-        rows += compare(name, [o, gate.requires_grad_(), weight], exact, norms, (T * 6 * VALUE, T * 16 * VALUE), 1.2)
-        write_gpu("gdn_glue", rows)
+    o = torch.randn(batch, T // batch, H, V, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    gate = torch.randn(T // batch, batch, VALUE if whole else WIDTH, device="cuda", dtype=torch.bfloat16)
+    gate = gate[..., -VALUE - 64 : -64].detach() if not whole else gate
+    weight = torch.randn(V, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    name = f"gated_rmsnorm, batch {batch}{'' if whole else ', gate as it lies in the projection'}"
+    return compare(name, [o, gate.requires_grad_(), weight], exact, norms, (T * 6 * VALUE, T * 16 * VALUE), 1.2)
+
+
+if __name__ == "__main__":
+    only = next((x for x in sys.argv[1:2] if not x.startswith("-")), "")
+    parts = {"conv_gates": [()], "gated_rmsnorm": [(1, True), (1, False), (4, True)]}
+    rows: list[dict] = []
+    for name, cases in parts.items():
+        for case in cases if only in name else ():
+            rows += (conv_gates_rows if name == "conv_gates" else gated_rmsnorm_rows)(*case)
+            write_gpu("gdn_glue", rows)

@@ -13,7 +13,7 @@ from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from hybrid_kernels.testing import HARD_CASES, delta_rule_inputs, packed_inputs, relative_error
 
 pytestmark = pytest.mark.timeout(600)
-NAMES = ("o", "final", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
+GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "dinitial")
 TOLERANCES = dict(o=6e-3, final=6e-3, dq=8e-3, dk=8e-3, dv=8e-3, dg=2e-2, dbeta=2e-2, dinitial=8e-3)
 DIVERGES = (
     "beta 1.99, cosine 1, gate"  # bf16 inputs alone are beyond the tolerances there: only fla's error bounds ours
@@ -27,13 +27,16 @@ HARDEST = {  # keys all alike and no decay: the errors of fla 0.6 are 1.4 to 2 t
 BACKENDS = ("hopper", "triton")
 
 
-def delta_rule(inputs, backend, **options):
+def delta_rule(inputs, backend, final=True, **options):
+    """Results, `final` state included, and the gradients of `inputs`, by name."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     initial = leaves[5] if len(leaves) > 5 else None
-    results = gated_delta_rule(*leaves[:5], initial_state=initial, output_final_state=True, backend=backend, **options)
+    results = gated_delta_rule(*leaves[:5], initial_state=initial, output_final_state=final, backend=backend, **options)
+    results = results if final else results[:1]
     generator = torch.Generator().manual_seed(7)
     given = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype) for x in results]
-    return (*results, *torch.autograd.grad(results, leaves, given))
+    names = (*("o", "final")[: len(results)], *GRADIENTS[: len(leaves)])
+    return dict(zip(names, (*results, *torch.autograd.grad(results, leaves, given)), strict=True))
 
 
 def agree(inputs, backend, peer=False, scale=1.0, **options):
@@ -46,12 +49,12 @@ def agree(inputs, backend, peer=False, scale=1.0, **options):
     options.pop("save", None)
     exact = delta_rule([x.double() for x in inputs], "torch", **options)
     theirs = delta_rule(inputs, "fla", **options) if peer and has_module("fla") and has_module("tilelang") else ours
-    for name, x, y, z, their in zip(NAMES, ours, again, exact, theirs):
+    for name, x in ours.items():
         assert torch.isfinite(x).all(), name
-        assert torch.equal(x, y), f"{name} differs from one run to the next"
-        error, bound = relative_error(x, z, floor=1e-2), scale * TOLERANCES[name]
+        assert torch.equal(x, again[name]), f"{name} differs from one run to the next"
+        error, bound = relative_error(x, exact[name], floor=1e-2), scale * TOLERANCES[name]
         if peer:
-            bound = max(bound, 1.2 * relative_error(their, z, floor=1e-2))
+            bound = max(bound, 1.2 * relative_error(theirs[name], exact[name], floor=1e-2))
         assert error < bound, (name, error, bound)
 
 
@@ -105,10 +108,15 @@ def test_gated_delta_rule_of_documents(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("hard", [{}, dict(beta=1.99), dict(beta=1.99, cosine=1.0, gate=-1e-3), dict(gate=-50.0)])
 def test_gated_delta_rule_errs_no_more_than_fla(backend, hard):
-    """At the model's heads, for which fla's kernels take a minute to tune; benchmarks/gated_delta_rule.py has all cases."""
+    """At the model's heads, for which fla's kernels take a minute to tune; benchmarks/gated_delta_rule.py has all cases.
+
+    Without a final state: under a decay of e^-50 its gradient would leave of beta's the last token of each head, 30 numbers
+    whose errors chance decides.
+    """
     if not (has_module("fla") and has_module("tilelang")):
         pytest.skip("fla with TileLang is not installed")
-    agree(delta_rule_inputs(1, 1024, 30, 30, 96, 192, dtype=torch.bfloat16, device="cuda", **hard), backend, True, 0.0)
+    inputs = delta_rule_inputs(1, 1024, 30, 30, 96, 192, dtype=torch.bfloat16, device="cuda", **hard)
+    agree(inputs, backend, peer=True, scale=0.0, final=False)
 
 
 @pytest.mark.parametrize("batch, length, heads", [(2, 1, 1), (2, 1000, 2), (1, 700, 30), (4, 200, 30)])
@@ -123,7 +131,8 @@ def test_the_scans_in_cuda_have_the_bits_of_gluon_s(save, batch, length, heads, 
     agree(inputs, "hopper", save=save)
     ours = delta_rule(inputs, "hopper", save=save)
     monkeypatch.setattr(cuda_op, "missing", lambda *_: "to compare with Gluon's")
-    assert all(torch.equal(x, y) for x, y in zip(ours, delta_rule(inputs, "hopper", save=save)))
+    theirs = delta_rule(inputs, "hopper", save=save)
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
 def test_tensors_that_start_anywhere():
@@ -131,8 +140,8 @@ def test_tensors_that_start_anywhere():
     inputs = delta_rule_inputs(1, 200, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda")
     moved = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs[:3]]
     assert all(x.data_ptr() % 16 for x in moved)
-    for x, y in zip(delta_rule(inputs, None), delta_rule([*moved, *inputs[3:]], None)):
-        assert torch.equal(x, y)
+    aligned, found = delta_rule(inputs, None), delta_rule([*moved, *inputs[3:]], None)
+    assert all(torch.equal(x, found[name]) for name, x in aligned.items())
 
 
 @pytest.mark.parametrize("options", [dict(num_warps=4, num_stages=2), dict(num_warps=8, num_stages=3)])
