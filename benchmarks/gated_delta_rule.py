@@ -3,12 +3,13 @@
 Errors are relative RMS against fp64; both sides get the same bf16 inputs. Run on a Hopper GPU with
 flash-linear-attention 0.6.0 and, for its backward, TileLang installed.
 
-    --only TEXT     the parts whose name has TEXT: a shape ("H 15", "ragged"), "errors" or one of its cases ("errors T 1")
+    --only REGEX    the parts whose name it finds: a shape ("H 15", "ragged"), "errors" or one of its cases ("errors T 1$")
     --flashqla      also FlashQLA at 128/128, which compiles for minutes; its times are scaled by the work
 """
 
 import argparse
 import os
+import re
 import time
 
 os.environ["FLA_FLASH_QLA"] = "0"  # the peer is fla's own kernels
@@ -55,7 +56,7 @@ def errors(only: str) -> list[dict]:
     cases += [("10 key heads, 30 value heads", dict(length=1024, key_heads=10, heads=30), {})]
     cases += [("initial and final state", dict(length=1024, **heads), dict(initial=torch.randn(1, 30, K, V).cuda()))]
     for name, shape, options in cases:
-        if only not in f"errors {name}":
+        if not re.search(only, f"errors {name}"):
             continue
         shape = dict(batch=1, key_dim=K, value_dim=V) | shape
         inputs = delta_rule_inputs(**shape, dtype=torch.bfloat16, device="cuda")
@@ -176,7 +177,7 @@ if __name__ == "__main__":
         parts |= {f"B {b}, T {t}, H {h}, FlashQLA": (flashqla, b, t, h) for b, t, h in SHAPES[:2]}
     rows = []
     for name, (part, *shape) in parts.items():
-        if options.only in name:
+        if re.search(options.only, name):
             print(name, flush=True)
             rows += part(name, *shape)
             write_gpu("gated_delta_rule", rows)  # the result file grows as it goes
