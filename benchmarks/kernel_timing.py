@@ -52,11 +52,12 @@ def kernels(fn: Callable[[], object], calls: int = 5) -> dict[str, tuple[float, 
         for _ in range(calls):
             fn()
         torch.cuda.synchronize()
-    return {
-        e.key[:60]: (e.count / calls, e.device_time_total / calls)
-        for e in profiler.key_averages()
-        if e.device_time_total
-    }
+    found: dict[str, tuple[float, float]] = {}
+    for e in profiler.key_averages():
+        if e.device_time_total:
+            count, us = found.get(e.key[:60], (0.0, 0.0))  # of templates, several begin alike
+            found[e.key[:60]] = (count + e.count / calls, us + e.device_time_total / calls)
+    return found
 
 
 def write_gpu(benchmark: str, rows: list[dict]) -> None:
