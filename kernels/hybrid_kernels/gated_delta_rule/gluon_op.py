@@ -6,7 +6,8 @@ import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..triton_support import tile_count
-from .gluon_scan import forward_scan_kernel, reverse_scan_kernel, shared
+from .gluon_parts import shared
+from .gluon_scan import forward_scan_kernel, reverse_scan_kernel
 from .triton_op import ends_like
 
 OPTIONS = dict(num_warps=4)
