@@ -1,9 +1,10 @@
 """conv_gates and gated_rmsnorm at OLMo Hybrid's sizes, against fla's modules and torch.compile of the references.
 
-python benchmarks/gdn_glue.py [conv_gates | gated_rmsnorm]
+--only REGEX    the cases whose name it finds, as gated_rmsnorm
 """
 
-import sys
+import argparse
+import re
 
 import torch
 from kernel_timing import cpu_ms, gpu_ms, kernels, write_gpu
@@ -29,7 +30,7 @@ def fla_conv_gates(packed, weight, A_log, dt_bias):
     from fla.ops.gated_delta_rule.gate import fused_gdn_gate
 
     x = packed.transpose(0, 1)
-    mixed, gate, b, a, _ = x.split([2 * KEY + VALUE, VALUE, H, H, x.shape[-1] - 2 * KEY - 2 * VALUE - 2 * H], dim=-1)
+    mixed, gate, b, a, _ = x.split([2 * KEY + VALUE, VALUE, H, H, PADDING], dim=-1)
     mixed, _ = causal_conv1d(mixed, weight, activation="silu")
     q, k, v = mixed.split([KEY, KEY, VALUE], dim=-1)
     q, k = (l2norm(y.unflatten(-1, (H, K)).contiguous()) for y in (q, k))
@@ -100,13 +101,13 @@ def compare(op, inputs, exact, versions, floors, goal) -> list[dict]:
     return rows
 
 
-def conv_gates_rows() -> list[dict]:
+def conv_gates_rows(name: str) -> list[dict]:
     packed = packed_inputs(T, 1, H, H, K, V, padding=PADDING, dtype=torch.bfloat16, device="cuda")
     packed = [x.requires_grad_() for x in packed]
     channels = 2 * KEY + VALUE
     forward = T * 4 * channels
     return compare(
-        "conv_gates", packed, torch_conv_gates,
+        name, packed, torch_conv_gates,
         {
             "ours": lambda *x: conv_gates(*x, **DIMS, return_gate=True, backend="triton"),
             "fla 0.6 modules": fla_conv_gates,
@@ -116,7 +117,7 @@ def conv_gates_rows() -> list[dict]:
     )  # fmt: skip
 
 
-def gated_rmsnorm_rows(batch: int, whole: bool) -> list[dict]:
+def gated_rmsnorm_rows(name: str, batch: int, whole: bool) -> list[dict]:
     """With a batch, [b, s, H, d] and [s, b, H*d] differ in memory too; in the model the gate is a slice of in_proj's output."""
     norms = {
         "ours": lambda *x: gated_rmsnorm(*x, 1e-5, backend="triton"),
@@ -128,15 +129,21 @@ def gated_rmsnorm_rows(batch: int, whole: bool) -> list[dict]:
     gate = torch.randn(T // batch, batch, VALUE if whole else WIDTH, device="cuda", dtype=torch.bfloat16)
     gate = gate[..., -VALUE - 64 : -64].detach() if not whole else gate
     weight = torch.randn(V, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    name = f"gated_rmsnorm, batch {batch}{'' if whole else ', gate as it lies in the projection'}"
     return compare(name, [o, gate.requires_grad_(), weight], exact, norms, (T * 6 * VALUE, T * 16 * VALUE), 1.2)
 
 
 if __name__ == "__main__":
-    only = next((x for x in sys.argv[1:2] if not x.startswith("-")), "")
-    parts = {"conv_gates": [()], "gated_rmsnorm": [(1, True), (1, False), (4, True)]}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    options, _ = parser.parse_known_args()
+    cases = {
+        "conv_gates": (conv_gates_rows,),
+        "gated_rmsnorm, batch 1": (gated_rmsnorm_rows, 1, True),
+        "gated_rmsnorm, batch 1, gate as it lies in the projection": (gated_rmsnorm_rows, 1, False),
+        "gated_rmsnorm, batch 4": (gated_rmsnorm_rows, 4, True),
+    }
     rows: list[dict] = []
-    for name, cases in parts.items():
-        for case in cases if only in name else ():
-            rows += (conv_gates_rows if name == "conv_gates" else gated_rmsnorm_rows)(*case)
+    for name, (rows_of, *sizes) in cases.items():
+        if re.search(options.only, name):
+            rows += rows_of(name, *sizes)
             write_gpu("gdn_glue", rows)

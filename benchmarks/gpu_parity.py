@@ -1,7 +1,7 @@
 """How far training on GPUs lies from its oracle, as tests/gpu/test_training.py checks it: one GPU from the CPU, FP8 from bf16,
 layouts from one GPU. Largest relative differences over ten steps.
 
-python benchmarks/gpu_parity.py [--layouts]      the second: of what runs on one GPU, only what layouts are compared with
+    --layouts    of what runs on one GPU, only what layouts are compared with
 """
 
 import argparse
@@ -48,10 +48,10 @@ def main() -> None:
     names = {*jobs.IN_FP32, "bf16", *jobs.FP8_FORMATS} if args.layouts else ()
     pool = ThreadPoolExecutor()
     cpu_part = pool.submit(jobs.on_cpu)
-    beside = pool.submit(on_two, rest) if len(gpus) >= 4 else None  # on GPUs that the first part leaves
+    beside = pool.submit(on_two, rest) if rest else None  # on the GPUs that the first part leaves
     with tempfile.TemporaryDirectory() as folder:
         gpu = jobs.on_one_gpu(Path(folder), first, names)
-    on_four = pool.submit(jobs.on_several, 4) if len(gpus) >= 4 else None
+    on_four = pool.submit(jobs.on_several, 4) if rest else None
     cpu = cpu_part.result()
     for name in jobs.IN_FP32:
         compare(f"{name}: a GPU from the CPU", cpu[name], gpu[name], 1e-4)

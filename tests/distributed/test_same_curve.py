@@ -118,6 +118,8 @@ def one_rank(ranks):
     curves = {}
     for pattern in (SHALLOW, DEEP):
         (curves[pattern],) = run(ranks, 1, pattern, layout())
+        losses = curves[pattern]["losses"]
+        assert min(losses) < losses[0] - 0.01, "it learns something"
         (other,) = run(ranks, 1, pattern, layout(), lr=1.01 * LR)
         for what in ("losses", "norms"):
             seen = relative_difference(other[what], curves[pattern][what])
