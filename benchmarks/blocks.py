@@ -5,11 +5,14 @@ megatron-core's blocks are its `hybrid_stack_spec` with its fused options on; th
 eigenvalues, which ours have. Its Gated DeltaNet runs fla's Triton kernels.
 
 python benchmarks/blocks.py            torchrun --nproc-per-node 2 benchmarks/blocks.py      (tensor parallel 2)
+    --formats bf16     --profile
 """
 
+import argparse
 import copy
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -76,10 +79,8 @@ def their_stack(model, parallel, precision, groups, symbol: str):
     )
 
 
-def measure(stack, angles, tensor_parallel_size: int) -> tuple[float, float]:
-    """Milliseconds forward, and forward with backward."""
-    from kernel_timing import gpu_ms
-
+def runs(stack, angles, tensor_parallel_size: int) -> dict[str, Callable]:
+    """What is measured of a stack, run once, so that its kernels are compiled."""
     for parameter in stack.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -89,12 +90,12 @@ def measure(stack, angles, tensor_parallel_size: int) -> tuple[float, float]:
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
     dy = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
+    def run():
+        return stack(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)
+
     def forward():
         with torch.no_grad():
             return run()
-
-    def run():
-        return stack(hidden_states=x, attention_mask=None, rotary_pos_emb=angles)
 
     def both():
         run().backward(dy)
@@ -103,36 +104,47 @@ def measure(stack, angles, tensor_parallel_size: int) -> tuple[float, float]:
             parameter.grad = None
 
     assert forward().isfinite().all()
-    return gpu_ms(forward), gpu_ms(both)
+    both()
+    return {"forward": forward, "forward + backward": both}
 
 
 def main() -> None:
-    from kernel_timing import write_gpu
+    from kernel_timing import gpu_ms, write_gpu
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from report import row
+    from train_step import kernel_kinds
 
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.config.precision import PrecisionConfig
     from megatron_hybrid.config.presets import olmo_hybrid_7b
     from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
 
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--profile", action="store_true", help="where the time of each goes, ours and theirs")
+    args, _ = parser.parse_known_args()
     launch, model = Launch.from_environment(), olmo_hybrid_7b()
     parallel = ParallelConfig(tensor_parallel_size=launch.world_size)
     groups = start_distributed(launch, parallel, seed=0)
     angles = RotaryEmbedding(model.attention_head_dim, 1.0, rotary_base=int(model.rope_theta or 0))(SEQUENCE)
     rows: list[dict] = []
-    for name, options in FORMATS.items():
+    for name in args.formats.split(","):
+        options = FORMATS[name]
         for block, (symbol, goal) in BLOCKS.items():
             precision, case = PrecisionConfig(**options), f"{block} block, TP{launch.world_size}, {name}"
             sizes = (model, parallel, precision, groups, symbol)
-            mine = measure(our_stack(*sizes), angles, launch.world_size)
+            ours = runs(our_stack(*sizes), angles, launch.world_size)
             try:
-                theirs = measure(their_stack(*sizes), angles, launch.world_size)
+                theirs = runs(their_stack(*sizes), angles, launch.world_size)
             except (AssertionError, RuntimeError, ValueError) as error:
                 print(f"{case}: {PEER} fails: {str(error)[:200]}", flush=True)
-                theirs = (None, None)
-            for metric, own, other in zip(("forward", "forward + backward"), mine, theirs, strict=True):
-                rows.append(row(case, metric, "ms", own, other, PEER, goal if name == "bf16" else None))
+                theirs = {}
+            for metric, run in ours.items():
+                peer = gpu_ms(theirs[metric]) if theirs else None
+                rows.append(row(case, metric, "ms", gpu_ms(run), peer, PEER, goal if name == "bf16" else None))
+                if args.profile:
+                    print(case, metric, kernel_kinds(run), kernel_kinds(theirs[metric]) if theirs else "", flush=True)
+            del ours, theirs
             torch.cuda.empty_cache()
             if launch.rank == 0:
                 write_gpu("blocks" if launch.world_size == 1 else f"blocks_tp{launch.world_size}", rows)

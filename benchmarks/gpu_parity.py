@@ -1,10 +1,11 @@
 """How far training on GPUs lies from its oracle, as tests/gpu/test_training.py checks it: one GPU from the CPU, FP8 from bf16,
 layouts from one GPU. Largest relative differences over ten steps.
 
-    --layouts    of what runs on one GPU, only what layouts are compared with
+    --layouts [REGEX]    of what runs on one GPU, only what layouts are compared with; of these those whose name it finds
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ def main() -> None:
     from tests.gpu import jobs
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layouts", action="store_true")
+    parser.add_argument("--layouts", nargs="?", const="")
     args, _ = parser.parse_known_args()
     rows: list[dict] = []
 
@@ -45,13 +46,14 @@ def main() -> None:
 
     gpus = list(range(torch.cuda.device_count()))
     first, rest = (gpus[:2], gpus[2:4]) if len(gpus) >= 4 else (gpus, [])
-    names = {*jobs.IN_FP32, "bf16", *jobs.FP8_FORMATS} if args.layouts else ()
+    names = {*jobs.IN_FP32, "bf16", *jobs.FP8_FORMATS} if args.layouts is not None else ()
+    only = args.layouts or ""
     pool = ThreadPoolExecutor()
     cpu_part = pool.submit(jobs.on_cpu)
-    beside = pool.submit(on_two, rest) if rest else None  # on the GPUs that the first part leaves
+    beside = pool.submit(on_two, rest, only) if rest else None  # on the GPUs that the first part leaves
     with tempfile.TemporaryDirectory() as folder:
         gpu = jobs.on_one_gpu(Path(folder), first, names)
-    on_four = pool.submit(jobs.on_several, 4) if rest else None
+    on_four = pool.submit(jobs.on_several, 4, (), only) if rest else None
     cpu = cpu_part.result()
     for name in jobs.IN_FP32:
         compare(f"{name}: a GPU from the CPU", cpu[name], gpu[name], 1e-4)
@@ -82,18 +84,19 @@ def main() -> None:
         compare_layouts(on_four.result())
         write_gpu("gpu_parity", rows)
     if len(gpus) >= 2:
-        layouts, pairs = beside.result() if beside else on_two(gpus[:2])
+        layouts, pairs = beside.result() if beside else on_two(gpus[:2], only)
         compare_layouts(layouts)
         for name, (plain, found) in pairs.items():
             compare(f"TP2, overlapped, {name}: from TP2", plain, found, 5e-3)
         write_gpu("gpu_parity", rows)
 
 
-def on_two(gpus: list[int]) -> tuple[dict, dict]:
+def on_two(gpus: list[int], only: str) -> tuple[dict, dict]:
     """What two GPUs find: layouts, and pairs without and with overlapped exchanges where Transformer Engine is there."""
     from tests.gpu import jobs
 
-    return jobs.on_several(2, gpus), jobs.overlapped(gpus) if find_spec("transformer_engine") else {}
+    pairs = jobs.overlapped(gpus) if find_spec("transformer_engine") and re.search(only, "TP2, overlapped") else {}
+    return jobs.on_several(2, gpus, only), pairs
 
 
 if __name__ == "__main__":

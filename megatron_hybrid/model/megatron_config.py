@@ -104,7 +104,10 @@ def transformer_config(
         persist_layer_norm=False,
         cross_entropy_loss_fusion=False,
         apply_rope_fusion=False,
-        batch_p2p_comm=cuda,  # over gloo, batched sends with interleaved stages corrupt gradients silently
+        # in a batch, NCCL and gloo match the sends and receives of two ranks by their order alone: where two interleaved stages are
+        # each other's next and previous one, activations and gradients change places, silently
+        batch_p2p_comm=False,
+        overlap_p2p_comm=virtual > 1,
         deallocate_pipeline_outputs=True,
         moe_token_dispatcher_type="alltoall",
         **window,

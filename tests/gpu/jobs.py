@@ -5,6 +5,7 @@ benchmarks/gpu_parity.py records what tests/gpu/test_training.py checks.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -222,20 +223,19 @@ def _resumed(name: str, folder: Path) -> dict:
     return {"resume": str(folder / name.replace(" ", "_"))} | other
 
 
-def on_several(count: int, gpus: Sequence[int] = ()) -> dict[str, dict]:
-    """Layouts of that many GPUs in fp32, some of two GPUs also in FP8."""
+def on_several(count: int, gpus: Sequence[int] = (), only: str = "") -> dict[str, dict]:
+    """Layouts of that many GPUs in fp32, some of two GPUs also in FP8; of these, those whose name `only`, a pattern, finds."""
     jobs = {
         name: job(parallel, **(DEEP if name in DEEP_LAYOUTS else WIDE)) for name, parallel in LAYOUTS[count].items()
     }
     jobs |= {f"{name}{HALF}": job(LAYOUTS[count][name], offloaded=0.5, **WIDE) for name in OFFLOADED_LAYOUTS[count]}
-    if count != 2 or not find_spec("transformer_engine"):
-        return side_by_side(jobs, 2, count, gpus=gpus)
     with tempfile.TemporaryDirectory() as folder:
-        for name in FP8_LAYOUTS:
+        for name in FP8_LAYOUTS if count == 2 and find_spec("transformer_engine") else ():
             for fmt in FP8_FORMATS:
                 more = _resumed(fmt, Path(folder) / name.replace(" ", "_")) if fmt in HELD else {}
                 jobs[f"{name}, {fmt}"] = job(LAYOUTS[2][name], "bf16", FORMATS[fmt], **more)
-        return side_by_side(jobs, 3, count, gpus=gpus)
+        jobs = {name: one for name, one in jobs.items() if re.search(only, name)}
+        return side_by_side(jobs, 3 if count == 2 else 2, count, gpus=gpus)
 
 
 def one_gpu_of(name: str) -> str:
