@@ -1,6 +1,6 @@
-"""The scans of gated_delta_rule in CUDA C++ against those in Gluon, in one process: results first, then times.
+"""What gated_delta_rule has in CUDA C++ against its peers in Gluon and Triton, in one process: results first, then times.
 
-Both get what one `prepare` wrote. The results have to be the same to the bit; fp64 says how far both are from the truth.
+The scans get what one `prepare` wrote. Their results have to be the same to the bit; fp64 says how far both are from the truth.
 Run on a Hopper GPU with nvcc.
 """
 
@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import torch
 from kernel_timing import gpu_ms, write_gpu
-from report import row
+from report import bounded, row
 
-from hybrid_kernels.gated_delta_rule import cuda_op, gated_delta_rule, gluon_op
+from hybrid_kernels.gated_delta_rule import cuda_op, gated_delta_rule, gluon_op, triton_op
 from hybrid_kernels.gated_delta_rule.triton_op import Chunks, prepare
 from hybrid_kernels.testing import delta_rule_inputs, relative_error
 
 K, V = 96, 192
 SHAPES = ((1, 8192, 30), (1, 8192, 15), (4, 8192, 30))
+PREPARE = 4 * K + 4 * 64 + 12
 PARTS = {  # bytes a token and head to read and to write at least: q, k, v (or do), A, P, G; then what is written
     "forward scan": 4 * K + 2 * V + 4 * 64 + 4 + 2 * V,
     "forward scan for states": 2 * K + 2 * V + 2 * 64 + 4 + 2 * V * K // 64 + 2 * V,
@@ -79,6 +80,27 @@ def agree(name, inputs, initial=None, cu_seqlens=None) -> list[dict]:
     return rows
 
 
+def preparations(inputs) -> list:
+    """`prepare` in CUDA C++ and in Triton, as functions."""
+    q, k, v, g, beta = inputs
+    chunks = Chunks.of(v, None)
+    return [lambda x=x: x.prepare(q, k, g, beta, K**-0.5, chunks, False) for x in (cuda_op, triton_op)]
+
+
+def prepares(name, inputs) -> list[dict]:
+    """How far its results are from Triton's, whose rounding in fp16 and bf16 is as fine, and whether they are the same twice."""
+    mine, peer = preparations(inputs)
+    ours, again, theirs = mine(), mine(), peer()
+    rows = []
+    for what, goal in (("A", 5e-4), ("P", 4e-3), ("G", 1e-5)):
+        x, y, z = (getattr(scores, what) for scores in (ours, again, theirs))
+        error = relative_error(x, z)
+        same = bool(torch.equal(x, y))
+        rows.append(bounded(name, f"prepare: difference of {what} from Triton's", "relative RMS", error, goal))
+        rows.append(dict(row(name, f"prepare: {what}'s bits, twice", "bool", same), goal=True, met=same))
+    return rows
+
+
 def random_inputs(batch, length, heads):
     """Drawn for an eighth of the length and repeated: drawing them all takes longer than the rest."""
     small = delta_rule_inputs(1, length // 8, heads, heads, K, V, dtype=torch.bfloat16, device="cuda")
@@ -87,6 +109,10 @@ def random_inputs(batch, length, heads):
 
 def times(name, inputs) -> list[dict]:
     rows, tokens = [], inputs[2].shape[:3].numel()
+    ours, peer = map(gpu_ms, preparations(inputs))
+    rows.append(row(name, "prepare", "ms", ours, peer, "Triton", 1.5))
+    speed = tokens * PREPARE / ours / 1e9
+    rows.append(row(name, "prepare: bytes at least moved, a second", "TB/s", speed, 3.0, "a copy", None, True))
     for what, both in scans(inputs).items():
         ours, peer = map(gpu_ms, both)
         rows.append(row(name, what, "ms", ours, peer, "Gluon", 1.05))
@@ -104,7 +130,7 @@ def times(name, inputs) -> list[dict]:
         cuda_op.missing = lambda *_: "switched off to be compared with"
         peer = gpu_ms(step)
         cuda_op.missing = available
-        rows.append(row(name, "forward and backward", "ms", ours, peer, "with Gluon's scans"))
+        rows.append(row(name, "forward and backward", "ms", ours, peer, "Gluon's scans, Triton's prepare"))
     return rows
 
 
@@ -116,10 +142,12 @@ def main() -> None:
         "B 2, T 1000, 1 key head, 2 value heads, initial state", grouped, torch.randn(2, 2, K, V, device="cuda")
     )
     rows += agree("documents", delta_rule_inputs(1, 1000, 1, 2, **small), None, documents)
-    rows += agree("beta 1.99, cosine 0.9", delta_rule_inputs(1, 1000, 1, 2, **small, beta=1.99, cosine=0.9))
+    alike = delta_rule_inputs(1, 1000, 1, 2, **small, beta=1.99, cosine=0.9)
+    rows += agree("beta 1.99, cosine 0.9", alike)
+    rows += prepares("B 2, T 1000, 1 key head, 2 value heads", grouped) + prepares("beta 1.99, cosine 0.9", alike)
     for batch, length, heads in SHAPES:
         name, inputs = f"B {batch}, T {length}, H {heads}", random_inputs(batch, length, heads)
-        rows += agree(name, inputs)
+        rows += prepares(name, inputs) + agree(name, inputs)
         rows += times(name, inputs)
         write_gpu("hopper_trial", rows)
     compiler = subprocess.run([cuda_op.nvcc(), "--version"], capture_output=True, text=True).stdout

@@ -122,11 +122,13 @@ def test_gated_delta_rule_errs_no_more_than_fla(backend, hard):
 @pytest.mark.parametrize("batch, length, heads", [(2, 1, 1), (2, 1000, 2), (1, 700, 30), (4, 200, 30)])
 @pytest.mark.parametrize("save", ["scores", "states"])
 def test_the_scans_in_cuda_have_the_bits_of_gluon_s(save, batch, length, heads, monkeypatch):
-    from hybrid_kernels.gated_delta_rule import cuda_op
+    from hybrid_kernels.gated_delta_rule import cuda_op, triton_op
 
     inputs = delta_rule_inputs(batch, length, 1, heads, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
     if cuda_op.missing(inputs[0], inputs[2], None):
         pytest.skip(cuda_op.missing(inputs[0], inputs[2], None))
+    agree(inputs, "hopper", save=save)
+    monkeypatch.setattr(cuda_op, "prepare", triton_op.prepare)  # so that both have the same A, P and G
     inputs.append(torch.randn(batch, heads, 96, 192, device="cuda"))
     agree(inputs, "hopper", save=save)
     ours = delta_rule(inputs, "hopper", save=save)

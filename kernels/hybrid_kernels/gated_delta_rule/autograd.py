@@ -16,7 +16,7 @@ import torch
 from ..slices import fold, fold_back, gradient_after, product, state_before
 from . import triton_op
 from .triton_join import join
-from .triton_op import Chunks, Scores, gradients, prepare
+from .triton_op import Chunks, Scores, gradients
 
 SAVED = 7  # tensors of `Saved`, each of which may be missing
 
@@ -31,8 +31,8 @@ def _scans(hopper: bool):
 
 
 def _full_scans(q, v, cu_seqlens, hopper: bool):
-    """The module whose scans write more than final states, and in how many segments it takes sequences: on Hopper those in
-    CUDA C++ where they pay, with the same bits, which take them whole."""
+    """The module that prepares, and whose scans write more than final states; and in how many segments it takes sequences: on
+    Hopper those in CUDA C++ where they pay, the scans with the same bits, which take them whole."""
     if hopper:
         from . import cuda_op
 
@@ -83,8 +83,8 @@ def forward(
     """o, the final state or None, and what `backward` wants: A, P, G, states, new values, segments' starts and ends."""
     scans, (full, segments) = _scans(hopper), _full_scans(q, v, cu_seqlens, hopper)
     chunks = Chunks.of(v, cu_seqlens, segments)
-    scores = prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
-    cut, starts, ends, final = segments > 1 or group is not None, None, None, None
+    scores = full.prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
+    cut, starts, ends, final = chunks.segments > 1 or group is not None, None, None, None
     if cut:
         starts, final, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, output_final, group)
     o, end, kept = full.forward_scan(
@@ -102,7 +102,7 @@ def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: fl
     chunks, varlen = Chunks.of(v, cu_seqlens, segments), cu_seqlens is not None
     scores, cut = Scores(A, P, G), segments > 1 or group is not None
     if A is None:
-        scores = prepare(q, k, g, beta, scale, chunks, varlen)
+        scores = full.prepare(q, k, g, beta, scale, chunks, varlen)
     if cut and ends is None:
         starts, _, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, False, group)
     if states is None:

@@ -1,4 +1,4 @@
-"""The scans in CUDA C++ (hopper_scan.cu, hopper_reverse.cu): built by nvcc at their first use, kept on disk, called by ctypes."""
+"""The kernels in CUDA C++ (hopper_*.cu): built by nvcc at their first use, kept on disk, called by ctypes."""
 
 import ctypes
 import fcntl
@@ -14,13 +14,10 @@ import torch
 
 from .gluon_op import aligned
 from .triton_join import processors
-from .triton_op import ends_like, segments_of
+from .triton_op import Chunks, Scores, ends_like, segments_of
 
-COMPILED = [Path(__file__).with_name(name) for name in ("hopper_scan.cu", "hopper_reverse.cu")]
-SOURCES = [
-    *COMPILED,
-    *(Path(__file__).with_name(name) for name in ("hopper_launch.cuh", "hopper_scan.cuh", "hopper_ptx.cuh")),
-]
+COMPILED = [Path(__file__).with_name(f"hopper_{name}.cu") for name in ("prepare", "scan", "reverse")]
+SOURCES = [*COMPILED, *sorted(Path(__file__).parent.glob("hopper_*.cuh"))]
 OPTIONS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC"]
 POINTERS = ("G", "begin", "end", "out", "cu", "first_chunk")
 SEGMENTS = 4
@@ -36,8 +33,17 @@ class Arguments(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Sizes(ctypes.Structure):
+    """`Sizes` of hopper_prepare.cu."""
+
+    _fields_ = [
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("length", "chunks", "heads", "key_heads")),
+    ]
+
+
 def missing(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> str | None:
-    """Why Gluon's scans do a call that "hopper" runs, or None. The first time it builds, some seconds.
+    """Why Triton's `prepare` and Gluon's scans do a call that "hopper" runs, or None. The first time it builds, some seconds.
 
     The kernels run other shapes as well; these are those where they were measured to be faster.
     """
@@ -73,7 +79,7 @@ def build(compiler: str) -> Path:
     key = hashlib.sha256("".join([version, *OPTIONS, *(path.read_text() for path in SOURCES)]).encode()).hexdigest()
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / "hybrid_kernels"
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"hopper_scan-{key[:16]}.so"
+    library = folder / f"gated_delta_rule-{key[:16]}.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
@@ -100,7 +106,20 @@ def _built() -> tuple[ctypes.CDLL | None, str | None]:
     for function, tensors in ((library.forward_scan, 7), (library.reverse_scan, 6)):
         function.argtypes = [*[pointer] * tensors, ctypes.POINTER(Arguments), long, long, ctypes.c_int, pointer]
         function.restype = ctypes.c_char_p
+    library.prepare.argtypes = [*[pointer] * 7, ctypes.POINTER(Sizes), ctypes.c_int, pointer]
+    library.prepare.restype = ctypes.c_char_p
     return library, None
+
+
+def prepare(q, k, g, beta, scale, chunks: Chunks, varlen: bool) -> Scores:
+    """`prepare` of triton_op, without documents."""
+    assert not varlen, "documents are left to Triton"
+    q, k = aligned(q, k)
+    heads, key_heads = g.shape[2], k.shape[2]
+    out = Scores.empty(k, heads, chunks.count)
+    tensors = (q, k, g.float(), beta.float(), out.A, out.P, out.G)
+    _call("prepare", k, tensors, Sizes(scale, chunks.length, chunks.per_row, heads, key_heads), chunks.count)
+    return out
 
 
 def forward_scan(q, k, v, scores, initial, cu_seqlens, scale, chunks, *, output=False, final=False, states=False):
@@ -136,11 +155,14 @@ def _launch(name, tensors, scores, carried, cu_seqlens, scale, chunks):
         *map(_pointer, (scores.G, begin, end, out, *documents)), scale, chunks.length, chunks.per_row, chunks.segments,
         v.shape[2], k.shape[2], v.shape[3],
     )  # fmt: skip
-    with torch.cuda.device_of(v):
-        error = getattr(_built()[0], name)(
-            *map(_pointer, tensors), ctypes.byref(args), v.shape[0] * v.shape[1], chunks.count * v.shape[2],
-            chunks.sequences, torch.cuda.current_stream().cuda_stream,
-        )  # fmt: skip
+    _call(name, v, tensors, args, v.shape[0] * v.shape[1], chunks.count * v.shape[2], chunks.sequences)
+
+
+def _call(name, beside, tensors, args, *counts) -> None:
+    """On the device of `beside`, in its current stream."""
+    with torch.cuda.device_of(beside):
+        stream = torch.cuda.current_stream().cuda_stream
+        error = getattr(_built()[0], name)(*map(_pointer, tensors), ctypes.byref(args), *counts, stream)
     if error:
         raise RuntimeError(f"the {name.replace('_', ' ')} of gated_delta_rule: {error.decode()}")
 

@@ -1,0 +1,201 @@
+// A CUDA kernel as a function of the CPU: a block's threads are coroutines that take turns at barriers. For small kernels of
+// one block at a time; what kernels/.../hopper_mma.cuh has of PTX is here by the fragments' layouts.
+//
+// Include before the kernel; `run_block(x, y, threads, call)` runs one block of it.
+#pragma once
+#define HYBRID_KERNELS_MMA
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__ static
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+using std::min;
+
+struct Index {
+    int x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+namespace cpu {
+
+struct Thread {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(1 << 16);
+    bool done = false;
+};
+
+struct Barrier {
+    int arrived = 0;
+    long generation = 0;
+};
+
+inline ucontext_t scheduler;
+inline std::vector<std::unique_ptr<Thread>> threads;
+inline int current;
+inline Barrier of_block, of_warp[32];
+inline char exchanged[32][32][64];  // by warp and lane
+inline std::function<void()> body;
+
+inline void wait(Barrier &barrier, int count) {
+    const long mine = barrier.generation;
+    if (++barrier.arrived == count) {
+        barrier.arrived = 0;
+        ++barrier.generation;
+    }
+    while (barrier.generation == mine) swapcontext(&threads[current]->context, &scheduler);
+}
+
+inline void start() {
+    body();
+    threads[current]->done = true;
+}
+
+// What every lane of this warp hands in; valid until the warp's next exchange
+template <class T>
+struct Lanes {
+    const char (*all)[64];
+    T operator[](int lane) const {
+        T x;
+        std::memcpy(&x, all[lane], sizeof(T));
+        return x;
+    }
+};
+
+}  // namespace cpu
+
+inline Index blockIdx;
+struct {
+    operator Index() const { return {cpu::current, 0}; }
+    struct {
+        operator int() const { return cpu::current; }
+    } x;
+} inline threadIdx;
+
+inline void __syncthreads() { cpu::wait(cpu::of_block, cpu::threads.size()); }
+inline void __syncwarp() { cpu::wait(cpu::of_warp[cpu::current / 32], 32); }
+
+namespace cpu {
+
+template <class T>
+Lanes<T> exchange(const T &mine) {
+    static_assert(sizeof(T) <= 64);
+    __syncwarp();
+    std::memcpy(exchanged[current / 32][current % 32], &mine, sizeof(T));
+    __syncwarp();
+    return {exchanged[current / 32]};
+}
+
+inline void run_block(int x, int y, int count, std::function<void()> kernel) {
+    blockIdx = {x, y};
+    body = kernel;
+    threads.clear();
+    for (int i = 0; i < count; ++i) {
+        threads.push_back(std::make_unique<Thread>());
+        Thread &thread = *threads.back();
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.data();
+        thread.context.uc_stack.ss_size = thread.stack.size();
+        thread.context.uc_link = &scheduler;
+        makecontext(&thread.context, start, 0);
+    }
+    for (bool left = true; left;) {
+        left = false;
+        for (current = 0; current < count; ++current)
+            if (!threads[current]->done) {
+                swapcontext(&scheduler, &threads[current]->context);
+                left = left || !threads[current]->done;
+            }
+    }
+}
+
+inline float from_bf16(uint32_t bits) {
+    float x;
+    bits <<= 16;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline uint32_t to_bf16(float x) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+}  // namespace cpu
+
+inline float __shfl_up_sync(unsigned, float x, int by) {
+    const int lane = cpu::current % 32;
+    const auto all = cpu::exchange(x);
+    return all[lane >= by ? lane - by : lane];
+}
+
+namespace ptx {
+
+inline void copy_16(void *to, const void *from, bool valid) {
+    if (valid)
+        std::memcpy(to, from, 16);
+    else
+        std::memset(to, 0, 16);
+}
+
+inline void copies_landed() {}
+
+inline void load_matrices(uint32_t (&r)[4], const void *row) {
+    const int lane = cpu::current % 32;
+    const auto rows = cpu::exchange(row);
+    for (int matrix = 0; matrix < 4; ++matrix)
+        std::memcpy(&r[matrix], (const char *)rows[8 * matrix + lane / 4] + 4 * (lane % 4), 4);
+}
+
+struct Operands {
+    uint32_t a[4], b[2];
+};
+
+inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const int lane = cpu::current % 32;
+    const auto all = cpu::exchange(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    auto element = [](uint32_t pair, int odd) { return cpu::from_bf16(odd ? pair >> 16 : pair & 0xFFFF); };
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+        double sum = 0;
+        for (int k = 0; k < 16; ++k) {
+            const int pair = k % 8 / 2, high = k / 8;
+            sum += (double)element(all[row % 8 * 4 + pair].a[row / 8 + 2 * high], k % 2) *
+                   element(all[col * 4 + pair].b[high], k % 2);
+        }
+        acc[i] += (float)sum;
+    }
+}
+
+inline uint32_t two_bf16(float low, float high) { return cpu::to_bf16(low) | cpu::to_bf16(high) << 16; }
+
+inline uint16_t half(float x) {
+    const _Float16 y = (_Float16)x;
+    uint16_t bits;
+    std::memcpy(&bits, &y, 2);
+    return bits;
+}
+
+inline float power_of_2(float x) { return std::exp2(x); }
+
+}  // namespace ptx

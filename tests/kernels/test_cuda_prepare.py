@@ -1,0 +1,106 @@
+"""hopper_prepare.cu on the CPU (cuda_on_cpu.h) against its formulas in fp64, and what the compiler says of it."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+from hybrid_kernels.gated_delta_rule import cuda_op  # noqa: E402
+from hybrid_kernels.gated_delta_rule.triton_op import Chunks, Scores  # noqa: E402
+from hybrid_kernels.testing import delta_rule_inputs, relative_error  # noqa: E402
+
+SOURCE = cuda_op.COMPILED[0]
+HARNESS = """
+#include "{header}"
+#include "{source}"
+extern "C" void prepare_on_cpu(const void *q, const void *k, const void *g, const void *beta, void *A, void *P, void *G,
+                               const Sizes *sizes, int count) {{
+    for (int chunk = 0; chunk < count; ++chunk)
+        for (int head = 0; head < sizes->heads; ++head)
+            cpu::run_block(head, chunk, THREADS, [&] {{
+                prepare_kernel((const uint16_t *)q, (const uint16_t *)k, (const float *)g, (const float *)beta, (uint16_t *)A,
+                               (uint16_t *)P, (float *)G, *sizes);
+            }});
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    folder = tmp_path_factory.mktemp("prepare")
+    harness = folder / "harness.cpp"
+    harness.write_text(HARNESS.format(header=Path(__file__).with_name("cuda_on_cpu.h"), source=SOURCE))
+    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-o", str(folder / "harness.so"), str(harness)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return ctypes.CDLL(str(folder / "harness.so"))
+
+
+def prepared(library, q, k, g, beta, scale) -> Scores:
+    heads, key_heads, chunks = g.shape[2], k.shape[2], Chunks.of(torch.empty(*g.shape, 192), None)
+    out = Scores.empty(k, heads, chunks.count)
+    for x in (out.A, out.P, out.G):
+        x.fill_(7)  # where nothing is written it shows
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, g, beta, out.A, out.P, out.G)]
+    sizes = cuda_op.Sizes(scale, chunks.length, chunks.per_row, heads, key_heads)
+    library.prepare_on_cpu(*pointers, ctypes.byref(sizes), chunks.count)
+    return out
+
+
+def exact(q, k, g, beta, scale) -> tuple[torch.Tensor, ...]:
+    """A, P and G as triton_prepare.py defines them."""
+    length, heads = q.shape[1], g.shape[2]
+
+    def chunked(x):
+        x = x.double().repeat_interleave(heads // x.shape[2], 2)
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, -length % 64))
+        return x.reshape(-1, 64, *x.shape[2:]).transpose(1, 2)
+
+    q, k, g, beta = map(chunked, (q, k, g, beta.clamp(min=2**-20)))
+    G = g.cumsum(-1)
+    later = torch.ones(64, 64, dtype=torch.bool).triu(1)
+    decay = (G[..., :, None] - G[..., None, :]).masked_fill(later, float("-inf")).exp()
+    N = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
+    A = torch.linalg.solve_triangular(torch.eye(64).double() + N, torch.diag_embed(beta), upper=False)
+    return A, q @ k.mT * decay * scale, G / torch.log(torch.tensor(2.0).double())
+
+
+@pytest.mark.parametrize(
+    "shape, hard",
+    [
+        ((1, 1, 1, 1), {}),
+        ((1, 64, 2, 2), {}),
+        ((2, 100, 1, 2), {}),
+        ((1, 130, 1, 1), dict(cosine=1.0, beta=1.99, gate=-1e-3)),
+        ((1, 64, 1, 1), dict(cosine=0.9, beta=1.99)),
+        ((1, 64, 1, 1), dict(gate=-50.0)),
+        ((1, 64, 1, 1), dict(beta=0.0)),
+    ],
+    ids=str,
+)
+def test_its_results(library, shape, hard):
+    q, k, _, g, beta = delta_rule_inputs(*shape, 96, 192, dtype=torch.bfloat16, **hard)
+    found, truth = prepared(library, q, k, g, beta, 0.1), exact(q, k, g, beta, 0.1)
+    for name, tolerance, x in zip("APG", (4e-4, 3e-3, 1e-6), truth):
+        assert relative_error(getattr(found, name), x) < tolerance, name
+    assert (found.A.triu(1) == 0).all()
+    assert (found.P.triu(1) == 0).all()
+    assert (found.A.diagonal(dim1=-2, dim2=-1)[0, :, : shape[1]] > 0).all(), "the backward divides by it"
+
+
+@pytest.mark.skipif(cuda_op.nvcc() is None, reason="nvcc is not installed")
+def test_many_blocks_fit_a_multiprocessor(tmp_path):
+    options = [x for x in cuda_op.OPTIONS if x not in ("-shared", "-Xcompiler", "-fPIC")]
+    command = [cuda_op.nvcc(), *options, "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "prepare"), str(SOURCE)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "warning" not in said, said
+    assert int(re.search(r"Used (\d+) registers", said)[1]) <= 72  # of 65,536
+    assert int(re.search(r"(\d+) bytes smem", said)[1]) <= 32 * 1024  # of 227 KiB
+    assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= 64  # around the substitution's loops, not inside
