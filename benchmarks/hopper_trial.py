@@ -17,7 +17,7 @@ from hybrid_kernels.testing import delta_rule_inputs, relative_error
 
 K, V = 96, 192
 SHAPES = ((1, 8192, 30), (1, 8192, 15), (4, 8192, 30))
-PREPARE = 4 * K + 4 * 64 + 12
+ONCE = {"prepare": 4 * K + 4 * 64 + 12, "gradients": 8 * K + 6 * V + 4 * V * K // 64 + 20}
 PARTS = {  # bytes a token and head to read and to write at least: q, k, v (or do), A, P, G; then what is written
     "forward scan": 4 * K + 2 * V + 4 * 64 + 4 + 2 * V,
     "forward scan for states": 2 * K + 2 * V + 2 * 64 + 4 + 2 * V * K // 64 + 2 * V,
@@ -80,24 +80,41 @@ def agree(name, inputs, initial=None, cu_seqlens=None) -> list[dict]:
     return rows
 
 
-def preparations(inputs) -> list:
-    """`prepare` in CUDA C++ and in Triton, as functions."""
+def once(inputs) -> dict[str, list]:
+    """The kernels that are no scans, in CUDA C++ and in Triton, as functions of which each gives its results by name."""
     q, k, v, g, beta = inputs
-    chunks = Chunks.of(v, None)
-    return [lambda x=x: x.prepare(q, k, g, beta, K**-0.5, chunks, False) for x in (cuda_op, triton_op)]
+    chunks, do = Chunks.of(v, None), v.roll(1, 1)
+    scores = prepare(q, k, g, beta, K**-0.5, chunks, False)
+    rest = (None, None, K**-0.5, chunks)
+    states, new_values = cuda_op.forward_scan(q, k, v, scores, *rest, states=True)[2]
+    dv, dstates, _ = cuda_op.reverse_scan(q, k, do, scores, *rest)
+    saved = (do, dv, scores.G, states, new_values, dstates, K**-0.5, chunks, False)
+
+    def gradients(module):
+        return lambda: dict(
+            zip(("dq", "dk", "dg", "dbeta"), module.gradients(*inputs[:2], g, beta, *saved), strict=True)
+        )
+
+    return {
+        "prepare": [lambda x=x: vars(x.prepare(q, k, g, beta, K**-0.5, chunks, False)) for x in (cuda_op, triton_op)],
+        "gradients": [gradients(x) for x in (cuda_op, triton_op)],
+    }
 
 
-def prepares(name, inputs) -> list[dict]:
-    """How far its results are from Triton's, whose rounding in fp16 and bf16 is as fine, and whether they are the same twice."""
-    mine, peer = preparations(inputs)
-    ours, again, theirs = mine(), mine(), peer()
+DIFFERENCES = dict(A=5e-4, P=4e-3, G=1e-5, dq=4e-3, dk=4e-3, dg=1e-2, dbeta=1e-5)
+
+
+def near(name, inputs) -> list[dict]:
+    """How far their results are from Triton's, which are rounded as finely, and whether they are the same twice."""
     rows = []
-    for what, goal in (("A", 5e-4), ("P", 4e-3), ("G", 1e-5)):
-        x, y, z = (getattr(scores, what) for scores in (ours, again, theirs))
-        error = relative_error(x, z)
-        same = bool(torch.equal(x, y))
-        rows.append(bounded(name, f"prepare: difference of {what} from Triton's", "relative RMS", error, goal))
-        rows.append(dict(row(name, f"prepare: {what}'s bits, twice", "bool", same), goal=True, met=same))
+    for kernel, (mine, peer) in once(inputs).items():
+        ours, again, theirs = mine(), mine(), peer()
+        for what, x in ours.items():
+            error = relative_error(x, theirs[what])
+            case = f"{kernel}: difference of {what} from Triton's"
+            rows.append(bounded(name, case, "relative RMS", error, DIFFERENCES[what]))
+            same = bool(torch.equal(x, again[what]))
+            rows.append(dict(row(name, f"{kernel}: {what}'s bits, twice", "bool", same), goal=True, met=same))
     return rows
 
 
@@ -109,14 +126,10 @@ def random_inputs(batch, length, heads):
 
 def times(name, inputs) -> list[dict]:
     rows, tokens = [], inputs[2].shape[:3].numel()
-    ours, peer = map(gpu_ms, preparations(inputs))
-    rows.append(row(name, "prepare", "ms", ours, peer, "Triton", 1.5))
-    speed = tokens * PREPARE / ours / 1e9
-    rows.append(row(name, "prepare: bytes at least moved, a second", "TB/s", speed, 3.0, "a copy", None, True))
-    for what, both in scans(inputs).items():
+    for what, both in {**once(inputs), **scans(inputs)}.items():
         ours, peer = map(gpu_ms, both)
-        rows.append(row(name, what, "ms", ours, peer, "Gluon", 1.05))
-        speed = tokens * PARTS[what] / ours / 1e9
+        rows.append(row(name, what, "ms", ours, peer, *(("Triton", 1.2) if what in ONCE else ("Gluon", 1.05))))
+        speed = tokens * (PARTS | ONCE)[what] / ours / 1e9
         rows.append(row(name, f"{what}: bytes at least moved, a second", "TB/s", speed, 3.0, "a copy", None, True))
     if cuda_op.missing(inputs[0], inputs[2], None) is None:
         available = cuda_op.missing
@@ -130,7 +143,7 @@ def times(name, inputs) -> list[dict]:
         cuda_op.missing = lambda *_: "switched off to be compared with"
         peer = gpu_ms(step)
         cuda_op.missing = available
-        rows.append(row(name, "forward and backward", "ms", ours, peer, "Gluon's scans, Triton's prepare"))
+        rows.append(row(name, "forward and backward", "ms", ours, peer, "Gluon's scans, the rest Triton's"))
     return rows
 
 
@@ -144,10 +157,10 @@ def main() -> None:
     rows += agree("documents", delta_rule_inputs(1, 1000, 1, 2, **small), None, documents)
     alike = delta_rule_inputs(1, 1000, 1, 2, **small, beta=1.99, cosine=0.9)
     rows += agree("beta 1.99, cosine 0.9", alike)
-    rows += prepares("B 2, T 1000, 1 key head, 2 value heads", grouped) + prepares("beta 1.99, cosine 0.9", alike)
+    rows += near("B 2, T 1000, 1 key head, 2 value heads", grouped) + near("beta 1.99, cosine 0.9", alike)
     for batch, length, heads in SHAPES:
         name, inputs = f"B {batch}, T {length}, H {heads}", random_inputs(batch, length, heads)
-        rows += prepares(name, inputs) + agree(name, inputs)
+        rows += near(name, inputs) + agree(name, inputs)
         rows += times(name, inputs)
         write_gpu("hopper_trial", rows)
     compiler = subprocess.run([cuda_op.nvcc(), "--version"], capture_output=True, text=True).stdout

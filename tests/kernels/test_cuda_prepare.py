@@ -2,9 +2,7 @@
 
 import ctypes
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,33 +12,25 @@ pytest.importorskip("triton")
 from hybrid_kernels.gated_delta_rule import cuda_op  # noqa: E402
 from hybrid_kernels.gated_delta_rule.triton_op import Chunks, Scores  # noqa: E402
 from hybrid_kernels.testing import delta_rule_inputs, relative_error  # noqa: E402
+from tests.kernels.on_cpu import compiled  # noqa: E402
 
 SOURCE = cuda_op.COMPILED[0]
-HARNESS = """
-#include "{header}"
-#include "{source}"
+ENTRY = """
 extern "C" void prepare_on_cpu(const void *q, const void *k, const void *g, const void *beta, void *A, void *P, void *G,
-                               const Sizes *sizes, int count) {{
+                               const Sizes *sizes, int count) {
     for (int chunk = 0; chunk < count; ++chunk)
         for (int head = 0; head < sizes->heads; ++head)
-            cpu::run_block(head, chunk, THREADS, [&] {{
+            cpu::run_block(head, chunk, THREADS, [&] {
                 prepare_kernel((const uint16_t *)q, (const uint16_t *)k, (const float *)g, (const float *)beta, (uint16_t *)A,
                                (uint16_t *)P, (float *)G, *sizes);
-            }});
-}}
+            });
+}
 """
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("prepare")
-    harness = folder / "harness.cpp"
-    harness.write_text(HARNESS.format(header=Path(__file__).with_name("cuda_on_cpu.h"), source=SOURCE))
-    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-o", str(folder / "harness.so"), str(harness)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return ctypes.CDLL(str(folder / "harness.so"))
+    return compiled(tmp_path_factory.mktemp("prepare"), SOURCE, ENTRY)
 
 
 def prepared(library, q, k, g, beta, scale) -> Scores:

@@ -16,7 +16,7 @@ import torch
 from ..slices import fold, fold_back, gradient_after, product, state_before
 from . import triton_op
 from .triton_join import join
-from .triton_op import Chunks, Scores, gradients
+from .triton_op import Chunks, Scores
 
 SAVED = 7  # tensors of `Saved`, each of which may be missing
 
@@ -31,8 +31,8 @@ def _scans(hopper: bool):
 
 
 def _full_scans(q, v, cu_seqlens, hopper: bool):
-    """The module that prepares, and whose scans write more than final states; and in how many segments it takes sequences: on
-    Hopper those in CUDA C++ where they pay, the scans with the same bits, which take them whole."""
+    """The module of the kernels that run once, and whose scans write more than final states; and in how many segments it takes
+    sequences: on Hopper those in CUDA C++ where they pay, which take them whole."""
     if hopper:
         from . import cuda_op
 
@@ -116,7 +116,7 @@ def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: fl
     dv, dstates, dbegin = full.reverse_scan(
         q, k, do, scores, dfinal, cu_seqlens, scale, chunks, initial=initial is not None and not cut
     )
-    dq, dk, dg, dbeta = gradients(
+    dq, dk, dg, dbeta = full.gradients(
         q, k, g, beta, do, dv, scores.G, states, new_values, dstates, scale, chunks, varlen
     )  # fmt: skip
     return dq, dk, dv, dg, dbeta, dinitial if cut else dbegin
