@@ -122,20 +122,28 @@ def test_gated_delta_rule_errs_no_more_than_fla(backend, hard):
 @pytest.mark.parametrize("batch, length, heads", [(2, 1, 1), (2, 1000, 2), (1, 700, 30), (4, 200, 30)])
 @pytest.mark.parametrize("save", ["scores", "states"])
 def test_the_scans_in_cuda_have_the_bits_of_gluon_s(save, batch, length, heads, monkeypatch):
-    from hybrid_kernels.gated_delta_rule import cuda_op, triton_op
+    from hybrid_kernels.gated_delta_rule import cuda_op
 
     inputs = delta_rule_inputs(batch, length, 1, heads, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
     if cuda_op.missing(inputs[0], inputs[2], None):
         pytest.skip(cuda_op.missing(inputs[0], inputs[2], None))
-    agree(inputs, "hopper", save=save)
-    for name in ("prepare", "gradients"):  # these have not
-        monkeypatch.setattr(cuda_op, name, getattr(triton_op, name))
     inputs.append(torch.randn(batch, heads, 96, 192, device="cuda"))
     agree(inputs, "hopper", save=save)
     ours = delta_rule(inputs, "hopper", save=save)
-    monkeypatch.setattr(cuda_op, "missing", lambda *_: "to compare with Gluon's")
+    monkeypatch.setattr(cuda_op, "slower_scans", lambda *_: "to compare with Gluon's")
     theirs = delta_rule(inputs, "hopper", save=save)
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+@pytest.mark.parametrize("save", ["inputs", "scores", "states"])
+@pytest.mark.parametrize("batch, length, key_heads, heads", [(2, 1, 1, 1), (2, 1000, 1, 2), (1, 700, 30, 30)])
+def test_what_runs_without_nvcc(batch, length, key_heads, heads, save, monkeypatch):
+    """Triton's prepare and gradients, and Gluon's scans."""
+    from hybrid_kernels.gated_delta_rule import cuda_op
+
+    monkeypatch.setattr(cuda_op, "missing", lambda *_: "nvcc was not found")
+    inputs = delta_rule_inputs(batch, length, key_heads, heads, 96, 192, dtype=torch.bfloat16, device="cuda")
+    agree([*inputs, torch.randn(batch, heads, 96, 192, device="cuda")], "hopper", save=save)
 
 
 def test_tensors_that_start_anywhere():

@@ -1,4 +1,4 @@
-"""The scans in CUDA C++: how they are built and found, what the compiler says of them, and the dispatch's reason without them."""
+"""The kernels in CUDA C++: how they are built and found, what the compiler says of them, and the dispatch's reason without them."""
 
 import subprocess
 import types
@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 from hybrid_kernels import gated_delta_rule  # noqa: E402
-from hybrid_kernels.gated_delta_rule import cuda_op, gluon_op  # noqa: E402
+from hybrid_kernels.gated_delta_rule import autograd, cuda_op, gluon_op, triton_op  # noqa: E402
 from hybrid_kernels.testing import delta_rule_inputs  # noqa: E402
 
 needs_nvcc = pytest.mark.skipif(cuda_op.nvcc() is None, reason="nvcc is not installed")
@@ -110,20 +110,23 @@ def explained(monkeypatch, batch=1, heads=1, key_dim=96, processors=132, **optio
 @needs_nvcc
 @pytest.mark.parametrize("batch, heads", [(1, 1), (1, 30), (1, 44), (4, 30)])
 def test_the_dispatch_says_that_it_runs(built, monkeypatch, batch, heads):
-    assert explained(monkeypatch, batch, heads).endswith("by the scans in CUDA C++)")
+    assert explained(monkeypatch, batch, heads).endswith("by kernels in CUDA C++)")
 
 
 def test_the_dispatch_says_why_it_does_not(fresh, monkeypatch):
-    assert "not the scans in CUDA C++: they take heads of 96 and 192, not 64 and 192" in explained(
+    assert "not its kernels in CUDA C++: they take heads of 96 and 192, not 64 and 192" in explained(
         monkeypatch, key_dim=64
     )
-    assert "not the scans in CUDA C++: documents are" in explained(monkeypatch, cu_seqlens=torch.tensor([0, 64]))
-    assert "not the scans in CUDA C++: 180 blocks are one round" in explained(monkeypatch, 2, 30)
+    assert "not its kernels in CUDA C++: they do not take documents" in explained(
+        monkeypatch, cu_seqlens=torch.tensor([0, 64])
+    )
     with monkeypatch.context() as patch:
+        patch.setattr(cuda_op, "_built", lambda: (None, None))
+        assert "by kernels in CUDA C++ and Gluon's scans: 180 blocks are one round" in explained(patch, 2, 30)
         patch.setattr(cuda_op, "segments_of", lambda *_: 4)
-        assert "not the scans in CUDA C++: two passes over 4 segments" in explained(patch)
+        assert "by kernels in CUDA C++ and Gluon's scans: two passes over 4 segments" in explained(patch)
     monkeypatch.setattr(cuda_op, "nvcc", lambda: None)
-    assert "not the scans in CUDA C++: nvcc was not found" in explained(monkeypatch)
+    assert "not its kernels in CUDA C++: nvcc was not found" in explained(monkeypatch)
 
 
 def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):
@@ -136,13 +139,18 @@ def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):
     assert "they could not be built" in said and said.rstrip(")").endswith("no such architecture")
 
 
-@pytest.mark.parametrize("hopper, lack, module", [(True, None, cuda_op), (True, "why", gluon_op), (False, None, None)])
-def test_whose_scans_run(fresh, monkeypatch, hopper, lack, module):
-    from hybrid_kernels.gated_delta_rule import autograd, triton_op
-
+@pytest.mark.parametrize(
+    "hopper, lack, slower, modules",
+    [
+        (True, None, None, (cuda_op, cuda_op, 1)),
+        (True, None, "why", (cuda_op, gluon_op, 3)),
+        (True, "why", None, (gluon_op, gluon_op, 3)),
+        (False, None, None, (triton_op, triton_op, 3)),
+    ],
+)
+def test_whose_kernels_run(monkeypatch, hopper, lack, slower, modules):
     monkeypatch.setattr(cuda_op, "missing", lambda q, v, cu_seqlens: lack)
+    monkeypatch.setattr(cuda_op, "slower_scans", lambda q, v: slower)
     monkeypatch.setattr(triton_op, "segments_of", lambda *_: 3)
     q, _, v, _, _ = delta_rule_inputs(1, 64, 1, 1, 96, 192)
-    scans, segments = autograd._full_scans(q, v, None, hopper)
-    assert scans is (module or triton_op)
-    assert segments == (1 if module is cuda_op else 3)
+    assert autograd._modules(q, v, None, hopper) == modules

@@ -74,14 +74,15 @@ def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choic
     choice = _choose(q, v, backend, group)
     reason, rejected, documents, whole = choice.reason, dict(choice.rejected), options.get("cu_seqlens"), False
     if choice.backend == "hopper":
-        from .cuda_op import missing
+        from .cuda_op import missing, slower_scans
 
         lack = missing(q, v, documents)
-        whole = lack is None
-        if whole:
-            reason += ", by the scans in CUDA C++"
+        slower = None if lack else slower_scans(q, v)
+        whole = lack is None and slower is None
+        if lack is None:
+            reason += ", by kernels in CUDA C++" + (f" and Gluon's scans: {slower}" if slower else "")
         else:
-            rejected["the scans in CUDA C++"] = lack
+            rejected["its kernels in CUDA C++"] = lack
     if choice.backend in ("hopper", "triton") and not whole:
         from .triton_op import segments_of
 

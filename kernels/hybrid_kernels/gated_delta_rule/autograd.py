@@ -30,15 +30,18 @@ def _scans(hopper: bool):
     return triton_op
 
 
-def _full_scans(q, v, cu_seqlens, hopper: bool):
-    """The module of the kernels that run once, and whose scans write more than final states; and in how many segments it takes
-    sequences: on Hopper those in CUDA C++ where they pay, which take them whole."""
+def _modules(q, v, cu_seqlens, hopper: bool):
+    """Whose `prepare` and `gradients` run, whose scans for more than final states, and over how many segments of a sequence: on
+    Hopper those in CUDA C++ where they pay, whose scans have the bits of the others and take sequences whole."""
+    once = scans = _scans(hopper)
     if hopper:
         from . import cuda_op
 
         if cuda_op.missing(q, v, cu_seqlens) is None:
-            return cuda_op, 1
-    return _scans(hopper), triton_op.segments_of(v, q.shape[3], cu_seqlens)
+            once = cuda_op
+            if cuda_op.slower_scans(q, v) is None:
+                return once, cuda_op, 1
+    return once, scans, triton_op.segments_of(v, q.shape[3], cu_seqlens)
 
 
 def _alone(scans, q, k, v, scores, initial, scale, chunks, last, group):
@@ -81,9 +84,9 @@ def forward(
     q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: bool, save: str, hopper: bool, group=None
 ):
     """o, the final state or None, and what `backward` wants: A, P, G, states, new values, segments' starts and ends."""
-    scans, (full, segments) = _scans(hopper), _full_scans(q, v, cu_seqlens, hopper)
+    scans, (once, full, segments) = _scans(hopper), _modules(q, v, cu_seqlens, hopper)
     chunks = Chunks.of(v, cu_seqlens, segments)
-    scores = full.prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
+    scores = once.prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
     cut, starts, ends, final = chunks.segments > 1 or group is not None, None, None, None
     if cut:
         starts, final, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, output_final, group)
@@ -98,11 +101,11 @@ def forward(
 def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: float, hopper: bool, group=None):
     """dq, dk, dv, dg, dbeta and dinitial (None without an initial state)."""
     A, P, G, states, new_values, starts, ends = saved
-    scans, (full, segments) = _scans(hopper), _full_scans(q, v, cu_seqlens, hopper)
+    scans, (once, full, segments) = _scans(hopper), _modules(q, v, cu_seqlens, hopper)
     chunks, varlen = Chunks.of(v, cu_seqlens, segments), cu_seqlens is not None
     scores, cut = Scores(A, P, G), segments > 1 or group is not None
     if A is None:
-        scores = full.prepare(q, k, g, beta, scale, chunks, varlen)
+        scores = once.prepare(q, k, g, beta, scale, chunks, varlen)
     if cut and ends is None:
         starts, _, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, False, group)
     if states is None:
@@ -116,7 +119,7 @@ def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: fl
     dv, dstates, dbegin = full.reverse_scan(
         q, k, do, scores, dfinal, cu_seqlens, scale, chunks, initial=initial is not None and not cut
     )
-    dq, dk, dg, dbeta = full.gradients(
+    dq, dk, dg, dbeta = once.gradients(
         q, k, g, beta, do, dv, scores.G, states, new_values, dstates, scale, chunks, varlen
     )  # fmt: skip
     return dq, dk, dv, dg, dbeta, dinitial if cut else dbegin
@@ -179,7 +182,7 @@ def _forward_opaque(
 @_forward_opaque.register_fake
 def _(q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save, hopper):
     batch, length, heads, dim_v = v.shape
-    dim_k, (_, segments) = k.shape[3], _full_scans(q, v, cu_seqlens, hopper)
+    dim_k, segments = k.shape[3], _modules(q, v, cu_seqlens, hopper)[2]
     n = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     count = batch * -(-length // 64) if cu_seqlens is None else length // 64 + min(n, length)
     chunks = Chunks(batch * segments, length, count, v, v, v, segments)

@@ -21,7 +21,7 @@ SOURCES = [*COMPILED, *sorted(Path(__file__).parent.glob("hopper_*.cuh"))]
 OPTIONS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC"]
 POINTERS = ("G", "begin", "end", "out", "cu", "first_chunk")
 SEGMENTS = 4
-"""Into so many, sequences are cut: at 15 heads one pass of these scans is faster than two of Gluon's over three segments."""
+"""From so many on, sequences are cut: at 15 heads one pass of these scans is faster than two of Gluon's over three segments."""
 COUNTS = ("length", "chunks", "segments", "heads", "key_heads", "values")
 
 
@@ -54,22 +54,23 @@ class Sizes(ctypes.Structure):
 
 
 def missing(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> str | None:
-    """Why Triton's kernels and Gluon's scans do a call that "hopper" runs, or None. The first time it builds, some seconds.
-
-    The kernels run other shapes as well; these are those where they were measured to be faster.
-    """
-    batch, _, heads, dim_v = v.shape
-    if (q.shape[-1], dim_v) != (96, 192):
-        return f"they take heads of 96 and 192, not {q.shape[-1]} and {dim_v}"
+    """Why other kernels do a call that "hopper" runs, or None. The first time it builds, some seconds."""
+    if (q.shape[-1], v.shape[-1]) != (96, 192):
+        return f"they take heads of 96 and 192, not {q.shape[-1]} and {v.shape[-1]}"
     if cu_seqlens is not None:
-        return "documents are left to Gluon's scans"
+        return "they do not take documents"
+    return _built()[1]
+
+
+def slower_scans(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why Gluon's scans are faster than those here, where they were measured to be, or None."""
     segments = segments_of(v, q.shape[-1], None)
     if segments >= SEGMENTS:
-        return f"two passes over {segments} segments of each sequence, by Gluon's scans, take less time than one over all of it"
-    blocks, room = batch * heads * (dim_v // 64), processors(v.device)
+        return f"two passes over {segments} segments of each sequence take less time than one over all of it"
+    blocks, room = v.shape[0] * v.shape[2] * (v.shape[3] // 64), processors(v.device)
     if room < blocks <= 2 * room:
-        return f"{blocks} blocks are one round of Gluon's scans on {room} multiprocessors, and two of these"
-    return _built()[1]
+        return f"{blocks} blocks are one round on {room} multiprocessors, and two of CUDA's"
+    return None
 
 
 def nvcc() -> str | None:
