@@ -2,7 +2,6 @@
 
 import ctypes
 import re
-import subprocess
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 from hybrid_kernels.gated_delta_rule import cuda_op  # noqa: E402
 from hybrid_kernels.testing import relative_error  # noqa: E402
-from tests.kernels.on_cpu import compiled  # noqa: E402
+from tests.kernels.cuda_sources import assembler_says, compiled  # noqa: E402
 
 SOURCE = cuda_op.COMPILED[3]
 ENTRY = """
@@ -111,8 +110,5 @@ def test_its_results(library, shape, blocks, gate, early):
 
 @pytest.mark.skipif(cuda_op.nvcc() is None, reason="nvcc is not installed")
 def test_registers_hold_its_sums(tmp_path):
-    options = [x for x in cuda_op.OPTIONS if x not in ("-shared", "-Xcompiler", "-fPIC")]
-    command = [cuda_op.nvcc(), *options, "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "gradients"), str(SOURCE)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "warning" not in said, said
+    said = assembler_says(tmp_path, SOURCE)
     assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= 16

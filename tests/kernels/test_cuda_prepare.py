@@ -2,7 +2,6 @@
 
 import ctypes
 import re
-import subprocess
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ pytest.importorskip("triton")
 from hybrid_kernels.gated_delta_rule import cuda_op  # noqa: E402
 from hybrid_kernels.gated_delta_rule.triton_op import Chunks, Scores  # noqa: E402
 from hybrid_kernels.testing import delta_rule_inputs, relative_error  # noqa: E402
-from tests.kernels.on_cpu import compiled  # noqa: E402
+from tests.kernels.cuda_sources import assembler_says, compiled  # noqa: E402
 
 SOURCE = cuda_op.COMPILED[0]
 ENTRY = """
@@ -87,10 +86,7 @@ def test_its_results(library, shape, hard):
 
 @pytest.mark.skipif(cuda_op.nvcc() is None, reason="nvcc is not installed")
 def test_many_blocks_fit_a_multiprocessor(tmp_path):
-    options = [x for x in cuda_op.OPTIONS if x not in ("-shared", "-Xcompiler", "-fPIC")]
-    command = [cuda_op.nvcc(), *options, "-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "prepare"), str(SOURCE)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert "warning" not in said, said
+    said = assembler_says(tmp_path, SOURCE)
     assert int(re.search(r"Used (\d+) registers", said)[1]) <= 72  # of 65,536
     assert int(re.search(r"(\d+) bytes smem", said)[1]) <= 32 * 1024  # of 227 KiB
     assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= 64  # around the substitution's loops, not inside

@@ -1,4 +1,4 @@
-"""CUDA kernels compiled for the CPU (cuda_on_cpu.h), to be called by ctypes."""
+"""CUDA kernels compiled by nvcc, for what its assembler says, and for the CPU (cuda_on_cpu.h), to be called by ctypes."""
 
 import ctypes
 import shutil
@@ -6,6 +6,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from hybrid_kernels.gated_delta_rule import cuda_op
+
+
+def assembler_says(folder: Path, source: Path) -> str:
+    """Of registers, spills and shared memory, and warnings if any."""
+    options = [x for x in cuda_op.OPTIONS if x not in ("-shared", "-Xcompiler", "-fPIC")]
+    command = [cuda_op.nvcc(), *options, "-Xptxas", "-v", "-cubin", "-o", str(folder / source.stem), str(source)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "warning" not in ran.stderr, ran.stderr
+    return ran.stderr
 
 
 def compiled(folder: Path, source: Path, entry: str) -> ctypes.CDLL:
