@@ -171,9 +171,10 @@ def _forget(config) -> None:
     import gc
 
     import torch
-    from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
+    from megatron_hybrid.parallel.launch import leave_groups
+
+    leave_groups()
     if config.precision.fp8:
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
@@ -175,7 +174,7 @@ def main() -> None:
 
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.config.presets import olmo_hybrid_7b
-    from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
+    from megatron_hybrid.parallel.launch import Launch, leave_groups, start_distributed, stop_distributed
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
@@ -221,7 +220,7 @@ def main() -> None:
                 write_gpu("train_step" if launch.world_size == 1 else f"train_step_x{launch.world_size}", rows)
                 if whole and args.cases:
                     args.cases.write_text(json.dumps(cases))
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     stop_distributed()
 
 

@@ -14,7 +14,7 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import CheckpointConfig, RunConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.zero import ZeroConfig
-from megatron_hybrid.parallel.launch import Launch, start_distributed
+from megatron_hybrid.parallel.launch import Launch, leave_groups, start_distributed
 from megatron_hybrid.precision.fp8_parameters import held_in_fp8
 from megatron_hybrid.train.engine import Engine, MegatronEngine
 
@@ -219,3 +219,17 @@ def step_with_bad_gradient(model: dict, parallel: dict, train: dict, value: floa
             engine.update(1e-3, norms[-1])
         states.append(everything(engine))
     return {"states": states, "reasons": reasons, "norms": norms}
+
+
+def groups_formed_again(layouts: list[dict]) -> list[tuple[int, int, int]]:
+    """Of each layout in turn: its tensor parallel ranks' sum of 1, and torch's groups while it is formed and when it is left."""
+    known = torch.distributed.distributed_c10d._world.pg_map
+    found = []
+    for parallel in layouts:
+        groups = start_distributed(Launch.from_environment(), ParallelConfig(**parallel), seed=0, quiet=True)
+        ones = torch.ones(1)
+        torch.distributed.all_reduce(ones, group=groups.tp)
+        formed = len(known)
+        leave_groups()
+        found.append((int(ones), formed, len(known)))
+    return found

@@ -12,7 +12,7 @@ from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.parallel.device import communication_backend, setup_device
 from megatron_hybrid.parallel.environment import Launch
 
-__all__ = ["Launch", "start_distributed", "stop_distributed"]
+__all__ = ["Launch", "leave_groups", "start_distributed", "stop_distributed"]
 
 LONGEST_WAIT_MINUTES = 30
 """Of a collective for a rank that does not come: then the run ends."""
@@ -60,6 +60,19 @@ def _say_where_to_meet(launch: Launch) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if launch.world_size == 1:
         os.environ.setdefault("MASTER_PORT", "0")
+
+
+def leave_groups() -> None:
+    """Leave all groups but that of all ranks: `start_distributed` may form others. Every rank calls it.
+
+    megatron-core only forgets its groups; here their communicators, and what NCCL allocated for them, go too.
+    """
+    parallel_state.destroy_model_parallel()
+    for group in list(
+        dist.distributed_c10d._world.pg_map
+    ):  # in the order in which they were formed, alike on all ranks
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def stop_distributed() -> None:

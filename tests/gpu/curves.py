@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
+from megatron_hybrid.parallel.launch import leave_groups
 from tests import jobs
 
 STUCK_S = 120
@@ -62,7 +62,7 @@ def _fresh(**arguments) -> dict:
 
 def _reset() -> None:
     """Leave the process groups and what the engine before left on the GPU; the launch stays."""
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -70,6 +70,13 @@ def _reset() -> None:
             from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
             FP8GlobalStateManager.reset()  # its amax buffers
+
+
+def _gpu_memory() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    return f", {(total - free) / 2**30:.1f} GiB of the GPU in use"
 
 
 def main() -> None:
@@ -81,7 +88,7 @@ def main() -> None:
         faulthandler.dump_traceback_later(STUCK_S)
         results[name] = run(**arguments)
         faulthandler.cancel_dump_traceback_later()
-        print(f"{name}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+        print(f"{name}: {time.monotonic() - started:.1f} s{_gpu_memory()}", file=sys.stderr, flush=True)
         if torch.distributed.get_rank() == 0:
             Path(sys.argv[2]).write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
