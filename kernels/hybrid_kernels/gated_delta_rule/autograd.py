@@ -87,7 +87,7 @@ def forward(
     scans, (once, full, segments) = _scans(hopper), _modules(q, v, cu_seqlens, hopper)
     chunks = Chunks.of(v, cu_seqlens, segments)
     scores = once.prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
-    cut, starts, ends, final = chunks.segments > 1 or group is not None, None, None, None
+    cut, starts, ends, final = segments > 1 or group is not None, None, None, None
     if cut:
         starts, final, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, output_final, group)
     o, end, kept = full.forward_scan(
