@@ -17,8 +17,8 @@ from hybrid_kernels.testing import delta_rule_inputs, relative_error
 
 K, V = 96, 192
 SHAPES = ((1, 8192, 30), (1, 8192, 15), (4, 8192, 30))
-ONCE = {"prepare": 4 * K + 4 * 64 + 12, "gradients": 8 * K + 6 * V + 4 * V * K // 64 + 20}
 PARTS = {  # bytes a token and head to read and to write at least: q, k, v (or do), A, P, G; then what is written
+    "prepare": 4 * K + 4 * 64 + 12,
     "forward scan": 4 * K + 2 * V + 4 * 64 + 4 + 2 * V,
     "forward scan for states": 2 * K + 2 * V + 2 * 64 + 4 + 2 * V * K // 64 + 2 * V,
     "forward scan for both": 4 * K + 2 * V + 4 * 64 + 4 + 2 * V * K // 64 + 4 * V,
@@ -80,41 +80,22 @@ def agree(name, inputs, initial=None, cu_seqlens=None) -> list[dict]:
     return rows
 
 
-def once(inputs) -> dict[str, list]:
-    """The kernels that are no scans, in CUDA C++ and in Triton, as functions of which each gives its results by name."""
+def prepares(inputs) -> list:
+    """In CUDA C++ and in Triton: functions that give A, P and G by name."""
     q, k, v, g, beta = inputs
-    chunks, do = Chunks.of(v, None), v.roll(1, 1)
-    scores = prepare(q, k, g, beta, K**-0.5, chunks, False)
-    rest = (None, None, K**-0.5, chunks)
-    states, new_values = cuda_op.forward_scan(q, k, v, scores, *rest, states=True)[2]
-    dv, dstates, _ = cuda_op.reverse_scan(q, k, do, scores, *rest)
-    saved = (do, dv, scores.G, states, new_values, dstates, K**-0.5, chunks, False)
-
-    def gradients(module):
-        return lambda: dict(
-            zip(("dq", "dk", "dg", "dbeta"), module.gradients(*inputs[:2], g, beta, *saved), strict=True)
-        )
-
-    return {
-        "prepare": [lambda x=x: vars(x.prepare(q, k, g, beta, K**-0.5, chunks, False)) for x in (cuda_op, triton_op)],
-        "gradients": [gradients(x) for x in (cuda_op, triton_op)],
-    }
-
-
-DIFFERENCES = dict(A=5e-4, P=4e-3, G=1e-5, dq=4e-3, dk=4e-3, dg=1e-2, dbeta=1e-5)
+    rest = (q, k, g, beta, K**-0.5, Chunks.of(v, None), False)
+    return [lambda x=x: vars(x.prepare(*rest)) for x in (cuda_op, triton_op)]
 
 
 def near(name, inputs) -> list[dict]:
-    """How far their results are from Triton's, which are rounded as finely, and whether they are the same twice."""
-    rows = []
-    for kernel, (mine, peer) in once(inputs).items():
-        ours, again, theirs = mine(), mine(), peer()
-        for what, x in ours.items():
-            error = relative_error(x, theirs[what])
-            case = f"{kernel}: difference of {what} from Triton's"
-            rows.append(bounded(name, case, "relative RMS", error, DIFFERENCES[what]))
-            same = bool(torch.equal(x, again[what]))
-            rows.append(dict(row(name, f"{kernel}: {what}'s bits, twice", "bool", same), goal=True, met=same))
+    """How far what `prepare` writes is from Triton's, which is rounded as finely, and whether it is the same twice."""
+    rows, (mine, peer) = [], prepares(inputs)
+    ours, again, theirs = mine(), mine(), peer()
+    for what, most in dict(A=5e-4, P=4e-3, G=1e-5).items():
+        error = relative_error(ours[what], theirs[what])
+        rows.append(bounded(name, f"prepare: difference of {what} from Triton's", "relative RMS", error, most))
+        same = bool(torch.equal(ours[what], again[what]))
+        rows.append(dict(row(name, f"prepare: {what}'s bits, twice", "bool", same), goal=True, met=same))
     return rows
 
 
@@ -126,10 +107,10 @@ def random_inputs(batch, length, heads):
 
 def times(name, inputs) -> list[dict]:
     rows, tokens = [], inputs[2].shape[:3].numel()
-    for what, both in {**once(inputs), **scans(inputs)}.items():
+    for what, both in {"prepare": prepares(inputs), **scans(inputs)}.items():
         ours, peer = map(gpu_ms, both)
-        rows.append(row(name, what, "ms", ours, peer, *(("Triton", 1.2) if what in ONCE else ("Gluon", 1.05))))
-        speed = tokens * (PARTS | ONCE)[what] / ours / 1e9
+        rows.append(row(name, what, "ms", ours, peer, *(("Triton", 1.2) if what == "prepare" else ("Gluon", 1.05))))
+        speed = tokens * PARTS[what] / ours / 1e9
         rows.append(row(name, f"{what}: bytes at least moved, a second", "TB/s", speed, 3.0, "a copy", None, True))
     if cuda_op.missing(inputs[0], inputs[2], None) is None:
         available = cuda_op.missing
@@ -143,7 +124,7 @@ def times(name, inputs) -> list[dict]:
         cuda_op.missing = lambda *_: "switched off to be compared with"
         peer = gpu_ms(step)
         cuda_op.missing = available
-        rows.append(row(name, "forward and backward", "ms", ours, peer, "Gluon's scans, the rest Triton's"))
+        rows.append(row(name, "forward and backward", "ms", ours, peer, "Gluon's scans, Triton's prepare"))
     return rows
 
 

@@ -1,8 +1,8 @@
 // A CUDA kernel as a function of the CPU: a block's threads are coroutines that take turns at barriers. For small kernels of
 // one block at a time; what kernels/.../hopper_mma.cuh has of PTX is here by the fragments' layouts.
 //
-// Include before the kernel; `run_block(x, y, threads, call)` runs one block of it. Asynchronous copies land when they are begun
-// (`cpu::early`) or not before they are waited for: what is right only in between is wrong in one of the two.
+// Include before the kernel; `run_block(x, y, threads, call)` runs one block of it. Asynchronous copies land when they are waited
+// for, not before: what is read too early is wrong.
 #pragma once
 #define HYBRID_KERNELS_MMA
 #include <ucontext.h>
@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -21,7 +20,6 @@
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(...)
-#define DYNAMIC_SHARED(Type, name) static Type name
 
 using std::min;
 
@@ -45,25 +43,19 @@ struct Copy {
     void *to;
     const void *from;
     bool valid;
-    int bytes;
     void land() const {
         if (valid)
-            std::memcpy(to, from, bytes);
+            std::memcpy(to, from, 16);
         else
-            std::memset(to, 0, bytes);
+            std::memset(to, 0, 16);
     }
 };
 
 struct Thread {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(1 << 16);
-    std::deque<std::vector<Copy>> groups = {{}};  // of copies that have not landed; the last is still open
+    std::vector<Copy> copies;  // that have not landed
     bool done = false;
-
-    void land(size_t left) {
-        for (; groups.size() > left + 1; groups.pop_front())
-            for (const Copy &copy : groups.front()) copy.land();
-    }
 };
 
 struct Barrier {
@@ -77,7 +69,6 @@ inline int current;
 inline Barrier of_block, of_warp[32];
 inline char exchanged[32][32][64];  // by warp and lane
 inline std::function<void()> body;
-inline bool early = false;
 
 inline void wait(Barrier &barrier, int count) {
     const long mine = barrier.generation;
@@ -168,32 +159,17 @@ inline uint32_t to_bf16(float x) {  // to the nearest, ties to even
 
 inline float of_lane(float x, int lane) { return cpu::exchange(x)[lane >= 0 && lane < 32 ? lane : cpu::current % 32]; }
 inline float __shfl_up_sync(unsigned, float x, int by) { return of_lane(x, cpu::current % 32 - by); }
-inline float __shfl_down_sync(unsigned, float x, int by) { return of_lane(x, cpu::current % 32 + by); }
-inline float __shfl_xor_sync(unsigned, float x, int by) { return of_lane(x, cpu::current % 32 ^ by); }
 
 namespace ptx {
 
-inline void copy(const cpu::Copy &copy) {
-    if (cpu::early)
-        copy.land();
-    else
-        cpu::threads[cpu::current]->groups.back().push_back(copy);
-}
-
-inline void copy_16(void *to, const void *from, bool valid) { copy({to, from, valid, 16}); }
-
-inline void copy_4(void *to, const void *from, bool valid) { copy({to, from, valid, 4}); }
-
-inline void copies_end() { cpu::threads[cpu::current]->groups.emplace_back(); }
-
-template <int LEFT>
-void copies_landed_but() {
-    cpu::threads[cpu::current]->land(LEFT);
+inline void copy_16(void *to, const void *from, bool valid) {
+    cpu::threads[cpu::current]->copies.push_back({to, from, valid});
 }
 
 inline void copies_landed() {
-    copies_end();
-    copies_landed_but<0>();
+    auto &copies = cpu::threads[cpu::current]->copies;
+    for (const cpu::Copy &copy : copies) copy.land();
+    copies.clear();
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void *row) {
@@ -201,17 +177,6 @@ inline void load_matrices(uint32_t (&r)[4], const void *row) {
     const auto rows = cpu::exchange(row);
     for (int matrix = 0; matrix < 4; ++matrix)
         std::memcpy(&r[matrix], (const char *)rows[8 * matrix + lane / 4] + 4 * (lane % 4), 4);
-}
-
-inline void load_transposed_matrices(uint32_t (&r)[4], const void *row) {
-    const int lane = cpu::current % 32;
-    const auto rows = cpu::exchange(row);
-    for (int matrix = 0; matrix < 4; ++matrix) {
-        uint16_t pair[2];
-        for (int i = 0; i < 2; ++i)
-            std::memcpy(&pair[i], (const char *)rows[8 * matrix + lane % 4 * 2 + i] + 2 * (lane / 4), 2);
-        r[matrix] = pair[0] | (uint32_t)pair[1] << 16;
-    }
 }
 
 struct Operands {
@@ -235,10 +200,6 @@ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint3
 }
 
 inline uint32_t two_bf16(float low, float high) { return cpu::to_bf16(low) | cpu::to_bf16(high) << 16; }
-
-inline float2 two_floats(uint32_t bf16) { return {cpu::from_bf16(bf16 & 0xFFFF), cpu::from_bf16(bf16 >> 16)}; }
-
-inline float rounded_to_half(float x) { return (float)(_Float16)x; }
 
 inline uint16_t half(float x) {
     const _Float16 y = (_Float16)x;

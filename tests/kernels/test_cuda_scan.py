@@ -39,7 +39,7 @@ def fresh(monkeypatch, tmp_path):
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    "source, kernels", list(zip(cuda_op.COMPILED[1:3], (3, 1), strict=True)), ids=lambda x: getattr(x, "stem", x)
+    "source, kernels", list(zip(cuda_op.COMPILED[1:], (3, 1), strict=True)), ids=lambda x: getattr(x, "stem", x)
 )
 def test_products_overlap_and_nothing_spills(source, kernels, tmp_path):
     said = assembler_says(tmp_path, source)
@@ -131,7 +131,7 @@ def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):
     [
         (True, None, None, (cuda_op, cuda_op, 1)),
         (True, None, "why", (cuda_op, gluon_op, 3)),
-        (True, "why", None, (gluon_op, gluon_op, 3)),
+        (True, "why", None, (triton_op, gluon_op, 3)),
         (False, None, None, (triton_op, triton_op, 3)),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from ..slices import fold, fold_back, gradient_after, product, state_before
 from . import triton_op
 from .triton_join import join
-from .triton_op import Chunks, Scores
+from .triton_op import Chunks, Scores, gradients
 
 SAVED = 7  # tensors of `Saved`, each of which may be missing
 
@@ -31,17 +31,17 @@ def _scans(hopper: bool):
 
 
 def _modules(q, v, cu_seqlens, hopper: bool):
-    """Whose `prepare` and `gradients` run, whose scans for more than final states, and over how many segments of a sequence: on
-    Hopper those in CUDA C++ where they pay, whose scans have the bits of the others and take sequences whole."""
-    once = scans = _scans(hopper)
+    """Whose `prepare` runs, whose scans for more than final states, and over how many segments of a sequence: on Hopper those in
+    CUDA C++ where they pay, whose scans have the bits of the others and take sequences whole."""
+    first, scans = triton_op, _scans(hopper)
     if hopper:
         from . import cuda_op
 
         if cuda_op.missing(q, v, cu_seqlens) is None:
-            once = cuda_op
+            first = cuda_op
             if cuda_op.slower_scans(q, v) is None:
-                return once, cuda_op, 1
-    return once, scans, triton_op.segments_of(v, q.shape[3], cu_seqlens)
+                return first, cuda_op, 1
+    return first, scans, triton_op.segments_of(v, q.shape[3], cu_seqlens)
 
 
 def _alone(scans, q, k, v, scores, initial, scale, chunks, last, group):
@@ -84,9 +84,9 @@ def forward(
     q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: bool, save: str, hopper: bool, group=None
 ):
     """o, the final state or None, and what `backward` wants: A, P, G, states, new values, segments' starts and ends."""
-    scans, (once, full, segments) = _scans(hopper), _modules(q, v, cu_seqlens, hopper)
+    scans, (first, full, segments) = _scans(hopper), _modules(q, v, cu_seqlens, hopper)
     chunks = Chunks.of(v, cu_seqlens, segments)
-    scores = once.prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
+    scores = first.prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
     cut, starts, ends, final = segments > 1 or group is not None, None, None, None
     if cut:
         starts, final, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, output_final, group)
@@ -101,11 +101,11 @@ def forward(
 def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: float, hopper: bool, group=None):
     """dq, dk, dv, dg, dbeta and dinitial (None without an initial state)."""
     A, P, G, states, new_values, starts, ends = saved
-    scans, (once, full, segments) = _scans(hopper), _modules(q, v, cu_seqlens, hopper)
+    scans, (first, full, segments) = _scans(hopper), _modules(q, v, cu_seqlens, hopper)
     chunks, varlen = Chunks.of(v, cu_seqlens, segments), cu_seqlens is not None
     scores, cut = Scores(A, P, G), segments > 1 or group is not None
     if A is None:
-        scores = once.prepare(q, k, g, beta, scale, chunks, varlen)
+        scores = first.prepare(q, k, g, beta, scale, chunks, varlen)
     if cut and ends is None:
         starts, _, ends = _alone(scans, q, k, v, scores, initial, scale, chunks, False, group)
     if states is None:
@@ -119,7 +119,7 @@ def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: fl
     dv, dstates, dbegin = full.reverse_scan(
         q, k, do, scores, dfinal, cu_seqlens, scale, chunks, initial=initial is not None and not cut
     )
-    dq, dk, dg, dbeta = once.gradients(
+    dq, dk, dg, dbeta = gradients(
         q, k, g, beta, do, dv, scores.G, states, new_values, dstates, scale, chunks, varlen
     )  # fmt: skip
     return dq, dk, dv, dg, dbeta, dinitial if cut else dbegin

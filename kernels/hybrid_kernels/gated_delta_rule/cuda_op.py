@@ -14,9 +14,9 @@ import torch
 
 from .gluon_op import aligned
 from .triton_join import processors
-from .triton_op import Chunks, Scores, ends_like, of_key_heads, segments_of
+from .triton_op import Chunks, Scores, ends_like, segments_of
 
-COMPILED = [Path(__file__).with_name(f"hopper_{name}.cu") for name in ("prepare", "scan", "reverse", "gradients")]
+COMPILED = [Path(__file__).with_name(f"hopper_{name}.cu") for name in ("prepare", "scan", "reverse")]
 SOURCES = [*COMPILED, *sorted(Path(__file__).parent.glob("hopper_*.cuh"))]
 OPTIONS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC"]
 POINTERS = ("G", "begin", "end", "out", "cu", "first_chunk")
@@ -30,17 +30,6 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS), ("scale", ctypes.c_float), *((name, ctypes.c_int) for name in COUNTS),
-    ]  # fmt: skip
-
-
-class GradientsArguments(ctypes.Structure):
-    """`GradientsArguments` of hopper_gradients.cu."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "do", "dz", "new_values", "states", "dstates", "beta", "G")),
-        *((name, ctypes.c_void_p) for name in ("dq", "dk", "dg", "dbeta")),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("length", "chunks", "heads", "key_heads", "work")),
     ]  # fmt: skip
 
 
@@ -119,8 +108,7 @@ def _built() -> tuple[ctypes.CDLL | None, str | None]:
         function.argtypes = [*[pointer] * tensors, ctypes.POINTER(Arguments), long, long, ctypes.c_int, pointer]
         function.restype = ctypes.c_char_p
     library.prepare.argtypes = [*[pointer] * 7, ctypes.POINTER(Sizes), ctypes.c_int, pointer]
-    library.gradients.argtypes = [ctypes.POINTER(GradientsArguments), ctypes.c_int, pointer]
-    library.prepare.restype = library.gradients.restype = ctypes.c_char_p
+    library.prepare.restype = ctypes.c_char_p
     return library, None
 
 
@@ -156,20 +144,6 @@ def reverse_scan(q, k, do, scores, dfinal, cu_seqlens, scale, chunks, *, initial
     tensors = (q, k, do, scores.A, scores.P, dstates)
     _launch("reverse_scan", tensors, scores, (dfinal, dinitial, dv), cu_seqlens, scale, chunks)
     return dv, dstates, dinitial
-
-
-def gradients(q, k, g, beta, do, dv, G, states, new_values, dstates, scale, chunks: Chunks, varlen: bool):
-    """`gradients` of triton_op, without documents."""
-    assert not varlen, "documents are left to Triton"
-    q, k, do = aligned(q, k, do)
-    heads, (key_heads, dim_k) = do.shape[2], k.shape[2:]
-    dq, dk = (k.new_empty(*k.shape[:2], heads, dim_k) for _ in range(2))
-    betas = beta.float()
-    dg, dbeta = torch.empty_like(g, dtype=torch.float32), torch.empty_like(betas)
-    tensors = (q, k, do, dv, new_values, states, dstates, betas, G, dq, dk, dg, dbeta)
-    sizes = (chunks.length, chunks.per_row, heads, key_heads, chunks.count * heads)
-    _call("gradients", k, (), GradientsArguments(*map(_pointer, tensors), scale, *sizes), processors(k.device))
-    return *of_key_heads(dq, dk, key_heads), dg.to(g.dtype), dbeta.to(beta.dtype)
 
 
 def _launch(name, tensors, scores, carried, cu_seqlens, scale, chunks):

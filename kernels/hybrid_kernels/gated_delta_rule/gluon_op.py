@@ -1,4 +1,4 @@
-"""Launches of the Hopper scans (gluon_scan): the functions of the same names in triton_op, faster. The rest is Triton's."""
+"""Launches of the Hopper scans (gluon_scan): the functions of the same names in triton_op, faster."""
 
 from functools import cache
 
@@ -9,8 +9,6 @@ from ..triton_support import tile_count
 from .gluon_parts import shared
 from .gluon_scan import forward_scan_kernel, reverse_scan_kernel
 from .triton_op import ends_like
-from .triton_op import gradients as gradients
-from .triton_op import prepare as prepare
 
 OPTIONS = dict(num_warps=4)
 

@@ -4,10 +4,6 @@
 #define HYBRID_KERNELS_MMA
 #include <cstdint>
 
-#define DYNAMIC_SHARED(Type, name)                          \
-    extern __shared__ __align__(16) unsigned char of_block[]; \
-    Type &name = *reinterpret_cast<Type *>(of_block)
-
 namespace ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void *shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
@@ -18,29 +14,11 @@ __device__ __forceinline__ void copy_16(void *to, const void *from, bool valid) 
                  : "memory");
 }
 
-__device__ __forceinline__ void copy_4(void *to, const void *from, bool valid) {  // 4 bytes, or zeros
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0)
-                 : "memory");
-}
-
 __device__ __forceinline__ void copies_landed() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }  // of a group
-
-template <int LEFT>
-__device__ __forceinline__ void copies_landed_but() {  // this thread's, except the last groups
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
 
 // Four 8 x 8 matrices of 16 bits; lane l names row l % 8 of matrix l / 8, and gets of each row l / 4, columns 2 (l % 4) and on
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
-}
-
-// The same matrices transposed: of each column l / 4, rows 2 (l % 4) and on
-__device__ __forceinline__ void load_transposed_matrices(uint32_t (&r)[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
@@ -55,16 +33,6 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4]
 __device__ __forceinline__ uint32_t two_bf16(float low, float high) {
     uint32_t r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-__device__ __forceinline__ float2 two_floats(uint32_t bf16) {
-    return make_float2(__uint_as_float(bf16 << 16), __uint_as_float(bf16 & 0xFFFF0000));
-}
-
-__device__ __forceinline__ float rounded_to_half(float x) {
-    float r;
-    asm("{ .reg .f16 h; cvt.rn.f16.f32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(r) : "f"(x));
     return r;
 }
 

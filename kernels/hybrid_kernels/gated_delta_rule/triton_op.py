@@ -151,14 +151,9 @@ def gradients(q, k, g, beta, do, dv, G, states, new_values, dstates, scale, chun
         scale, chunks.length, chunks.per_row, g.numel(), 1, H=heads, HK=key_heads, K=dim_k, V=dim_v, VARLEN=varlen,
         **gradients_options(),
     )  # fmt: skip
-    return *of_key_heads(dq, dk, key_heads), dg.sum(0).to(g.dtype), dbeta
-
-
-def of_key_heads(dq: torch.Tensor, dk: torch.Tensor, key_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """dq and dk of value heads [b, s, H, dk], as sums over those that share a key head."""
-    if dq.shape[2] == key_heads:
-        return dq, dk
-    return dq.unflatten(2, (key_heads, -1)).sum(3), dk.unflatten(2, (key_heads, -1)).sum(3)
+    if heads != key_heads:
+        dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3) for x in (dq, dk))
+    return dq, dk, dg.sum(0).to(g.dtype), dbeta
 
 
 def prepare_options() -> dict:
