@@ -181,6 +181,7 @@ def _forget(config) -> None:
         FP8GlobalStateManager.reset()
     gc.collect()
     torch.cuda.empty_cache()
+    torch._dynamo.reset()  # or the next case's shapes would get slower kernels, for any shape
 
 
 def lead(arguments) -> None:

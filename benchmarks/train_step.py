@@ -216,6 +216,7 @@ def main() -> None:
             del found
             gc.collect()
             torch.cuda.empty_cache()
+            torch._dynamo.reset()  # or the next case's shapes would get slower kernels, for any shape
             if launch.rank == 0:
                 write_gpu("train_step" if launch.world_size == 1 else f"train_step_x{launch.world_size}", rows)
                 if whole and args.cases:

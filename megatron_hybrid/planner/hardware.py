@@ -61,6 +61,9 @@ class Hardware:
     """Collectives over the network between nodes, of one GPU's share of it."""
     host_layer: float
     """Seconds that Python needs to launch one layer's forward or backward pass."""
+    host_collective: float
+    """Seconds that a launch-bound layer takes more for each collective among its tensor parallel ranks: Python, and ranks that wait
+    for whichever launches last."""
     host_step: float
     """Of a step, outside the layers."""
     reserve: float
@@ -126,7 +129,7 @@ def _hardware(data: Mapping[str, Any]) -> Hardware:
     tables = {way: {float(rows): float(s) for rows, s in row.items()} for way, row in data["delta_rule"].items()}
     links = {where: {op: _link_in(**link) for op, link in data[where].items()} for where in ("node", "across")}
     plain = ("name", "measured", "efficiency")
-    numbers = ("memory", "peak_flops", "copy", "host_layer", "host_step", "reserve", "fragmentation")
+    numbers = ("memory", "peak_flops", "copy", "host_layer", "host_collective", "host_step", "reserve", "fragmentation")
     return Hardware(
         **{name: data[name] for name in plain},
         **{name: float(data[name]) for name in numbers},

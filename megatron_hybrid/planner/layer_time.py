@@ -36,7 +36,21 @@ class Layers:
     def host(self, way: str) -> float:
         """Seconds that Python needs for one layer."""
         again = {"none": 0.0, "selective": 0.5, "full": 1.0}[self.plan.parallel.recompute] if way == "backward" else 0.0
-        return self.hardware.host_layer * (1 + again) * self.hardware.factor("host")
+        collectives = self._waits(way)
+        if way == "backward" and self.plan.parallel.recompute == "full":
+            collectives += self._waits("forward")
+        seconds = self.hardware.host_layer * (1 + again) + self.hardware.host_collective * collectives
+        return seconds * self.hardware.factor("host")
+
+    def _waits(self, way: str) -> int:
+        """Collectives of a layer among tensor parallel ranks; those of parallel.tp_comm_overlap are part of its products."""
+        plan = self.plan
+        if plan.tp == 1 or plan.parallel.tp_comm_overlap:
+            return 0
+        scales = 2 if plan.precision.linear == "fp8_tensorwise" else 0  # each way, of what is exchanged
+        if not plan.parallel.sequence_parallel_on:
+            return 2 + scales
+        return {"forward": 4, "backward": 6}[way] + scales
 
     def layer(self, kind: LayerKind, way: str, fp8: bool = True) -> Parts:
         """One layer. `fp8`: whether it is among those that run in the plan's FP8 format, if there is one."""

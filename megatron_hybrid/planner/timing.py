@@ -86,8 +86,9 @@ class Clock:
         )
 
     def _of(self, plan: Plan) -> Layers:
-        key = (plan.tp, plan.cp, plan.parallel.sequence_parallel_on, plan.micro_batch_size, plan.parallel.recompute, plan.precision,
-               plan.dtype, plan.sequence_length, plan.model.layer_pattern, plan.model.hidden_size)  # fmt: skip
+        key = (plan.tp, plan.cp, plan.parallel.sequence_parallel_on, plan.parallel.tp_comm_overlap, plan.micro_batch_size,
+               plan.parallel.recompute, plan.precision, plan.dtype, plan.sequence_length, plan.model.layer_pattern,
+               plan.model.hidden_size)  # fmt: skip
         if key not in self._layers:
             self._layers[key] = Layers(plan, self.hardware)
         return self._layers[key]
