@@ -2,7 +2,7 @@
 
 megatron-core 0.19.2 asks `torch.cuda` directly in many places. On a machine without CUDA, `use_cpu_backend()` answers
 those calls for the CPU; with CUDA it is never called and nothing is patched. What megatron-core lets its configuration
-decide (CPU initialisation, fusions, batched p2p) is decided there, in model/megatron_config.py.
+decide (CPU initialisation, fusions) is decided there, in model/megatron_config.py.
 """
 
 import contextlib

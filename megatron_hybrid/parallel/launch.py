@@ -68,9 +68,8 @@ def leave_groups() -> None:
     megatron-core only forgets its groups; here their communicators, and what NCCL allocated for them, go too.
     """
     parallel_state.destroy_model_parallel()
-    for group in list(
-        dist.distributed_c10d._world.pg_map
-    ):  # in the order in which they were formed, alike on all ranks
+    in_order = list(dist.distributed_c10d._world.pg_map)  # as they were formed, alike on all ranks
+    for group in in_order:
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
 

@@ -97,7 +97,7 @@ struct Lanes {
 
 }  // namespace cpu
 
-inline Index blockIdx, gridDim = {1, 1};
+inline Index blockIdx;
 struct {
     operator Index() const { return {cpu::current, 0}; }
     struct {
