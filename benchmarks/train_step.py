@@ -33,13 +33,19 @@ FORMATS = {
 }
 GOALS = {"bf16": 11500, "FP8": 15500}  # tokens a second and GPU, of the whole model on H200
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+def pipeline(stages: int, virtual: int = 1, **more) -> dict:
+    return {"pipeline_parallel_size": stages, "virtual_pipeline_parallel_size": virtual, **more}
+
+
 LAYOUTS = {
     1: {"TP1": {}},
     2: {
         "TP1 x DP2": OVERLAP,
         "TP2": {"tensor_parallel_size": 2},
         "TP2, overlapped": {"tensor_parallel_size": 2, "tp_comm_overlap": True},
-        "PP2": {"pipeline_parallel_size": 2},
+        "PP2": pipeline(2),
         "CP2": {"context_parallel_size": 2, **OVERLAP},
     },
     4: {
@@ -48,10 +54,12 @@ LAYOUTS = {
         "TP2 x DP2, overlapped": {"tensor_parallel_size": 2, "tp_comm_overlap": True, **OVERLAP},
         "TP4": {"tensor_parallel_size": 4},
         "TP4, overlapped": {"tensor_parallel_size": 4, "tp_comm_overlap": True},
-        "PP2 x DP2": {"pipeline_parallel_size": 2, **OVERLAP},
-        "PP2, VPP4, DP2": {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 4, **OVERLAP},
-        "PP4": {"pipeline_parallel_size": 4},
-        "PP4, VPP2": {"pipeline_parallel_size": 4, "virtual_pipeline_parallel_size": 2},
+        "PP2 x DP2": pipeline(2, **OVERLAP),
+        "PP2, VPP4, DP2": pipeline(2, 4, **OVERLAP),
+        "PP2, VPP4, DP2, exchanges waited for": pipeline(2, 4, overlap_p2p_comm=False, **OVERLAP),
+        "PP4": pipeline(4),
+        "PP4, VPP2": pipeline(4, 2),
+        "PP4, VPP2, exchanges waited for": pipeline(4, 2, overlap_p2p_comm=False),
         "CP4": {"context_parallel_size": 4, **OVERLAP},
         "TP2 x CP2": {"tensor_parallel_size": 2, "context_parallel_size": 2, **OVERLAP},
     },

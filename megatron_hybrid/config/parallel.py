@@ -28,6 +28,9 @@ class ParallelConfig(Section):
     pipeline_parallel_size: PositiveInt = 1
     virtual_pipeline_parallel_size: PositiveInt = 1
     """Model chunks a pipeline rank holds (interleaved 1F1B); 1: plain 1F1B."""
+    overlap_p2p_comm: bool = True
+    """Interleaved stages exchange activations and gradients while they work. False: work waits for exchanges, which take no
+    multiprocessors from it then: worth a try where NVLink joins the stages."""
     pipeline_split: tuple[PositiveInt, ...] | None = Field(None, strict=False)
     """Layers of each (virtual) stage in model order. None: as even as can be, extra layers to the middle stages."""
     distributed_optimizer: bool = True

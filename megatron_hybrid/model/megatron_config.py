@@ -107,7 +107,7 @@ def transformer_config(
         # in a batch, NCCL and gloo match the sends and receives of two ranks by their order alone: where two interleaved stages are
         # each other's next and previous one, activations and gradients change places, silently
         batch_p2p_comm=False,
-        overlap_p2p_comm=virtual > 1,
+        overlap_p2p_comm=virtual > 1 and parallel.overlap_p2p_comm,
         deallocate_pipeline_outputs=True,
         moe_token_dispatcher_type="alltoall",
         **window,

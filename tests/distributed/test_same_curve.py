@@ -44,6 +44,7 @@ LAYOUTS = {
     "PP2": (2, layout(pp=2)),
     "PP2, uneven": (2, layout(pp=2, pipeline_split=[3, 1])),
     "PP2, VPP2": (2, layout(pp=2, vpp=2)),
+    "PP2, VPP2, exchanges waited for": (2, layout(pp=2, vpp=2, overlap_p2p_comm=False)),
     "TP4, padded heads": (4, layout(4)),
     "TP4, padded heads, no sequence parallelism, full recompute": (
         4,

@@ -88,6 +88,7 @@ LAYOUTS = {
         "TP2, no sequence parallelism": layout(2, sequence_parallel=False),
         "PP2": layout(pp=2),
         "PP2, VPP2": layout(pp=2, vpp=2),
+        "PP2, VPP2, exchanges waited for": layout(pp=2, vpp=2, overlap_p2p_comm=False),
         "DP2, overlapped": layout(**OVERLAP),
         "CP2": layout(cp=2),
     },
