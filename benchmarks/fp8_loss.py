@@ -134,7 +134,7 @@ def rows_of(formats: list[str], losses: dict[tuple[str, int], list[float]], args
             rows.append(bounded(case, "loss of the first step", "nats a byte", first, None))
             continue
         gaps = [last[name, seed] / last["bf16", seed] - 1 for seed in range(args.seeds)]
-        rows.append(bounded(case, "mean gap to bf16", "of its loss", fmean(gaps), None if name == AGAIN else GOAL))
+        rows.append(bounded(case, "mean gap to bf16", "of its loss", abs(fmean(gaps)), None if name == AGAIN else GOAL))
         if args.seeds > 1:
             rows.append(bounded(case, "its standard error", "of bf16's loss", stdev(gaps) / len(gaps) ** 0.5, None))
     return rows

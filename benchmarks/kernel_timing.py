@@ -1,5 +1,6 @@
 """What the kernel benchmarks share: GPU time by events with the CPU running ahead, launches by the profiler."""
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -58,6 +59,14 @@ def kernels(fn: Callable[[], object], calls: int = 5) -> dict[str, tuple[float, 
             count, us = found.get(e.key[:60], (0.0, 0.0))  # of templates, several begin alike
             found[e.key[:60]] = (count + e.count / calls, us + e.device_time_total / calls)
     return found
+
+
+def forget() -> None:
+    """Give back what a closed engine leaves on the GPU, and what torch has compiled: for the shapes of another case it would get
+    slower kernels, for any shape."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()
 
 
 def write_gpu(benchmark: str, rows: list[dict]) -> None:

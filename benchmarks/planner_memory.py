@@ -168,9 +168,7 @@ def _is_late(deadline: float, launch) -> bool:
 
 def _forget(config) -> None:
     """Leave the layout, but not the processes' own group."""
-    import gc
-
-    import torch
+    from kernel_timing import forget
 
     from megatron_hybrid.parallel.launch import leave_groups
 
@@ -179,9 +177,7 @@ def _forget(config) -> None:
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
         FP8GlobalStateManager.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch._dynamo.reset()  # or the next case's shapes would get slower kernels, for any shape
+    forget()
 
 
 def lead(arguments) -> None:

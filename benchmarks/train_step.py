@@ -7,7 +7,6 @@ torchrun --nproc-per-node 2 benchmarks/train_step.py               several: the 
 """
 
 import argparse
-import gc
 import json
 import re
 import sys
@@ -178,7 +177,7 @@ def planner_case(case: str, found: dict, parallel: dict, precision: dict, args) 
 
 
 def main() -> None:
-    from kernel_timing import write_gpu
+    from kernel_timing import forget, write_gpu
 
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.config.presets import olmo_hybrid_7b
@@ -222,9 +221,7 @@ def main() -> None:
             rows += rows_of(case, found, model, args, whole)
             cases.append(planner_case(case, found, parallel, precision, args))
             del found
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch._dynamo.reset()  # or the next case's shapes would get slower kernels, for any shape
+            forget()
             if launch.rank == 0:
                 write_gpu("train_step" if launch.world_size == 1 else f"train_step_x{launch.world_size}", rows)
                 if whole and args.cases:

@@ -208,6 +208,6 @@ inline uint16_t half(float x) {
     return bits;
 }
 
-inline float power_of_2(float x) { return std::exp2(x); }
+inline float exp2(float x) { return std::exp2(x); }
 
 }  // namespace ptx

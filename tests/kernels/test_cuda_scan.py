@@ -140,4 +140,4 @@ def test_whose_kernels_run(monkeypatch, hopper, lack, slower, modules):
     monkeypatch.setattr(cuda_op, "slower_scans", lambda q, v: slower)
     monkeypatch.setattr(triton_op, "segments_of", lambda *_: 3)
     q, _, v, _, _ = delta_rule_inputs(1, 64, 1, 1, 96, 192)
-    assert autograd._modules(q, v, None, hopper) == modules
+    assert autograd.modules(q, v, None, hopper) == modules

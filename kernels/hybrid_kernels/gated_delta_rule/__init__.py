@@ -72,21 +72,20 @@ def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choic
     """Which backend a call would run, and why; takes the arguments of `gated_delta_rule`."""
     group = several(options.get("group"))
     choice = _choose(q, v, backend, group)
-    reason, rejected, documents, whole = choice.reason, dict(choice.rejected), options.get("cu_seqlens"), False
-    if choice.backend == "hopper":
-        from .cuda_op import missing, slower_scans
+    reason, rejected, documents = choice.reason, dict(choice.rejected), options.get("cu_seqlens")
+    if choice.backend in ("hopper", "triton"):
+        from .autograd import modules
 
-        lack = missing(q, v, documents)
-        slower = None if lack else slower_scans(q, v)
-        whole = lack is None and slower is None
-        if lack is None:
-            reason += ", by kernels in CUDA C++" + (f" and Gluon's scans: {slower}" if slower else "")
-        else:
-            rejected["its kernels in CUDA C++"] = lack
-    if choice.backend in ("hopper", "triton") and not whole:
-        from .triton_op import segments_of
+        hopper = choice.backend == "hopper"
+        first, scans, segments = modules(q, v, documents, hopper)
+        if hopper:
+            from . import cuda_op
 
-        segments = segments_of(v, q.shape[-1], documents)
+            if first is not cuda_op:
+                rejected["its kernels in CUDA C++"] = cuda_op.missing(q, v, documents)
+            else:
+                reason += ", by kernels in CUDA C++"
+                reason += "" if scans is cuda_op else f" and Gluon's scans: {cuda_op.slower_scans(q, v)}"
         if segments > 1:
             reason += f", each sequence in {segments} segments for its few heads"
     if group is not None:

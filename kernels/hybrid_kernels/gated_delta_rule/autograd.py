@@ -30,7 +30,7 @@ def _scans(hopper: bool):
     return triton_op
 
 
-def _modules(q, v, cu_seqlens, hopper: bool):
+def modules(q, v, cu_seqlens, hopper: bool):
     """Whose `prepare` runs, whose scans for more than final states, and over how many segments of a sequence: on Hopper those in
     CUDA C++ where they pay, whose scans have the bits of the others and take sequences whole."""
     first, scans = triton_op, _scans(hopper)
@@ -84,7 +84,7 @@ def forward(
     q, k, v, g, beta, initial, cu_seqlens, scale: float, output_final: bool, save: str, hopper: bool, group=None
 ):
     """o, the final state or None, and what `backward` wants: A, P, G, states, new values, segments' starts and ends."""
-    scans, (first, full, segments) = _scans(hopper), _modules(q, v, cu_seqlens, hopper)
+    scans, (first, full, segments) = _scans(hopper), modules(q, v, cu_seqlens, hopper)
     chunks = Chunks.of(v, cu_seqlens, segments)
     scores = first.prepare(q, k, g, beta, scale, chunks, cu_seqlens is not None)
     cut, starts, ends, final = segments > 1 or group is not None, None, None, None
@@ -101,7 +101,7 @@ def forward(
 def backward(q, k, v, g, beta, initial, cu_seqlens, saved, do, dfinal, scale: float, hopper: bool, group=None):
     """dq, dk, dv, dg, dbeta and dinitial (None without an initial state)."""
     A, P, G, states, new_values, starts, ends = saved
-    scans, (first, full, segments) = _scans(hopper), _modules(q, v, cu_seqlens, hopper)
+    scans, (first, full, segments) = _scans(hopper), modules(q, v, cu_seqlens, hopper)
     chunks, varlen = Chunks.of(v, cu_seqlens, segments), cu_seqlens is not None
     scores, cut = Scores(A, P, G), segments > 1 or group is not None
     if A is None:
@@ -182,7 +182,7 @@ def _forward_opaque(
 @_forward_opaque.register_fake
 def _(q, k, v, g, beta, initial, cu_seqlens, scale, output_final, save, hopper):
     batch, length, heads, dim_v = v.shape
-    dim_k, segments = k.shape[3], _modules(q, v, cu_seqlens, hopper)[2]
+    dim_k, segments = k.shape[3], modules(q, v, cu_seqlens, hopper)[2]
     n = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     count = batch * -(-length // 64) if cu_seqlens is None else length // 64 + min(n, length)
     chunks = Chunks(batch * segments, length, count, v, v, v, segments)

@@ -6,11 +6,11 @@
 
 namespace ptx {
 
-__device__ __forceinline__ uint32_t shared_address(const void *shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+__device__ __forceinline__ uint32_t address(const void *shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 
 // 16 bytes, or zeros, from global to shared memory; both lie on 16-byte boundaries
 __device__ __forceinline__ void copy_16(void *to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(valid ? 16 : 0)
                  : "memory");
 }
 
@@ -19,7 +19,7 @@ __device__ __forceinline__ void copies_landed() { asm volatile("cp.async.wait_al
 // Four 8 x 8 matrices of 16 bits; lane l names row l % 8 of matrix l / 8, and gets of each row l / 4, columns 2 (l % 4) and on
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(row)) : "memory");
 }
 
 // acc [16, 8] += a [16, 16] b [16, 8], bf16
@@ -42,7 +42,7 @@ __device__ __forceinline__ uint16_t half(float x) {
     return r;
 }
 
-__device__ __forceinline__ float power_of_2(float x) {
+__device__ __forceinline__ float exp2(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;

@@ -89,7 +89,7 @@ __device__ __forceinline__ void with_decays(const Shared &shared, int warp, cons
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 if (tile / 2 <= warp && row >= col + i + STRICT)
-                    x[i] = products[tile][2 * half + i] * ptx::power_of_2(G - shared.G[col + i]);
+                    x[i] = products[tile][2 * half + i] * ptx::exp2(G - shared.G[col + i]);
             use(row, col, x[0], x[1]);
         }
     }

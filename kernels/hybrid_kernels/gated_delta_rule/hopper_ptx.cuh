@@ -2,11 +2,10 @@
 // Names and constraints: PTX ISA 9.0, "Asynchronous warpgroup level matrix instructions" and "cp.async.bulk.tensor".
 #pragma once
 #include <cuda.h>
-#include <cstdint>
+
+#include "hopper_mma.cuh"
 
 namespace ptx {
-
-__device__ __forceinline__ uint32_t address(const void *shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 
 // Barriers in shared memory ------------------------------------------------------------------------------------------
 
@@ -180,12 +179,6 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t x) {
 __device__ __forceinline__ float times(float x, float y) {
     float r;
     asm volatile("mul.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
-    return r;
-}
-
-__device__ __forceinline__ float exp2(float x) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
 
