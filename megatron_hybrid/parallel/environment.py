@@ -5,6 +5,7 @@
 """
 
 import os
+import random
 import re
 import socket
 import subprocess
@@ -22,6 +23,8 @@ _LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"
 _LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 """Any of these: started as an MPI process."""
+_PORTS = range(20000, 32000)
+"""Where ranks meet: below 32768, where Linux begins to hand out ports to whoever asks."""
 
 
 class LaunchError(UserError):
@@ -117,11 +120,17 @@ def _master_by_mpi(world: Any, local_size: int, env: Mapping[str, str]) -> tuple
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port nobody listens on now, and that no connection is given by chance before rank 0, minutes later, listens there."""
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+                return port
+            except OSError:
+                continue
+    raise LaunchError(
+        f"none of the TCP ports {_PORTS.start} to {_PORTS.stop - 1} is free here; `ss -ltnp` says who listens"
+    )
 
 
 def _from_variables(env: Mapping[str, str], launcher: str) -> Launch:
@@ -145,14 +154,11 @@ def _from_variables(env: Mapping[str, str], launcher: str) -> Launch:
 
 
 def master_port(env: Mapping[str, str]) -> int:
-    """MASTER_PORT, or one derived from the job's name, the same on all ranks: two jobs of one node hardly ever meet there.
-
-    Below 32768, where Linux begins to hand out ports to whoever asks.
-    """
+    """MASTER_PORT, or one derived from the job's name, the same on all ranks: two jobs of one node hardly ever meet there."""
     if "MASTER_PORT" in env:
         return _number(env, "MASTER_PORT")
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
-    return 20000 + zlib.crc32("/".join(env.get(name, "") for name in names).encode()) % 12000
+    return _PORTS[zlib.crc32("/".join(env.get(name, "") for name in names).encode()) % len(_PORTS)]
 
 
 def first_host(nodelist: str) -> str:

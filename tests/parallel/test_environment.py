@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from megatron_hybrid.parallel.environment import Launch, LaunchError, first_host, master_port
+from megatron_hybrid.parallel import environment
+from megatron_hybrid.parallel.environment import Launch, LaunchError, first_host, free_port, master_port
 from tests.parallel.launchers import MPIRUN, curve, launchers, write_run
 
 
@@ -113,6 +116,18 @@ def test_ports_differ_by_job_and_agree_within_one():
     assert master_port(SRUN) == master_port(SRUN | {"SLURM_PROCID": "0"}) != master_port(SRUN | {"SLURM_JOB_ID": "78"})
     assert all(1024 < master_port({"SLURM_JOB_ID": str(job)}) < 32768 for job in range(1000))
     assert master_port({"MASTER_PORT": "1234"}) == 1234
+
+
+def test_free_ports_are_none_that_anybody_listens_on_or_is_given(monkeypatch):
+    """A port that Linux hands out could be another connection's by the time rank 0 has imported torch and listens."""
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    port = free_port()
+    assert port < given
+    with socket.create_server(("", port)):
+        monkeypatch.setattr(environment, "_PORTS", range(port, port + 1))
+        with pytest.raises(LaunchError, match=f"none of the TCP ports {port} to {port} is free"):
+            free_port()
+    assert free_port() == port
 
 
 def test_export_leaves_what_torchrun_leaves(monkeypatch):

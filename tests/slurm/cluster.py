@@ -7,7 +7,6 @@ import getpass
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from megatron_hybrid.parallel.environment import free_port
 
 NODES = ("first", "second")
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -74,10 +75,7 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder, self._daemons = folder, []
         folder.chmod(0o755)  # munged insists
-        with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
-        ports = [server.getsockname()[1] for server in with_ports]
-        for server in with_ports:
-            server.close()
+        ports = [free_port() for _ in range(3)]
         (folder / "state").mkdir()
         config = CONFIG.format(
             user=getpass.getuser(), folder=folder, ports=ports, nodes=NODES, cpus=os.cpu_count(),
