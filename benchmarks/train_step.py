@@ -45,6 +45,8 @@ LAYOUTS = {
         "TP2": {"tensor_parallel_size": 2},
         "TP2, overlapped": {"tensor_parallel_size": 2, "tp_comm_overlap": True},
         "PP2": pipeline(2),
+        "PP2, VPP4": pipeline(2, 4),
+        "PP2, VPP4, exchanges waited for": pipeline(2, 4, overlap_p2p_comm=False),
         "CP2": {"context_parallel_size": 2, **OVERLAP},
     },
     4: {

@@ -1,6 +1,5 @@
 """hopper_prepare.cu on the CPU (cuda_on_cpu.h) against its formulas in fp64, and what the compiler says of it."""
 
-import ctypes
 import re
 
 import pytest
@@ -9,38 +8,14 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from hybrid_kernels.gated_delta_rule import cuda_op  # noqa: E402
-from hybrid_kernels.gated_delta_rule.triton_op import Chunks, Scores  # noqa: E402
 from hybrid_kernels.testing import delta_rule_inputs, relative_error  # noqa: E402
-from tests.kernels.cuda_sources import assembler_says, compiled  # noqa: E402
-
-SOURCE = cuda_op.COMPILED[0]
-ENTRY = """
-extern "C" void prepare_on_cpu(const void *q, const void *k, const void *g, const void *beta, void *A, void *P, void *G,
-                               const Sizes *sizes, int count) {
-    for (int chunk = 0; chunk < count; ++chunk)
-        for (int head = 0; head < sizes->heads; ++head)
-            cpu::run_block(head, chunk, THREADS, [&] {
-                prepare_kernel((const uint16_t *)q, (const uint16_t *)k, (const float *)g, (const float *)beta, (uint16_t *)A,
-                               (uint16_t *)P, (float *)G, *sizes);
-            });
-}
-"""
+from tests.kernels.cuda_sources import assembler_says  # noqa: E402
+from tests.kernels.prepare_on_cpu import SOURCE, PrepareOnCpu, chunks_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("prepare"), SOURCE, ENTRY)
-
-
-def prepared(library, q, k, g, beta, scale) -> Scores:
-    heads, key_heads, chunks = g.shape[2], k.shape[2], Chunks.of(torch.empty(*g.shape, 192), None)
-    out = Scores.empty(k, heads, chunks.count)
-    for x in (out.A, out.P, out.G):
-        x.fill_(7)  # where nothing is written it shows
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, g, beta, out.A, out.P, out.G)]
-    sizes = cuda_op.Sizes(scale, chunks.length, chunks.per_row, heads, key_heads)
-    library.prepare_on_cpu(*pointers, ctypes.byref(sizes), chunks.count)
-    return out
+def on_cpu(tmp_path_factory):
+    return PrepareOnCpu(tmp_path_factory.mktemp("prepare"))
 
 
 def exact(q, k, g, beta, scale) -> tuple[torch.Tensor, ...]:
@@ -74,14 +49,15 @@ def exact(q, k, g, beta, scale) -> tuple[torch.Tensor, ...]:
     ],
     ids=str,
 )
-def test_its_results(library, shape, hard):
+def test_its_results(on_cpu, shape, hard):
     q, k, _, g, beta = delta_rule_inputs(*shape, 96, 192, dtype=torch.bfloat16, **hard)
-    found, truth = prepared(library, q, k, g, beta, 0.1), exact(q, k, g, beta, 0.1)
+    found, truth = on_cpu.prepare(q, k, g, beta, 0.1, chunks_of(g)), exact(q, k, g, beta, 0.1)
     for name, tolerance, x in zip("APG", (4e-4, 3e-3, 1e-6), truth):
         assert relative_error(getattr(found, name), x) < tolerance, name
     assert (found.A.triu(1) == 0).all()
     assert (found.P.triu(1) == 0).all()
-    assert (found.A.diagonal(dim1=-2, dim2=-1)[0, :, : shape[1]] > 0).all(), "the backward divides by it"
+    diagonal = found.A.diagonal(dim1=-2, dim2=-1)[0, :, : shape[1]]
+    assert torch.equal(diagonal, beta[0, :64].T.clamp(min=2**-20).half()), "by whose square the backward divides"
 
 
 @pytest.mark.skipif(cuda_op.nvcc() is None, reason="nvcc is not installed")
