@@ -19,9 +19,11 @@ from megatron_hybrid.parallel.environment import free_port
 
 NODES = ("first", "second")
 DAEMONS = ("munged", "slurmctld", "slurmd")
-# cred_expire is also how long a requeued job waits before it may start again (120 s by default).
+# cred_expire is also how long a requeued job waits before it may start again (120 s by default). FirstJobId: where ranks meet
+# depends on the job's number, and another cluster's jobs may run on this machine.
 CONFIG = """
 ClusterName=tests
+FirstJobId={job}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
@@ -79,6 +81,7 @@ class Cluster:
         (folder / "state").mkdir()
         config = CONFIG.format(
             user=getpass.getuser(), folder=folder, ports=ports, nodes=NODES, cpus=os.cpu_count(),
+            job=1 + secrets.randbelow(1_000_000),
         )  # fmt: skip
         (folder / "slurm.conf").write_text(config)
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "OMPI_"))}
