@@ -119,18 +119,16 @@ def _master_by_mpi(world: Any, local_size: int, env: Mapping[str, str]) -> tuple
     return master
 
 
-def free_port() -> int:
+def free_port(among: range = _PORTS) -> int:
     """A TCP port nobody listens on now, and that no connection is given by chance before rank 0, minutes later, listens there."""
-    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+    for port in random.SystemRandom().sample(among, len(among)):
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
                 return port
             except OSError:
                 continue
-    raise LaunchError(
-        f"none of the TCP ports {_PORTS.start} to {_PORTS.stop - 1} is free here; `ss -ltnp` says who listens"
-    )
+    raise LaunchError(f"none of the TCP ports {among[0]} to {among[-1]} is free here; `ss -ltnp` says who listens")
 
 
 def _from_variables(env: Mapping[str, str], launcher: str) -> Launch:

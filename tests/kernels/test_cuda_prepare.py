@@ -8,14 +8,15 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from hybrid_kernels.gated_delta_rule import cuda_op  # noqa: E402
+from hybrid_kernels.gated_delta_rule.triton_op import Chunks  # noqa: E402
 from hybrid_kernels.testing import delta_rule_inputs, relative_error  # noqa: E402
 from tests.kernels.cuda_sources import assembler_says  # noqa: E402
-from tests.kernels.prepare_on_cpu import SOURCE, PrepareOnCpu, chunks_of  # noqa: E402
+from tests.kernels.prepare_on_cpu import SOURCE, calls_on_cpu  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
-    return PrepareOnCpu(tmp_path_factory.mktemp("prepare"))
+    return calls_on_cpu(tmp_path_factory.mktemp("prepare"))
 
 
 def exact(q, k, g, beta, scale) -> tuple[torch.Tensor, ...]:
@@ -49,9 +50,10 @@ def exact(q, k, g, beta, scale) -> tuple[torch.Tensor, ...]:
     ],
     ids=str,
 )
-def test_its_results(on_cpu, shape, hard):
-    q, k, _, g, beta = delta_rule_inputs(*shape, 96, 192, dtype=torch.bfloat16, **hard)
-    found, truth = on_cpu.prepare(q, k, g, beta, 0.1, chunks_of(g)), exact(q, k, g, beta, 0.1)
+def test_its_results(on_cpu, shape, hard, monkeypatch):
+    monkeypatch.setattr(cuda_op, "_call", on_cpu)
+    q, k, v, g, beta = delta_rule_inputs(*shape, 96, 192, dtype=torch.bfloat16, **hard)
+    found, truth = cuda_op.prepare(q, k, g, beta, 0.1, Chunks.of(v, None), False), exact(q, k, g, beta, 0.1)
     for name, tolerance, x in zip("APG", (4e-4, 3e-3, 1e-6), truth):
         assert relative_error(getattr(found, name), x) < tolerance, name
     assert (found.A.triu(1) == 0).all()

@@ -19,6 +19,8 @@ from megatron_hybrid.parallel.environment import free_port
 
 NODES = ("first", "second")
 DAEMONS = ("munged", "slurmctld", "slurmd")
+PORTS = range(32000, 32768)
+"""Of daemons: neither where ranks meet nor what Linux hands out."""
 # cred_expire is also how long a requeued job waits before it may start again (120 s by default). FirstJobId: where ranks meet
 # depends on the job's number, and another cluster's jobs may run on this machine.
 CONFIG = """
@@ -77,7 +79,7 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder, self._daemons = folder, []
         folder.chmod(0o755)  # munged insists
-        ports = [free_port() for _ in range(3)]
+        ports = [free_port(PORTS[i::3]) for i in range(3)]  # no two alike
         (folder / "state").mkdir()
         config = CONFIG.format(
             user=getpass.getuser(), folder=folder, ports=ports, nodes=NODES, cpus=os.cpu_count(),

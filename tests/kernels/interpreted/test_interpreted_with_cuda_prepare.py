@@ -1,19 +1,21 @@
 """What runs on Hopper without documents: `prepare` in CUDA C++ (here on the CPU), then Triton's gradients of what scans left."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
-from hybrid_kernels.gated_delta_rule import autograd, gated_delta_rule, triton_op
+from hybrid_kernels.gated_delta_rule import autograd, cuda_op, gated_delta_rule, triton_op
 from hybrid_kernels.testing import delta_rule_inputs, relative_error
-from tests.kernels.prepare_on_cpu import PrepareOnCpu
+from tests.kernels.prepare_on_cpu import calls_on_cpu
 
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
-    return PrepareOnCpu(tmp_path_factory.mktemp("prepare"))
+    return calls_on_cpu(tmp_path_factory.mktemp("prepare"))
 
 
-def results(inputs, given, backend="triton", save="scores"):
+def results(inputs, given, backend, save="scores"):
     """o, the final state and all gradients."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     *tokens, initial = leaves
@@ -41,11 +43,11 @@ def test_results_and_gradients(length, heads, save, tolerance, hard, on_cpu, mon
     given = [torch.randn(1, length, heads, 192, dtype=torch.bfloat16), torch.randn(1, heads, 96, 192)]
     exact = results([x.double() for x in inputs], given, "torch")
 
-    called = []
-    monkeypatch.setattr(on_cpu, "prepare", lambda *args, run=on_cpu.prepare: called.append(1) or run(*args))
-    monkeypatch.setattr(autograd, "modules", lambda *_: (on_cpu, triton_op, 1))
-    ours = results(inputs, given, save=save)
-    assert len(called) == (2 if save == "inputs" else 1)
+    call = Mock(wraps=on_cpu)
+    monkeypatch.setattr(cuda_op, "_call", call)
+    monkeypatch.setattr(autograd, "modules", lambda *_: (cuda_op, triton_op, 1))
+    ours = results(inputs, given, "triton", save)
+    assert call.call_count == (2 if save == "inputs" else 1)
     names = ("o", "final", "q", "k", "v", "g", "beta", "initial")
     errors = {name: relative_error(x, y, floor=1e-2) for name, x, y in zip(names, ours, exact, strict=True)}
     assert max(errors.values()) < tolerance, errors
