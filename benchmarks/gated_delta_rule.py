@@ -3,20 +3,24 @@
 Errors are relative RMS against fp64; both sides get the same bf16 inputs. Run on a Hopper GPU with
 flash-linear-attention 0.6.0 and, for its backward, TileLang installed.
 
-    --only REGEX    the parts whose name it finds: a shape ("H 15", "ragged"), "errors" or one of its cases ("errors T 1$")
+    --only REGEX    the parts whose name it finds: a shape ("H 15", "ragged"), "first use", "errors" or one of its cases
+                    ("errors T 1$")
     --flashqla      also FlashQLA at 128/128, which compiles for minutes; its times are scaled by the work
 """
 
 import argparse
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import time
 
 os.environ["FLA_FLASH_QLA"] = "0"  # the peer is fla's own kernels
 
 import torch  # noqa: E402
 from kernel_timing import cpu_ms, gpu_ms, kernels, write_gpu  # noqa: E402
-from report import row  # noqa: E402
+from report import bounded, row  # noqa: E402
 
 from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule  # noqa: E402
 from hybrid_kernels.testing import HARD_CASES, delta_rule_inputs, relative_error  # noqa: E402
@@ -149,6 +153,29 @@ def times(name, batch, length, heads, bounds=None) -> list[dict]:
     return rows
 
 
+def first_use(_) -> list[dict]:
+    """Seconds that a process's first forward and backward take where nothing has been compiled yet."""
+    rows = []
+    for backend in ("hopper", "triton"):
+        with tempfile.TemporaryDirectory() as cache:
+            command = [sys.executable, __file__, "--first", backend]
+            environment = os.environ | {"TRITON_CACHE_DIR": cache}
+            seconds = float(subprocess.check_output(command, env=environment, text=True))
+        metric = "first forward + backward, compiling included"
+        rows.append(bounded(f"B 1, T 8192, H 15, {backend}, nothing cached", metric, "s", seconds, 60))
+    return rows
+
+
+def first_seconds(backend: str) -> float:
+    inputs = random_inputs(*SHAPES[2], K, V)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    o = gated_delta_rule(*inputs, backend=backend)[0]
+    torch.autograd.grad(o, inputs, o)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def flashqla(name, batch, length, heads) -> list[dict]:
     """FlashQLA takes heads of 128/128 alone: what its design would give here is its time by the ratio of the work."""
     import flash_qla
@@ -170,9 +197,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
     parser.add_argument("--flashqla", action="store_true")
+    parser.add_argument("--first", help=argparse.SUPPRESS)
     options, _ = parser.parse_known_args()
+    if options.first:
+        print(first_seconds(options.first))
+        sys.exit()
     parts = {f"B {b}, T {t}, H {h}": (times, b, t, h) for b, t, h in SHAPES}
     parts["B 1, T 8192, H 30, ragged"] = (times, *SHAPES[0], RAGGED)
+    parts["first use"] = (first_use,)
     if options.flashqla:
         parts |= {f"B {b}, T {t}, H {h}, FlashQLA": (flashqla, b, t, h) for b, t, h in SHAPES[:2]}
     rows = []

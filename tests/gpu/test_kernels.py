@@ -18,13 +18,19 @@ TOLERANCES = dict(o=6e-3, final=6e-3, dq=8e-3, dk=8e-3, dv=8e-3, dg=2e-2, dbeta=
 DIVERGES = (
     "beta 1.99, cosine 1, gate"  # bf16 inputs alone are beyond the tolerances there: only fla's error bounds ours
 )
-HARDEST = {  # keys all alike and no decay: the errors of fla 0.6 are 1.4 to 2 times ours there, or without bound at beta 1.99
+HARDEST = {  # keys all alike and no decay: the errors of fla 0.6 are 1.4 to 2 times ours there, or without bound at beta 1.99.
+    # They are those of dg, as large as dg itself in some heads and a tenth of it in others: hence as many heads as the model has.
     "beta U(0,2), cosine 1, gate 0": 15.0,
     "beta U(0,2), cosine 1, gate -0.001": 20.0,
     "beta 1.99, cosine 1, gate 0": 150.0,
     "beta 1.99, cosine 1, gate -0.001": 150.0,
 }
 BACKENDS = ("hopper", "triton")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 def delta_rule(inputs, backend, final=True, **options):
@@ -62,8 +68,9 @@ def agree(inputs, backend, peer=False, scale=1.0, **options):
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 1000])
 @pytest.mark.parametrize("key_heads, heads, key_dim, value_dim", [(2, 2, 96, 192), (1, 2, 128, 128), (1, 1, 64, 64)])
 def test_gated_delta_rule(backend, length, key_heads, heads, key_dim, value_dim):
-    inputs = delta_rule_inputs(2, length, key_heads, heads, key_dim, value_dim, dtype=torch.bfloat16, device="cuda")
-    agree([*inputs, torch.randn(2, heads, key_dim, value_dim, device="cuda")], backend)
+    batch = 64 if length == 1 else 2  # of two numbers chance decides the relative error
+    inputs = delta_rule_inputs(batch, length, key_heads, heads, key_dim, value_dim, dtype=torch.bfloat16, device="cuda")
+    agree([*inputs, torch.randn(batch, heads, key_dim, value_dim, device="cuda")], backend)
 
 
 @pytest.mark.parametrize("key_dim", [64, 96, 128, 192, 256])
@@ -76,7 +83,7 @@ def test_gated_delta_rule_of_every_width(key_dim, value_dim, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("hard", HARD_CASES)
 def test_gated_delta_rule_where_it_is_hard(backend, hard):
-    inputs = delta_rule_inputs(1, 512, 2, 2, 96, 192, dtype=torch.bfloat16, device="cuda", **HARD_CASES[hard])
+    inputs = delta_rule_inputs(1, 512, 30, 30, 96, 192, dtype=torch.bfloat16, device="cuda", **HARD_CASES[hard])
     agree(inputs, backend, scale=HARDEST.get(hard, 2.5 if "1.99" in hard else 1.0))
 
 

@@ -20,8 +20,8 @@ COMPILED = [Path(__file__).with_name(f"hopper_{name}.cu") for name in ("prepare"
 SOURCES = [*COMPILED, *sorted(Path(__file__).parent.glob("hopper_*.cuh"))]
 OPTIONS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC"]
 POINTERS = ("G", "begin", "end", "out", "cu", "first_chunk")
-SEGMENTS = 4
-"""From so many on, sequences are cut: at 15 heads one pass of these scans is faster than two of Gluon's over three segments."""
+PROCESSORS_A_BLOCK = 3.5
+"""From so many on, sequences are cut: at 15 heads one pass of these scans is faster than two of Gluon's over segments, at 8 not."""
 COUNTS = ("length", "chunks", "segments", "heads", "key_heads", "values")
 
 
@@ -53,10 +53,10 @@ def missing(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -
 
 def slower_scans(q: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why Gluon's scans are faster than those here, where they were measured to be, or None."""
-    segments = segments_of(v, q.shape[-1], None)
-    if segments >= SEGMENTS:
-        return f"two passes over {segments} segments of each sequence take less time than one over all of it"
     blocks, room = v.shape[0] * v.shape[2] * (v.shape[3] // 64), processors(v.device)
+    segments = segments_of(v, q.shape[-1], None)
+    if segments > 1 and room >= PROCESSORS_A_BLOCK * blocks:
+        return f"two passes over {segments} segments of each sequence take less time than one over all of it"
     if room < blocks <= 2 * room:
         return f"{blocks} blocks are one round on {room} multiprocessors, and two of CUDA's"
     return None

@@ -8,7 +8,7 @@ R[i, i] / beta_i^2. The gradient of G needs no [64, 64] sums: it is q.dq plus k 
 import triton
 import triton.language as tl
 
-from ..triton_support import exp2, tile_count, tile_width
+from ..triton_support import exp2, store_rows_in_place, tile_count, tile_width
 from .triton_prepare import at_least, chunk_span
 
 
@@ -70,9 +70,9 @@ def _part(
     dG = tl.sum(q_f * dq_t + k_f * (early - late), 1)
     last = tl.sum(tl.sum(k_f * to_end, 1), 0) + tl.sum(kept, 0) * exp2(G_end)
     tl.store(dg + (start + t) * H + i_h, tl.cumsum(dG, 0, reverse=True) + last, mask=valid)
-    at = ((start + t) * H + i_h)[:, None] * K + offset + tl.arange(0, WIDTH)[None, :]
-    tl.store(dq + at, dq_t.to(dq.dtype.element_ty), mask=valid[:, None])
-    tl.store(dk + at, (early + late).to(dk.dtype.element_ty), mask=valid[:, None])
+    at = (start * H + i_h) * K + offset
+    store_rows_in_place(dq + at, t * (H * K), dq_t.to(dq.dtype.element_ty), valid)
+    store_rows_in_place(dk + at, t * (H * K), (early + late).to(dk.dtype.element_ty), valid)
 
 
 @triton.jit(do_not_specialize=["T", "NT", "one"])

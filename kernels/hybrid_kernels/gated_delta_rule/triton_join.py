@@ -87,14 +87,17 @@ def join(ends, transitions, given, shape, segments, *, reverse, last):
 def segments_that_pay(tiles: int, chunks: int, processors: int) -> int:
     """Into how many segments to cut every sequence of `chunks` chunks, where scans run `tiles` programs without.
 
-    A scan is a chain: below a third of the processors it takes as long as with all of them. Cutting costs a second, lighter
-    pass with (V + K) / V as many programs, so two segments never pay. A segment has at least 16 chunks.
+    A scan is a chain, as long with few programs as with one a processor, and twice as long with one more than that: what
+    counts are rounds of programs times chunks of each. Cutting costs a second, lighter pass and `join`. A segment has at
+    least 16 chunks.
     """
-    segments = min((2 * processors + tiles) // (2 * tiles), chunks // 16, 8)
-    if segments < 3:
-        return 1
-    per = -(-chunks // segments)
-    return -(-chunks // per)  # none is empty
+
+    def steps(segments: int) -> float:
+        rounds, per = -(-tiles * segments // max(processors, 1)), -(-chunks // segments)
+        return rounds * per if segments == 1 else 1.5 * rounds * per + 4 * segments
+
+    best = min(range(1, max(1, min(8, chunks // 16)) + 1), key=steps)
+    return -(-chunks // -(-chunks // best))  # none is empty
 
 
 @torch.compiler.assume_constant_result

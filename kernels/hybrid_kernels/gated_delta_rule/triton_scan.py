@@ -64,7 +64,9 @@ def forward_scan_kernel(
         for i in tl.static_range(tile_count(K)):
             cols = 64 * i + tl.arange(0, tile_width(K, i))
             S = S + (tl.load(initial + state_at + cols[None, :] * V + rows_v[:, None]).to(tl.float32),)
-    v_next = _values(v, start, end, i_h, cols_v, H, V)  # a chunk ahead by hand: the compiler does so for products only
+    # v^T as a product, which is exact: a change of layout would go through shared memory in four parts with two barriers each,
+    # and the compiler fetches ahead what products read.
+    one = tl.where(rows_v[:, None] == t[None, :], 1.0, 0.0).to(dtype)
     for c in range(count):
         token = start + c * 64
         valid = token + t < end
@@ -73,8 +75,7 @@ def forward_scan_kernel(
         key = (token * HK + i_h // (H // HK)) * K
         k_tiles = load_tiles(k + key, t, valid, HK * K, K)
         value = (token * H + i_h) * V
-        v_t = v_next
-        v_next = _values(v, token + 64, end, i_h, cols_v, H, V)
+        v_t = _values(v, token, end, i_h, cols_v, H, V)
         a = tl.load(A + square)
         G_t, G_end = tl.load(G + tile * 64 + t), tl.load(G + tile * 64 + 63)
 
@@ -82,7 +83,8 @@ def forward_scan_kernel(
         predicted = tl.zeros([64, 64], tl.float32)  # [v, t]: what the state already holds for each key
         for i in tl.static_range(tile_count(K)):
             predicted = tl.dot(S_low[i], tl.trans(k_tiles[i]), predicted, input_precision="ieee")
-        rest, power = half_rows(tl.trans(v_t).to(tl.float32) - predicted * exp2(G_t)[None, :], dtype)
+        given = tl.dot(one, tl.trans(v_t), input_precision="ieee")
+        rest, power = half_rows(given - predicted * exp2(G_t)[None, :], dtype)
         new = tl.dot(rest, tl.trans(a), input_precision="ieee") * power[:, None]
 
         if WITH_STATES:

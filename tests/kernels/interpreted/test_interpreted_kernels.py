@@ -81,8 +81,9 @@ def test_segments_that_pay():
     from hybrid_kernels.gated_delta_rule.triton_join import segments_that_pay
 
     assert segments_that_pay(tiles=90, chunks=128, processors=132) == 1  # 30 heads: the GPU is full enough
-    assert segments_that_pay(tiles=45, chunks=128, processors=132) == 3
-    assert segments_that_pay(tiles=45, chunks=40, processors=132) == 1  # a segment would be too short
+    assert segments_that_pay(tiles=45, chunks=128, processors=132) == 5  # 3 would be two rounds, for 135 programs
+    assert segments_that_pay(tiles=24, chunks=128, processors=132) == 5  # one round
+    assert segments_that_pay(tiles=45, chunks=31, processors=132) == 1  # a segment would be too short
     assert segments_that_pay(tiles=24, chunks=128, processors=0) == 1
     for chunks in range(48, 300):
         count = segments_that_pay(24, chunks, 132)
