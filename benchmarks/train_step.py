@@ -69,6 +69,7 @@ KINDS = {  # of kernels, by parts of their names; the first that fits
     "waiting for other stages": ("pipeline",),
     "communication": ("nccl", "userbuffers", "ptop"),
     "attention": ("fmha", "flash", "cudnn_generated", "sdpa"),
+    "SwiGLU": ("gated_act", "swiglu", "gated_kernel", "silu_split"),
     "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "cublas"),
     "delta rule": ("forward_scan", "reverse_scan", "prepare_kernel", "gradients_kernel", "join"),
     "convolution and gates": ("conv_gates",),

@@ -17,13 +17,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.model.attention import SelfAttention, SelfAttentionSubmodules
 from megatron_hybrid.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
-from megatron_hybrid.model.mlp import SwiGLU
 from megatron_hybrid.model.norms import RowParallelLinearWithNorm
 from megatron_hybrid.model.parts import Parts
 
 
-def _mlp(linear_fc1, linear_fc2) -> partial:
-    return partial(SwiGLU.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2))
+def _mlp(parts: Parts, linear_fc1, linear_fc2) -> partial:
+    return partial(parts.mlp.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2))
 
 
 def gdn_layer_spec(model: ModelConfig, parts: Parts) -> ModuleSpec:
@@ -42,7 +41,7 @@ def gdn_layer_spec(model: ModelConfig, parts: Parts) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=_mlp(linear, parts.row_linear),
+            mlp=_mlp(parts, linear, parts.row_linear),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -64,7 +63,7 @@ def attention_layer_spec(model: ModelConfig, parts: Parts) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp,
-            mlp=_mlp(parts.column_linear, row_with_norm),
+            mlp=_mlp(parts, parts.column_linear, row_with_norm),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model.attention import ScaledDotProductAttention
+from megatron_hybrid.model.mlp import SwiGLU
 from megatron_hybrid.model.norms import RMSNorm
 from megatron_hybrid.parallel.device import has_cuda
 from megatron_hybrid.precision.support import check_support
@@ -26,6 +27,7 @@ class Parts:
     attention: type
     plain_attention: type
     """The same in train.dtype: what FP8 attention is held against."""
+    mlp: type[SwiGLU]
 
 
 LOCAL = Parts(
@@ -36,6 +38,7 @@ LOCAL = Parts(
     RMSNorm,
     ScaledDotProductAttention,
     ScaledDotProductAttention,
+    SwiGLU,
 )
 
 
