@@ -43,11 +43,14 @@ class Layers:
         return seconds * self.hardware.factor("host")
 
     def _waits(self, way: str) -> int:
-        """Collectives of a layer among tensor parallel ranks; those of parallel.tp_comm_overlap are part of its products."""
+        """Collectives of a layer among tensor parallel ranks. With parallel.tp_comm_overlap its exchanges are part of its products,
+        and FP8's scales of what is exchanged are left."""
         plan = self.plan
-        if plan.tp == 1 or plan.parallel.tp_comm_overlap:
+        if plan.tp == 1:
             return 0
-        scales = 2 if plan.precision.linear == "fp8_tensorwise" else 0  # each way, of what is exchanged
+        scales = 2 if plan.precision.linear == "fp8_tensorwise" else 0
+        if plan.parallel.tp_comm_overlap:
+            return scales
         if not plan.parallel.sequence_parallel_on:
             return 2 + scales
         return {"forward": 4, "backward": 6}[way] + scales

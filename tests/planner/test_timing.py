@@ -1,11 +1,14 @@
 """Step times: what parts there are, and how they move with a layout."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_hybrid.config.flops import training_flops_per_token
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.hardware import load
+from megatron_hybrid.planner.layer_time import Layers
 from megatron_hybrid.planner.timing import Clock
 from tests.planner.test_memory import MODEL, plan
 
@@ -64,6 +67,21 @@ def test_fp8_speeds_up_products_alone():
     bf16 = CLOCK.step(plan())
     assert CLOCK.step(fp8).parts["products"] < 0.8 * bf16.parts["products"]
     assert CLOCK.step(fp8).parts["delta rule"] == bf16.parts["delta rule"]
+
+
+def test_launches_of_a_layer_count_the_collectives_that_are_left():
+    """parallel.tp_comm_overlap takes the exchanges into the products; tensorwise FP8's scales are all-reduced all the same."""
+
+    def host(linear=None, **parallel) -> float:
+        one = replace(plan(**parallel), precision=PrecisionConfig(linear=linear))
+        return Layers(one, CLOCK.hardware).host("forward") - CLOCK.hardware.host_layer
+
+    one = CLOCK.hardware.host_collective
+    assert host() == 0
+    assert host(tp=4) == pytest.approx(4 * one)
+    assert host("fp8_tensorwise", tp=4) == pytest.approx(6 * one)
+    assert host("fp8_tensorwise", tp=4, tp_comm_overlap=True) == pytest.approx(2 * one)
+    assert host(tp=4, tp_comm_overlap=True) == host("fp8_delayed", tp=4, tp_comm_overlap=True) == 0
 
 
 def vars_of(one) -> dict:
