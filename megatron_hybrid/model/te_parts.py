@@ -7,7 +7,8 @@ would ask Apex's kernel of its output layer as well, so only these parts get it.
 import copy
 
 import torch
-import transformer_engine_torch as kernels
+import transformer_engine.pytorch as te
+import transformer_engine_torch as kernels  # which te loads
 from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
@@ -16,7 +17,6 @@ from megatron.core.extensions.transformer_engine import (
     TENorm,
     TERowParallelLinear,
 )
-from transformer_engine.pytorch import fp8_autocast
 
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model.mlp import SwiGLU
@@ -65,7 +65,7 @@ class Fp8Attention(TEDotProductAttention):
 
     def forward(self, *args, **kwargs):
         group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
-        with fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=group):
+        with te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=group):
             return super().forward(*args, **kwargs)
 
 
