@@ -96,11 +96,7 @@ def measure(rule, inputs, do) -> dict:
     def both():
         torch.autograd.grad(rule(), inputs, do)
 
-    start = time.perf_counter()
-    both()
-    torch.cuda.synchronize()
-    out = {"first": time.perf_counter() - start}
-    out |= {"forward": gpu_ms(forward), "forward + backward": gpu_ms(both), "cpu": cpu_ms(both)}
+    out = {"forward": gpu_ms(forward), "forward + backward": gpu_ms(both), "cpu": cpu_ms(both)}
     launched = kernels(both)
     print({name: round(us) for name, (_, us) in launched.items() if us > 5}, flush=True)
     out["kernels"] = sum(count for count, _ in launched.values())
@@ -142,7 +138,6 @@ def times(name, batch, length, heads, bounds=None) -> list[dict]:
             ("launch time, forward + backward", "ms", "cpu"),
             ("kernels, forward + backward", "launches", "kernels"),
             ("saved for the backward beside the inputs", "bytes a token", "saved"),
-            ("first forward + backward, what is not on disk compiled and tuned", "s", "first"),
         ):
             rows.append(row(case, metric, unit, ours[key], peer[key], "fla 0.6"))
         # every input read once and every result written once, each way

@@ -65,8 +65,12 @@ def test_every_dependency_has_a_pin():
 
 
 def test_what_is_imported_is_required():
-    names = {"yaml": "pyyaml", "megatron": "megatron-core", "pydantic_core": "pydantic"}
-    names["transformer_engine_torch"] = "transformer-engine"  # in its extra "pytorch"
+    names = {
+        "yaml": "pyyaml",
+        "megatron": "megatron-core",
+        "pydantic_core": "pydantic",
+        "transformer_engine_torch": "transformer-engine",  # in its extra "pytorch"
+    }
     own = {"megatron_hybrid", "hybrid_kernels"}
     required = {r.name.lower().replace("-", "_") for group in requirements().values() for r in group}
     required |= {"fla", "triton"}  # flash-linear-attention's package; torch brings Triton

@@ -54,9 +54,10 @@ def missing(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -
 def slower_scans(q: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why Gluon's scans are faster than those here, where they were measured to be, or None."""
     blocks, room = v.shape[0] * v.shape[2] * (v.shape[3] // 64), processors(v.device)
-    segments = segments_of(v, q.shape[-1], None)
-    if segments > 1 and room >= PROCESSORS_A_BLOCK * blocks:
-        return f"two passes over {segments} segments of each sequence take less time than one over all of it"
+    if room >= PROCESSORS_A_BLOCK * blocks:
+        segments = segments_of(v, q.shape[-1], None)
+        if segments > 1:
+            return f"two passes over {segments} segments of each sequence take less time than one over all of it"
     if room < blocks <= 2 * room:
         return f"{blocks} blocks are one round on {room} multiprocessors, and two of CUDA's"
     return None
