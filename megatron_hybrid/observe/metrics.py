@@ -1,7 +1,8 @@
-"""metrics.jsonl: one JSON object a step, in ascending steps, each step once, through crashes and resumes.
+"""metrics.jsonl: one JSON object per step, in ascending steps, each step once, through crashes and resumes.
 
-A line is written with one system call and never waits in a buffer of ours, so a killed process loses at most the line
-it was writing. A value that is not finite is written as null: NaN is not JSON.
+A line is written with one system call and without a buffer, so a killed process loses at most the line it was writing.
+A value that is not finite is written as null: NaN is not JSON. What a file system or a second writer left between the
+lines is moved to `metrics.jsonl.damaged` when a run resumes.
 """
 
 import json
@@ -22,30 +23,63 @@ def plain(value: Any) -> Any:
 
 
 def read_metrics(path: Path | str) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl, also of one that is being written: an unfinished last line is left out.
+    """Return the records of a metrics.jsonl, also of one that is being written: an unfinished last line is left out.
 
     Raises:
         ValueError: a line other than the last is not a JSON object with a step.
     """
-    for _, record in _lines(Path(path)):
-        yield record
+    torn = None
+    for number, _, record in _lines(Path(path)):
+        if torn is not None:
+            raise ValueError(f"{path}, line {torn} is not a JSON object with a step: the file is damaged")
+        if record is None:
+            torn = number
+        else:
+            yield record
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Offset and record of each line; ends before a torn last one."""
-    offset, torn = 0, None
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """Number, bytes and record of each line; the record is None where it is no JSON object with a step."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if torn is not None:
-                raise ValueError(f"{path}, line {torn} is not a JSON object with a step: the file is damaged")
             try:
                 record = json.loads(line)
-                record["step"] + 0  # a number
-            except (ValueError, TypeError, KeyError):
-                torn = number
-                continue
-            yield offset, record
-            offset += len(line)
+                whole = isinstance(record, dict) and type(record.get("step")) in (int, float)
+            except (ValueError, RecursionError):
+                whole = False
+            yield number, line, record if whole else None
+
+
+def unused_name(path: Path) -> Path:
+    """Return `path`, or the first of `path-2`, `path-3`, ... that does not exist."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def repair(path: Path) -> str:
+    """Move lines that are no records, or whose step is not above the one before, to a file of their own.
+
+    Returns:
+        What was moved where.
+    """
+    kept: list[bytes] = []
+    damaged: list[bytes] = []
+    step: float = -1
+    for _, line, record in _lines(path):
+        if record is None or record["step"] <= step:
+            damaged.append(line)
+        else:
+            kept.append(line)
+            step = record["step"]
+    aside = unused_name(path.with_name(path.name + ".damaged"))
+    aside.write_bytes(b"".join(damaged))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(kept))
+    os.replace(temporary, path)
+    return f"{path} was damaged: moved {len(damaged)} lines to {aside.name}"
 
 
 class MetricsWriter:
@@ -55,22 +89,38 @@ class MetricsWriter:
         path: the file; made if missing.
         start_step: the last step that is kept, that of the checkpoint a run resumes from. Later lines, which the
             resumed run will write again, are dropped. At 0 a new run begins: an earlier file is kept as `<path>.old`.
+
+    `repaired` says what was moved aside because the file was damaged.
     """
 
     def __init__(self, path: Path | str, start_step: int = 0) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if start_step == 0 and self.path.exists() and self.path.stat().st_size:
-            self.path.replace(self.path.with_name(self.path.name + ".old"))
+        if self.path.exists() and (self.path.is_dir() or (start_step == 0 and self.path.stat().st_size)):
+            self.path.replace(unused_name(self.path.with_name(self.path.name + ".old")))
         self.path.touch()
+        self.repaired = None if self._find_end(start_step) else repair(self.path)
+        if self.repaired:
+            self._find_end(start_step)
+        self._fd = os.open(self.path, os.O_RDWR)
+        self._put(self._last)  # drops later steps and a torn line alike
+
+    def _find_end(self, start_step: int) -> bool:
+        """Find the last line that is kept. Return False where a line before it is damaged or out of order."""
         self._offset = self._end = 0  # of the last line
         self._last: dict[str, Any] = {}
-        for offset, record in _lines(self.path):
+        offset, torn = 0, False
+        for _, line, record in _lines(self.path):
+            if torn or (record is not None and self._last and record["step"] <= self._last["step"]):
+                return False
+            if record is None:
+                torn = True
+                continue
             if record["step"] > start_step:
                 break
             self._offset, self._last = offset, record
-        self._fd = os.open(self.path, os.O_RDWR)
-        self._put(self._last)  # drops later steps and a torn line alike
+            offset += len(line)
+        return True
 
     @property
     def last_step(self) -> int | None:

@@ -27,6 +27,7 @@ class RunLogger:
         rank: of this process in the world.
         total_steps: of the whole run, for the ETA.
         start_step, start_tokens: where the checkpoint left off that the run resumes from; lines beyond are dropped.
+        continues: whether what was logged in this folder before belongs to the run. If not, W&B gets a new run.
         flops_per_token: the model's, forward and backward; None: neither TFLOP/s nor MFU.
         num_devices: the world size.
         device_name: as `torch.cuda.get_device_name` gives it; None: the ranks run on CPU.
@@ -46,6 +47,7 @@ class RunLogger:
         total_steps: int,
         start_step: int = 0,
         start_tokens: int = 0,
+        continues: bool = True,
         flops_per_token: float | None = None,
         num_devices: int = 1,
         device_name: str | None = None,
@@ -63,9 +65,11 @@ class RunLogger:
             return
         self._metrics = MetricsWriter(self.run_dir / "metrics.jsonl", start_step)
         self._curve = Curve.read(self._metrics.path)
-        self._sinks = make_sinks(config, self.run_dir, start_step, settings)
+        self._sinks = make_sinks(config, self.run_dir, start_step, settings, continues)
         self._record: dict[str, Any] = {"step": start_step}
         self._console = make_console(total_steps, start_step, every=console_every)
+        if self._metrics.repaired:
+            self.info(self._metrics.repaired)
         if self._cuda and flops_per_token is not None and self._peak is None:
             self.info(f"no MFU: the peak of {device_name!r} is not known; set logging.peak_tflops (dense bf16 TFLOP/s)")
 

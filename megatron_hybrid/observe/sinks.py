@@ -36,9 +36,17 @@ def check_sinks(config: LoggingConfig) -> None:
 
 
 def make_sinks(
-    config: LoggingConfig, run_dir: Path, start_step: int = 0, settings: Mapping[str, Any] | None = None
+    config: LoggingConfig,
+    run_dir: Path,
+    start_step: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    continues: bool = True,
 ) -> list[Sink]:
-    """The sinks a config asks for, in run_dir. On resuming at start_step, what they hold beyond it is overwritten.
+    """Make the sinks that a configuration asks for, in run_dir. On resuming at start_step, what they hold beyond it is
+    overwritten.
+
+    Args:
+        continues: whether what they hold belongs to this run. If not, W&B gets a new run.
 
     Raises:
         UserError: as check_sinks.
@@ -48,7 +56,7 @@ def make_sinks(
     if config.tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", start_step))
     if config.wandb_project is not None:
-        sinks.append(WandbSink(config.wandb_project, run_dir, settings))
+        sinks.append(WandbSink(config.wandb_project, run_dir, settings, continues))
     return sinks
 
 
@@ -70,9 +78,11 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run that a resumed run goes on with: its id is kept in `wandb_id`."""
+    """A Weights & Biases run. Its ID is kept in `wandb_id`, and a resumed run continues it."""
 
-    def __init__(self, project: str, run_dir: Path, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, project: str, run_dir: Path, settings: Mapping[str, Any] | None = None, continues: bool = True
+    ) -> None:
         import wandb
 
         known = run_dir / "wandb_id"
@@ -80,7 +90,7 @@ class WandbSink:
             project=project,
             name=run_dir.resolve().name,
             dir=str(run_dir),
-            id=known.read_text().strip() if known.exists() else None,
+            id=(known.read_text().strip() or None) if continues and known.exists() else None,
             resume="allow",
             config=dict(settings or {}),
         )

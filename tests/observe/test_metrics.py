@@ -79,6 +79,29 @@ def test_damage_in_the_middle_is_an_error(path):
         list(read_metrics(path))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"\0" * 40 + b"\n", b"\xff\xfe\n", b"[1]\n", b'{"step": "2"}\n', b"[" * 10_000 + b"\n", b'{"step": 1}\n', b"\n"],
+    ids=["zeros", "not UTF-8", "a list", "step is text", "nested too deep", "a second writer", "empty"],
+)
+def test_a_run_that_resumes_moves_damage_aside(path, damage):
+    write(path, [1, 2, 3])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], damage, lines[2]]))
+    with MetricsWriter(path, start_step=3) as writer:
+        assert "moved 1 lines to metrics.jsonl.damaged" in writer.repaired
+        writer.write({"step": 4})
+    assert path.read_bytes() == b"".join(lines) + b'{"step": 4}\n'
+    assert path.with_name("metrics.jsonl.damaged").read_bytes() == damage
+
+
+def test_no_earlier_file_is_replaced(path):
+    for number in range(3):
+        write(path, [1], number=number)
+    old = [path.with_name(name) for name in ("metrics.jsonl.old", "metrics.jsonl.old-2")]
+    assert [next(read_metrics(file))["number"] for file in (*old, path)] == [0, 1, 2]
+
+
 def test_values_of_the_same_step_join_its_line(path):
     with MetricsWriter(path) as writer:
         writer.write({"step": 1, "loss": 0.123456789})

@@ -152,16 +152,18 @@ def test_wandb(tmp_path, monkeypatch):
     fake.__spec__ = types.SimpleNamespace(name="wandb")
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = LoggingConfig(tensorboard=False, plot_interval=0, wandb_project="mine")
-    for start in (0, 2):
-        with RunLogger(config, tmp_path, 0, total_steps=4, start_step=start, settings={"a": 1}) as logger:
+    for start, continues in ((0, False), (2, True), (1, False)):
+        common = dict(total_steps=4, start_step=start, settings={"a": 1}, continues=continues)
+        with RunLogger(config, tmp_path, 0, **common) as logger:
             train(logger, start + 1, 4)
     inits = [c[1] for c in calls if c[0] == "init"]
-    assert [i["id"] for i in inits] == [None, "abc123"] and inits[0]["project"] == "mine"
+    assert [i["id"] for i in inits] == [None, "abc123", None], "a run that is new or rewound does not join the one before"
+    assert inits[0]["project"] == "mine"
     assert inits[0]["config"] == {"a": 1} and inits[0]["resume"] == "allow"
     logs = [c[1] for c in calls if c[0] == "log"]
-    assert [values["step"] for values in logs] == [1, 2, 3, 4, 3, 4]
+    assert [values["step"] for values in logs] == [1, 2, 3, 4, 3, 4, 2, 3, 4]
     assert all(isinstance(v, int | float) for v in logs[0].values())
-    assert [c for c in calls if c[0] == "finish"] == [("finish",)] * 2
+    assert [c for c in calls if c[0] == "finish"] == [("finish",)] * 3
 
 
 def test_the_file_is_json_to_anyone(tmp_path):
