@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,10 +86,9 @@ def check_restarts(run_dir: Path, step: int, env: Mapping[str, str] = os.environ
     record = run_dir / RECORD
     restart, job = int(env.get("SLURM_RESTART_COUNT") or 0), env.get("SLURM_JOB_ID", "")
     vain = 0
-    if restart > 0 and record.exists():
-        last = json.loads(record.read_text())
-        if last["job"] == job and last["step"] == step:
-            vain = last["restarts_without_a_step"] + 1
+    last = _read_record(record) if restart > 0 else {}
+    if (last.get("job"), last.get("step")) == (job, step):
+        vain = last["restarts_without_a_step"] + 1
     if vain > MOST_RESTARTS:
         raise RestartError(
             f"job {job} has restarted {MOST_RESTARTS} times without a step beyond {step}; the log of the attempts tells "
@@ -96,5 +96,22 @@ def check_restarts(run_dir: Path, step: int, env: Mapping[str, str] = os.environ
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"job": job, "step": step, "restarts_without_a_step": vain}) + "\n")
+    with open(temporary, "w") as file:
+        file.write(json.dumps({"job": job, "step": step, "restarts_without_a_step": vain}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, record)
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    """Return the record of the attempt before; empty where there is none. A damaged one is reported and ignored."""
+    try:
+        last = json.loads(record.read_text())
+        if type(last["restarts_without_a_step"]) is int:
+            return last
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    print(f"{record} is damaged: restarts are counted from 0 again", flush=True)
+    return {}
