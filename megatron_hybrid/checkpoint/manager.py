@@ -1,5 +1,6 @@
-"""A run's checkpoints: which there are, which to resume from, which to keep."""
+"""A run's checkpoints: listing, finding, saving, loading and removing them."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_hybrid.config.run import CheckpointConfig
 from megatron_hybrid.config.tensors import model_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
+_SAVING, _DELETING = ".saving-", ".deleting-"
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -52,8 +54,45 @@ def find_checkpoint(load: str, root: Path) -> Path | None:
     )
 
 
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint. It is renamed first: one that is half removed must not look complete."""
+    doomed = folder.with_name(_DELETING + folder.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_remains(root: Path) -> list[str]:
+    """Remove what killed saves and removals left behind, and return the names. The run's lock must be held."""
+    remains = [path for prefix in (_SAVING, _DELETING) for path in root.glob(f"{prefix}step-*")]
+    for path in remains:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    return sorted(path.name for path in remains)
+
+
+def check_same_tensors(folder: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
+    """Check that a checkpoint's model has the tensors of this run's.
+
+    Raises:
+        CheckpointError: names the first field that differs.
+    """
+    if model_tensors(mine) == model_tensors(theirs):
+        return
+    ours, other = (
+        m.model_dump() | {"layer_pattern": "".join(m.layers), "head_dim": m.attention_head_dim} for m in (mine, theirs)
+    )
+    field = next(name for name, value in ours.items() if other[name] != value)
+    raise CheckpointError(f"{folder}: model.{field} is {other[field]!r} there and {ours[field]!r} in this run")
+
+
 class CheckpointManager:
-    """Saves, loads and tidies one run's checkpoints under `root`. Every rank calls the same methods."""
+    """Saves, loads and removes one run's checkpoints under `root`. Every rank calls the same methods.
+
+    Only checkpoints of this run are ever removed: those in `own`, and those it saves itself.
+    """
 
     def __init__(
         self, config: CheckpointConfig, root: Path, collector: Collector, model: dict[str, Any], run: dict[str, Any]
@@ -61,6 +100,8 @@ class CheckpointManager:
         self.config, self.root, self.collector = config, root, collector
         self.model, self.run = model, run
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.own: list[Path] = []
+        """This run's checkpoints, oldest first."""
         self._writes = AsyncWrites()
 
     def save(self, step: int, state: dict[str, Any], extra: dict[str, torch.Tensor]) -> Path:
@@ -71,7 +112,7 @@ class CheckpointManager:
         """
         self._writes.wait()
         target = self.root / f"step-{step:08d}"
-        folder = self.root / f".saving-{target.name}"
+        folder = self.root / f"{_SAVING}{target.name}"
         if self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -95,17 +136,20 @@ class CheckpointManager:
         write_rank(folder, self.rank, shards, extra)
         if self.rank == 0:
             finish(folder, target, Index(self.model, self.run, state), self.world_size)
-            self._tidy()
+            self.own = [*(other for other in self.own if other != target), target]
+            self._remove_old()
 
-    def _tidy(self) -> None:
-        """Remove all but the last `keep_last` and every `keep_every`-th."""
+    def _remove_old(self) -> None:
+        """Remove this run's checkpoints but the last `keep_last` and every `keep_every`-th."""
         keep_last, keep_every = self.config.keep_last, self.config.keep_every
         if keep_last is None:
             return
-        for folder in complete_checkpoints(self.root)[:-keep_last]:
+        for folder in self.own[:-keep_last]:
             step = checkpoint_step(folder)
             if not (keep_every and step and step % keep_every == 0):
-                shutil.rmtree(folder)
+                self.own.remove(folder)
+                if folder.is_dir():
+                    remove_checkpoint(folder)
 
     def load(self, folder: Path, weights_only: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
         """Load weights and, unless it is only they that are wanted, the optimizer where the checkpoint has one.
@@ -117,7 +161,7 @@ class CheckpointManager:
             CheckpointError: another model's checkpoint, naming the first field that differs.
         """
         with CheckpointReader(folder) as reader:
-            self._check_model(folder, ModelConfig(**reader.index.model))
+            check_same_tensors(folder, ModelConfig(**reader.index.model), ModelConfig(**self.model))
             self.collector.load_weights(reader)
             if weights_only:
                 self.collector.load_masters(reader)
@@ -132,18 +176,6 @@ class CheckpointManager:
                 extra = reader.local_tensors(self.rank)
         dist.barrier()
         return state, extra
-
-    def _check_model(self, folder: Path, theirs: ModelConfig) -> None:
-        """The checkpoint's model has this run's tensors. What has no part in their shapes (rope_theta) may differ."""
-        mine = ModelConfig(**self.model)
-        if model_tensors(mine) == model_tensors(theirs):
-            return
-        ours, other = (
-            m.model_dump() | {"layer_pattern": "".join(m.layers), "head_dim": m.attention_head_dim}
-            for m in (mine, theirs)
-        )
-        field = next(name for name, value in ours.items() if other[name] != value)
-        raise CheckpointError(f"{folder}: model.{field} is {other[field]!r} there and {ours[field]!r} in this run")
 
     def check(self) -> None:
         """Raise what went wrong in a background save, if anything did."""

@@ -113,10 +113,12 @@ def finish(folder: Path, target: Path, index: Index, world_size: int, timeout_s:
     check_complete(index, folder)
     for part in parts:
         part.unlink()
-    if target.exists():  # an earlier attempt at the same step: the new one replaces it whole
-        shutil.rmtree(target)
+    replaced = target.with_name(f".deleting-{target.name}")
+    if target.exists():  # an earlier attempt at the same step
+        os.replace(target, replaced)
     os.replace(folder, target)
     _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def check_complete(index: Index, folder: Path) -> None:

@@ -9,7 +9,13 @@ import torch
 
 from megatron_hybrid.checkpoint import writer
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, boxes_of_range, read_index
-from megatron_hybrid.checkpoint.manager import CheckpointManager, complete_checkpoints, find_checkpoint
+from megatron_hybrid.checkpoint.manager import (
+    CheckpointManager,
+    complete_checkpoints,
+    find_checkpoint,
+    remove_checkpoint,
+    remove_remains,
+)
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, file_sha256, finish, write_rank
 from megatron_hybrid.config.run import CheckpointConfig
@@ -168,8 +174,36 @@ def test_what_is_kept(tmp_path):
         write(tmp_path, step, one)
     manager = CheckpointManager.__new__(CheckpointManager)
     manager.root, manager.config = tmp_path, CheckpointConfig(interval=10, keep_last=2, keep_every=30)
-    manager._tidy()
+    manager.own = complete_checkpoints(tmp_path)
+    manager._remove_old()
     assert [p.name[-2:] for p in complete_checkpoints(tmp_path)] == ["30", "60", "70"]
+
+
+def test_checkpoints_of_another_run_are_neither_counted_nor_removed(tmp_path):
+    one = [[SavedShard("w", (2,), (0,), (2,), torch.zeros(2))]]
+    for step in range(10, 80, 10):
+        write(tmp_path, step, one)
+    manager = CheckpointManager.__new__(CheckpointManager)
+    manager.root, manager.config = tmp_path, CheckpointConfig(interval=10, keep_last=1)
+    manager.own = complete_checkpoints(tmp_path)[1:3]
+    manager._remove_old()
+    assert [p.name[-2:] for p in complete_checkpoints(tmp_path)] == ["10", "30", "40", "50", "60", "70"]
+
+
+def test_a_removal_that_is_killed_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
+    folder = write(tmp_path, 10, [[SavedShard("w", (2,), (0,), (2,), torch.zeros(2))]])
+
+    def killed(path, **_):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("megatron_hybrid.checkpoint.manager.shutil.rmtree", killed)
+        remove_checkpoint(folder)
+    assert not complete_checkpoints(tmp_path)
+    (tmp_path / ".saving-step-00000020").mkdir()
+    assert remove_remains(tmp_path) == [".deleting-step-00000010", ".saving-step-00000020"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_in_the_background_reaches_the_training_loop():
