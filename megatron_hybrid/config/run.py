@@ -21,20 +21,37 @@ class CheckpointConfig(Section):
     interval: PositiveInt | None = 1000
     """Steps between checkpoints; None: only the last."""
     keep_last: PositiveInt | None = 2
-    """Newest ones to keep; None: all."""
+    """Newest checkpoints of this run to keep; None: all."""
     keep_every: PositiveInt | None = None
-    """Keep those whose step is a multiple of this for good; a multiple of interval."""
+    """Keep checkpoints whose step is a multiple of this permanently; a multiple of interval."""
     async_save: bool = False
     """Write while training goes on."""
     load: str = Field("auto", min_length=1)
-    """`auto`: resume from the run's newest complete checkpoint, if any. `none`: start anew. Or a folder."""
+    """Where to start. `auto`: the run's newest complete checkpoint, or initial weights where it has none. `none`: initial
+    weights; an error where run_dir has checkpoints. A folder: that checkpoint. A run that began from another run's
+    checkpoint resumes its own. An earlier checkpoint of the run itself rewinds it: later ones are set aside, not deleted."""
 
     weights_only: bool = False
-    """Of the checkpoint that `load` names, take the weights alone: a new stage, with its own schedule, data and moments. The
-    run's own checkpoints are always resumed whole."""
+    """Take only the weights of the checkpoint that `load` names: a new stage, with its own schedule, data and moments.
+    The run's own checkpoints are always resumed whole."""
+    allow_changes: tuple[str, ...] = Field((), strict=False)
+    """Fields of `data` and `model` that may differ from those of the run that saved the checkpoint: `[data.seed]`, or
+    `[data, model.rope_theta]`. Without it, changes that repeat or skip samples or change the model are errors."""
 
     @model_validator(mode="after")
     def _check(self) -> "CheckpointConfig":
+        if self.weights_only and self.load in ("auto", "none"):
+            raise ConfigError.at(
+                "weights_only",
+                f"true needs a checkpoint to take weights from, and load is {self.load}; give load a folder, or set this "
+                "to false",
+            )
+        for name in self.allow_changes:
+            if name.partition(".")[0] not in ("data", "model"):
+                raise ConfigError.at(
+                    "allow_changes",
+                    f"{name} is no field of data or model; other fields may change without it: leave it out",
+                )
         if self.keep_every is None:
             return self
         if self.interval is None:

@@ -61,6 +61,8 @@ class SkipStepConfig(Section):
     window: int = Field(128, ge=2)
     """Finite values looked back on; no skipping before half of them are there."""
     sigmas: PositiveFloat = 6.0
+    max_nonfinite_steps: PositiveInt = 20
+    """Consecutive steps with a non-finite loss or gradient norm after which the run stops with an error."""
 
 
 class TrainConfig(Section):

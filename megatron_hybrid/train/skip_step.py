@@ -19,7 +19,12 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 
+from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.train import SkipStepConfig
+
+
+class DivergedError(UserError):
+    """Loss or gradient norm stayed non-finite for too many consecutive steps."""
 
 
 class SkipStep:
@@ -29,6 +34,8 @@ class SkipStep:
         self.config = config
         self._losses: deque[float] = deque(maxlen=config.window)
         self._grad_norms: deque[float] = deque(maxlen=config.window)
+        self.nonfinite_steps = 0
+        """Consecutive steps, up to the last one, with a non-finite loss or gradient norm."""
 
     def should_skip(self, loss: float, grad_norm: float) -> str | None:
         """Judge one step and remember its values. Call it once a step, before the update.
@@ -43,7 +50,9 @@ class SkipStep:
         values = {"loss": loss, "gradient norm": grad_norm}
         for name, value in values.items():
             if not math.isfinite(value):
+                self.nonfinite_steps += 1
                 return f"{name} is {value}"
+        self.nonfinite_steps = 0
         if not self.config.enabled:
             return None
         reason = None
@@ -65,6 +74,20 @@ class SkipStep:
             f"{name} {value:.4g} is above {limit:.4g}, {self.config.sigmas:g} sigma over the mean {mean:.4g} "
             f"of the last {len(window)}"
         )
+
+    def check(self, step: int) -> None:
+        """Stop a run that cannot recover.
+
+        Raises:
+            DivergedError: `max_nonfinite_steps` consecutive steps, `step` the last of them, were not finite.
+        """
+        if self.nonfinite_steps >= self.config.max_nonfinite_steps:
+            raise DivergedError(
+                f"loss or gradient norm was not finite in {self.nonfinite_steps} consecutive steps, the last of them step "
+                f"{step}; no update was made and nothing was saved since. Rewind to a checkpoint before the loss went wrong "
+                "(checkpoint.load=RUN/checkpoints/step-N) with other data or a lower train.optimizer.lr. "
+                "train.skip_step.max_nonfinite_steps sets the limit"
+            )
 
     def state_dict(self) -> dict[str, list[float]]:
         """Plain lists of floats, oldest first."""

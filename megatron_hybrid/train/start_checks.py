@@ -1,11 +1,13 @@
 """What a run checks when all its ranks are up, before it builds the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hybrid.checkpoint.manager import checkpoint_step, complete_checkpoints
+from megatron_hybrid.checkpoint.manager import checkpoint_step, complete_checkpoints, remove_remains
 from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.tensors import model_tensors
@@ -14,6 +16,7 @@ from megatron_hybrid.parallel.environment import Launch
 from megatron_hybrid.parallel.launch import start_distributed, stop_distributed
 from megatron_hybrid.parallel.preflight import preflight
 from megatron_hybrid.train.interrupt import check_restarts
+from megatron_hybrid.train.run_lock import RunLock
 
 
 def check_start(config: RunConfig, launch: Launch) -> None:
@@ -26,6 +29,24 @@ def check_start(config: RunConfig, launch: Launch) -> None:
         run_preflight(config, launch)
     run_dir = Path(config.run_dir)
     on_first_rank(lambda: check_restarts(run_dir, newest_step(run_dir)))
+
+
+@contextmanager
+def run_folder(run_dir: Path) -> Iterator[None]:
+    """Hold a run's folder, which no other run may use meanwhile, and clear it of what killed saves left.
+
+    Raises:
+        RunFolderError: on every rank alike, where another run holds the folder.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(RunLock(run_dir))
+            if remains := remove_remains(run_dir / "checkpoints"):
+                print(f"removed what killed saves left: {', '.join(remains)}", flush=True)
+
+        on_first_rank(enter)
+        yield
 
 
 def run_preflight(config: RunConfig, launch: Launch) -> None:
@@ -71,14 +92,22 @@ def newest_step(run_dir: Path) -> int:
     return (checkpoint_step(found[-1]) or 0) if found else 0
 
 
-def on_first_rank(check: Callable[[], None]) -> None:
-    """Run a check on rank 0; what it finds, every rank raises."""
-    told: list[UserError | None] = [None]
+def on_first_rank[T](work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its result, or raise its error, on every rank.
+
+    Results and errors travel by torch.distributed's object broadcast: plain values only.
+    """
+    told: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            check()
+            told = [work(), None]
         except UserError as error:
-            told = [error]
+            told = [None, error]
+        except Exception as error:
+            dist.broadcast_object_list([None, RuntimeError(f"rank 0: {error!r}")])
+            raise
     dist.broadcast_object_list(told)
-    if told[0] is not None:
-        raise told[0]
+    result, error = told
+    if error is not None:
+        raise error
+    return result

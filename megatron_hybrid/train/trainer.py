@@ -7,11 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_hybrid.checkpoint.manager import CheckpointManager, complete_checkpoints, find_checkpoint
+from megatron_hybrid.checkpoint.format import read_index
+from megatron_hybrid.checkpoint.manager import CheckpointManager, complete_checkpoints
 from megatron_hybrid.config.flops import training_flops_per_token
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.build import build_train_and_validation
+from megatron_hybrid.data.fingerprint import data_identity
 from megatron_hybrid.data.loader import BatchLoader
 from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.observe.sinks import check_sinks
@@ -22,7 +25,8 @@ from megatron_hybrid.train.engine import build_engine
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.schedules import learning_rate
 from megatron_hybrid.train.skip_step import SkipStep
-from megatron_hybrid.train.start_checks import check_start
+from megatron_hybrid.train.start import check_start_point, choose_start, set_later_aside
+from megatron_hybrid.train.start_checks import check_start, on_first_rank, run_folder
 
 
 @dataclass
@@ -32,6 +36,8 @@ class Progress:
     step: int = 0
     samples: int = 0
     """Consumed; also the position in the data."""
+    tokens: int = 0
+    """Consumed, each sample counted with the sequence length that it had."""
     updates: int = 0
     """Steps that were not skipped."""
 
@@ -43,18 +49,21 @@ def pretrain(config: RunConfig, launch: Launch) -> Progress:
 
     Raises:
         ConfigError: degrees or batch sizes that do not fit the number of ranks.
-        PreflightError, RestartError: nodes that are not ready; a job that restarts in vain.
+        PreflightError, RestartError: nodes that are not ready; a job that restarts without progress.
+        RunFolderError: another run uses the folder, or has used it; or nothing is left to train.
         DataError, CheckpointError: before the first step, naming file and remedy.
+        DivergedError: loss or gradient norm stayed non-finite for too many steps.
     """
     config.check_world(launch.world_size)
     check_sinks(config.logging)
     with Interrupt() as interrupt:
         groups = start_distributed(launch, config.parallel, config.train.seed)
         try:
-            check_start(config, launch)
-            with Trainer(config, launch, groups) as trainer:
-                progress = trainer.run(interrupt)
-            dist.barrier()  # launchers end the other ranks as soon as one ends with a status: not before all have saved
+            with run_folder(Path(config.run_dir)):
+                check_start(config, launch)
+                with Trainer(config, launch, groups) as trainer:
+                    progress = trainer.run(interrupt)
+                dist.barrier()  # launchers end all ranks as soon as one ends with a status: not before all have saved
             return progress
         finally:
             stop_distributed()
@@ -67,7 +76,9 @@ class Trainer:
         self.config, self.launch, self.groups = config, launch, groups
         self.run_dir = Path(config.run_dir)
         train, data = config.train, config.data
+        self.start = on_first_rank(lambda: choose_start(config))
         training, validation = self._open_data()
+        self.data_identity, changes = on_first_rank(lambda: self._compare(training))
         self.engine = build_engine(config, groups)
         loader = dict(data_parallel_rank=groups.dp.rank(), data_parallel_size=groups.dp.size(), pin_memory=has_cuda())
         self.loader = BatchLoader(training, train.micro_batch_size, num_workers=data.num_workers, **loader)
@@ -84,27 +95,37 @@ class Trainer:
             config.model.model_dump(mode="json"),
             config.model_dump(mode="json"),
         )
-        resumed = self._load()
+        self._load()
+        set_aside = None
         if launch.rank == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            if self.start.kind == "rewind":
+                assert self.start.folder is not None
+                set_aside = set_later_aside(self.run_dir, self.start.folder)
             (self.run_dir / "config.yaml").write_text(dump_run(config))
+        if self.start.continues:
+            self.checkpoints.own = complete_checkpoints(self.checkpoints.root)
         self.logger = RunLogger(
             config.logging,
             self.run_dir,
             launch.rank,
             total_steps=train.steps,
             start_step=self.progress.step,
-            start_tokens=self.progress.samples * data.sequence_length,
+            start_tokens=self.progress.tokens,
             flops_per_token=training_flops_per_token(config.model, data.sequence_length),
             num_devices=launch.world_size,
             device_name=torch.cuda.get_device_name() if has_cuda() else None,
             settings=config.model_dump(mode="json"),
+            continues=self.start.kind == "resume",
         )
         for line in self.engine.backends(train.micro_batch_size):
             self.logger.info(line)
         if has_cuda() and train.engine == "megatron":
             self.logger.info(expected(config, launch.world_size).line())
-        self.logger.info(f"resumed from {resumed}" if resumed else "started from initial weights")
+        for line in (*changes, str(self.start)):
+            self.logger.info(line)
+        if set_aside:
+            self.logger.info(f"later checkpoints and a copy of the metrics are in {set_aside}; remove it to free the space")
 
     def __enter__(self) -> "Trainer":
         return self
@@ -125,6 +146,11 @@ class Trainer:
         if first:
             dist.barrier()
         return opened
+
+    def _compare(self, training: Blend) -> tuple[dict[str, Any], list[str]]:
+        """Identity of this run's data, and a line for each change since the run that saved the checkpoint."""
+        identity = data_identity(training, self.config.data.seed)
+        return identity, check_start_point(self.config, self.start, identity)
 
     def run(self, interrupt: Interrupt | None = None) -> Progress:
         """The loop. Where an interrupt is handed in and the ranks agree that it was asked for, it ends with a save."""
@@ -156,6 +182,7 @@ class Trainer:
 
         progress.step += 1
         progress.samples += batch_size
+        progress.tokens += batch_size * config.data.sequence_length
         lr = learning_rate(progress.step, config.train)
         skipped = self.skip.should_skip(losses.loss, norm)
         if skipped is None:
@@ -169,10 +196,11 @@ class Trainer:
                 "grad_norm": norm,
                 "lr": lr,
                 "batch_size": batch_size,
-                "tokens": progress.samples * config.data.sequence_length,
+                "tokens": progress.tokens,
                 "skipped": skipped,
             },
         )
+        self.skip.check(progress.step)
 
     def evaluate(self) -> float:
         """Mean loss over the first `eval_batches` global batches of the validation data, the same ones every time."""
@@ -192,25 +220,25 @@ class Trainer:
         state: dict[str, Any] = asdict(self.progress) | {
             "skip_step": self.skip.state_dict(),
             "world_size": self.launch.world_size,
+            "data": self.data_identity,
         }
         with self.logger.pause():
             self.checkpoints.save(self.progress.step, state, _random_state())
 
-    def _load(self) -> Path | None:
-        """Resume this run; else start from the checkpoint it names; else from initial weights."""
-        load, root = self.config.checkpoint.load, self.run_dir / "checkpoints"
-        mine = complete_checkpoints(root)
-        folder = mine[-1] if mine and load != "none" else find_checkpoint(load, root)
-        if folder is None:
-            return None
-        state, local = self.checkpoints.load(folder, self.config.checkpoint.weights_only and folder not in mine)
+    def _load(self) -> None:
+        """Load what the run starts from."""
+        if self.start.folder is None:
+            return
+        state, local = self.checkpoints.load(self.start.folder, self.start.weights_only)
         if state:
-            self.progress = Progress(state["step"], state["samples"], state["updates"])
+            if "tokens" not in state:  # saved by an earlier version
+                data = read_index(self.start.folder).run.get("data", {})
+                state["tokens"] = state["samples"] * data.get("sequence_length", self.config.data.sequence_length)
+            self.progress = Progress(state["step"], state["samples"], state["tokens"], state["updates"])
             self.engine.optimizer.set_updates(self.progress.updates)
             self.skip.load_state_dict(state["skip_step"])
         if local:
             _set_random_state(local)
-        return folder
 
 
 def _random_state() -> dict[str, torch.Tensor]:

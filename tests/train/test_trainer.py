@@ -15,6 +15,11 @@ from tests.models import SMALLEST
 @pytest.fixture
 def config(tmp_path):
     """A run of 6 steps on learnable tokens, evaluated and saved every 3."""
+    return make_config(tmp_path)
+
+
+def make_config(tmp_path) -> dict:
+    """That run, in any folder."""
     rng = np.random.default_rng(0)
     tokens = np.cumsum(rng.integers(0, 3, 20_000)) % 97
     tokens.astype("uint16").tofile(tmp_path / "tokens.npy")
@@ -46,7 +51,7 @@ def metrics(config) -> list[dict]:
 
 def test_a_run_leaves_what_it_should(ranks, config, tmp_path):
     results = ranks.run(jobs.pretrain_run, 2, config=config)
-    assert results[0]["progress"] == {"step": 6, "samples": 32, "updates": 6}
+    assert results[0]["progress"] == {"step": 6, "samples": 32, "tokens": 32 * 16, "updates": 6}
     lines = metrics(config)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["batch_size"] for line in lines] == [4, 4, 4, 4, 8, 8], "the ramp"
@@ -128,9 +133,12 @@ def test_a_new_stage_starts_from_anothers_weights_alone(dtype, ranks, config, tm
         torch.testing.assert_close(two["parameters"][name], value, rtol=1e-4 if dtype == "fp32" else 1e-2, atol=1e-6)
 
 
-def test_a_pattern_may_be_written_another_way_and_rope_may_be_dropped(ranks, config):
+def test_a_pattern_may_be_written_another_way_and_rope_may_be_dropped_where_that_is_allowed(ranks, config):
     ranks.run(jobs.pretrain_run, 1, config=config)
     again = config | {"model": SMALLEST | {"layer_pattern": "G,A", "rope_theta": None, "head_dim": 16}}
     again["train"] = config["train"] | {"steps": 7}
+    with pytest.raises(AssertionError, match=r"model\.rope_theta: 500000.0 before, null now\nWith these, the trained weights"):
+        ranks.run(jobs.pretrain_run, 1, config=again)
+    again["checkpoint"] = config["checkpoint"] | {"allow_changes": ["model.rope_theta"]}
     (result,) = ranks.run(jobs.pretrain_run, 1, config=again)
     assert result["progress"]["step"] == 7

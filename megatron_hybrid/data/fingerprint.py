@@ -1,0 +1,59 @@
+"""Identity of the training data: what decides which tokens sample n of a run holds.
+
+It is kept in every checkpoint and compared on resume. It depends on the token streams alone: files may be moved,
+renamed or split in another way as long as the stream of tokens stays the same.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from megatron_hybrid.data.blend import Blend
+from megatron_hybrid.data.sources import TokenSource
+
+PLACES, LENGTH = 256, 256
+"""Places of a stream that are compared, evenly spaced from its first to its last token, and tokens per place."""
+
+
+def stream_digest(source: TokenSource) -> str:
+    """Return a hash of tokens from `PLACES` places of a stream (32 hexadecimal digits)."""
+    length = min(LENGTH, source.num_tokens)
+    digest = hashlib.blake2b(digest_size=16)
+    for start in np.unique(np.linspace(0, source.num_tokens - length, PLACES).astype(np.int64)):
+        digest.update(source.read(int(start), length).tobytes())
+    return digest.hexdigest()
+
+
+def data_identity(blend: Blend, seed: int) -> dict[str, Any]:
+    """Return what decides the order and the content of a blend's samples, as JSON values.
+
+    Returns:
+        `sequence_length` (tokens), `seed`, and `sources`: for each its `tokens`, `digest` and `share` of the samples.
+    """
+    sources = [
+        {"tokens": dataset.source.num_tokens, "digest": stream_digest(dataset.source), "share": share}
+        for dataset, share in zip(blend.datasets, blend.shares, strict=True)
+    ]
+    return {"sequence_length": blend.sequence_length, "seed": seed, "sources": sources}
+
+
+def identity_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    """Return `{field: what changed}` between two identities, such as `{"data.seed": "1234 before, 9 now"}`."""
+    changes = {
+        f"data.{name}": f"{before[name]} before, {after[name]} now"
+        for name in ("sequence_length", "seed")
+        if before[name] != after[name]
+    }
+    old, new = before["sources"], after["sources"]
+    if len(old) != len(new):
+        return changes | {"data.train": f"{len(old)} sources before, {len(new)} now"}
+    for index, (one, other) in enumerate(zip(old, new, strict=True)):
+        field = f"data.train.{index}"
+        if one["tokens"] != other["tokens"]:
+            changes[field] = f"{one['tokens']:,} tokens before, {other['tokens']:,} now"
+        elif one["digest"] != other["digest"]:
+            changes[field] = f"other tokens than before ({other['tokens']:,}, as many as before)"
+        if one["share"] != other["share"]:
+            changes[f"{field}.weight"] = f"{one['share']:.4g} of the samples before, {other['share']:.4g} now"
+    return changes

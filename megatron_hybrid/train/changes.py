@@ -1,0 +1,119 @@
+"""Differences between the run that saved a checkpoint and the run that starts from it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_hybrid.checkpoint.format import CheckpointError
+from megatron_hybrid.config.errors import shown
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.fingerprint import identity_changes
+
+NOT_COMPUTED = (
+    "model.init_std",
+    "model.gdn.a_init_range",
+    "model.gdn.dt_init_range",
+    "model.gdn.dt_init_floor",
+    "model.eos_token_id",
+    "model.pad_token_id",
+)
+"""Model fields that leave a trained model's outputs as they are. Their changes are reported, not refused."""
+_ABSENT = "(absent)"
+
+
+def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """Return `{field: "old -> new"}` of every field in which two resolved configurations differ."""
+    old, new = dict(_flat("", _resolved(before))), dict(_flat("", after))
+    return {
+        field: f"{old.get(field, _ABSENT)} -> {new.get(field, _ABSENT)}"
+        for field in {**old, **new}
+        if old.get(field) != new.get(field)
+    }
+
+
+def _resolved(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Add the defaults of fields that did not exist when the configuration was saved."""
+    try:
+        return RunConfig.model_validate(run).model_dump(mode="json")
+    except ValidationError:  # saved by a version with other fields
+        return run
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}" if name else key, inner)
+    elif isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value):
+        for index, inner in enumerate(value):
+            yield from _flat(f"{name}.{index}", inner)
+    else:
+        yield name, shown(list(value) if isinstance(value, tuple) else value)
+
+
+def model_changes(before: ModelConfig, after: ModelConfig) -> dict[str, str]:
+    """Return `{field: "old before, new now"}` of the model fields that change what trained weights compute."""
+    old, new = (dict(_flat("model", _written_out(model))) for model in (before, after))
+    return {
+        field: f"{old.get(field, _ABSENT)} before, {new.get(field, _ABSENT)} now"
+        for field in {**old, **new}
+        if old.get(field) != new.get(field) and field not in NOT_COMPUTED
+    }
+
+
+def _written_out(model: ModelConfig) -> dict[str, Any]:
+    """A model's fields, with those filled in that have more than one spelling."""
+    return model.model_dump(mode="json") | {
+        "layer_pattern": "".join(model.layers),
+        "head_dim": model.attention_head_dim,
+        "num_key_value_heads": model.kv_heads,
+    }
+
+
+def data_changes(
+    before: Mapping[str, Any], state: Mapping[str, Any], config: RunConfig, identity: dict[str, Any]
+) -> dict[str, str]:
+    """Return `{field: what changed}` of all that decides which samples follow.
+
+    Args:
+        before: configuration of the run that saved. state: its state, with the identity of its data; checkpoints of
+            earlier versions have none, and their configuration stands in for it.
+        config, identity: of this run.
+    """
+    if isinstance(known := state.get("data"), dict):
+        return identity_changes(known, identity)
+    if not isinstance(before.get("data"), Mapping):  # converted weights: no data came before
+        return {}
+    fields = ("data.train", "data.seed", "data.sequence_length")
+    changes = config_changes(before, config.model_dump(mode="json"))
+    return {field: text for field, text in changes.items() if field.startswith(fields)}
+
+
+def refuse_changes(folder: object, changes: Mapping[str, str], allowed: tuple[str, ...]) -> None:
+    """Refuse changes that are not allowed.
+
+    Raises:
+        CheckpointError: names every such field, its values and the override that allows them.
+    """
+    wrong = {
+        field: text
+        for field, text in changes.items()
+        if not any(field == name or field.startswith(f"{name}.") for name in allowed)
+    }
+    if not wrong:
+        return
+    lines = "\n".join(f"  {field}: {text}" for field, text in wrong.items())
+    what = [
+        consequence
+        for prefix, consequence in (
+            ("data", "samples would be repeated or left out"),
+            ("model", "the trained weights would compute something else"),
+        )
+        if any(field.startswith(prefix) for field in wrong)
+    ]
+    raise CheckpointError(
+        f"{folder} was trained with other settings:\n{lines}\n"
+        f"With these, {' and '.join(what)}. Restore them, start a new run with another run_dir, or accept the change: "
+        f"'checkpoint.allow_changes=[{', '.join([*allowed, *wrong])}]'"
+    )

@@ -1,0 +1,205 @@
+"""A lock that gives a run folder to one process at a time.
+
+The lock is a file, because run folders lie on network file systems where `flock` is often local to a node. Its owner
+rewrites it every `BEAT_S` seconds. A lock whose owner has died is taken over: at once where the owner ran on this
+host, otherwise after `PATIENCE_S` seconds without a beat.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from megatron_hybrid.config.errors import BAD_INPUT, UserError
+
+LOCK = "run.lock"
+BEAT_S = 10.0
+PATIENCE_S = 45.0
+
+
+class RunFolderError(UserError):
+    """A run folder that another run uses or has used; names the folder and the remedy."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds a lock, as its file says."""
+
+    token: str
+    user: str
+    host: str
+    pid: int
+    pid_namespace: str
+    process_start: str
+    """Start time of the process in clock ticks since boot (/proc/PID/stat): tells a reused process ID apart."""
+    job: str
+    attempt: int
+    """How often SLURM had restarted the job."""
+    since: str
+    beat: int = 0
+
+    @classmethod
+    def this_process(cls, env: Mapping[str, str] = os.environ) -> "Owner":
+        pid = os.getpid()
+        return cls(
+            token=uuid.uuid4().hex,
+            user=env.get("USER") or str(os.getuid()),
+            host=socket.gethostname(),
+            pid=pid,
+            pid_namespace=_pid_namespace(),
+            process_start=_process_start(pid) or "",
+            job=env.get("SLURM_JOB_ID", ""),
+            attempt=int(env.get("SLURM_RESTART_COUNT") or 0),
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+
+    def __str__(self) -> str:
+        job = f", SLURM job {self.job}" if self.job else ""
+        return f"process {self.pid} of {self.user} on {self.host}{job}, since {self.since}"
+
+    def is_dead(self, now: "Owner") -> bool | None:
+        """Return whether the owner's process has ended; None where this host cannot tell."""
+        if self.job and self.job == now.job and self.attempt < now.attempt:
+            return True  # SLURM restarts a job only when its earlier attempt has ended
+        if (self.host, self.pid_namespace) != (now.host, now.pid_namespace):
+            return None
+        return _process_start(self.pid) != self.process_start
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _process_start(pid: int) -> str | None:
+    """Return the start time of a process; None where there is no such process, or where it is a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def read_owner(path: Path) -> Owner | None:
+    """Return the owner that a lock file names; None where there is no file or it is damaged."""
+    try:
+        return Owner(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class RunLock:
+    """Holds a run folder while it is entered; one process per run enters it.
+
+    Args:
+        run_dir: the run's folder. It is made where it is missing.
+        say: prints a line where a lock is taken over.
+
+    Raises:
+        RunFolderError: on entering, where another run holds the folder.
+    """
+
+    def __init__(self, run_dir: Path, say: Callable[[str], None] = print):
+        self.path, self.say = run_dir / LOCK, say
+        self.owner = Owner.this_process()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while not self._create():
+            self._remove_if_dead()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._is_ours():
+            self.path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        """Create the lock file with its content in one step: `link` fails where there is one, on NFS as well."""
+        own = self.path.with_name(f".{LOCK}.{self.owner.token}")
+        own.write_text(json.dumps(asdict(self.owner)))
+        try:
+            os.link(own, self.path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            return self._create_exclusively()
+        finally:
+            own.unlink(missing_ok=True)
+        return True
+
+    def _create_exclusively(self) -> bool:
+        try:
+            with open(self.path, "x") as file:
+                file.write(json.dumps(asdict(self.owner)))
+        except FileExistsError:
+            return False
+        return True
+
+    def _remove_if_dead(self) -> None:
+        """Remove the lock of a run that has ended; raise where its run still goes on."""
+        found = read_owner(self.path)
+        if found is None and not self.path.exists():
+            return
+        dead = found.is_dead(self.owner) if found else None
+        if dead is None:
+            self.say(f"{self.path} is held by {found or 'a process it does not name'}: watching whether it is alive")
+            dead = self._stays_the_same(found)
+        if not dead:
+            raise RunFolderError(
+                f"run_dir: {self.path.parent} is in use by {found}; give this run another run_dir, or stop that one. "
+                f"If it is certain that it has ended, remove {self.path}"
+            )
+        aside = self.path.with_name(f".{LOCK}.{self.owner.token}.dead")
+        try:
+            os.replace(self.path, aside)  # of two that take over, one finds nothing here
+        except FileNotFoundError:
+            return
+        if read_owner(aside) != found:  # somebody else had taken it over already
+            os.replace(aside, self.path)
+            return
+        aside.unlink()
+        self.say(f"took over {self.path.parent}: {found or 'the process that held it'} has ended")
+
+    def _stays_the_same(self, found: Owner | None) -> bool:
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until and self.path.exists():
+            time.sleep(1.0)
+            if read_owner(self.path) not in (found, None):
+                return False
+        return True
+
+    def _is_ours(self) -> bool:
+        owner = read_owner(self.path)
+        return owner is not None and owner.token == self.owner.token
+
+    def _keep(self) -> None:
+        """Rewrite the lock until the run ends; end the process where somebody else has taken the folder."""
+        while not self._ended.wait(BEAT_S):
+            if not self._is_ours() and self.path.exists():
+                text = f"run_dir: {self.path.parent} was taken over by {read_owner(self.path)}; ending without a save"
+                print(text, file=sys.stderr, flush=True)
+                os._exit(BAD_INPUT)
+            self.owner = replace(self.owner, beat=self.owner.beat + 1)
+            beat = self.path.with_name(f".{LOCK}.{self.owner.token}")
+            try:
+                beat.write_text(json.dumps(asdict(self.owner)))
+                os.replace(beat, self.path)
+            except OSError:  # a full disk: the next beat may succeed, and training does not depend on it
+                continue

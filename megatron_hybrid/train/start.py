@@ -1,0 +1,142 @@
+"""Where a run starts: initial weights, its own newest checkpoint, an earlier one of its own, or another run's."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_hybrid.checkpoint.format import CheckpointError, read_index
+from megatron_hybrid.checkpoint.manager import (
+    check_same_tensors,
+    checkpoint_step,
+    complete_checkpoints,
+    find_checkpoint,
+)
+from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.train.changes import config_changes, data_changes, model_changes, refuse_changes
+from megatron_hybrid.train.run_lock import RunFolderError
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from. `resume` and `rewind` continue the run itself; `checkpoint` begins a new one."""
+
+    kind: Literal["initial", "resume", "rewind", "checkpoint"]
+    folder: Path | None = None
+    weights_only: bool = False
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run's earlier checkpoints and logs belong to it."""
+        return self.kind in ("resume", "rewind")
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "initial":
+                return "started from initial weights"
+            case "resume":
+                return f"resumed from {self.folder}"
+            case "rewind":
+                return f"rewound: resumed from {self.folder}"
+            case "checkpoint":
+                return f"started from {'the weights of ' if self.weights_only else ''}{self.folder}"
+
+
+def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Start:
+    """Choose what a run starts from. Call it on one rank and tell the others.
+
+    A job that SLURM restarted resumes its newest checkpoint whatever `checkpoint.load` says: its earlier attempt has
+    carried that out.
+
+    Raises:
+        RunFolderError: `checkpoint.load = none` in a folder with checkpoints.
+        CheckpointError: `checkpoint.load` names no complete checkpoint, or one that the run has set aside.
+    """
+    load, run_dir = config.checkpoint.load, Path(config.run_dir)
+    own = complete_checkpoints(run_dir / "checkpoints")
+    restarted = int(env.get("SLURM_RESTART_COUNT") or 0) > 0
+    if own and (load == "auto" or restarted):
+        return Start("resume", own[-1])
+    if load in ("auto", "none"):
+        if own:
+            raise RunFolderError(
+                f"checkpoint.load: none starts a new run, and {run_dir} holds {len(own)} checkpoints of an earlier one, the "
+                f"newest of step {checkpoint_step(own[-1])}; give another run_dir, or set checkpoint.load to auto to "
+                "continue the earlier run"
+            )
+        return Start("initial")
+    if own and not Path(load).resolve().is_relative_to(run_dir.resolve()):
+        return Start("resume", own[-1])  # where the run began; since then it has checkpoints of its own
+    named = find_checkpoint(load, run_dir / "checkpoints")
+    assert named is not None
+    mine = next((folder for folder in own if folder.samefile(named)), None)
+    if mine is None and own:
+        raise CheckpointError(
+            f"checkpoint.load: {load} was set aside when the run was rewound; to continue from it, name it in a run with "
+            "another run_dir"
+        )
+    if mine is None:
+        return Start("checkpoint", named, config.checkpoint.weights_only)
+    return Start("resume" if mine == own[-1] else "rewind", mine)
+
+
+def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any]) -> list[str]:
+    """Compare the run with the one that saved the checkpoint it starts from, before the model is built.
+
+    Args:
+        identity: of this run's data (data/fingerprint.py).
+
+    Returns:
+        A line for every field that changed.
+
+    Raises:
+        CheckpointError: another model's tensors; or, where more than the weights is taken, changes of data or model that
+            `checkpoint.allow_changes` does not name.
+        RunFolderError: nothing is left to train.
+    """
+    if start.folder is None:
+        return []
+    index = read_index(start.folder)
+    theirs = ModelConfig(**index.model)
+    check_same_tensors(start.folder, theirs, config.model)
+    if not start.weights_only:
+        _check_work_left(config, start.folder, index.state.get("step", 0))
+        changes = data_changes(index.run, index.state, config, identity) | model_changes(theirs, config.model)
+        refuse_changes(start.folder, changes, config.checkpoint.allow_changes)
+    now = config.model_dump(mode="json")
+    before = index.run if "train" in index.run else {"model": theirs.model_dump(mode="json")}
+    known = {name: now[name] for name in now if name in before}
+    return [f"changed since {start.folder.name}: {field} {text}" for field, text in config_changes(before, known).items()]
+
+
+def _check_work_left(config: RunConfig, folder: Path, step: int) -> None:
+    if step >= config.train.steps:
+        raise RunFolderError(
+            f"train.steps: {config.train.steps} leaves nothing to train: {folder} is of step {step}. Give more steps; or, to "
+            "take only the weights of another run, set checkpoint.weights_only to true"
+        )
+
+
+def set_later_aside(run_dir: Path, rewound_to: Path) -> Path | None:
+    """Move checkpoints that are later than the one a run was rewound to, with a copy of the metrics, into a folder of
+    their own.
+
+    Returns:
+        The folder, `checkpoints/set-aside-N`; None where there was nothing later.
+    """
+    root = run_dir / "checkpoints"
+    later = [folder for folder in complete_checkpoints(root) if folder.name > rewound_to.name]
+    if not later:
+        return None
+    number = 1
+    while (aside := root / f"set-aside-{number}").exists():
+        number += 1
+    aside.mkdir()
+    if (metrics := run_dir / "metrics.jsonl").is_file():
+        shutil.copyfile(metrics, aside / metrics.name)
+    for folder in reversed(later):  # newest first: killed in between, the run resumes from the earliest of them
+        os.replace(folder, aside / folder.name)
+    return aside
