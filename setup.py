@@ -38,6 +38,7 @@ EXTRAS = {
     "olmo-core": ["ai2-olmo-core==3.0.0"],  # only tests read what it writes
     "mpi": ["mpi4py==4.1.2"],
     "wandb": ["wandb==0.31.0"],
+    "parquet": ["pyarrow==26.0.1"],
     "dev": [
         "pytest==9.2.0",
         "pytest-timeout==2.4.0",

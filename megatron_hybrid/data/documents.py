@@ -1,55 +1,64 @@
-"""From files on disk to documents: text files, JSONL, folders of source code.
+"""From files on disk to documents: text files, JSON lines, Parquet, folders of source code.
 
-Finding files and cutting them into batches is the main process's; reading and parsing a batch is a worker's.
+The main process finds files and cuts them into batches. A worker reads and parses a batch.
 
 - `find_files`: the files of the inputs, in an order that depends on their names alone.
 - `iterate_batches`: about 1 MiB of work at a time, so that memory does not grow with the input.
 - `parse_batch`: a batch's documents.
 """
 
-import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_hybrid.data.compressed import open_input
-from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.errors import BadRecord, DataError
+from megatron_hybrid.data.formats import detect_format, has_text_name
+from megatron_hybrid.data.outputs import FileId, file_id
+from megatron_hybrid.data.parquet import iterate_rows
+from megatron_hybrid.data.records import (
+    ReadOptions,
+    Skipped,
+    is_blank,
+    parse_line,
+    parse_row,
+    read_checked_text,
+    read_text,
+)
+from megatron_hybrid.data.walk import FoundFile, Patterns, refuse_unmatched, walk
 
 BATCH_BYTES = 1 << 20
 BATCH_FILES = 256
-_COMPRESSED = (".gz", ".zst")
-_JSONL = (".jsonl", ".ndjson", ".json")
+_DEFAULTS = ReadOptions()
 
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How documents are read."""
-
-    json_key: str = "text"
-    """Member of a JSON line that holds the document."""
-    bad_utf8: Literal["error", "skip", "replace"] = "error"
-    """What to do about a document that is not UTF-8: stop, leave it out, or put U+FFFD where it is not."""
+Content = Literal["text", "checked_text", "jsonl", "parquet"]
+"""How a file is read. checked_text: as text, unless its content proves to be something else."""
+_PARSE = {"text": read_text, "checked_text": read_checked_text, "jsonl": parse_line, "parquet": parse_row}
 
 
 class InputFile(NamedTuple):
     """A file to read."""
 
     path: str
-    lines: bool
-    """One document a JSON line; else the file is one document."""
+    content: Content
     size: int
     """Bytes on disk."""
+    identity: FileId
+
+    @property
+    def lines(self) -> bool:
+        """Whether each line is a document; else the file is one document, or a table."""
+        return self.content == "jsonl"
 
 
 class Batch(NamedTuple):
-    """Consecutive documents of the input: either whole files or lines of one file."""
+    """Consecutive documents of the input: either whole files or records of one file."""
 
     paths: list[str]
-    lines: list[bytes] | None
-    """JSON lines of paths[0]; None: the files are documents."""
+    content: Content
+    lines: Sequence[bytes | None]
+    """JSON lines or Parquet rows of paths[0]; nothing if the files are documents."""
     first_line: int
     """Number of lines[0] in its file, from 1."""
     consumed: int
@@ -61,156 +70,166 @@ def find_files(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     kind: Literal["auto", "text", "jsonl"] = "auto",
+    options: ReadOptions = _DEFAULTS,
+    skipped: Skipped | None = None,
 ) -> list[InputFile]:
-    """Files of the inputs: a file stands for itself, a folder for the files below it that match.
+    """Return the files of the inputs: a file, or the files below a folder that match.
 
     include, exclude: shell patterns, matched with a file's name and with its path from the folder, in which `*` crosses
     slashes (`--exclude 'test/*'`). Inputs keep their order; a folder's files are sorted by path.
-    kind: auto takes .jsonl, .ndjson and .json (and these as .gz or .zst) for JSONL, all else for text.
+    kind: auto decides by content and name (`formats`); text and jsonl read every file as such.
+    skipped: counts what was left out of folders.
 
     Raises:
-        DataError: an input that does not exist, a folder without include, or with no file that matches.
+        DataError: an input that does not exist or has a format that is not read, a folder without include, a pattern
+            that matches no file; files of a folder that cannot be read, unless options say skip.
     """
-    files: list[str] = []
+    skipped = Skipped() if skipped is None else skipped
+    patterns = Patterns(include, exclude)
+    files: list[InputFile] = []
+    any_folder = False
     for input_ in map(str, inputs):
         if os.path.isdir(input_):
             if not include:
                 raise DataError(f"{input_} is a folder: say which files to take, such as --include '*.py'")
-            files += _walk(input_, include, exclude)
-        elif os.path.isfile(input_):
-            files.append(input_)
+            any_folder = True
+            for found in walk(input_, patterns, options, skipped):
+                files += _found_file(found, kind, options, skipped)
         else:
-            raise DataError(f"{input_}: no such file or folder")
-    if not files:
+            files.append(_named_file(input_, kind))
+    if not inputs:
         raise DataError("no input: give at least one file or folder")
-    return [
-        InputFile(path, kind == "jsonl" or (kind == "auto" and _is_jsonl(path)), os.path.getsize(path))
-        for path in files
-    ]
+    if (include or exclude) and not any_folder:
+        raise DataError("--include and --exclude choose files of folders, and none of the inputs is a folder")
+    refuse_unmatched(patterns, skipped)
+    return files
 
 
-def _walk(folder: str, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
-    """Files below a folder that match, sorted by their path from it."""
-    found = []
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
-
-            def matches(patterns: Sequence[str], path: str = path, name: str = name) -> bool:
-                return any(fnmatchcase(path, pattern) or fnmatchcase(name, pattern) for pattern in patterns)
-
-            if matches(include) and not matches(exclude) and os.path.isfile(os.path.join(folder, path)):
-                found.append(path)
-    if not found:
-        raise DataError(f"{folder}: no file matches {', '.join(include)}" + (" and is not excluded" if exclude else ""))
-    return [os.path.join(folder, path) for path in sorted(found, key=os.fsencode)]
+def _named_file(path: str, kind: str) -> InputFile:
+    if not os.path.exists(path):
+        raise DataError(f"{path}: {'a link to a missing file' if os.path.islink(path) else 'no such file or folder'}")
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: a pipe or device, not a file: write its content to a file first")
+    info = os.stat(path)
+    try:
+        content = detect_format(path, chosen_by_pattern=False) if kind == "auto" else kind
+    except BadRecord as error:
+        raise error.without_option() from error
+    return InputFile(path, content, info.st_size, file_id(info))
 
 
-def _is_jsonl(path: str) -> bool:
-    stem, suffix = os.path.splitext(path)
-    return (os.path.splitext(stem)[1] if suffix in _COMPRESSED else suffix) in _JSONL
+def _found_file(found: FoundFile, kind: str, options: ReadOptions, skipped: Skipped) -> list[InputFile]:
+    """Return the file, or nothing if it is left out."""
+    try:
+        if kind != "auto":
+            content = kind
+        elif has_text_name(found.path):
+            content = "checked_text"  # by the worker that reads it: there may be a million files
+        else:
+            content = detect_format(found.path, chosen_by_pattern=True)
+    except BadRecord as error:
+        if not options.skips(error.kind):
+            raise
+        skipped.add(error.kind)
+        return []
+    return [InputFile(found.path, content, found.info.st_size, file_id(found.info))]
 
 
-def iterate_batches(files: Sequence[InputFile]) -> Iterator[Batch]:
-    """Batches of the files' documents, in order.
+def iterate_batches(
+    files: Sequence[InputFile], options: ReadOptions = _DEFAULTS, skipped: Skipped | None = None
+) -> Iterator[Batch]:
+    """Yield batches of the files' documents, in order.
 
     Raises:
-        DataError: a JSONL file that is empty, cannot be read, is truncated or corrupt.
+        DataError: a file of records that is empty, cannot be read, is truncated or corrupt. If options say skip, its
+            records up to there are kept, and it is counted in `skipped`.
     """
+    skipped = Skipped() if skipped is None else skipped
     done, size = 0, 0
-    paths: list[str] = []
+    waiting: list[InputFile] = []
     for file in files:
-        if paths and (file.lines or size + file.size > BATCH_BYTES or len(paths) == BATCH_FILES):
-            yield Batch(paths, None, 1, done)
-            paths, size = [], 0
-        if file.lines:
-            for batch in _line_batches(file):
+        if waiting and (
+            file.content != waiting[0].content or size + file.size > BATCH_BYTES or len(waiting) == BATCH_FILES
+        ):
+            yield _batch_of_files(waiting, done)
+            waiting, size = [], 0
+        if file.content in ("jsonl", "parquet"):
+            for batch in _record_batches(file, options, skipped):
                 yield batch._replace(consumed=done + batch.consumed)
         else:
-            paths.append(file.path)
+            waiting.append(file)
             size += file.size
         done += file.size
-    if paths:
-        yield Batch(paths, None, 1, done)
+    if waiting:
+        yield _batch_of_files(waiting, done)
 
 
-def _line_batches(file: InputFile) -> Iterator[Batch]:
-    """Batches of one JSONL file; consumed counts its own bytes."""
-    with open_input(file.path) as stream:
-        lines, size, number = [], 0, 0
-        for line in stream:
-            number += 1
+def _batch_of_files(files: Sequence[InputFile], consumed: int) -> Batch:
+    return Batch([file.path for file in files], files[0].content, [], 1, consumed)
+
+
+def _record_batches(file: InputFile, options: ReadOptions, skipped: Skipped) -> Iterator[Batch]:
+    """Yield batches of one file; consumed counts its own bytes."""
+    lines: list[bytes | None] = []
+    size, count, is_empty = 0, 0, True
+    try:
+        for line, consumed in _iterate_records(file, options):
+            count += 1
             lines.append(line)
-            size += len(line)
+            size += len(line or b"")
+            is_empty = is_empty and line is not None and is_blank(line)
             if size >= BATCH_BYTES:
-                yield Batch([file.path], lines, number - len(lines) + 1, stream.consumed_bytes())
+                yield Batch([file.path], file.content, lines, count - len(lines) + 1, consumed())
                 lines, size = [], 0
-        if number == 0:
-            raise DataError(f"{file.path}: empty; a JSONL file has a document a line. Leave it out if this is meant")
-        if lines:
-            yield Batch([file.path], lines, number - len(lines) + 1, file.size)
+        if is_empty and file.content == "jsonl" or count == 0:
+            raise BadRecord(f"{file.path}: empty; it should have a document per line or row", "empty_file")
+    except BadRecord as error:
+        if not options.skips(error.kind):
+            raise
+        skipped.add(error.kind)
+    if lines:
+        yield Batch([file.path], file.content, lines, count - len(lines) + 1, file.size)
 
 
-def parse_batch(batch: Batch, options: ReadOptions) -> Iterator[tuple[str, str | None]]:
-    """(where, text) of each document of a batch; text None where it is left out for bad UTF-8.
+def _iterate_records(file: InputFile, options: ReadOptions) -> Iterator[tuple[bytes | None, Callable[[], int]]]:
+    """Yield records, each with a function that returns the bytes on disk read so far."""
+    if file.content == "jsonl":
+        with open_input(file.path) as stream:
+            for line in stream:
+                yield line, stream.consumed_bytes
+        return
+    for rows, fraction in iterate_rows(file.path, options.json_key):
+        for row in rows:
+            yield row, lambda fraction=fraction: int(fraction * file.size)
 
-    Blank lines are no documents.
+
+def parse_batch(
+    batch: Batch, options: ReadOptions, skipped: list[str] | None = None
+) -> Iterator[tuple[str, str | None]]:
+    """Yield (where, text) of each document of a batch; text None where a bad record is left out.
+
+    Blank lines are no documents. skipped: receives the kind of each bad record.
 
     Raises:
-        DataError: naming the file and the line or byte.
+        BadRecord: naming the file and the line or byte; not if options say skip.
     """
-    if batch.lines is None:
-        for path in batch.paths:
-            with open_input(path) as stream:
-                yield path, _decode(stream.read(), f"{path}: byte ", 0, options)
-        return
-    for number, line in enumerate(batch.lines, start=batch.first_line):
-        if line.isspace():
-            continue
-        where = f"{batch.paths[0]}:{number}"
-        text = _decode(line, f"{where}: byte ", 1, options)
-        yield where, None if text is None else _member(text, where, options)
-
-
-def _decode(data: bytes, where: str, first: int, options: ReadOptions) -> str | None:
-    """Text of UTF-8 bytes, without a byte-order mark. first: what the first byte is called in an error."""
-    try:
-        return data.decode("utf-8", errors="replace" if options.bad_utf8 == "replace" else "strict").removeprefix(
-            "\ufeff"
-        )
-    except UnicodeDecodeError as error:
-        if options.bad_utf8 == "skip":
-            return None
-        raise DataError(
-            f"{where}{error.start + first}: not UTF-8 ({error.reason}). "
-            "Convert or exclude it, or use --bad-utf8 skip or replace"
-        ) from error
-
-
-def _member(text: str, where: str, options: ReadOptions) -> str | None:
-    """The document in a JSON line."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: broken JSON: {error} (a file that is one document: --format text)") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a JSON object is needed, this is a {type(value).__name__}")
-    if options.json_key not in value:
-        keys = ", ".join(map(repr, value)) or "none"
-        raise DataError(f"{where}: no member {options.json_key!r} (it has: {keys}); name another with --json-key")
-    document = value[options.json_key]
-    if not isinstance(document, str):
-        raise DataError(f"{where}: member {options.json_key!r} is a {type(document).__name__}, not a string")
-    if not document.isascii():
+    parse = _PARSE[batch.content]
+    for where, record in _records(batch):
         try:
-            document.encode("utf-8")
-        except UnicodeEncodeError as error:  # an escape such as \ud800 alone
-            if options.bad_utf8 == "skip":
-                return None
-            if options.bad_utf8 == "error":
-                raise DataError(
-                    f"{where}: character {error.start} of {options.json_key!r} is half a surrogate pair, which no text "
-                    "holds. Repair it, or use --bad-utf8 skip or replace"
-                ) from error
-            return document.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
-    return document
+            text = parse(record, where, options)
+        except BadRecord as error:
+            if not options.skips(error.kind):
+                raise
+            if skipped is not None:
+                skipped.append(error.kind)
+            text = None
+        yield where, text
+
+
+def _records(batch: Batch) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the record of each document."""
+    if batch.content in ("text", "checked_text"):
+        yield from zip(batch.paths, batch.paths)
+    for number, line in enumerate(batch.lines, start=batch.first_line):
+        if batch.content == "parquet" or not is_blank(line or b""):
+            yield f"{batch.paths[0]}:{number}", line

@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from megatron_hybrid.config.lfs import refuse_lfs_pointer
 from megatron_hybrid.data.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -61,6 +62,7 @@ def read_index(path: str | Path) -> Index:
         DataError: not an index, a type that holds no tokens, no sequences, or a size that the header contradicts.
     """
     path = Path(path)
+    refuse_lfs_pointer(path, DataError)
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(HEADER_BYTES)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hybrid.config.data import SourceConfig
+from megatron_hybrid.config.lfs import refuse_lfs_pointer
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.indexed import read_index
 
@@ -109,6 +110,7 @@ def _open_indexed(prefix: str) -> Shard:
                 f"{file}: no such file. A source is a prefix (PREFIX.bin and PREFIX.idx, as of "
                 "tools/preprocess_data.py), a .npy shard, or a glob of such shards"
             )
+    refuse_lfs_pointer(bin_path, DataError)
     index, size = read_index(idx_path), os.path.getsize(bin_path)
     if size < index.end:
         raise DataError(
@@ -124,6 +126,7 @@ def _open_indexed(prefix: str) -> Shard:
 
 
 def _open_raw(path: str, dtype_name: str | None, vocab_size: int) -> Shard:
+    refuse_lfs_pointer(path, DataError)
     try:
         with open(path, "rb") as file:
             has_header = file.read(len(_NUMPY_MAGIC)) == _NUMPY_MAGIC

@@ -195,17 +195,16 @@ LAST = len(TEXTS) + 1
     ],
 )
 def test_failures_leave_what_was_there(tmp_path, jsonl, small_batches, damage, message, workers):
-    damage(jsonl)
     out = tmp_path / "out"
-    out.mkdir()
-    before = {suffix: out / f"old{suffix}" for suffix in (".bin", ".idx", ".json")}
-    for suffix, file in before.items():
-        file.write_text(suffix)
+    preprocess([jsonl], out / "old")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert len(before) == 3
+    damage(jsonl)
     source = next(tmp_path.glob("in.jsonl*"))
     for prefix in ("new", "old"):
         with pytest.raises(DataError, match=message):
             preprocess([source], out / prefix, workers=workers, overwrite=True)
-    assert {file.name: file.read_text() for file in out.iterdir()} == {f"old{suffix}": suffix for suffix in before}
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 def test_an_existing_dataset_is_kept(tmp_path, jsonl):

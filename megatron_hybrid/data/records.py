@@ -1,0 +1,158 @@
+"""One record to one document: a JSON line, a row of a Parquet column, or a whole file.
+
+- `ReadOptions`: which member holds the document, and what becomes of bad records.
+- `Skipped`: counts of what was left out, by kind.
+- `parse_line`, `parse_row`, `read_text`: the document, or BadRecord.
+"""
+
+import codecs
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_hybrid.data.compressed import open_input
+from megatron_hybrid.data.errors import BadRecord
+from megatron_hybrid.data.formats import refuse_format, refuse_json_lines
+
+_UTF8_KINDS = ("not_utf8", "lone_surrogate")
+FILE_KINDS = frozenset(
+    [
+        "empty_file",
+        "unreadable_file",
+        "unreadable_folder",
+        "unsupported_format",
+        "git_lfs_pointer",
+        "dangling_link",
+        "link_to_file_already_taken",
+        "link_to_folder_already_read",
+        "special_file",
+        "name_in_other_case",
+    ]
+)
+"""Kinds of which whole files or folders are left out. All other kinds are of documents."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How documents are read."""
+
+    json_key: str = "text"
+    """Member of a JSON line, or column of a Parquet file, that holds the document."""
+    bad_utf8: Literal["error", "skip", "replace"] | None = None
+    """Documents that are not UTF-8: stop, leave out, or put U+FFFD for each wrong byte. None: as `bad_records` says."""
+    bad_records: Literal["error", "skip"] = "error"
+    """Records and files without a document that can be read: stop, or leave out and count."""
+
+    def skips(self, kind: str) -> bool:
+        """Return whether bad records of a kind are left out."""
+        choice = self.bad_utf8 if kind in _UTF8_KINDS and self.bad_utf8 is not None else self.bad_records
+        return choice == "skip"
+
+
+@dataclass
+class Skipped:
+    """Counts of what is left out, by kind."""
+
+    documents: Counter[str] = field(default_factory=Counter)
+    files: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str) -> None:
+        """Count one."""
+        (self.files if kind in FILE_KINDS else self.documents)[kind] += 1
+
+    def update(self, kinds: Iterable[str]) -> None:
+        """Count several."""
+        for kind in kinds:
+            self.add(kind)
+
+
+def is_blank(line: bytes) -> bool:
+    """Return whether a line holds no record."""
+    return line.isspace() or (line.startswith(codecs.BOM_UTF8) and not line[3:].strip())
+
+
+def read_text(path: str, where: str, options: ReadOptions) -> str:
+    """Return a file as one document."""
+    with open_input(path) as stream:
+        return _decode(stream.read(), where, 0, options)
+
+
+def read_checked_text(path: str, where: str, options: ReadOptions) -> str:
+    """Return a file as one document, if its content is text."""
+    with open_input(path) as stream:
+        data = stream.read()
+    try:
+        text = _decode(data, where, 0, options)
+    except BadRecord as error:
+        if not options.skips(error.kind):
+            refuse_format(path, data[:1024])  # a better reason
+        raise
+    refuse_format(path, data[:1024])
+    if b"\0" in data:
+        raise BadRecord(f"{where}: byte {data.index(0)}: binary data (a NUL byte), not text", "binary")
+    refuse_json_lines(path, data)
+    return text
+
+
+def parse_line(line: bytes, where: str, options: ReadOptions) -> str:
+    """Return the document in a JSON line."""
+    text = _decode(line, where, 1, options)
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise BadRecord(f"{where}: broken JSON: {error}", "not_json") from error
+    except json.JSONDecodeError as error:
+        is_cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+        raise BadRecord(
+            f"{where}: broken JSON: {error}{' (the line is cut)' if is_cut else ''} "
+            "(a file that is one document: --format text; JSON over several lines: convert it with `jq -c .`)",
+            "cut_line" if is_cut else "not_json",
+        ) from error
+    if not isinstance(value, dict):
+        raise BadRecord(f"{where}: a JSON object is needed, this is a {type(value).__name__}", "not_an_object")
+    return _member(value, where, options)
+
+
+def _member(value: dict[str, Any], where: str, options: ReadOptions) -> str:
+    key = options.json_key
+    if key not in value:
+        keys = ", ".join(map(repr, value)) or "none"
+        raise BadRecord(f"{where}: no member {key!r} (it has: {keys}); name another with --json-key", "missing_key")
+    document = value[key]
+    if not isinstance(document, str):
+        kind = "null" if document is None else "not_a_string"
+        raise BadRecord(f"{where}: member {key!r} is a {type(document).__name__}, not a string", kind)
+    if not document.isascii():
+        try:
+            document.encode("utf-8")
+        except UnicodeEncodeError as error:  # an escape such as \ud800 alone
+            if options.bad_utf8 != "replace":
+                raise BadRecord(
+                    f"{where}: character {error.start} of {key!r} is half a surrogate pair, which no text holds. "
+                    "Repair it, or use --bad-utf8 skip or replace",
+                    "lone_surrogate",
+                ) from error
+            return document.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+    return document
+
+
+def parse_row(value: bytes | None, where: str, options: ReadOptions) -> str:
+    """Return the document in a row of a Parquet column."""
+    if value is None:
+        raise BadRecord(f"{where}: column {options.json_key!r} is null, not a string", "null")
+    return _decode(value, where, 0, options)
+
+
+def _decode(data: bytes, where: str, first: int, options: ReadOptions) -> str:
+    """Return the text of UTF-8 bytes, without a byte-order mark. first: the number of the first byte in an error."""
+    try:
+        errors = "replace" if options.bad_utf8 == "replace" else "strict"
+        return data.decode("utf-8", errors=errors).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise BadRecord(
+            f"{where}: byte {error.start + first}: not UTF-8 ({error.reason}). "
+            "Convert or exclude it, or use --bad-utf8 skip or replace",
+            "not_utf8",
+        ) from error

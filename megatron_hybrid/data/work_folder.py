@@ -1,0 +1,212 @@
+"""Work folder PREFIX.partial: a lock on the dataset PREFIX, and the place where it is written.
+
+The lock works on network file systems: a folder that already contains `owner.json` is renamed to PREFIX.partial, which
+fails if another job's folder is there. The folder of a process that died on this host is taken over.
+
+Files inside: owner.json; dataset.{bin,idx,json}; old.{bin,idx,json}, the replaced dataset, during a replacement;
+complete, which marks the dataset as whole; takeover, held by the one job that may take the folder over.
+"""
+
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megatron_hybrid.data.errors import DataError
+
+SUFFIXES = (".json", ".bin", ".idx")
+"""In the order of publication: an .idx never lies next to the .bin of another dataset."""
+_OWNER, _COMPLETE, _TAKEOVER = "owner.json", "complete", "takeover"
+_OWN_NAMES = {_OWNER, _COMPLETE, _TAKEOVER, *(f"old{s}" for s in SUFFIXES)}
+_OWN_NAMES |= {f"dataset{suffix}{end}" for suffix in SUFFIXES for end in ("", ".partial")}
+
+
+class WorkFolder:
+    """Holds the lock of one prefix from entry to exit."""
+
+    def __init__(self, prefix: str, finish: Callable[["WorkFolder"], None], say: Callable[[str], None]):
+        """finish: complete the replacement that a dead process began; say: report a takeover."""
+        self.prefix = prefix
+        self.path = Path(f"{prefix}.partial")
+        self.dataset = str(self.path / "dataset")
+        self._finish, self._say = finish, say
+        self._owner = _describe_this_process()
+
+    def __enter__(self) -> "WorkFolder":
+        candidate = Path(f"{self.path}-{self._owner['token']}")
+        candidate.mkdir()
+        try:
+            (candidate / _OWNER).write_text(json.dumps(self._owner))
+            with suppress(OSError):  # not empty: there is another owner
+                candidate.rename(self.path)
+        finally:
+            (candidate / _OWNER).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                candidate.rmdir()
+        if self._read_owner() != self._owner:
+            self._take_over()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if (self.path / _COMPLETE).exists():  # `move_back` failed: the next job completes the replacement
+            return
+        self._clear()
+        (self.path / _OWNER).unlink(missing_ok=True)
+        with suppress(OSError):  # NFS keeps files that other processes have open
+            self.path.rmdir()
+
+    def _read_owner(self) -> dict[str, Any] | None:
+        """Return the owner, or None if there is none to be found."""
+        try:
+            owner = json.loads((self.path / _OWNER).read_text())
+        except (OSError, ValueError):
+            return None
+        return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else None
+
+    def _take_over(self) -> None:
+        """Become the owner of a folder that a dead process left.
+
+        Raises:
+            DataError: its owner lives, or may live, or the folder is not one of this tool's.
+        """
+        owner = self._read_owner()
+        self._refuse_unless_abandoned(owner)
+        claim = self.path / _TAKEOVER
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            raise DataError(self._held("another job that takes it over")) from None
+        try:
+            if self._read_owner() != owner:  # another job was faster
+                raise DataError(self._held(_name(self._read_owner())))
+            if (self.path / _COMPLETE).exists():
+                self._finish(self)
+                self._say(f"{self.prefix}: completed the replacement that {_name(owner)} had begun")
+            self._clear()
+            self._write_owner()
+            self._say(f"{self.path}: took over from {_name(owner)}, which is no longer running")
+        finally:
+            claim.unlink(missing_ok=True)
+
+    def _refuse_unless_abandoned(self, owner: dict[str, Any] | None) -> None:
+        if not os.path.lexists(self.path):
+            raise DataError(f"{self.path}: another job has just released this work folder: run the command again")
+        if not self.path.is_dir() or self.path.is_symlink():
+            raise DataError(f"{self.path} exists and is not a work folder of this tool: give another output prefix")
+        others = [n for n in os.listdir(self.path) if n not in _OWN_NAMES and not n.startswith(".nfs")]
+        if others:
+            raise DataError(
+                f"{self.path} holds {others[0]}, which is not a file of this tool: give another output prefix"
+            )
+        if owner is not None and _may_be_running(owner, self._owner):
+            raise DataError(self._held(_name(owner)))
+
+    def _held(self, holder: str) -> str:
+        return (
+            f"{self.prefix} is being written by {holder}. Give another output prefix, or wait. "
+            f"If you are sure that this job is dead: rm -r {self.path}"
+        )
+
+    def _write_owner(self) -> None:
+        new = self.path / f"dataset{SUFFIXES[0]}.partial"
+        new.write_text(json.dumps(self._owner))
+        new.replace(self.path / _OWNER)
+
+    def _clear(self) -> None:
+        """Remove this tool's files, except for the owner and the claim. Nothing else is removed."""
+        for name in _OWN_NAMES - {_OWNER, _TAKEOVER}:
+            (self.path / name).unlink(missing_ok=True)
+
+    def _names(self, suffix: str) -> tuple[Path, Path, Path]:
+        """Return the paths of the new, the replaced and the published file."""
+        return self.path / f"dataset{suffix}", self.path / f"old{suffix}", Path(f"{self.prefix}{suffix}")
+
+    def mark_complete(self) -> None:
+        """State that the new dataset is whole, before the first file of the old one moves."""
+        with (self.path / _COMPLETE).open("w") as file:
+            os.fsync(file.fileno())
+
+    def mark_published(self) -> None:
+        """State that the new dataset is in place and the old one may go."""
+        (self.path / _COMPLETE).unlink()
+
+    def move_in(self) -> None:
+        """Replace the published dataset. Can be called again after it was interrupted at any point."""
+        for suffix in reversed(SUFFIXES):
+            new, old, published = self._names(suffix)
+            if new.exists() and published.exists():
+                published.replace(old)
+        for suffix in SUFFIXES:
+            new, _, published = self._names(suffix)
+            if new.exists():
+                new.replace(published)
+
+    def move_back(self) -> None:
+        """Undo `move_in`, wherever it was interrupted."""
+        if not (self.path / _COMPLETE).exists():
+            return
+        for suffix in reversed(SUFFIXES):
+            new, _, published = self._names(suffix)
+            if not new.exists():
+                published.replace(new)
+        for suffix in SUFFIXES:
+            _, old, published = self._names(suffix)
+            if old.exists():
+                old.replace(published)
+        (self.path / _COMPLETE).unlink()
+
+
+def _describe_this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _start_of(os.getpid()),
+        "boot": _read_line("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": _pid_namespace(),  # containers of one host share its name, but not its process numbers
+        "token": secrets.token_hex(8),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+    }
+
+
+def _name(owner: dict[str, Any] | None) -> str:
+    if owner is None:
+        return "an unknown process"
+    return f"process {owner['pid']} on host {owner.get('host')} (since {owner.get('since')})"
+
+
+def _may_be_running(owner: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Return False only if the owner is certain to be dead: a process of this host that has ended."""
+    if any(own[key] is None or owner.get(key) != own[key] for key in ("host", "boot", "pid_namespace")):
+        return True
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's process
+        return True
+    return _start_of(owner["pid"]) in (None, owner.get("started"))  # else the number was given to a new process
+
+
+def _start_of(pid: int) -> str | None:
+    """Return the start time of a process in clock ticks since boot, `dead` for a zombie, None if it is unknown."""
+    fields = (_read_line(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
+    if len(fields) < 20:
+        return None
+    return "dead" if fields[0] in "ZX" else fields[19]
+
+
+def _pid_namespace() -> str | None:
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return None
+
+
+def _read_line(path: str) -> str | None:
+    with suppress(OSError):
+        return Path(path).read_text().strip()
+    return None
