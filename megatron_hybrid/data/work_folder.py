@@ -10,13 +10,14 @@ complete, which marks the dataset as whole; takeover, held by the one job that m
 import json
 import os
 import secrets
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.config.process import ProcessIdentity
 from megatron_hybrid.data.errors import DataError
 
 SUFFIXES = (".json", ".bin", ".idx")
@@ -103,7 +104,7 @@ class WorkFolder:
             raise DataError(
                 f"{self.path} holds {others[0]}, which is not a file of this tool: give another output prefix"
             )
-        if owner is not None and _may_be_running(owner, self._owner):
+        if owner is not None and not _has_ended(owner):
             raise DataError(self._held(_name(owner)))
 
     def _held(self, holder: str) -> str:
@@ -162,15 +163,8 @@ class WorkFolder:
 
 
 def _describe_this_process() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": _start_of(os.getpid()),
-        "boot": _read_line("/proc/sys/kernel/random/boot_id"),
-        "pid_namespace": _pid_namespace(),  # containers of one host share its name, but not its process numbers
-        "token": secrets.token_hex(8),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-    }
+    process = asdict(ProcessIdentity.current())
+    return process | {"token": secrets.token_hex(8), "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
 
 
 def _name(owner: dict[str, Any] | None) -> str:
@@ -179,34 +173,11 @@ def _name(owner: dict[str, Any] | None) -> str:
     return f"process {owner['pid']} on host {owner.get('host')} (since {owner.get('since')})"
 
 
-def _may_be_running(owner: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Return False only if the owner is certain to be dead: a process of this host that has ended."""
-    if any(own[key] is None or owner.get(key) != own[key] for key in ("host", "boot", "pid_namespace")):
-        return True
+def _has_ended(owner: dict[str, Any]) -> bool:
+    """Return True only if the owner is certain to have ended: a process of this host."""
     try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
+        return (
+            ProcessIdentity(**{field.name: owner[field.name] for field in fields(ProcessIdentity)}).has_ended() is True
+        )
+    except KeyError:
         return False
-    except PermissionError:  # another user's process
-        return True
-    return _start_of(owner["pid"]) in (None, owner.get("started"))  # else the number was given to a new process
-
-
-def _start_of(pid: int) -> str | None:
-    """Return the start time of a process in clock ticks since boot, `dead` for a zombie, None if it is unknown."""
-    fields = (_read_line(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
-    if len(fields) < 20:
-        return None
-    return "dead" if fields[0] in "ZX" else fields[19]
-
-
-def _pid_namespace() -> str | None:
-    with suppress(OSError):
-        return os.readlink("/proc/self/ns/pid")
-    return None
-
-
-def _read_line(path: str) -> str | None:
-    with suppress(OSError):
-        return Path(path).read_text().strip()
-    return None

@@ -7,7 +7,6 @@ host, otherwise after `PATIENCE_S` seconds without a beat.
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from megatron_hybrid.config.errors import BAD_INPUT, UserError
+from megatron_hybrid.config.process import ProcessIdentity
 
 LOCK = "run.lock"
 BEAT_S = 10.0
@@ -34,12 +34,8 @@ class Owner:
     """The process that holds a lock, as its file says."""
 
     token: str
+    process: ProcessIdentity
     user: str
-    host: str
-    pid: int
-    pid_namespace: str
-    process_start: str
-    """Start time of the process in clock ticks since boot (/proc/PID/stat): tells a reused process ID apart."""
     job: str
     attempt: int
     """How often SLURM had restarted the job."""
@@ -48,14 +44,10 @@ class Owner:
 
     @classmethod
     def this_process(cls, env: Mapping[str, str] = os.environ) -> "Owner":
-        pid = os.getpid()
         return cls(
             token=uuid.uuid4().hex,
+            process=ProcessIdentity.current(),
             user=env.get("USER") or str(os.getuid()),
-            host=socket.gethostname(),
-            pid=pid,
-            pid_namespace=_pid_namespace(),
-            process_start=_process_start(pid) or "",
             job=env.get("SLURM_JOB_ID", ""),
             attempt=int(env.get("SLURM_RESTART_COUNT") or 0),
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -63,38 +55,21 @@ class Owner:
 
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
-        return f"process {self.pid} of {self.user} on {self.host}{job}, since {self.since}"
+        return f"process {self.process.pid} of {self.user} on {self.process.host}{job}, since {self.since}"
 
-    def is_dead(self, now: "Owner") -> bool | None:
+    def has_ended(self, now: "Owner") -> bool | None:
         """Return whether the owner's process has ended; None where this host cannot tell."""
         if self.job and self.job == now.job and self.attempt < now.attempt:
             return True  # SLURM restarts a job only when its earlier attempt has ended
-        if (self.host, self.pid_namespace) != (now.host, now.pid_namespace):
-            return None
-        return _process_start(self.pid) != self.process_start
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _process_start(pid: int) -> str | None:
-    """Return the start time of a process; None where there is no such process, or where it is a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
+        return self.process.has_ended()
 
 
 def read_owner(path: Path) -> Owner | None:
     """Return the owner that a lock file names; None where there is no file or it is damaged."""
     try:
-        return Owner(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        fields = json.loads(path.read_text())
+        return Owner(**fields | {"process": ProcessIdentity(**fields["process"])})
+    except (OSError, ValueError, TypeError, LookupError):
         return None
 
 
@@ -157,7 +132,7 @@ class RunLock:
         found = read_owner(self.path)
         if found is None and not self.path.exists():
             return
-        dead = found.is_dead(self.owner) if found else None
+        dead = found.has_ended(self.owner) if found else None
         if dead is None:
             self.say(f"{self.path} is held by {found or 'a process it does not name'}: watching whether it is alive")
             dead = self._stays_the_same(found)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hybrid.config.process import start_time
 from megatron_hybrid.data import preprocess as module
-from megatron_hybrid.data import work_folder
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.preprocess import preprocess
 from megatron_hybrid.data.work_folder import WorkFolder
@@ -179,7 +179,7 @@ def test_a_killed_replacement_is_completed_by_the_next_job(tmp_path, number):
 def start_of_dead_process():
     """A process number of this host that is free, and the start of the process that had it."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = work_folder._start_of(process.pid)
+    started = start_time(process.pid)
     process.communicate()
     return process.pid, started
 
