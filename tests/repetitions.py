@@ -73,8 +73,9 @@ def digest(tensor: torch.Tensor) -> str:
 class Watch:
     """Records the tensors of a trainer's engine after each of its calls."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: Trainer, after_schedule: Callable[[], None] | None = None):
         self.trainer, self.engine, self.record = trainer, trainer.engine, Record()
+        self.after_schedule = after_schedule or (lambda: None)
         for method in ("forward_backward", "gradient_norm", "update", "evaluate"):
             setattr(self.engine, method, self._watched(method, getattr(self.engine, method)))
 
@@ -94,6 +95,7 @@ class Watch:
             yield from ((f"{number}.{name}", tensor) for name, tensor in batch.items())
 
     def _after_forward_backward(self, losses) -> None:
+        self.after_schedule()
         self.record.losses.append(losses.loss)
         self._digest("gradients", self._gradients())
 
@@ -105,6 +107,7 @@ class Watch:
         self._digest("moments", self._moments())
 
     def _after_evaluate(self, losses) -> None:
+        self.after_schedule()
         self.record.evaluations.append(losses.loss)
         self._digest("parameters after evaluation", self._parameters())
         self._digest("gradients after evaluation", self._gradients())
@@ -138,13 +141,13 @@ class Watch:
         return record
 
 
-def run_once(config: dict) -> Record:
-    """Train as tools/pretrain.py does, in groups of its own."""
+def run_once(config: dict, after_schedule: Callable[[], None] | None = None) -> Record:
+    """Train as tools/pretrain.py does, in groups of its own. after_schedule: called after each step and evaluation."""
     run, launch = RunConfig(**config), Launch.from_environment()
     groups = start_distributed(launch, run.parallel, run.train.seed, quiet=True)
     quiet = redirect_stdout(io.StringIO())  # hundreds of runs would fill the log
     with quiet, Interrupt() as interrupt, Trainer(run, launch, groups) as trainer:
-        watch = Watch(trainer)
+        watch = Watch(trainer, after_schedule)
         trainer.run(interrupt)
         record = watch.finish()
     dist.barrier()
