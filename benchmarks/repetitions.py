@@ -75,55 +75,69 @@ def rows_of(name: str, repetitions: int, results: list[dict], one) -> list[dict]
     ]  # fmt: skip
 
 
-def main() -> None:
-    from report import bounded, write
+def row_of_planted(name: str, repetitions: int, results: list[dict]) -> dict:
+    """In how many repetitions a planted race went unnoticed."""
+    from report import bounded
 
-    from tests.disturbance import Stopper
-    from tests.ranks import RankPool
-    from tests.repetitions import repeat, run_config
+    found = {number for result in results for number, _ in result["differences"]}
+    case = f"{name}, with a planted race: {repetitions} repetitions"
+    return bounded(case, "repetitions in which it was not found", "", repetitions - len(found), 0)
+
+
+class Runs:
+    """Runs on one pool of ranks, each in a folder of its own, on a machine whose cores are busy."""
+
+    def __init__(self):
+        from tests.ranks import RankPool
+
+        self.pool, self.stops = RankPool(), 0
+
+    def __enter__(self) -> "Runs":
+        self.spinners = [subprocess.Popen(SPIN) for _ in range(os.cpu_count() or 1)]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for spinner in self.spinners:
+            spinner.kill()
+            spinner.wait()
+
+    def run(self, ranks: int, layout: dict, tied: bool, repetitions: int, race: bool = False) -> list[dict]:
+        """What tests.repetitions.repeat returns, by rank; ranks are stopped for moments."""
+        from tests.disturbance import Stopper
+        from tests.repetitions import repeat, run_config
+
+        with tempfile.TemporaryDirectory(prefix="repetitions-") as folder, Stopper(Path(folder)) as stopper:
+            config = run_config(Path(folder), layout, tied)
+            arguments = dict(config=config, repetitions=repetitions, seed="benchmark", race=race)
+            results = self.pool.run(repeat, ranks, 36_000, **arguments)
+        self.stops += stopper.stops
+        return results
+
+
+def main() -> None:
+    from report import write
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--share", type=float, default=1.0, help="of each case's repetitions")
     args, _ = parser.parse_known_args()
-    pool, rows, stops = RankPool(), [], 0
 
-    def run(count: int, folder: Path, layout: dict, tied: bool, repetitions: int, race: bool = False) -> list[dict]:
-        config = run_config(folder, layout, tied)
-        return pool.run(repeat, count, 36_000, config=config, repetitions=repetitions, seed="benchmark", race=race)
+    def share(count: int) -> int:
+        return max(1, round(args.share * count))
 
-    def folder() -> tempfile.TemporaryDirectory:
-        return tempfile.TemporaryDirectory(prefix="repetitions-")
-
-    one = {}
-    for tied in (True, False):
-        with folder() as place:
-            one[tied] = run(1, Path(place), {}, tied, 0)[0]["first"]
-    spinners = [subprocess.Popen(SPIN) for _ in range(os.cpu_count() or 1)]
-    try:
+    rows = []
+    with Runs() as runs:
+        one = {tied: runs.run(1, {}, tied, 0)[0]["first"] for tied in (True, False)}
         for name, (repetitions, layout, tied) in CASES.items():
-            repetitions = max(1, round(args.share * repetitions))
-            with folder() as place, Stopper(Path(place)) as stopper:
-                results = run(4, Path(place), layout, tied, repetitions)
-            stops += stopper.stops
-            rows += rows_of(name, repetitions, results, one[tied])
+            results = runs.run(4, layout, tied, share(repetitions))
+            rows += rows_of(name, share(repetitions), results, one[tied])
             print(*(f"{row['metric']}: {row['ours']}" for row in rows[-4:]), sep="; ", flush=True)
         for name in PLANTED:
             _, layout, tied = CASES[name]
-            planted = max(1, round(10 * args.share))
-            with folder() as place, Stopper(Path(place)) as stopper:
-                results = run(4, Path(place), layout, tied, planted, race=True)
-            stops += stopper.stops
-            found = {number for result in results for number, _ in result["differences"]}
-            case = f"{name}, with a planted race: {planted} repetitions"
-            rows.append(bounded(case, "repetitions in which it was not found", "", planted - len(found), 0))
-    finally:
-        for spinner in spinners:
-            spinner.kill()
-            spinner.wait()
+            rows.append(row_of_planted(name, share(10), runs.run(4, layout, tied, share(10), race=True)))
     notes = [
-        f"Four steps of a GAGA model in fp32, evaluated every two. Ranks were stopped {stops} times for 5 to 150 ms; 2%, 20% or 50% "
-        "of a rank's waits, sends and receives were delayed, by 2 ms on average and receives by 50 ms; and as many busy processes as "
-        "cores ran next to the ranks.",
+        f"Four steps of a GAGA model in fp32, evaluated every two. Ranks were stopped {runs.stops} times for 5 to 150 ms; 2%, 20% or "
+        "50% of a rank's waits, sends and receives were delayed, by 2 ms on average and receives by 50 ms; and as many busy "
+        "processes as cores ran next to the ranks.",
         "Compared are batches, gradients, parameters and moments after every step and every evaluation, and all losses and norms.",
         "The planted race reuses the memory of a pipeline stage's output without waiting until it is sent.",
     ]

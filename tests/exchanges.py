@@ -46,16 +46,19 @@ class Ledger:
 
 
 class _Tracked:
-    """A Work that its ledger forgets once it is waited for."""
+    """A Work that its ledger forgets once it is waited for. What is sent must be the same before and after."""
 
     def __init__(self, ledger: Ledger, kind: str, tensor: torch.Tensor, work):
         self._ledger, self._work, self._number = ledger, work, ledger.count
+        self._sent = tensor.detach().clone() if kind == "send" else None
         ledger.in_flight[ledger.count] = kind, tensor
         ledger.count += 1
 
     def wait(self) -> None:
         self._work.wait()
-        del self._ledger.in_flight[self._number]
+        _, tensor = self._ledger.in_flight.pop(self._number)
+        if self._sent is not None and not torch.equal(tensor.detach(), self._sent):
+            self._ledger.violations.append("a tensor is written while its send is in flight")
 
 
 @contextmanager
