@@ -114,34 +114,41 @@ class Runs:
         return results
 
 
-def main() -> None:
-    from report import write
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--share", type=float, default=1.0, help="of each case's repetitions")
-    args, _ = parser.parse_known_args()
-
-    def share(count: int) -> int:
-        return max(1, round(args.share * count))
-
-    rows = []
-    with Runs() as runs:
-        one = {tied: runs.run(1, {}, tied, 0)[0]["first"] for tied in (True, False)}
-        for name, (repetitions, layout, tied) in CASES.items():
-            results = runs.run(4, layout, tied, share(repetitions))
-            rows += rows_of(name, share(repetitions), results, one[tied])
-            print(*(f"{row['metric']}: {row['ours']}" for row in rows[-4:]), sep="; ", flush=True)
-        for name in PLANTED:
-            _, layout, tied = CASES[name]
-            rows.append(row_of_planted(name, share(10), runs.run(4, layout, tied, share(10), race=True)))
-    notes = [
+def notes_of(runs: Runs) -> list[str]:
+    """How the machine was disturbed, and what is compared."""
+    return [
         f"Four steps of a GAGA model in fp32, evaluated every two. Ranks were stopped {runs.stops} times for 5 to 150 ms; 2%, 20% or "
         "50% of a rank's waits, sends and receives were delayed, by 2 ms on average and receives by 50 ms; and as many busy "
         "processes as cores ran next to the ranks.",
         "Compared are batches, gradients, parameters and moments after every step and every evaluation, and all losses and norms.",
         "The planted race reuses the memory of a pipeline stage's output without waiting until it is sent.",
     ]
-    write("repetitions", rows, ("torch", "megatron-core"), notes=notes)
+
+
+def main() -> None:
+    from report import write
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--share", type=float, default=1.0, help="of each case's repetitions")
+    args, _ = parser.parse_known_args()
+    rows = []
+
+    def share(count: int) -> int:
+        return max(1, round(args.share * count))
+
+    def add(found: list[dict]) -> None:
+        """Write the file after each case: a rank that dies in a later one must not lose what was measured."""
+        rows.extend(found)
+        write("repetitions", rows, ("torch", "megatron-core"), notes=notes_of(runs), printed=len(rows) - len(found))
+
+    with Runs() as runs:
+        one = {tied: runs.run(1, {}, tied, 0)[0]["first"] for tied in (True, False)}
+        for name, (repetitions, layout, tied) in CASES.items():
+            results = runs.run(4, layout, tied, share(repetitions))
+            add(rows_of(name, share(repetitions), results, one[tied]))
+        for name in PLANTED:
+            _, layout, tied = CASES[name]
+            add([row_of_planted(name, share(10), runs.run(4, layout, tied, share(10), race=True))])
 
 
 if __name__ == "__main__":
