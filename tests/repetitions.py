@@ -1,5 +1,6 @@
 """One training run repeated on the same ranks, every tensor compared bit for bit with the first repetition."""
 
+import gc
 import hashlib
 import io
 import os
@@ -177,6 +178,7 @@ def repeat(config: dict, repetitions: int, seed: str, race: bool = False) -> dic
             if race:
                 disturbed.enter_context(planted_race())
             found = run_once(config)
+        gc.collect()  # groups of a finished run keep some 60 threads each until Python's cycle collector finds them
         if difference := found.first_difference(expected):
             differences.append((number, difference))
     may_be_stopped.unlink()
