@@ -25,7 +25,7 @@ from megatron_hybrid.data.documents import Batch, ReadOptions, find_files, itera
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.indexed import IndexedWriter, smallest_dtype
 from megatron_hybrid.data.permutation import hash_integers
-from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_sha256
 
 _MAX_DOCUMENT = (1 << 31) - 1  # an .idx has int32 lengths
 
@@ -50,6 +50,8 @@ class Summary:
     inputs: list[str]
     sha256: str | None
     """Of the .bin, if asked for."""
+    vocabulary_sha256: str
+    """Of the tokenizer's ids and their text: other tools compare it with their tokenizer's."""
 
 
 class _Tokens(NamedTuple):
@@ -161,7 +163,7 @@ def preprocess(
             skipped += result.skipped
             progress(result.consumed, total)
         _check_not_empty(writers, documents, inputs)
-        summaries = {}
+        summaries, vocabulary = {}, vocabulary_sha256(encoder.tokenizer)
         for writer in writers:
             summaries[writer.prefix] = Summary(
                 documents=writer.num_documents,
@@ -176,6 +178,7 @@ def preprocess(
                 skipped_documents=skipped,
                 inputs=[str(input_) for input_ in inputs],
                 sha256=writer.sha256,
+                vocabulary_sha256=vocabulary,
             )
             Path(f"{writer.prefix}.json").unlink(missing_ok=True)  # the old one's, before the new tokens
             writer.finish()

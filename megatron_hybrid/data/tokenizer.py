@@ -6,6 +6,7 @@
 - `load_tokenizer`: by name; nothing is ever downloaded.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; control tokens such as the end of a document leave nothing."""
+        ...
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token."""
         ...
 
 
@@ -54,6 +59,10 @@ class ByteTokenizer:
             if not 0 <= token < self.vocab_size:
                 raise DataError(f"token {token} is no byte: ids of the byte tokenizer are 0 to 256")
         return bytes(token for token in ids if token != self.eos_token_id).decode("utf-8", errors="replace")
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token."""
+        return {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<eos>": self.eos_token_id}
 
 
 class HuggingFaceTokenizer:
@@ -116,6 +125,10 @@ class HuggingFaceTokenizer:
         """Text of ids, without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer of a spec: `byte`, or the folder of a Hugging Face tokenizer.
@@ -131,6 +144,12 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             "fetch the tokenizer first and give its folder"
         )
     return HuggingFaceTokenizer(spec)
+
+
+def vocabulary_sha256(tokenizer: Tokenizer, size: int | None = None) -> str:
+    """Return a hash of the tokens with an id below `size`, or of all: equal where ids mean the same text."""
+    ids = sorted((token, text) for text, token in tokenizer.vocabulary().items() if size is None or token < size)
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from megatron_hybrid.checkpoint.manager import CheckpointManager, complete_check
 from megatron_hybrid.config.flops import training_flops_per_token
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.data.build import build_train_and_validation
 from megatron_hybrid.data.loader import BatchLoader
 from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.observe.sinks import check_sinks
 from megatron_hybrid.parallel.device import has_cuda
 from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
 from megatron_hybrid.planner.memory import expected
+from megatron_hybrid.train.data_check import open_data
 from megatron_hybrid.train.engine import build_engine
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.schedules import learning_rate
@@ -67,7 +67,7 @@ class Trainer:
         self.config, self.launch, self.groups = config, launch, groups
         self.run_dir = Path(config.run_dir)
         train, data = config.train, config.data
-        training, validation = self._open_data()
+        training, validation = open_data(config)
         self.engine = build_engine(config, groups)
         loader = dict(data_parallel_rank=groups.dp.rank(), data_parallel_size=groups.dp.size(), pin_memory=has_cuda())
         self.loader = BatchLoader(training, train.micro_batch_size, num_workers=data.num_workers, **loader)
@@ -115,16 +115,6 @@ class Trainer:
         self.checkpoints.close()
         if exception[0] is None:  # else its GPU may not answer any more
             self.engine.close()
-
-    def _open_data(self):
-        """Rank 0 checks the files first; the others find its verdicts."""
-        config, first = self.config, self.launch.rank == 0
-        if not first:
-            dist.barrier()
-        opened = build_train_and_validation(config.data, config.model.vocab_size, self.run_dir)
-        if first:
-            dist.barrier()
-        return opened
 
     def run(self, interrupt: Interrupt | None = None) -> Progress:
         """The loop. Where an interrupt is handed in and the ranks agree that it was asked for, it ends with a save."""
