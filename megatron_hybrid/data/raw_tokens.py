@@ -134,12 +134,10 @@ def _is_data(words: np.ndarray, high: int) -> bool:
 def fitting_types(tokens: np.ndarray, vocab_size: int) -> list[str]:
     """Return names of other types as which these bytes are all tokens of the vocabulary."""
     window = np.ascontiguousarray(tokens[: PROBE_BYTES // tokens.dtype.itemsize // 4 * 4])
-    others = [np.dtype(name) for name in ("<u2", "<u4", ">u2", ">u4", "u1")]
-    return [
-        ("big-endian " if other.byteorder == ">" else "") + other.name
-        for other in others
-        if other != tokens.dtype
-        and window.nbytes >= _LEAST_PROBE_BYTES
-        and window.nbytes % other.itemsize == 0
-        and int(window.view(other).max()) < vocab_size
-    ]
+    if window.nbytes < _LEAST_PROBE_BYTES:
+        return []
+    names = {"uint16": "<u2", "uint32": "<u4", "big-endian uint16": ">u2", "big-endian uint32": ">u4"}
+    others = {name: np.dtype(code) for name, code in names.items() if np.dtype(code) != tokens.dtype}
+    sizes = {name: other for name, other in others.items() if window.nbytes % other.itemsize == 0}
+    fitting = [name for name, other in sizes.items() if int(window.view(other).max()) < vocab_size]
+    return fitting or (["uint8"] if int(window.view(np.uint8).max()) < vocab_size else [])

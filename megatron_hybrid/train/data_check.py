@@ -50,6 +50,7 @@ class StoreTeam:
             self._store.compare_set("error", "", text)
             self._store.add("done", 1)
             if isinstance(error, UserError):
+                error.printed_by = "each rank"  # launchers may end the first rank as soon as this one has ended
                 self._wait()
             raise
         self._store.add("done", 1)
