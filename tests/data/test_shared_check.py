@@ -1,6 +1,7 @@
 """The token check in pieces: shared over processes, resumed where it was, sampled where there is too much."""
 
 import json
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -148,13 +149,17 @@ def test_none_reads_nothing_and_training_still_names_a_bad_token(tmp_path, scans
             train.sample(i)
 
 
-def test_other_files_of_the_same_name_are_other_work(tmp_path):
-    names = []
-    for node in ("one", "two"):  # two nodes' own disks
-        (tmp_path / "a.npy").unlink(missing_ok=True)
+def test_copies_on_two_nodes_are_checked_by_each(tmp_path):
+    """Same path, size and time, but another file: each node sees its own disk."""
+    path, names = write_raw(tmp_path / "a.npy", np.zeros(10, int)), []
+    for _ in range(2):
         team = Taking()
-        check_sources([source(tmp_path / "a.npy", np.full(10, len(names) + 1))], 1000, "full", None, team)
+        check_sources([source(path)], 1000, "full", None, team)
         names.append(team.asked[0][0])
+        copy = write_raw(tmp_path / "copy.npy", np.zeros(10, int))
+        stat = os.stat(path)
+        os.replace(copy, path)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert names[0] != names[1]
 
 
@@ -188,3 +193,23 @@ def test_a_replaced_bin_is_noticed(tmp_path):
     write_indexed(tmp_path / "a", [[1, 2, 3, 4, 5]])
     with pytest.raises(DataError, match=r"a.json: tokens is 4, but .*a.idx has 5"):
         open_source(SourceConfig(path=prefix), 257)
+
+
+def test_the_tool_checks_everything_and_training_finds_its_verdicts(tmp_path, monkeypatch, capsys, scans):
+    from tools import check_data
+
+    monkeypatch.setattr(validate, "FULL_BELOW_BYTES", 0)
+    tokens = write_raw(tmp_path / "a.npy", np.zeros(900, int))
+    config = tmp_path / "run.yaml"
+    model = {"preset": "olmo_hybrid_tiny", "layer_pattern": "GA"}
+    sections = {"run_dir": str(tmp_path / "run"), "model": model, "train": {"steps": 1, "global_batch_size": 1}}
+    config.write_text(json.dumps(sections | {"data": {"train": [{"path": tokens}], "sequence_length": 16}}))
+    monkeypatch.setattr("sys.argv", ["check_data.py", str(config)])
+    check_data.main()
+    assert scans == [("a.npy", 0, 900)] and "a.npy: 900 tokens" in capsys.readouterr().out
+    build_train_and_validation(DataConfig(train=({"path": tokens},), sequence_length=16), 257, tmp_path / "run")
+    assert len(scans) == 1
+    write_raw(tmp_path / "a.npy", np.full(900, 300))
+    with pytest.raises(SystemExit) as end:
+        check_data.main()
+    assert end.value.code == 78 and "token 300" in capsys.readouterr().err
