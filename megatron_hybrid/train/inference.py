@@ -200,11 +200,11 @@ def tokenize_prompt(model: LoadedModel, prompt: str, name: str | None) -> tuple[
     Raises:
         UserError: no tokenizer, or a prompt that is not UTF-8.
     """
-    chosen = name or model.tokenizer
+    chosen = model.tokenizer if name is None else name
     if chosen is None:
         raise UserError("--tokenizer is missing: the checkpoint does not name one")
     tokenizer = load_tokenizer(chosen)
-    found = checkpoint_disagreements(model.config, model.run, chosen, "--tokenizer" if name else "data.tokenizer")
+    found = checkpoint_disagreements(model.config, model.run, chosen, "data.tokenizer" if name is None else "--tokenizer")
     warn(str(disagreement) for disagreement in dict.fromkeys(found))
     try:
         prompt.encode()

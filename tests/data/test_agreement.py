@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.model import ModelConfig
@@ -18,17 +17,8 @@ from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.preprocess import preprocess
 from megatron_hybrid.data.summary import read_summary
 from megatron_hybrid.data.tokenizer import load_tokenizer, vocabulary_sha256
-from tests.data.files import write_indexed
+from tests.data.files import save_tokenizer, write_indexed
 from tests.models import SMALLEST
-
-
-def save_tokenizer(folder, words: list[str], eos: str) -> str:
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[1]))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
-    return str(folder)
 
 
 @pytest.fixture
