@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"config", "parallel", "precision"},
     "checkpoint": {"config", "parallel", "precision", "model"},
     "train": {"config", "parallel", "precision", "model", "checkpoint", "data", "observe", "planner"},
-    "convert": {"config", "parallel", "model", "checkpoint"},
+    "convert": {"config", "parallel", "model", "checkpoint", "data"},
 }
 # Libraries that only these rooms import. (train has no business with a kernel: the model calls them.)
 ONLY: dict[str, set[str]] = {

@@ -1,9 +1,11 @@
 """Continue a prompt: `python tools/generate.py runs/tiny --prompt 'def main():'`."""
 
 import argparse
+import io
 import sys
 
 from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.config.numbers import non_negative, non_negative_real, positive
 
 
 def main() -> None:
@@ -11,30 +13,27 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--tokenizer", help="`byte` or a folder (default: the run's)")
-    parser.add_argument("--max-tokens", type=int, default=300)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top-k", type=int, default=50, help="0: no limit")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-tokens", type=positive, default=300)
+    parser.add_argument("--temperature", type=non_negative_real, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=non_negative, default=50, help="0: no limit")
+    parser.add_argument("--seed", type=non_negative, default=0)
     arguments = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
     with no_traceback():
-        from megatron_hybrid.data.tokenizer import load_tokenizer
+        from megatron_hybrid.data.streaming import ContinuationText
         from megatron_hybrid.parallel.launch import stop_distributed
-        from megatron_hybrid.train.inference import generate, load_model
+        from megatron_hybrid.train.inference import check_generation, generate, load_model, tokenize_prompt
 
         model = load_model(arguments.checkpoint)
-        tokenizer = load_tokenizer(arguments.tokenizer or model.run.get("data", {}).get("tokenizer", "byte"))
-        prompt = tokenizer.encode(arguments.prompt)
-        written, tokens = arguments.prompt, list(prompt)
-        print(written, end="", flush=True)
-        for token in generate(
-            model, prompt, arguments.max_tokens, arguments.temperature, arguments.top_k, arguments.seed
-        ):
-            tokens.append(token)
-            text = tokenizer.decode(tokens)  # whole, so that a character of several tokens comes out right
-            if not text.endswith("\ufffd"):
-                print(text[len(written) :], end="", flush=True)
-                written = text
-        print()
+        tokenizer, prompt = tokenize_prompt(model, arguments.prompt, arguments.tokenizer)
+        how = (prompt, arguments.max_tokens, arguments.temperature, arguments.top_k, arguments.seed)
+        check_generation(model.config.vocab_size, *how)
+        text = ContinuationText(tokenizer, prompt)
+        print(arguments.prompt, end="", flush=True)
+        for token in generate(model, *how):
+            print(text.add(token), end="", flush=True)
+        print(text.end())
         stop_distributed()
 
 

@@ -52,3 +52,7 @@ class DataConfig(Section):
     """Of the sample order."""
     num_workers: NonNegativeInt = 1
     """Threads that read ahead; 0 reads in the training thread."""
+    check: Literal["auto", "full", "sample", "none"] = "auto"
+    """Tokens read before the first step: `full`: all of them; `sample`: the beginning, the end and evenly spread parts of every
+    file; `auto`: `full` below 100 GB of tokens, else `sample`; `none`: only those that training reads. Whatever is chosen,
+    every token is checked again when training reads it."""

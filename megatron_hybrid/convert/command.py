@@ -38,6 +38,8 @@ def convert(plan: Callable[[], Conversion], target: Path, quiet: bool = False) -
             error = failure
         ranks.agree(error)
         assert conversion is not None
+        for warning in conversion.warnings if ranks.rank == 0 else ():
+            print(f"warning: {warning}", file=sys.stderr)
         title = "converting" if ranks.size == 1 else f"converting (rank 0 of {ranks.size}: its share)"
         columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), disable=quiet or ranks.rank > 0) as bar:

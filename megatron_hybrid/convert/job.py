@@ -43,6 +43,8 @@ class Conversion:
     sources: Sequence[Path]
     with_hash: bool
     finish: Callable[[Path, Facts], None]
+    warnings: Sequence[str] = ()
+    """For the user, printed before the conversion begins."""
 
     @property
     def nbytes(self) -> int:

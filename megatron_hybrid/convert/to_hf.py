@@ -15,6 +15,7 @@ from megatron_hybrid.convert.names import huggingface_name
 from megatron_hybrid.convert.our_files import OurCheckpoint
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
 from megatron_hybrid.convert.source import TORCH_NAMES, TensorSource
+from megatron_hybrid.data.agreement import checkpoint_disagreements, refuse
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -43,6 +44,7 @@ def to_huggingface(
 
     Raises:
         ConversionError: a damaged checkpoint, a model that transformers cannot compute, no tokenizer in the folder.
+        DataError: a tokenizer with more ids than the model has, or another than the model was trained with.
     """
     source = OurCheckpoint(checkpoint)
     model = source.model
@@ -60,6 +62,7 @@ def to_huggingface(
     if len(files) == 1:
         files = {"model.safetensors": next(iter(files.values()))}
     copied = _tokenizer_files(tokenizer) if tokenizer else []
+    warnings = refuse(checkpoint_disagreements(model, source.index.run, str(tokenizer) if tokenizer else None))
 
     def finish(written: Path, _: Facts) -> None:
         if len(files) > 1:
@@ -78,7 +81,7 @@ def to_huggingface(
         for path in copied:
             shutil.copyfile(path, written / path.name)
 
-    return Conversion(target, files, [*source.files, *copied], with_hash=False, finish=finish)
+    return Conversion(target, files, [*source.files, *copied], with_hash=False, finish=finish, warnings=warnings)
 
 
 def _output(source: TensorSource, spec: TensorSpec, name: str, dtype: str | None, all_dtype: bool) -> OutputTensor:

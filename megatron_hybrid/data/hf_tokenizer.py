@@ -71,6 +71,10 @@ class HuggingFaceTokenizer:
         """Return the text of ids, without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the ID of every token."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
 
 def _read_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the folder's JSON objects by file name, an empty one for each missing file."""

@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from megatron_hybrid.config.errors import UserError
+
 Batch = dict[str, torch.Tensor]
 
 
@@ -92,8 +94,8 @@ class BatchLoader:
         is as right, and reads anew.
 
         Raises:
-            ValueError: a negative start, a size that does not divide, or a loader that is closed. What goes wrong in a
-                thread is raised by the iterator, at the micro-batch it concerns.
+            ValueError: a negative start, a size that does not divide, or a loader that is closed. An error in a thread,
+                such as a DataError that names a token outside the vocabulary, is raised by the iterator, at its micro-batch.
         """
         if self._closed:
             raise ValueError("the loader is closed")
@@ -120,7 +122,11 @@ class BatchLoader:
 
     def _read(self, start: int) -> Batch:
         """The micro-batch whose first sample is start."""
-        samples = np.stack([self.dataset.sample(start + i) for i in range(self.micro_batch_size)])  # [b, s + 1]
+        try:
+            samples = np.stack([self.dataset.sample(start + i) for i in range(self.micro_batch_size)])  # [b, s + 1]
+        except UserError as error:
+            error.printed_by = "each rank"  # the others read other samples
+            raise
         samples_bs = torch.from_numpy(samples)
         tokens = samples_bs[:, :-1].contiguous()
         mask = torch.ones(tokens.shape, dtype=torch.float32)

@@ -23,7 +23,7 @@ from megatron_hybrid.data.indexed import IndexedWriter
 from megatron_hybrid.data.outputs import Outputs, refuse_outputs
 from megatron_hybrid.data.permutation import hash_integers
 from megatron_hybrid.data.records import ReadOptions, Skipped
-from megatron_hybrid.data.tokenizer import load_tokenizer
+from megatron_hybrid.data.tokenizer import load_tokenizer, vocabulary_sha256
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Summary:
     inputs: list[str]
     sha256: str | None
     """Hash of the .bin, if asked for."""
+    vocabulary_sha256: str
+    """Of the tokenizer's ids and their text: other tools compare it with their tokenizer's."""
 
 
 def preprocess(
@@ -114,7 +116,7 @@ def preprocess(
             skipped.update(result.skipped)
             progress(result.consumed, total)
         _check_not_empty(dict(zip(prefixes, writers)), documents, inputs)
-        summaries = {}
+        summaries, vocabulary = {}, vocabulary_sha256(encoder.tokenizer)
         for out, writer in zip(prefixes, writers):
             summaries[out] = Summary(
                 documents=writer.num_documents,
@@ -131,6 +133,7 @@ def preprocess(
                 skipped_files=dict(sorted(skipped.files.items())),
                 inputs=[str(input_) for input_ in inputs],
                 sha256=writer.sha256,
+                vocabulary_sha256=vocabulary,
             )
             writer.finish()
             _write_summary(outputs.working_prefix(out), summaries[out])

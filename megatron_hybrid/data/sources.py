@@ -1,25 +1,25 @@
-"""Token streams on disk: a megatron-core prefix, or raw numpy shards.
+"""Token streams on disk: a megatron-core prefix, or raw numpy shards (data/raw_tokens.py).
 
-OLMo-core writes its `.npy` shards with `tofile`: plain uint16 or uint32 without NumPy's header. A file that does have
-the header (`\\x93NUMPY`) is read by it.
-
-- `TokenSource`: a stream of tokens, the concatenation of a source's files.
-- `open_source`: of a `SourceConfig`, with the checks that cost nothing; `validate` reads every token.
+- `TokenSource`: a stream of tokens, the concatenation of a source's files. Every token is checked when it is read.
+- `open_source`: opens a `SourceConfig` with the checks that read little; `validate` reads the tokens themselves.
 """
 
 import os
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from glob import glob
-from pathlib import Path
 
 import numpy as np
 
 from megatron_hybrid.config.data import SourceConfig
 from megatron_hybrid.config.lfs import refuse_lfs_pointer
 from megatron_hybrid.data.errors import DataError
-from megatron_hybrid.data.indexed import read_index
+from megatron_hybrid.data.indexed import Index, read_index
+from megatron_hybrid.data.raw_tokens import fitting_types, raw_dtype
+from megatron_hybrid.data.summary import StatedData, read_summary
 
-_NUMPY_MAGIC = b"\x93NUMPY"
+_MOST_OPEN = 256  # files of a source: a process may have 1,024, and a source has thousands
 
 
 @dataclass(frozen=True)
@@ -33,32 +33,57 @@ class Shard:
     num_tokens: int
     index_path: str | None = None
     """The .idx, of a megatron-core dataset."""
+    max_token: int | None = None
+    """Largest token, as the summary next to a megatron-core dataset says."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tokens."""
+        return self.num_tokens * self.dtype.itemsize
 
     def map(self) -> np.ndarray:
-        """The tokens, memory-mapped: [num_tokens] of dtype."""
+        """Return the tokens, memory-mapped: [num_tokens] of dtype."""
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.num_tokens,))
 
     def byte_offset(self, token: int) -> int:
-        """Where a token lies in the file."""
+        """Return where a token lies in the file."""
         return self.offset + token * self.dtype.itemsize
+
+    def can_exceed(self, vocab_size: int) -> bool:
+        """Whether the type can hold a token outside [0, vocab_size)."""
+        return self.dtype.kind != "u" or int(np.iinfo(self.dtype).max) >= vocab_size
+
+
+class _OpenFile:
+    """A file descriptor that is closed when its last reader has let go of it, so that no reader finds it reused."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 class TokenSource:
     """The tokens of a source's files, one after the other. Reading is safe from several threads."""
 
-    def __init__(self, name: str, shards: list[Shard]):
-        """Of at least one shard; name: for messages."""
+    def __init__(self, name: str, shards: list[Shard], vocab_size: int):
+        """Make a stream of at least one shard; name: for messages."""
         self.name = name
         self.shards = tuple(shards)
+        self.vocab_size = vocab_size
         self._ends = np.cumsum([shard.num_tokens for shard in shards])
         self.num_tokens = int(self._ends[-1])
-        self._maps: dict[int, np.ndarray] = {}  # filled at first use: there may be thousands of shards
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()  # by shard, the least recently used first
+        self._lock = threading.Lock()
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length): int64 [length].
+        """Return tokens [start, start + length): int64 [length].
 
         Raises:
             IndexError: outside the stream.
+            DataError: a token outside the vocabulary, or a file that cannot be read or has become shorter.
         """
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"{self.name}: tokens [{start}, {start + length}) of {self.num_tokens}")
@@ -66,26 +91,77 @@ class TokenSource:
         shard, done = int(np.searchsorted(self._ends, start, side="right")), 0
         while done < length:
             begin = start + done - (int(self._ends[shard - 1]) if shard else 0)
-            part = self._map(shard)[begin : begin + length - done]
+            part = self._read_shard(shard, begin, min(length - done, self.shards[shard].num_tokens - begin))
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
         return out
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            self._maps[shard] = self.shards[shard].map()
-        return self._maps[shard]
+    def _read_shard(self, number: int, begin: int, count: int) -> np.ndarray:
+        """Tokens of one shard. Not through a memory map: a file cut short would end the process by SIGBUS."""
+        shard = self.shards[number]
+        try:
+            data = _read_exactly(self._file(number), shard.byte_offset(begin), count * shard.dtype.itemsize)
+        except OSError as error:
+            raise DataError(f"{shard.path}: cannot be read: {error.strerror}") from error
+        if len(data) < count * shard.dtype.itemsize:
+            raise DataError(
+                f"{shard.path}: ends before byte {shard.byte_offset(begin + count)}: it was cut short since it was opened "
+                f"with {shard.byte_offset(shard.num_tokens)} bytes. Restore it and start again"
+            )
+        tokens = np.frombuffer(data, shard.dtype)
+        check_tokens(shard, tokens, begin, self.vocab_size)
+        return tokens
+
+    def _file(self, number: int) -> _OpenFile:
+        with self._lock:
+            if number not in self._open:
+                self._open[number] = _OpenFile(self.shards[number].path)
+                if len(self._open) > _MOST_OPEN:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+            return self._open[number]
+
+
+def _read_exactly(file: _OpenFile, offset: int, count: int) -> bytes:
+    """Bytes [offset, offset + count) of a file, or those that there are."""
+    data = os.pread(file.descriptor, count, offset)
+    while len(data) < count and (more := os.pread(file.descriptor, count - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def check_tokens(shard: Shard, tokens: np.ndarray, first: int, vocab_size: int) -> int:
+    """Return the largest of a shard's tokens [first, first + len(tokens)).
+
+    Raises:
+        DataError: a token outside [0, vocab_size): names the file, the byte and the first such token.
+    """
+    if not len(tokens):
+        return 0
+    top = int(tokens.max())
+    if top < vocab_size and (shard.dtype.kind == "u" or int(tokens.min()) >= 0):
+        return top
+    bad = (tokens < 0) | (tokens >= vocab_size) if shard.dtype.kind == "i" else tokens >= vocab_size
+    at = int(np.argmax(bad))
+    hint = ""
+    if shard.index_path is None and (types := fitting_types(tokens, vocab_size)):
+        hint = f". Read as {' or '.join(types)}, these bytes are inside it: is the source's dtype right?"
+    raise DataError(
+        f"{shard.path}: byte {shard.byte_offset(first + at)}: token {int(tokens[at])} (number {first + at}, "
+        f"{shard.dtype.name}) is outside the vocabulary of "
+        f"{vocab_size}: made with another tokenizer, or not of this type{hint}"
+    )
 
 
 def open_source(config: SourceConfig, vocab_size: int) -> TokenSource:
-    """The token stream of a source.
+    """Open the token stream of a source.
 
     A path that ends in .npy, and every file of a glob, is a raw shard; a glob's shards are sorted by name. All else
     is a megatron-core prefix.
 
     Raises:
-        DataError: missing, empty or truncated files, a bad index or header.
+        DataError: missing, empty or truncated files, a bad index or header, or metadata that contradicts the files.
     """
     path = config.path
     if any(character in path for character in "*?[") and not os.path.exists(path):
@@ -96,10 +172,16 @@ def open_source(config: SourceConfig, vocab_size: int) -> TokenSource:
             raise DataError(
                 f"{path}: matches {others[0]}, which is no .npy shard: narrow the pattern, such as to *.npy"
             )
-        return TokenSource(path, [_open_raw(file, config.dtype, vocab_size) for file in files])
+        return TokenSource(path, [_open_raw(file, config.dtype, vocab_size) for file in files], vocab_size)
     if path.endswith(".npy"):
-        return TokenSource(path, [_open_raw(path, config.dtype, vocab_size)])
-    return TokenSource(path, [_open_indexed(path)])
+        return TokenSource(path, [_open_raw(path, config.dtype, vocab_size)], vocab_size)
+    return TokenSource(path, [_open_indexed(path)], vocab_size)
+
+
+def _open_raw(path: str, dtype_name: str | None, vocab_size: int) -> Shard:
+    refuse_lfs_pointer(path, DataError)
+    dtype, offset, count = raw_dtype(path, dtype_name, vocab_size)
+    return Shard(path, dtype, offset, count)
 
 
 def _open_indexed(prefix: str) -> Shard:
@@ -111,7 +193,10 @@ def _open_indexed(prefix: str) -> Shard:
                 "tools/preprocess_data.py), a .npy shard, or a glob of such shards"
             )
     refuse_lfs_pointer(bin_path, DataError)
-    index, size = read_index(idx_path), os.path.getsize(bin_path)
+    try:
+        index, size = read_index(idx_path), os.path.getsize(bin_path)
+    except OSError as error:
+        raise DataError(f"{error.filename or idx_path}: cannot be read: {error.strerror}") from error
     if size < index.end:
         raise DataError(
             f"{bin_path}: truncated at byte {size}: {idx_path} says {index.end} bytes. Write or copy both again"
@@ -122,52 +207,24 @@ def _open_indexed(prefix: str) -> Shard:
         )
     if size == 0 or size % index.dtype.itemsize:
         raise DataError(f"{bin_path}: {size} bytes are no whole, positive number of {index.dtype.name} tokens")
-    return Shard(bin_path, index.dtype, 0, size // index.dtype.itemsize, idx_path)
+    shard = Shard(bin_path, index.dtype, 0, size // index.dtype.itemsize, idx_path)
+    stated = read_summary(prefix)
+    if stated is None:
+        return shard
+    _compare(shard, index, stated)
+    return Shard(bin_path, index.dtype, 0, shard.num_tokens, idx_path, stated.max_token)
 
 
-def _open_raw(path: str, dtype_name: str | None, vocab_size: int) -> Shard:
-    refuse_lfs_pointer(path, DataError)
-    try:
-        with open(path, "rb") as file:
-            has_header = file.read(len(_NUMPY_MAGIC)) == _NUMPY_MAGIC
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    if has_header:
-        return _open_numpy(path, dtype_name)
-    size = os.path.getsize(path)
-    dtype = np.dtype(dtype_name or ("uint16" if vocab_size <= 1 << 16 else "uint32")).newbyteorder("<")
-    if size == 0:
-        raise DataError(f"{path}: empty")
-    if left := size % dtype.itemsize:
-        raise DataError(
-            f"{path}: truncated at byte {size}: "
-            f"{left} bytes of a {dtype.itemsize}-byte token follow byte {size - left} "
-            f"(read as {dtype.name}: if that is wrong, give the source's dtype)"
-        )
-    return Shard(path, dtype, 0, size // dtype.itemsize)
-
-
-def _open_numpy(path: str, dtype_name: str | None) -> Shard:
-    """A shard with NumPy's header."""
-    size = Path(path).stat().st_size
-    try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
-            offset = file.tell()
-    except (ValueError, SyntaxError, TypeError) as error:
-        raise DataError(f"{path}: byte 0: bad NumPy header: {error}") from error
-    if dtype.kind not in "ui" or len(shape) != 1:
-        raise DataError(f"{path}: byte 0: NumPy header says {dtype} {list(shape)}; tokens are a flat array of integers")
-    if dtype_name is not None and dtype.newbyteorder("=") != np.dtype(dtype_name):
-        raise DataError(
-            f"{path}: byte 0: NumPy header says {dtype.name}, the configuration {dtype_name}: leave dtype out"
-        )
-    end = offset + shape[0] * dtype.itemsize
-    if shape[0] == 0:
-        raise DataError(f"{path}: empty")
-    if size != end:
-        what = f"truncated at byte {size}" if size < end else f"bytes left over after byte {end}"
-        raise DataError(f"{path}: {what}: its NumPy header says {shape[0]} tokens, {end} bytes")
-    return Shard(path, dtype, offset, shape[0])
+def _compare(shard: Shard, index: Index, stated: StatedData) -> None:
+    """Compare an index with the summary that was written with it."""
+    found = {
+        "dtype": index.dtype.name,
+        "tokens": shard.num_tokens,
+        "documents": max(len(index.document_indices) - 1, 0),
+    }
+    for field, value in found.items():
+        if getattr(stated, field) != value:
+            raise DataError(
+                f"{stated.path}: {field} is {getattr(stated, field)}, but {index.path} has {value}: the files are of different "
+                "datasets. Write or copy all three again; if only the summary is out of date, remove it"
+            )

@@ -5,6 +5,8 @@
 - `load_tokenizer`: a tokenizer by name. Nothing is downloaded. `hf_tokenizer` reads the folders.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +27,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; control tokens such as the end of a document leave nothing."""
+        ...
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token."""
         ...
 
 
@@ -53,6 +59,10 @@ class ByteTokenizer:
                 raise DataError(f"token {token} is no byte: ids of the byte tokenizer are 0 to 256")
         return bytes(token for token in ids if token != self.eos_token_id).decode("utf-8", errors="replace")
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token."""
+        return {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<eos>": self.eos_token_id}
+
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Return the tokenizer of a spec: `byte`, or the folder of a Hugging Face tokenizer.
@@ -70,3 +80,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     from megatron_hybrid.data.hf_tokenizer import HuggingFaceTokenizer
 
     return HuggingFaceTokenizer(spec)
+
+
+def vocabulary_sha256(tokenizer: Tokenizer, size: int | None = None) -> str:
+    """Return a hash of the tokens with an ID below `size`, or of all: equal where IDs mean the same text."""
+    ids = sorted((token, text) for text, token in tokenizer.vocabulary().items() if size is None or token < size)
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

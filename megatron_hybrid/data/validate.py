@@ -1,77 +1,102 @@
-"""Every token and every index entry, looked at before training starts.
+"""The check of tokens and indexes before training starts.
 
-The scan runs as fast as the files can be read, and its verdict (the largest token of each file) is kept with the file's
-size and modification time, so that a restart does not read them again.
+The work is cut into pieces of a file, which the processes of a run share (`Team`). The verdict on each piece is kept, so
+that a check that was killed continues where it was, and a restart does not read the files again (data/verdicts.py).
+Nothing here waits for another process.
 
-- `VerdictCache`: the verdicts, in one JSON file.
-- `validate_source`: checks a source.
+- `check_sources`: checks all sources of a run, completely or by samples.
+- `validate_source`: checks one source completely.
 """
 
-import json
-import logging
+import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.indexed import HEADER_BYTES, Index, read_index
-from megatron_hybrid.data.sources import Shard, TokenSource
+from megatron_hybrid.data.permutation import hash_integers
+from megatron_hybrid.data.raw_tokens import PROBE_BYTES, contradiction
+from megatron_hybrid.data.sources import Shard, TokenSource, check_tokens
+from megatron_hybrid.data.verdicts import VerdictCache
 
+Mode = Literal["full", "sample"]
+FULL_BELOW_BYTES = 100 * 10**9
+"""`data.check: auto` reads everything below this size of all sources together: about a minute at 2 GB/s."""
+PIECE_BYTES = 256 << 20
+"""Of a complete check: what one process reads before it takes the next piece."""
+SAMPLED_PIECE_BYTES = 64 << 30
+"""Of a check by samples."""
+SAMPLE_EVERY_BYTES, SAMPLE_BYTES = 128 << 20, 256 << 10
+"""A sample of a file: windows of SAMPLE_BYTES, one at a random place of every SAMPLE_EVERY_BYTES, one at each end."""
 _CHUNK_BYTES = 16 << 20
 _INDEX_CHUNK = 1 << 20
 _THREADS = 8
 
-logger = logging.getLogger(__name__)
+
+class Team(Protocol):
+    """The processes that share a check."""
+
+    def claim(self, work: str, count: int) -> Iterator[int]:
+        """Yield the numbers below `count` that this process is to work on, until all are taken or a process has failed.
+
+        Each number goes to one of the processes that ask for the same work.
+        """
+        ...
 
 
-class VerdictCache:
-    """What was found in files that have not changed since: `FOLDER/validated_data.json`.
+class Alone:
+    """A team of one process."""
 
-    A cache that cannot be read is as if it were not there.
-    """
-
-    def __init__(self, folder: str | Path | None):
-        """In a folder; None: remembers nothing."""
-        self._file = None if folder is None else Path(folder) / "validated_data.json"
-        self._verdicts = self._load()
-
-    def _load(self) -> dict[str, Any]:
-        if self._file is None:
-            return {}
-        try:
-            verdicts = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return verdicts if isinstance(verdicts, dict) else {}
-
-    def get(self, path: str, read_as: str) -> int | None:
-        """The largest token found in a file read as this type; None: unknown, or the file has changed."""
-        found = self._verdicts.get(os.path.abspath(path))
-        if not isinstance(found, dict) or found.get("is") != _identity(path, read_as):
-            return None
-        max_token = found.get("max_token")
-        return max_token if isinstance(max_token, int) else None
-
-    def put(self, verdicts: dict[tuple[str, str], int]) -> None:
-        """Remember the largest token by (path, read as), beside what other processes have put there meanwhile."""
-        self._verdicts = self._load() | self._verdicts
-        for (path, read_as), max_token in verdicts.items():
-            self._verdicts[os.path.abspath(path)] = {"is": _identity(path, read_as), "max_token": max_token}
-        if self._file is None or not verdicts:
-            return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(self._verdicts, indent=1), encoding="utf-8")
-        os.replace(partial, self._file)
+    def claim(self, work: str, count: int) -> Iterator[int]:
+        """Yield every number below `count`."""
+        return iter(range(count))
 
 
-def _identity(path: str, read_as: str) -> list[int | str]:
-    """What changes when a file does."""
-    stat = os.stat(path)
-    return [stat.st_size, stat.st_mtime_ns, read_as]
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [start, stop) of a shard, or its index."""
+
+    shard: Shard
+    start: int
+    stop: int
+    kind: Literal["full", "sample", "index"]
+
+    @property
+    def path(self) -> str:
+        """File that is read."""
+        return self.shard.path if self.kind != "index" else str(self.shard.index_path)
+
+    @property
+    def read_as(self) -> str:
+        """Type that the file is read as."""
+        return f"{self.shard.dtype.str}+{self.shard.offset}" if self.kind != "index" else "index"
+
+    @property
+    def key(self) -> str:
+        """Name among the pieces of its file."""
+        return f"{self.kind}:{self.start}-{self.stop}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the piece is all of its file."""
+        return self.kind == "index" or (self.start, self.stop) == (0, self.shard.num_tokens)
+
+    def check(self, vocab_size: int) -> int:
+        """Return the largest token. Raises DataError as `check_sources` does."""
+        if self.kind == "index":
+            check_index(read_index(self.path))
+            return 0
+        if self.kind == "full":
+            return scan(self.shard, vocab_size, self.start, self.stop)
+        return max(
+            scan(self.shard, vocab_size, *window) for window in sample_windows(self.shard, self.start, self.stop)
+        )
 
 
 def validate_source(source: TokenSource, vocab_size: int, cache: VerdictCache | None = None) -> None:
@@ -80,61 +105,162 @@ def validate_source(source: TokenSource, vocab_size: int, cache: VerdictCache | 
     Raises:
         DataError: naming the file and the byte offset of the first entry or token that is wrong.
     """
-    cache = cache or VerdictCache(None)
-    for shard in source.shards:
-        if shard.index_path is not None and cache.get(shard.index_path, "index") is None:
-            check_index(read_index(shard.index_path))
-            cache.put({(shard.index_path, "index"): 0})
-    to_scan = []
-    for shard in source.shards:
-        if shard.dtype.kind == "u" and np.iinfo(shard.dtype).max < vocab_size:
-            continue  # the type cannot hold a token that is too large
-        known = cache.get(shard.path, _read_as(shard))
-        if known is None or known >= vocab_size:
-            to_scan.append(shard)
-    if not to_scan:
-        return
-    total = sum(shard.num_tokens * shard.dtype.itemsize for shard in to_scan)
-    logger.info(
-        "%s: checking %d file(s), %.1f GB, for tokens beyond the vocabulary", source.name, len(to_scan), total / 1e9
-    )
-    verdicts: dict[tuple[str, str], int] = {}
-    with ThreadPoolExecutor(min(_THREADS, len(to_scan), os.cpu_count() or 1)) as pool:
-        scans = [pool.submit(scan, shard, vocab_size) for shard in to_scan]
-        try:
-            for shard, result in zip(to_scan, scans, strict=True):
-                verdicts[shard.path, _read_as(shard)] = result.result()
-        finally:
-            for result in scans:
-                result.cancel()
-            cache.put(verdicts)  # also those before a bad file: the next try starts there
+    check_sources([source], vocab_size, "full", cache)
 
 
-def _read_as(shard: Shard) -> str:
-    return f"{shard.dtype.str}+{shard.offset}"
+def choose_mode(check: Literal["auto", "full", "sample", "none"], sources: Sequence[TokenSource]) -> Mode | None:
+    """Return how much of the sources is read for a value of `data.check`; None: nothing."""
+    if check != "auto":
+        return None if check == "none" else check
+    return "full" if sum(shard.nbytes for shard in _shards(sources)) < FULL_BELOW_BYTES else "sample"
 
 
-def scan(shard: Shard, vocab_size: int) -> int:
-    """The largest token of a shard.
+def check_sources(
+    sources: Sequence[TokenSource],
+    vocab_size: int,
+    mode: Mode,
+    cache: VerdictCache | None = None,
+    team: Team | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Check this process's share of the indexes and tokens of all sources.
+
+    Args:
+        cache: verdicts of earlier checks, which are not repeated; new ones are added.
+        team: the processes that share the work; None: this one alone. All of it is checked when all of them have returned.
+        report: told the pieces that the team has begun or done, and how many there are.
 
     Raises:
-        DataError: a token outside [0, vocab_size), the first one.
+        DataError: naming the file and the byte offset of an entry or token that is wrong, or tokens of another type.
     """
-    tokens = shard.map()
+    cache, team = cache or VerdictCache(None), team or Alone()
+    pieces = [piece for shard in _shards(sources) for piece in cut(shard, mode, vocab_size)]
+    running: deque[tuple[Piece, Future[int]]] = deque()
+    with ThreadPoolExecutor(max(1, min(_THREADS, len(pieces), os.cpu_count() or 1))) as pool:
+        try:
+            for number in team.claim(_name(pieces, vocab_size), len(pieces)):
+                piece = pieces[number]
+                if not _is_known(cache, piece, vocab_size):
+                    running.append((piece, pool.submit(piece.check, vocab_size)))
+                while len(running) > _THREADS:
+                    _settle(cache, *running.popleft())
+                report(number, len(pieces))
+            while running:
+                _settle(cache, *running.popleft())
+        finally:
+            for piece, future in running:
+                if not future.cancel() and future.exception() is None:
+                    _remember(cache, piece, future.result())
+            cache.save()  # also those before a bad file: the next attempt starts there
+    _complete(cache, pieces)
+
+
+def _shards(sources: Sequence[TokenSource]) -> list[Shard]:
+    """The shards of all sources, each once."""
+    return list(dict.fromkeys(shard for source in sources for shard in source.shards))
+
+
+def cut(shard: Shard, mode: Mode, vocab_size: int) -> list[Piece]:
+    """Cut the work on a shard into pieces."""
+    pieces = [Piece(shard, 0, 0, "index")] if shard.index_path is not None else []
+    if not shard.can_exceed(vocab_size):
+        return pieces
+    step = (PIECE_BYTES if mode == "full" else SAMPLED_PIECE_BYTES) // shard.dtype.itemsize
+    ends = [*range(step, shard.num_tokens, step), shard.num_tokens]
+    return [*pieces, *(Piece(shard, start, stop, mode) for start, stop in zip([0, *ends], ends, strict=False))]
+
+
+def sample_windows(shard: Shard, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield the windows [first, last) of a piece that a check by samples reads, the same ones every time."""
+    every, length = SAMPLE_EVERY_BYTES // shard.dtype.itemsize, SAMPLE_BYTES // shard.dtype.itemsize
+    if start == 0:
+        yield 0, min(length, stop)
+    for first in range(start, stop, every):
+        room = min(every, stop - first) - length
+        if room > 0:
+            place = first + hash_integers(shard.num_tokens, first) % room // 2 * 2  # even: pairs are probed
+            yield place, place + length
+    if stop == shard.num_tokens:
+        yield max(0, stop - length) // 2 * 2, stop
+
+
+def _name(pieces: Sequence[Piece], vocab_size: int) -> str:
+    """A name for the work that is equal on processes that see the same files.
+
+    The inode tells copies of a file on several nodes' own disks apart: each node checks its own.
+    """
+    digest = hashlib.blake2b(str(vocab_size).encode(), digest_size=16)
+    for piece in pieces:
+        try:
+            stat = os.stat(piece.path)
+        except OSError as error:
+            raise DataError(f"{piece.path}: cannot be read: {error.strerror}") from error
+        told = (os.path.abspath(piece.path), stat.st_size, stat.st_mtime_ns, stat.st_ino, piece.read_as, piece.key)
+        digest.update(repr(told).encode())
+    return digest.hexdigest()
+
+
+def _is_known(cache: VerdictCache, piece: Piece, vocab_size: int) -> bool:
+    top = cache.get(piece.path, piece.read_as, sampled=piece.kind == "sample")
+    if top is None:
+        top = cache.get_piece(piece.path, piece.read_as, piece.key)
+    return top is not None and 0 <= top < vocab_size and not _above_stated(piece, top)
+
+
+def _settle(cache: VerdictCache, piece: Piece, future: "Future[int]") -> None:
+    """Wait for the verdict on a piece and keep it."""
+    top = future.result()
+    if _above_stated(piece, top):
+        raise DataError(
+            f"{piece.path}: token {top} is larger than all tokens that its summary (.json) knows of, at most "
+            f"{piece.shard.max_token}: the .bin has been replaced since. Write or copy all three files again"
+        )
+    _remember(cache, piece, top)
+    cache.save(at_once=False)
+
+
+def _above_stated(piece: Piece, top: int) -> bool:
+    return piece.kind != "index" and piece.shard.max_token is not None and top > piece.shard.max_token
+
+
+def _remember(cache: VerdictCache, piece: Piece, top: int) -> None:
+    if piece.is_whole:
+        cache.put(piece.path, piece.read_as, top, sampled=piece.kind == "sample")
+    else:
+        cache.put_piece(piece.path, piece.read_as, piece.key, top)
+
+
+def _complete(cache: VerdictCache, pieces: Sequence[Piece]) -> None:
+    """Replace the verdicts on all pieces of a file by one on the file."""
+    files: dict[tuple[str, str], list[Piece]] = {}
+    for piece in pieces:
+        if not piece.is_whole:
+            files.setdefault((piece.path, piece.read_as), []).append(piece)
+    for (path, read_as), parts in files.items():
+        sampled = parts[0].kind == "sample"
+        if cache.get(path, read_as, sampled) is not None:
+            continue
+        tops = [cache.get_piece(path, read_as, part.key) for part in parts]
+        known = [top for top in tops if top is not None]
+        if len(known) == len(parts):
+            cache.put(path, read_as, max(known), sampled)
+    cache.save()
+
+
+def scan(shard: Shard, vocab_size: int, start: int = 0, stop: int | None = None) -> int:
+    """Return the largest of a shard's tokens [start, stop).
+
+    Raises:
+        DataError: a token outside [0, vocab_size), the first one, or tokens that are of another type.
+    """
+    tokens, stop = shard.map(), shard.num_tokens if stop is None else stop
     step = _CHUNK_BYTES // shard.dtype.itemsize
     largest = 0
-    for start in range(0, len(tokens), step):
-        chunk = tokens[start : start + step]
-        top = int(chunk.max())
-        if top >= vocab_size or (shard.dtype.kind == "i" and int(chunk.min()) < 0):
-            bad = (chunk < 0) | (chunk >= vocab_size) if shard.dtype.kind == "i" else chunk >= vocab_size
-            first = start + int(np.argmax(bad))
-            raise DataError(
-                f"{shard.path}: byte {shard.byte_offset(first)}: token {int(tokens[first])} (number {first}, "
-                f"{shard.dtype.name}) is outside the vocabulary of "
-                f"{vocab_size}: made with another tokenizer, or not of this type"
-            )
-        largest = max(largest, top)
+    for first in range(start, stop, step):
+        chunk = tokens[first : min(first + step, stop)]
+        if problem := contradiction(chunk[: PROBE_BYTES // shard.dtype.itemsize], vocab_size):
+            raise DataError(f"{shard.path}: byte {shard.byte_offset(first)}: {problem}")
+        largest = max(largest, check_tokens(shard, chunk, first, vocab_size))
     return largest
 
 

@@ -11,6 +11,7 @@ from megatron_hybrid.checkpoint.manager import checkpoint_step, complete_checkpo
 from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.tensors import model_tensors
+from megatron_hybrid.data.agreement import refuse, run_disagreements, warn
 from megatron_hybrid.data.sources import open_source
 from megatron_hybrid.parallel.environment import Launch
 from megatron_hybrid.parallel.launch import start_distributed, stop_distributed
@@ -20,11 +21,14 @@ from megatron_hybrid.train.run_lock import RunLock
 
 
 def check_start(config: RunConfig, launch: Launch) -> None:
-    """The preflight, where it is on, and a job that restarts in vain. Every rank calls it.
+    """Check that data, tokenizer and model agree; the nodes, where the preflight is on; and that restarts make progress.
+
+    Every rank calls it.
 
     Raises:
-        PreflightError, RestartError: on every rank alike.
+        DataError, PreflightError, RestartError: on every rank alike.
     """
+    on_first_rank(lambda: warn(refuse(run_disagreements(config.model, config.data))))
     if config.preflight.enabled or (config.preflight.enabled is None and launch.world_size > 1):
         run_preflight(config, launch)
     run_dir = Path(config.run_dir)

@@ -13,7 +13,6 @@ from megatron_hybrid.config.flops import training_flops_per_token
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.blend import Blend
-from megatron_hybrid.data.build import build_train_and_validation
 from megatron_hybrid.data.fingerprint import data_identity
 from megatron_hybrid.data.loader import BatchLoader
 from megatron_hybrid.observe import RunLogger
@@ -21,6 +20,7 @@ from megatron_hybrid.observe.sinks import check_sinks
 from megatron_hybrid.parallel.device import has_cuda
 from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
 from megatron_hybrid.planner.memory import expected
+from megatron_hybrid.train.data_check import open_data
 from megatron_hybrid.train.engine import build_engine
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.schedules import learning_rate
@@ -77,7 +77,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         train, data = config.train, config.data
         self.start = on_first_rank(lambda: choose_start(config))
-        training, validation = self._open_data()
+        training, validation = open_data(config)
         self.data_identity, changes = on_first_rank(lambda: self._compare(training))
         self.engine = build_engine(config, groups)
         loader = dict(data_parallel_rank=groups.dp.rank(), data_parallel_size=groups.dp.size(), pin_memory=has_cuda())
@@ -136,16 +136,6 @@ class Trainer:
         self.checkpoints.close()
         if exception[0] is None:  # else its GPU may not answer any more
             self.engine.close()
-
-    def _open_data(self):
-        """Rank 0 checks the files first; the others find its verdicts."""
-        config, first = self.config, self.launch.rank == 0
-        if not first:
-            dist.barrier()
-        opened = build_train_and_validation(config.data, config.model.vocab_size, self.run_dir)
-        if first:
-            dist.barrier()
-        return opened
 
     def _compare(self, training: Blend) -> tuple[dict[str, Any], list[str]]:
         """Identity of this run's data, and a line for each change since the run that saved the checkpoint."""

@@ -15,6 +15,7 @@ from megatron_hybrid.convert.hf_config import model_from_hf
 from megatron_hybrid.convert.hf_export import hf_from_model
 from megatron_hybrid.convert.verify import verify
 from tests.convert.folders import BASE, GDN, MODELS, OLMO3, SPELLINGS, edit_json, weights, write_folder
+from tests.data.files import save_tokenizer
 from tests.peers import true_tensors_of
 from tools import convert_from_hf, convert_to_hf, verify_checkpoint
 
@@ -248,6 +249,17 @@ def test_models_that_transformers_cannot_compute_are_refused(change, told, tmp_p
     assert to_theirs(tmp_path / "ours", tmp_path / "export") == 1
     assert told in capsys.readouterr().err
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(("words", "status", "said"), [(60, 0, "ends documents with token 0, but model.eos_token_id is 5"),
+                                                        (70, 1, "has 70 ids, more than model.vocab_size 67")])  # fmt: skip
+def test_a_tokenizer_that_contradicts_the_model(tmp_path, capsys, words, status, said):
+    write_folder(tmp_path / "theirs", BASE)
+    assert to_ours(tmp_path / "theirs", tmp_path / "ours") == 0
+    save_tokenizer(tmp_path / "tokenizer", [f"w{i}" for i in range(words)], "w0")
+    assert to_theirs(tmp_path / "ours", tmp_path / "export", "--tokenizer", str(tmp_path / "tokenizer")) == status
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "export").exists() == (status == 0)
 
 
 def test_tokenizer_files_are_copied_and_nothing_else(tmp_path, capsys):

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_hybrid.config.data import SourceConfig
+from megatron_hybrid.data.dataset import FixedLengthDataset
+from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.loader import BatchLoader
+from megatron_hybrid.data.sources import open_source
+from tests.data.files import write_raw
 
 
 class Numbers:
@@ -168,3 +173,15 @@ def test_wrong_requests():
             loader.global_batch(0, size)
     with pytest.raises(ValueError, match="must not be negative"):
         loader.global_batch(-1, 6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_token_is_named_by_the_rank_that_reads_it(tmp_path, workers):
+    tokens = np.zeros(330, int)
+    tokens[200] = 300
+    source = open_source(SourceConfig(path=write_raw(tmp_path / "a.npy", tokens)), 257)
+    dataset = FixedLengthDataset(source, 32, seed=0)
+    with BatchLoader(dataset, 1, num_workers=workers) as loader, pytest.raises(DataError) as caught:
+        list(loader.global_batch(0, dataset.samples_per_epoch))
+    assert "a.npy: byte 400: token 300 (number 200, uint16)" in str(caught.value)
+    assert caught.value.printed_by == "each rank"

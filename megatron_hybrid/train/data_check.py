@@ -1,0 +1,97 @@
+"""The check of the data by all ranks together.
+
+The check takes as long as the files are large, and a collective fails when a rank comes later than its time limit. So
+the ranks share the work and wait for each other through torch.distributed's key-value store, by polling: without limit,
+and without a collective.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.blend import Blend
+from megatron_hybrid.data.build import build_train_and_validation
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.verdicts import VerdictCache
+
+_REPORT_EVERY_S = 30.0
+_FIRST_POLL_S, _LONGEST_POLL_S = 0.01, 1.0
+_checks = itertools.count()  # every rank makes as many: their numbers tell one check's keys from another's
+
+
+class StoreTeam:
+    """All ranks, by way of the store that they met in. Every rank makes one at the same point."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        store = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"data_check/{next(_checks)}", store)
+
+    def claim(self, work: str, count: int) -> Iterator[int]:
+        """Yield the numbers below `count` that this rank is to work on, until all are taken or a rank has failed."""
+        while not self._store.check(["error"]) and (number := self._store.add(f"next/{work}", 1) - 1) < count:
+            yield number
+
+    def together[T](self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank and wait for all. Every rank calls it.
+
+        Raises:
+            UserError: what went wrong on a rank, on every rank.
+        """
+        try:
+            result = work()
+        except BaseException as error:
+            text = str(error) if isinstance(error, UserError) else f"rank {self.rank} failed: {error!r}"
+            self._store.compare_set("error", "", text)
+            self._store.add("done", 1)
+            if isinstance(error, UserError):
+                error.printed_by = "each rank"  # launchers may end the first rank as soon as this one has ended
+                self._wait()
+            raise
+        self._store.add("done", 1)
+        self._wait()
+        if self._store.check(["error"]):
+            raise DataError(self._store.get("error").decode())
+        return result
+
+    def _wait(self) -> None:
+        pause = _FIRST_POLL_S
+        while self._store.add("done", 0) < self.size:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_POLL_S)
+
+
+def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
+    """Open the blends of a run and check their files, on all ranks together. Every rank calls it.
+
+    Raises:
+        DataError: on every rank alike, naming the file and the offset of what is wrong.
+    """
+    team = StoreTeam()
+    cache = VerdictCache(config.run_dir, team.rank)
+    report = _Progress() if team.rank == 0 else (lambda done, total: None)
+
+    def build() -> tuple[Blend, Blend | None]:
+        return build_train_and_validation(config.data, config.model.vocab_size, cache, team=team, report=report)
+
+    opened = team.together(build)
+    if team.rank == 0 and Path(config.run_dir).is_dir():
+        cache.collect()
+    return opened
+
+
+class _Progress:
+    """Prints how far a long check is."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _REPORT_EVERY_S / 3
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() > self._next:
+            print(f"checking tokens: {done:,} of {total:,} pieces", flush=True)
+            self._next = time.monotonic() + _REPORT_EVERY_S

@@ -1,0 +1,75 @@
+"""What test_data_check.py and test_inference.py run on ranks."""
+
+import contextlib
+import io
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data import validate
+from megatron_hybrid.parallel.launch import leave_groups
+from megatron_hybrid.train import data_check
+from tests import jobs
+
+
+def check(config: dict, slow_s: float = 0.0, missing_on: int | None = None) -> dict:
+    """The check of a run's data on this rank: what it read, and its error. No collective is allowed.
+
+    Args:
+        slow_s: time that a rank takes for each piece. missing_on: a rank that finds no file.
+    """
+    run = RunConfig(**config)
+    read, real = [], validate.scan
+
+    def scan(shard, *arguments):
+        read.append((Path(shard.path).name, *arguments[1:]))
+        time.sleep(slow_s)
+        return real(shard, *arguments)
+
+    def refuse_collective(*arguments, **options):
+        raise AssertionError("a collective waits for the check")
+
+    validate.scan, validate.PIECE_BYTES = scan, 2000
+    for name in ("barrier", "broadcast", "all_reduce", "all_gather", "broadcast_object_list", "all_gather_object"):
+        setattr(dist, name, refuse_collective)
+    if dist.get_rank() == missing_on:
+        run = run.model_copy(update={"data": run.data.model_copy(update={"train": (_gone(run),)})})
+    try:
+        data_check.open_data(run)
+        return {"read": read, "error": None}
+    except UserError as error:
+        return {"read": read, "error": str(error), "printed_by": error.printed_by}
+
+
+def _gone(run: RunConfig):
+    return run.data.train[0].model_copy(update={"path": "/nowhere/gone.npy"})
+
+
+def tools_on_a_run(config: dict, calls: list[tuple[str, list[str]]]) -> list[tuple[int, str, str]]:
+    """Train a run, then call tools on it in this process: (status, stdout, stderr) of each call."""
+    jobs.pretrain_run(config)
+    results = []
+    for tool, arguments in calls:
+        leave_groups()
+        results.append(_call(tool, arguments))
+    return results
+
+
+def _call(tool: str, arguments: list[str]) -> tuple[int, str, str]:
+    from importlib import import_module
+
+    from megatron_hybrid.parallel import launch
+
+    launch.stop_distributed = lambda: None  # the next call uses the same process group
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    sys.argv = [f"tools/{tool}.py", *arguments]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            import_module(f"tools.{tool}").main()
+        except SystemExit as end:
+            status = end.code or 0
+    return status, out.getvalue(), err.getvalue()

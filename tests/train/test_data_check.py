@@ -1,0 +1,51 @@
+"""The ranks of a run check its data together, and none waits for another in a collective."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.data.files import write_raw
+from tests.models import SMALLEST
+from tests.train import data_check_jobs
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run over six pieces of 1,000 tokens (2,000 bytes)."""
+    path = write_raw(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 90, 6000))
+    return dict(
+        run_dir=str(tmp_path / "run"),
+        model=SMALLEST,
+        data=dict(train=[{"path": path}], sequence_length=16),
+        train=dict(steps=1, global_batch_size=2),
+    )
+
+
+def test_every_piece_is_read_once_by_one_rank(ranks, config, tmp_path):
+    results = ranks.run(data_check_jobs.check, 2, config=config, slow_s=0.3)
+    assert [result["error"] for result in results] == [None, None]
+    pieces = sorted(piece for result in results for piece in result["read"])
+    assert pieces == [("a.npy", start, start + 1000) for start in range(0, 6000, 1000)]
+    assert all(result["read"] for result in results), "the work is shared"
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["validated_data.json"]
+    assert list(json.loads((tmp_path / "run" / "validated_data.json").read_text())) == [str(tmp_path / "a.npy")]
+    again = ranks.run(data_check_jobs.check, 2, config=config)
+    assert [result["read"] for result in again] == [[], []]
+
+
+def test_a_bad_token_is_raised_on_every_rank(ranks, config, tmp_path):
+    tokens = np.zeros(6000, int)
+    tokens[3500] = 300
+    write_raw(tmp_path / "a.npy", tokens)
+    results = ranks.run(data_check_jobs.check, 2, config=config)
+    for result in results:
+        assert "a.npy: byte 7000: token 300" in result["error"]
+    assert [r["printed_by"] for r in results].count("each rank") == 1, (
+        "the rank that found it, whatever ends the others"
+    )
+
+
+def test_a_file_that_one_rank_misses_is_raised_on_every_rank(ranks, config):
+    results = ranks.run(data_check_jobs.check, 2, config=config, missing_on=1)
+    assert all("/nowhere/gone.npy" in result["error"] for result in results)
