@@ -37,6 +37,10 @@ class StoreTeam:
         while not self._store.check(["error"]) and (number := self._store.add(f"next/{work}", 1) - 1) < count:
             yield number
 
+    def same(self, name: str, value: str) -> bool:
+        """Return whether a value is the one that the first rank to call this has."""
+        return self._store.compare_set(name, "", value).decode() == value
+
     def together[T](self, work: Callable[[], T]) -> T:
         """Run `work` on every rank and wait for all. Every rank calls it.
 
@@ -77,12 +81,27 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     report = _Progress() if team.rank == 0 else (lambda done, total: None)
 
     def build() -> tuple[Blend, Blend | None]:
-        return build_train_and_validation(config.data, config.model.vocab_size, cache, team=team, report=report)
+        opened = build_train_and_validation(config.data, config.model.vocab_size, cache, team=team, report=report)
+        _check_same_streams(opened, team)
+        return opened
 
     opened = team.together(build)
     if team.rank == 0 and Path(config.run_dir).is_dir():
         cache.collect()
     return opened
+
+
+def _check_same_streams(opened: tuple[Blend, Blend | None], team: StoreTeam) -> None:
+    """Check that all ranks have opened the same files: others would train on other samples without a word."""
+    for split, blend in zip(("train", "validation"), opened, strict=True):
+        for index, dataset in enumerate(blend.datasets if blend else ()):
+            source, field = dataset.source, f"data.{split}.{index}"
+            mine = f"{len(source.shards)} files with {source.num_tokens:,} tokens"
+            if not team.same(field, mine):
+                raise DataError(
+                    f"{field}: rank {team.rank} opened {mine} of {source.name}, other ranks did not; the files must be the "
+                    "same on every node and must not change while a run starts"
+                )
 
 
 class _Progress:

@@ -24,6 +24,7 @@ def check(config: dict, slow_s: float = 0.0, missing_on: int | None = None) -> d
     """
     run = RunConfig(**config)
     read, real = [], validate.scan
+    dist.barrier()  # before collectives are refused: the ranks begin at the same time
 
     def scan(shard, *arguments):
         read.append((Path(shard.path).name, *arguments[1:]))
