@@ -132,9 +132,9 @@ def _is_data(words: np.ndarray, high: int) -> bool:
 
 
 def fitting_types(tokens: np.ndarray, vocab_size: int) -> list[str]:
-    """Return names of other types as which these bytes are all tokens of the vocabulary."""
+    """Return names of other types as which these bytes are all tokens of the vocabulary, where most are not as they are."""
     window = np.ascontiguousarray(tokens[: PROBE_BYTES // tokens.dtype.itemsize // 4 * 4])
-    if window.nbytes < _LEAST_PROBE_BYTES:
+    if window.nbytes < _LEAST_PROBE_BYTES or (window >= vocab_size).mean() < 0.5:
         return []
     names = {"uint16": "<u2", "uint32": "<u4", "big-endian uint16": ">u2", "big-endian uint32": ">u4"}
     others = {name: np.dtype(code) for name, code in names.items() if np.dtype(code) != tokens.dtype}

@@ -145,7 +145,7 @@ def check_tokens(shard: Shard, tokens: np.ndarray, first: int, vocab_size: int) 
     bad = (tokens < 0) | (tokens >= vocab_size) if shard.dtype.kind == "i" else tokens >= vocab_size
     at = int(np.argmax(bad))
     hint = ""
-    if shard.index_path is None and (types := fitting_types(tokens, vocab_size)):
+    if shard.index_path is None and (types := fitting_types(tokens[at // 2 * 2 :], vocab_size)):
         hint = f". Read as {' or '.join(types)}, these bytes are inside it: is the source's dtype right?"
     raise DataError(
         f"{shard.path}: byte {shard.byte_offset(first + at)}: token {int(tokens[at])} (number {first + at}, "

@@ -136,13 +136,14 @@ def check_sources(
     cache, team = cache or VerdictCache(None), team or Alone()
     pieces = [piece for shard in _shards(sources) for piece in cut(shard, mode, vocab_size)]
     running: deque[tuple[Piece, Future[int]]] = deque()
-    with ThreadPoolExecutor(max(1, min(_THREADS, len(pieces), os.cpu_count() or 1))) as pool:
+    threads = max(1, min(_THREADS, len(pieces), os.cpu_count() or 1))
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for number in team.claim(_name(pieces, vocab_size), len(pieces)):
                 piece = pieces[number]
                 if not _is_known(cache, piece, vocab_size):
                     running.append((piece, pool.submit(piece.check, vocab_size)))
-                while len(running) > _THREADS:
+                while len(running) > threads:  # what waits here, another process cannot take
                     _settle(cache, *running.popleft())
                 report(number, len(pieces))
             while running:

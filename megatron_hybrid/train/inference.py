@@ -204,7 +204,9 @@ def tokenize_prompt(model: LoadedModel, prompt: str, name: str | None) -> tuple[
     if chosen is None:
         raise UserError("--tokenizer is missing: the checkpoint does not name one")
     tokenizer = load_tokenizer(chosen)
-    found = checkpoint_disagreements(model.config, model.run, chosen, "data.tokenizer" if name is None else "--tokenizer")
+    found = checkpoint_disagreements(
+        model.config, model.run, chosen, "data.tokenizer" if name is None else "--tokenizer"
+    )
     warn(str(disagreement) for disagreement in dict.fromkeys(found))
     try:
         prompt.encode()

@@ -40,6 +40,14 @@ def test_tokens_beyond_the_vocabulary_hint_at_the_type_that_fits(tmp_path, store
         source.read(0, 100)
 
 
+def test_one_token_beyond_the_vocabulary_is_no_hint(tmp_path):
+    tokens = TOKENS.astype("<u2")
+    tokens[1001] = 300
+    tokens.tofile(tmp_path / "a.npy")
+    with pytest.raises(DataError, match=r"byte 2002: token 300 .* or not of this type$"):
+        open_raw(tmp_path / "a.npy", None, 97).read(0, 4000)
+
+
 def test_text_and_lfs_pointers_are_no_tokens(tmp_path):
     (tmp_path / "a.npy").write_text("All happy families are alike. " * 40)
     with pytest.raises(DataError, match="holds text, not tokens"):

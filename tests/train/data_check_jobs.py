@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,25 +16,27 @@ from megatron_hybrid.train import data_check
 from tests import jobs
 
 
-def check(config: dict, slow_s: float = 0.0, missing_on: int | None = None) -> dict:
+def check(config: dict, all_at_once: bool = False, missing_on: int | None = None) -> dict:
     """The check of a run's data on this rank: what it read, and its error. No collective is allowed.
 
     Args:
-        slow_s: time that a rank takes for each piece. missing_on: a rank that finds no file.
+        all_at_once: no rank ends its first piece before every rank has begun one. missing_on: a rank that finds no file.
     """
     run = RunConfig(**config)
     read, real = [], validate.scan
-    dist.barrier()  # before collectives are refused: the ranks begin at the same time
+    store = dist.distributed_c10d._get_default_store()
 
     def scan(shard, *arguments):
         read.append((Path(shard.path).name, *arguments[1:]))
-        time.sleep(slow_s)
+        if all_at_once:
+            store.set(f"began/{dist.get_rank()}", "")
+            store.wait([f"began/{rank}" for rank in range(dist.get_world_size())], timedelta(minutes=4))
         return real(shard, *arguments)
 
     def refuse_collective(*arguments, **options):
         raise AssertionError("a collective waits for the check")
 
-    validate.scan, validate.PIECE_BYTES = scan, 2000
+    validate.scan, validate.PIECE_BYTES, validate._THREADS = scan, 2000, 1
     for name in ("barrier", "broadcast", "all_reduce", "all_gather", "broadcast_object_list", "all_gather_object"):
         setattr(dist, name, refuse_collective)
     if dist.get_rank() == missing_on:

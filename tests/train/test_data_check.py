@@ -23,7 +23,7 @@ def config(tmp_path):
 
 
 def test_every_piece_is_read_once_by_one_rank(ranks, config, tmp_path):
-    results = ranks.run(data_check_jobs.check, 2, config=config, slow_s=0.3)
+    results = ranks.run(data_check_jobs.check, 2, config=config, all_at_once=True)
     assert [result["error"] for result in results] == [None, None]
     pieces = sorted(piece for result in results for piece in result["read"])
     assert pieces == [("a.npy", start, start + 1000) for start in range(0, 6000, 1000)]
