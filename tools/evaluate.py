@@ -1,21 +1,21 @@
 """Mean loss and perplexity over a dataset: `python tools/evaluate.py runs/tiny data/tiny_validation`."""
 
-import argparse
 import json
 import math
 import sys
 
+from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.config.errors import UserError, no_traceback
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandLine(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
     parser.add_argument("data", metavar="DATA_PREFIX", help="PREFIX of PREFIX.bin and .idx, or .npy shards")
     parser.add_argument("--sequence-length", type=int, help="tokens a sample has (default: the run's)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
+    arguments = parser.parse()
     with no_traceback():
         from megatron_hybrid.config.data import SourceConfig
         from megatron_hybrid.data.dataset import FixedLengthDataset

@@ -1,13 +1,13 @@
 """Continue a prompt: `python tools/generate.py runs/tiny --prompt 'def main():'`."""
 
-import argparse
 import sys
 
+from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.config.errors import no_traceback
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandLine(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--tokenizer", help="`byte` or a folder (default: the run's)")
@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=50, help="0: no limit")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse()
     with no_traceback():
         from megatron_hybrid.data.tokenizer import load_tokenizer
         from megatron_hybrid.parallel.launch import stop_distributed

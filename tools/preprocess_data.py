@@ -12,20 +12,21 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.data.documents import ReadOptions
 from megatron_hybrid.data.preprocess import parse_split, preprocess
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = CommandLine(__doc__)
+    add, patterns = parser.add_argument, dict(nargs="+", action="extend", default=[], metavar="PATTERN")
     add("inputs", nargs="+", help="text or JSONL files (also .gz, .zst), or folders (with --include)")
     add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
     add("--tokenizer", default="byte", help="`byte`, or the folder of a Hugging Face tokenizer (default: byte)")
     add("--json-key", default="text", help="member of a JSON line that holds the document (default: text)")
-    add("--include", nargs="+", default=[], metavar="PATTERN", help="files of a folder to take, such as '*.py' '*.rs'")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="files of a folder to leave out, such as 'test/*'")
+    add("--include", **patterns, help="files of a folder to take, such as '*.py' '*.rs'")
+    add("--exclude", **patterns, help="files of a folder to leave out, such as 'test/*'")
     add("--format", choices=["auto", "text", "jsonl"], default="auto", help="auto: JSONL by name, all else text")
     add("--bad-utf8", choices=["error", "skip", "replace"], default="error", help="documents that are not UTF-8")
     add("--split", metavar="SHARES", help="such as 0.99,0.01: write PREFIX_train and PREFIX_validation")
@@ -34,7 +35,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores there are)")
     add("--sha256", action="store_true", help="put a hash of the tokens into PREFIX.json")
     add("--overwrite", action="store_true", help="replace an existing dataset")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

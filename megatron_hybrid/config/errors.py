@@ -6,15 +6,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 BAD_INPUT = 78
 """Exit status of a tool that was given something wrong: EX_CONFIG of sysexits.h."""
 REQUEUE = 75
-"""Exit status of a run that saved and stopped before its last step: EX_TEMPFAIL of sysexits.h, try again later."""
+"""Exit status of a run that stopped before its last step, and that resumes when it is run again: EX_TEMPFAIL of sysexits.h."""
+INTERRUPTED = 130
+"""Exit status after a Ctrl-C that saved nothing, as shells report SIGINT."""
 
 
 class UserError(ValueError):
     """Something a user gave is wrong; the message says what, where, and what to do. Tools print it without a traceback."""
+
+    printed_by: Literal["first rank", "each node", "each rank"] = "first rank"
+    """Which ranks of a run print it: the first where all ranks meet the same error, others where they may not."""
 
 
 class ConfigError(UserError):
@@ -39,16 +45,17 @@ class ConfigError(UserError):
 
 @contextmanager
 def no_traceback() -> Iterator[None]:
-    """Around what a tool does: a UserError ends the process with its message alone, status BAD_INPUT.
-
-    Of the ranks of a run, the first prints it.
-    """
+    """End the process with the message alone after a UserError, status BAD_INPUT, and after Ctrl-C, status INTERRUPTED."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        variable = {"first rank": "RANK", "each node": "LOCAL_RANK", "each rank": ""}[error.printed_by]
+        if os.environ.get(variable, "0") == "0":
             print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).stem}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 class Problems(list[tuple[str, str]]):

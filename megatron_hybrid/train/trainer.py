@@ -11,6 +11,7 @@ from megatron_hybrid.checkpoint.manager import CheckpointManager, complete_check
 from megatron_hybrid.config.flops import training_flops_per_token
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.config.run_dir import check_run_dir
 from megatron_hybrid.data.build import build_train_and_validation
 from megatron_hybrid.data.loader import BatchLoader
 from megatron_hybrid.observe import RunLogger
@@ -22,7 +23,7 @@ from megatron_hybrid.train.engine import build_engine
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.schedules import learning_rate
 from megatron_hybrid.train.skip_step import SkipStep
-from megatron_hybrid.train.start_checks import check_start
+from megatron_hybrid.train.start_checks import check_start, newest_step
 
 
 @dataclass
@@ -39,16 +40,18 @@ class Progress:
 def pretrain(config: RunConfig, launch: Launch) -> Progress:
     """Train to config.train.steps, from the newest checkpoint if there is one. Returns where the run stands.
 
-    SIGUSR1 or SIGTERM on any rank ends it earlier, with a checkpoint of the step that it stands at then.
+    SIGUSR1, SIGTERM or Ctrl-C on any rank ends it earlier, with a checkpoint of the step that it is in.
 
     Raises:
         ConfigError: degrees or batch sizes that do not fit the number of ranks.
+        RunDirError: run_dir cannot be made or written.
         PreflightError, RestartError: nodes that are not ready; a job that restarts in vain.
         DataError, CheckpointError: before the first step, naming file and remedy.
     """
     config.check_world(launch.world_size)
+    check_run_dir(config, launch.world_size)
     check_sinks(config.logging)
-    with Interrupt() as interrupt:
+    with Interrupt(lambda: newest_step(Path(config.run_dir))) as interrupt:
         groups = start_distributed(launch, config.parallel, config.train.seed)
         try:
             check_start(config, launch)
@@ -131,11 +134,13 @@ class Trainer:
         train, save = self.config.train, self.config.checkpoint
         stop = False
         while self.progress.step < train.steps and not stop:
+            if interrupt is not None:
+                interrupt.begin_step(self.progress.step)
             self.step()
             step = self.progress.step
             if train.eval_interval and (step % train.eval_interval == 0 or step == train.steps):
                 self.evaluate()
-            stop = interrupt is not None and interrupt.agreed()
+            stop = interrupt is not None and interrupt.agreed(step)
             if stop or (save.interval and step % save.interval == 0) or step == train.steps:
                 self.save()
             self.checkpoints.check()
