@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_hybrid.config.command_line import CommandLine
+from megatron_hybrid.config.command_line import CommandLine, non_negative
 from megatron_hybrid.convert.command import DTYPES, convert
 from megatron_hybrid.convert.olmo_core import from_olmo_core
 
@@ -25,8 +25,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="type of the weights (default: as they are); A_log and dt_bias are always fp32")
     add("--no-optimizer", action="store_true", help="weights alone")
     add("--config", type=Path, metavar="FILE", help="the run's config.json, where it is not in the folder")
-    add("--eos-token-id", type=int, metavar="N", help="default: of config.json's dataset.tokenizer")
-    add("--pad-token-id", type=int, metavar="N", help="default: of config.json's dataset.tokenizer")
+    add("--eos-token-id", type=non_negative, metavar="N", help="default: of config.json's dataset.tokenizer")
+    add("--pad-token-id", type=non_negative, metavar="N", help="default: of config.json's dataset.tokenizer")
     add("--quiet", action="store_true", help="no progress bar")
     return parser.parse(argv)
 

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_hybrid.config.command_line import CommandLine
+from megatron_hybrid.config.command_line import CommandLine, positive
 from megatron_hybrid.convert.command import DTYPES, convert, size
 from megatron_hybrid.convert.to_hf import MAX_SHARD_BYTES, to_huggingface
 
@@ -28,7 +28,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--all-dtype", action="store_true", help="A_log and dt_bias in --dtype (or their stored type) too")
     add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="largest file (default: 5GB)")
     add("--tokenizer", type=Path, metavar="DIR", help="copy the tokenizer files of this folder")
-    add("--max-position-embeddings", type=int, metavar="N", help="default: the run's sequence length")
+    add("--max-position-embeddings", type=positive, metavar="N", help="default: the run's sequence length")
     add("--quiet", action="store_true", help="no progress bar")
     return parser.parse(argv)
 

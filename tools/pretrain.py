@@ -54,7 +54,7 @@ def dry_run(config, world_size: int, files: str) -> None:
     from megatron_hybrid.train.dry_run import check_files
 
     text = describe(config, world_size)
-    for line in check_files(config, files == "require") if files != "skip" else ():
+    for line in check_files(config, world_size, files == "require") if files != "skip" else ():
         print(f"pretrain: {line}", file=sys.stderr)
     print(text)
 

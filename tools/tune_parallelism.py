@@ -5,6 +5,7 @@ python tools/tune_parallelism.py --model olmo_hybrid_7b --gpus 64 --gpu h100-80g
 Exit codes: 0 done, 78 wrong arguments.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def main() -> None:
         metavar="FILE",
         help="read factors from it; with --measure, keep the measurements in it",
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what --measure started, too
     with no_traceback():
         print(answer(Question(**vars(parser.parse()))))
 

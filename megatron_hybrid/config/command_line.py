@@ -14,6 +14,7 @@ from megatron_hybrid.config.translate import fields_called
 
 _OVERRIDE = re.compile(rf"--(?:\w+\.[\w.]+|{'|'.join(RunConfig.model_fields)})=", re.ASCII)
 """An override written as an option: `--section.key=value`."""
+_ASSIGNMENT = re.compile(r"[\w.-]+=", re.ASCII)
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -59,9 +60,16 @@ class RunCommandLine(CommandLine):
         )
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse the command line; `--section.key=value` becomes `section.key=value`."""
+        """Parse the command line; `--section.key=value` becomes `section.key=value`, and overrides may precede the file."""
         words = sys.argv[1:] if argv is None else argv
-        return super().parse([word.removeprefix("--") if _OVERRIDE.match(word) else word for word in words])
+        found = super().parse([word.removeprefix("--") if _OVERRIDE.match(word) else word for word in words])
+        given = [found.config, *found.overrides]
+        found.config = next(
+            (word for word in given if not _ASSIGNMENT.match(word) or Path(word).is_file()), found.config
+        )
+        given.remove(found.config)
+        found.overrides = given
+        return found
 
     def hint(self, unknown: str) -> str:
         """Return what is said of an unknown option, which may be a field."""
@@ -101,9 +109,9 @@ def check_output_file(option: str, path: Path | None) -> None:
     """
     if path is None:
         return
+    if path.is_dir():
+        raise ConfigError.at(option, f"{path} is a folder; give the name of a file, such as {path / 'result.yaml'}")
     try:
-        if path.is_dir():
-            raise ConfigError.at(option, f"{path} is a folder; give the name of a file, such as {path / 'result.yaml'}")
         existed = path.exists()
         with open(path, "ab"):
             pass

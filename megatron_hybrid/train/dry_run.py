@@ -23,11 +23,11 @@ class FileProblems:
 
     Attributes:
         wrong: files that no machine could train with.
-        absent: files and folders that are not on this machine, or may not be used here: elsewhere they may be.
+        absent: files and folders that are not on this machine; they may be on others, or still to be made.
         unused: what training does not need.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, world_size: int) -> None:
         self.config = config
         self.wrong, self.absent, self.unused = Problems(), Problems(), Problems()
         for split in ("train", "validation"):
@@ -36,9 +36,9 @@ class FileProblems:
         self._look_at_tokenizer()
         self._look_at_checkpoints()
         try:
-            check_run_dir(config)
+            check_run_dir(config, world_size)
         except RunDirError as error:
-            self.absent += error.problems
+            self.wrong += error.problems
 
     def _look_at_source(self, field: str, source: SourceConfig) -> None:
         """Open a source as training does, and cut it into samples."""
@@ -100,7 +100,7 @@ def _absent_source(source: SourceConfig) -> str:
     return f"{' and '.join(names)}: no such file; make it with tools/preprocess_data.py, or correct the path"
 
 
-def check_files(config: RunConfig, required: bool) -> list[str]:
+def check_files(config: RunConfig, world_size: int, required: bool) -> list[str]:
     """Look at the files of a run, and return a line for each that it can do without or that is not on this machine.
 
     Args:
@@ -109,7 +109,7 @@ def check_files(config: RunConfig, required: bool) -> list[str]:
     Raises:
         ConfigError: a line for each file that is wrong.
     """
-    found = FileProblems(config)
+    found = FileProblems(config, world_size)
     errors = Problems([*found.wrong, *(found.absent if required else ())])
     errors.raise_if_any()
     return [f"{field}: {message}" for field, message in (*(() if required else found.absent), *found.unused)]
