@@ -3,8 +3,9 @@
 #
 #   NODES=16 DATA='/data/olmo_mix/*.npy' RUN_DIR=/runs/olmo bash examples/pretrain_hybrid_7b.sh [section.key=value ...]
 #
-# On a SLURM login node it submits itself (account, partition, time: SBATCH_ACCOUNT=..., SBATCH_PARTITION=..., SBATCH_TIMELIMIT=...);
-# in an allocation it starts one launcher a node; without SLURM it uses this machine's GPUs, or CPU_RANKS=4 ranks on CPU.
+# On a SLURM login node it submits itself (account, partition, time: SBATCH_ACCOUNT=..., SBATCH_PARTITION=..., SBATCH_TIMELIMIT=...),
+# after it has looked at the run's files; FILES=skip where only the compute nodes see them. In an allocation it starts one launcher
+# per node. Without SLURM it uses this machine's GPUs, or CPU_RANKS=4 ranks on CPU.
 # A job that nears its time limit saves, requeues itself and goes on; so does the same command after an interruption.
 # Exit codes: 0 done, 75 saved and to be requeued, 78 wrong configuration or node, 69 no such nodes; others are a failure's own.
 #SBATCH --job-name=hybrid-7b
@@ -60,7 +61,7 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then # in an allocation
 elif command -v sbatch >/dev/null; then # on a login node
     GPUS_PER_NODE=${GPUS_PER_NODE:-8}
     world=$((NODES * ${CPU_RANKS:-$GPUS_PER_NODE}))
-    python tools/pretrain.py "$config" "${overrides[@]}" --dry-run --world-size $world >/dev/null # a wrong one ends here
+    python tools/pretrain.py "$config" "${overrides[@]}" --dry-run --files "${FILES:-require}" --world-size $world >/dev/null # wrong ones end here
     usable=$(sinfo -h -N -r -t idle,mix,alloc,comp -o %N ${SBATCH_PARTITION:+-p "$SBATCH_PARTITION"} | sort -u | wc -l)
     if [ "$usable" -lt "$NODES" ]; then
         echo "pretrain_hybrid_7b: $usable nodes are up${SBATCH_PARTITION:+ in $SBATCH_PARTITION} and NODES=$NODES: set NODES to" \

@@ -6,7 +6,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source tools/env.sh
 config=examples/configs/pretrain_hybrid_tiny.yaml
 
-python tools/pretrain.py "$config" "$@" --dry-run --world-size 4 >/dev/null # a wrong override ends here, with one message
+python tools/pretrain.py "$config" "$@" --dry-run --files skip --world-size 4 >/dev/null # ends here if an override is wrong; data comes next
 if [ ! -e data/tiny_train.idx ] || [ ! -e data/tiny_validation.idx ]; then
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
     python tools/preprocess_data.py "$stdlib" --include '*.py' --exclude 'site-packages/*' 'test/*' '*/test/*' '*/tests/*' \

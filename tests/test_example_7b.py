@@ -4,6 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_hybrid.config.load import load_run
@@ -14,7 +15,13 @@ CONFIG = "examples/configs/pretrain_hybrid_7b.yaml"
 
 @pytest.fixture
 def login_node(root, tmp_path):
-    """`login_node(*overrides, **variables)`: the script, where sbatch says what it was given and 64 nodes are up."""
+    """`login_node(*overrides, **variables)`: the script, where sbatch says what it was given and 64 nodes are up.
+
+    Data for one sample are there, unless the variables say otherwise.
+    """
+    data = tmp_path / "tokens.npy"
+    np.zeros(9000, np.uint32).tofile(data)
+    there = {"DATA": str(data), "VALIDATION": str(data), "RUN_DIR": str(tmp_path / "run")}
     commands = {"sbatch": 'echo "sbatch $*"', "sinfo": 'for i in $(seq 64); do echo "node$i"; echo "node$i"; done'}
     for name, body in commands.items():
         path = tmp_path / name
@@ -24,7 +31,7 @@ def login_node(root, tmp_path):
     def run(*overrides: str, **variables: str) -> subprocess.CompletedProcess:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
         # HYBRID_EXTRAS: nothing is to be installed for this
-        env = kept | {"PATH": f"{tmp_path}:{kept['PATH']}", "HYBRID_EXTRAS": "dev"} | variables
+        env = kept | {"PATH": f"{tmp_path}:{kept['PATH']}", "HYBRID_EXTRAS": "dev"} | there | variables
         command = ["bash", SCRIPT, *overrides]
         return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=60)
 
@@ -63,11 +70,19 @@ def test_eight_nodes_unless_told_otherwise(login_node):
         ({"PRECISION": "fp4"}, "precision.linear: 'fp4' is not one of"),
         ({"PRECISION": "bf61"}, "precision.linear"),
         ({"DATA": "tokens.bin"}, "data.train.0.path"),
+        ({"DATA": "/no/such/*.npy"}, "data.train.0.path: /no/such/*.npy: no such file"),
+        ({"VALIDATION": "/no/such.npy"}, "data.validation.0.path: /no/such.npy: no such file"),
+        ({"RUN_DIR": "/dev/null/run"}, "run_dir: /dev/null/run cannot be made or written: /dev/null is a file"),
     ],
 )
 def test_what_is_wrong_is_not_submitted(login_node, variables, says):
     done = login_node(**variables)
     assert done.returncode == 78 and says in done.stderr and "sbatch" not in done.stdout, done.stderr
+
+
+def test_files_that_only_the_compute_nodes_see(login_node):
+    done = login_node(DATA="/no/such/*.npy", FILES="skip")
+    assert done.returncode == 0 and "sbatch --nodes=8" in done.stdout, done.stderr
 
 
 def test_more_nodes_than_there_are(login_node):

@@ -4,29 +4,34 @@ python tools/calibrate.py --gpu h100-80gb --output my-gpu.yaml          one GPU:
 torchrun --nproc-per-node 8 tools/calibrate.py --gpu h100-80gb --output my-node.yaml             and the collectives of a node
 """
 
-import argparse
 import datetime
 import json
 from pathlib import Path
 
+from megatron_hybrid.config.command_line import CommandLine, check_output_file
 from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.config.numbers import positive
 from megatron_hybrid.config.presets import preset
+from megatron_hybrid.parallel import stop_signals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stop_signals.watch()
+    parser = CommandLine(__doc__)
     parser.add_argument("--gpu", default="h100-80gb", help="hardware file that gives what is not measured here")
     parser.add_argument("--model", default="olmo_hybrid_7b", help="preset at whose widths to measure")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
+    parser.add_argument("--tokens", type=positive, default=8192, help="of a micro-batch")
     parser.add_argument("--network-only", action="store_true", help="the collectives alone; the rest as in --gpu")
     parser.add_argument("--output", type=Path, required=True, help="the hardware file to write")
     parser.add_argument("--points", type=Path, help="also write every measured point, as JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse()
     with no_traceback():
         from megatron_hybrid.planner.hardware import dump, load
         from megatron_hybrid.planner.points import from_points
 
         base, model = load(arguments.gpu), preset(arguments.model)
+        check_output_file("--output", arguments.output)
+        check_output_file("--points", arguments.points)
         import torch
 
         from megatron_hybrid.config.parallel import ParallelConfig

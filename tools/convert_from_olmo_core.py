@@ -11,23 +11,25 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_hybrid.config.command_line import CommandLine
+from megatron_hybrid.config.numbers import non_negative
 from megatron_hybrid.convert.command import DTYPES, convert
 from megatron_hybrid.convert.olmo_core import from_olmo_core
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("source", type=Path, metavar="CKPT", help="folder with config.json and model_and_optim")
     add("target", type=Path, metavar="OUT_CKPT", help="folder to make; it must not exist yet")
     add("--dtype", choices=DTYPES, help="type of the weights (default: as they are); A_log and dt_bias are always fp32")
     add("--no-optimizer", action="store_true", help="weights alone")
     add("--config", type=Path, metavar="FILE", help="the run's config.json, where it is not in the folder")
-    add("--eos-token-id", type=int, metavar="N", help="default: of config.json's dataset.tokenizer")
-    add("--pad-token-id", type=int, metavar="N", help="default: of config.json's dataset.tokenizer")
+    add("--eos-token-id", type=non_negative, metavar="N", help="default: of config.json's dataset.tokenizer")
+    add("--pad-token-id", type=non_negative, metavar="N", help="default: of config.json's dataset.tokenizer")
     add("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

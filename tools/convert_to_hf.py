@@ -9,13 +9,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_hybrid.config.command_line import CommandLine
+from megatron_hybrid.config.numbers import positive
 from megatron_hybrid.convert.command import DTYPES, convert, size
 from megatron_hybrid.convert.to_hf import MAX_SHARD_BYTES, to_huggingface
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("source", type=Path, metavar="CKPT", help="folder with index.json, such as run/checkpoints/step-00010000")
     add("target", type=Path, metavar="OUT_DIR", help="folder to make; it must not exist yet")
@@ -27,9 +29,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--all-dtype", action="store_true", help="A_log and dt_bias in --dtype (or their stored type) too")
     add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="largest file (default: 5GB)")
     add("--tokenizer", type=Path, metavar="DIR", help="copy the tokenizer files of this folder")
-    add("--max-position-embeddings", type=int, metavar="N", help="default: the run's sequence length")
+    add("--max-position-embeddings", type=positive, metavar="N", help="default: the run's sequence length")
     add("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,16 +1,16 @@
 """Mean loss and perplexity over a dataset: `python tools/evaluate.py runs/tiny data/tiny_validation`."""
 
-import argparse
 import json
 import math
 import sys
 
+from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.config.errors import UserError, no_traceback
 from megatron_hybrid.config.numbers import positive
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandLine(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
     parser.add_argument("data", metavar="DATA_PREFIX", help="PREFIX of PREFIX.bin and .idx, or .npy shards")
     parser.add_argument("--dtype", choices=["uint16", "uint32"], help="of .npy shards (default: from the vocabulary)")
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=positive, help="tokens a sample has (default: the run's)")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
+    arguments = parser.parse()
     with no_traceback():
         from megatron_hybrid.parallel.launch import stop_distributed
         from megatron_hybrid.train.inference import load_model, mean_loss, open_evaluation_data

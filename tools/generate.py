@@ -1,15 +1,15 @@
 """Continue a prompt: `python tools/generate.py runs/tiny --prompt 'def main():'`."""
 
-import argparse
 import io
 import sys
 
+from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.config.errors import no_traceback
 from megatron_hybrid.config.numbers import non_negative, non_negative_real, positive
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandLine(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--tokenizer", help="`byte` or a folder (default: the run's)")
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=non_negative_real, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=non_negative, default=50, help="0: no limit")
     parser.add_argument("--seed", type=non_negative, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
     with no_traceback():

@@ -1,24 +1,32 @@
 """Start a command on this node's ranks, one a GPU: `[srun --ntasks-per-node=1] python tools/launch.py tools/pretrain.py ...`.
 
-Ends with the status of the first rank that fails (75: requeue; 78: wrong configuration), and passes SIGUSR1 and SIGTERM
-on to the ranks, which then save and stop.
+On several nodes it is started once on each: by srun or mpirun, or by a job controller that sets RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT (or NODE_RANK and NNODES) for each node. It ends with the status of the first rank that fails
+(75: requeue; 78: wrong input), and forwards SIGUSR1, SIGTERM and Ctrl-C to the ranks, which then save and stop. A second
+Ctrl-C ends them at once, with status 130.
 """
 
 import argparse
 import os
 import sys
 
+from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.config.numbers import positive
 from megatron_hybrid.parallel.node import run_node
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu-ranks", type=int, metavar="N", help="N ranks on CPU, whatever GPUs there are")
-    parser.add_argument("--gpus", type=int, metavar="N", help="this node must have N (default: as many as are visible)")
+    parser = CommandLine(__doc__)
+    parser.add_argument("--cpu-ranks", type=positive, metavar="N", help="N ranks on CPU, whatever GPUs there are")
+    parser.add_argument(
+        "--gpus", type=positive, metavar="N", help="this node must have N (default: as many as are visible)"
+    )
     parser.add_argument("script", help="a Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
     arguments = parser.parse_args()
+    if not os.path.isfile(arguments.script):
+        parser.error(f"{arguments.script}: no such file; give the Python file that the ranks run, after the options")
     if arguments.cpu_ranks:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with no_traceback():

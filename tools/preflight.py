@@ -1,21 +1,20 @@
 """Check the nodes of a run before it starts: `python tools/launch.py tools/preflight.py CONFIG.yaml [section.key=value ...]`.
 
 Under tools/launch.py, torchrun, mpirun or srun, as tools/pretrain.py, which does the same by itself before its first step.
-Exit codes: 0 ready, 78 not ready or a wrong configuration.
+Exit codes: 0 ready; 75 stopped by a signal; 78 not ready, or a wrong command line or configuration.
 """
 
-import argparse
-
-from megatron_hybrid.config.errors import no_traceback
-from megatron_hybrid.config.load import load_run
-from megatron_hybrid.parallel.environment import Launch
+from megatron_hybrid.parallel import stop_signals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
-    arguments = parser.parse_args()
+    stop_signals.watch()  # before the imports that take time
+    from megatron_hybrid.config.command_line import RunCommandLine
+    from megatron_hybrid.config.errors import no_traceback
+    from megatron_hybrid.config.load import load_run
+    from megatron_hybrid.parallel.environment import Launch
+
+    arguments = RunCommandLine(__doc__).parse()
     with no_traceback():
         launch = Launch.from_environment().export()
         config = load_run(arguments.config, arguments.overrides)

@@ -13,20 +13,21 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.data.preprocess import describe_skipped, parse_split, preprocess
 from megatron_hybrid.data.records import ReadOptions
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = CommandLine(__doc__)
+    add, patterns = parser.add_argument, dict(nargs="+", action="extend", default=[], metavar="PATTERN")
     add("inputs", nargs="+", help="text, JSON lines (also .gz .zst .bz2 .xz), Parquet, or folders")
     add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
     add("--tokenizer", default="byte", help="`byte`, or the folder of a Hugging Face tokenizer (default: byte)")
     add("--json-key", default="text", help="member or column that holds the document (default: text)")
-    add("--include", nargs="+", default=[], metavar="PATTERN", help="files of a folder to take, such as '*.py' '*.rs'")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="files of a folder to leave out, such as 'test/*'")
+    add("--include", **patterns, help="files of a folder to take, such as '*.py' '*.rs'")
+    add("--exclude", **patterns, help="files of a folder to leave out, such as 'test/*'")
     add("--format", choices=["auto", "text", "jsonl"], default="auto", help="default: by content and name")
     add("--bad-records", choices=["error", "skip"], default="error", help="skip: leave bad records out and count them")
     add("--bad-utf8", choices=["error", "skip", "replace"], help="text that is not UTF-8 (default: as --bad-records)")
@@ -36,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores there are)")
     add("--sha256", action="store_true", help="put a hash of the tokens into PREFIX.json")
     add("--overwrite", action="store_true", help="replace an existing dataset of this tool")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

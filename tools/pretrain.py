@@ -1,40 +1,63 @@
 """Train a model: `torchrun --nproc-per-node 4 tools/pretrain.py CONFIG.yaml [section.key=value ...]`.
 
 The ranks may as well be started by tools/launch.py, `mpirun -n 4 python`, `srun python` or `srun --mpi=pmix python`.
-On SIGUSR1 or SIGTERM every rank saves the same step and stops; the same command goes on from there.
-Exit codes: 0 done, 75 stopped by a signal with its work saved, 78 wrong configuration, data, checkpoint or node. torchrun
-makes 1 of every status but 0, and gives ranks 30 seconds after SIGTERM; tools/launch.py keeps both as they are.
+On SIGUSR1, SIGTERM or Ctrl-C every rank saves the same step and stops; the same command resumes from there. A second
+Ctrl-C ends at once. Options and overrides may stand in any order.
+Exit codes: 0 done; 75 stopped by a signal, with its work saved or before there was any; 78 wrong command line,
+configuration, data, checkpoint or node; 130 ended by Ctrl-C without a save. torchrun makes 1 of every status but 0, and
+gives ranks 30 seconds after SIGTERM; tools/launch.py keeps both as they are.
 """
 
-import argparse
 import sys
 
-from megatron_hybrid.config.describe import describe
-from megatron_hybrid.config.errors import REQUEUE, no_traceback
-from megatron_hybrid.config.load import load_run
-from megatron_hybrid.parallel.environment import Launch
+from megatron_hybrid.parallel import stop_signals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and stop")
-    parser.add_argument("--world-size", type=int, help="with --dry-run: the number of ranks (default: the launcher's)")
-    arguments = parser.parse_args()
+    stop_signals.watch()  # before the imports that take time
+    from megatron_hybrid.config.command_line import RunCommandLine
+    from megatron_hybrid.config.errors import REQUEUE, no_traceback
+    from megatron_hybrid.config.load import load_run
+    from megatron_hybrid.config.numbers import positive
+    from megatron_hybrid.config.run_dir import check_run_dir
+    from megatron_hybrid.parallel.environment import Launch
+
+    parser = RunCommandLine(__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run, look at its files, and stop")
+    parser.add_argument("--world-size", type=positive, help="with --dry-run: number of ranks (default: the launcher's)")
+    parser.add_argument(
+        "--files",
+        choices=("warn", "require", "skip"),
+        default="warn",
+        help="with --dry-run: files that are not on this machine are reported (the default), are errors, or are not looked for; "
+        "files that are there and wrong are errors unless skipped",
+    )
+    arguments = parser.parse()
     with no_traceback():
         launch = Launch.from_environment().export()
         config = load_run(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            text = describe(config, arguments.world_size or launch.world_size)
             if launch.rank == 0:
-                print(text)
+                dry_run(config, arguments.world_size or launch.world_size, arguments.files)
             return
         config.check_world(launch.world_size)
+        check_run_dir(config, launch.world_size)
+        stop_signals.now_doing("importing torch")
         from megatron_hybrid.train.trainer import pretrain  # torch and megatron-core only once the config is right
 
         progress = pretrain(config, launch)
         sys.exit(0 if progress.step >= config.train.steps else REQUEUE)
+
+
+def dry_run(config, world_size: int, files: str) -> None:
+    """Print the resolved run; what is said of its files goes to stderr."""
+    from megatron_hybrid.config.describe import describe
+    from megatron_hybrid.train.dry_run import check_files
+
+    text = describe(config, world_size)
+    for line in check_files(config, world_size, files == "require") if files != "skip" else ():
+        print(f"pretrain: {line}", file=sys.stderr)
+    print(text)
 
 
 if __name__ == "__main__":

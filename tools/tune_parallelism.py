@@ -5,35 +5,37 @@ python tools/tune_parallelism.py --model olmo_hybrid_7b --gpus 64 --gpu h100-80g
 Exit codes: 0 done, 78 wrong arguments.
 """
 
-import argparse
+import signal
 import sys
 from pathlib import Path
 
+from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.config.numbers import non_negative, positive
 from megatron_hybrid.planner.command import Question, answer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="a preset, a YAML file with a model's fields, or a run's YAML file")
-    add("--gpus", type=int, required=True)
+    add("--gpus", type=positive, required=True)
     add("--gpu", default="h100-80gb", help="hardware file in megatron_hybrid/planner/gpus")
     add("--hardware", metavar="FILE", help="a hardware file of your own, from tools/calibrate.py")
-    add("--gpus-per-node", type=int, help="default: the hardware file's")
-    add("--sequence-length", type=int, help="default: the run's")
-    add("--global-batch-size", type=int, help="sequences a step; default: the run's")
+    add("--gpus-per-node", type=positive, help="default: the hardware file's")
+    add("--sequence-length", type=positive, help="default: the run's")
+    add("--global-batch-size", type=positive, help="sequences a step; default: the run's")
     formats = ("bf16", "fp8", "fp8_tensorwise", "fp8_delayed", "fp8_blockwise")
     add("--precision", choices=formats, help="of matrix products; default: the run's, or bf16")
     add("--recompute", choices=("auto", "none", "selective", "full"), default="auto")
-    add("--top", type=int, default=10, help="lines of the table")
+    add("--top", type=positive, default=10, help="lines of the table")
     add("--json", action="store_true", help="the table, with every part, as JSON")
     add("--why", action="append", default=[], metavar="tp=4,...", help="what became of such layouts; may be repeated")
     add("--emit", type=Path, metavar="RUN.yaml", help="write the best layout as a run's configuration")
     add("--plot", type=Path, metavar="PNG", help="draw memory and step time of the best")
     add(
         "--measure",
-        type=int,
+        type=non_negative,
         default=0,
         metavar="N",
         help="run the best N for 10 steps on this machine, and rank again",
@@ -44,8 +46,9 @@ def main() -> None:
         metavar="FILE",
         help="read factors from it; with --measure, keep the measurements in it",
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what --measure started, too
     with no_traceback():
-        print(answer(Question(**vars(parser.parse_args()))))
+        print(answer(Question(**vars(parser.parse()))))
 
 
 if __name__ == "__main__":

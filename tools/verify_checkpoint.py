@@ -14,16 +14,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.convert.verify import verify
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder with index.json")
     parser.add_argument("--against", type=Path, metavar="HF_DIR", help="compare every tensor with this folder's")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

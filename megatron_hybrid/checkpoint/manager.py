@@ -1,7 +1,6 @@
 """A run's checkpoints: listing, finding, saving, loading and removing them."""
 
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,48 +9,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.checkpoint.collect import Collector
-from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index
+from megatron_hybrid.checkpoint.folders import check_same_tensors, checkpoint_step
+from megatron_hybrid.checkpoint.format import Index
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, write_rank
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.run import CheckpointConfig
-from megatron_hybrid.config.tensors import model_tensors
 
-_NAME = re.compile(r"step-(\d{8})")
 _SAVING, _DELETING = ".saving-", ".deleting-"
-
-
-def checkpoint_step(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name; None where the name is another."""
-    match = _NAME.fullmatch(folder.name)
-    return int(match[1]) if match else None
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. Temporary folders do not count: theirs is another name."""
-    found = [p for p in root.glob("step-*") if checkpoint_step(p) is not None and (p / INDEX).is_file()]
-    return sorted(found, key=lambda p: p.name)
-
-
-def find_checkpoint(load: str, root: Path) -> Path | None:
-    """Where to start from: `auto`, `none`, or a folder (of a checkpoint, or of a run or its checkpoints: the newest).
-
-    Raises:
-        CheckpointError: a named folder that is none of these.
-    """
-    if load == "none":
-        return None
-    if load == "auto":
-        return next(reversed(complete_checkpoints(root)), None)
-    folder = Path(load)
-    if (folder / INDEX).is_file():
-        return folder
-    for place in (folder, folder / "checkpoints"):
-        if found := complete_checkpoints(place):
-            return found[-1]
-    raise CheckpointError(
-        f"checkpoint.load = {load}: no complete checkpoint there; give a folder with an {INDEX}, auto, or none"
-    )
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -71,21 +36,6 @@ def remove_remains(root: Path) -> list[str]:
         else:
             shutil.rmtree(path)
     return sorted(path.name for path in remains)
-
-
-def check_same_tensors(folder: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
-    """Check that a checkpoint's model has the tensors of this run's.
-
-    Raises:
-        CheckpointError: names the first field that differs.
-    """
-    if model_tensors(mine) == model_tensors(theirs):
-        return
-    ours, other = (
-        m.model_dump() | {"layer_pattern": "".join(m.layers), "head_dim": m.attention_head_dim} for m in (mine, theirs)
-    )
-    field = next(name for name, value in ours.items() if other[name] != value)
-    raise CheckpointError(f"{folder}: model.{field} is {other[field]!r} there and {ours[field]!r} in this run")
 
 
 class CheckpointManager:

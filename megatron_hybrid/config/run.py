@@ -94,6 +94,10 @@ class PreflightConfig(Section):
     slow_nodes: Literal["warn", "stop"] = "warn"
     """What becomes of a run with slow nodes; broken ones stop it in any case."""
 
+    def is_on(self, world_size: int) -> bool:
+        """Whether a run of this many ranks begins with the checks."""
+        return world_size > 1 if self.enabled is None else self.enabled
+
 
 class RunConfig(Section):
     """Everything `tools/pretrain.py` needs."""

@@ -84,6 +84,12 @@ _SAME_VALUE = {
 }
 
 
+def fields_called(name: str, root: type[Section]) -> list[str]:
+    """Paths of the fields below `root` that are called `name`, here or in other projects."""
+    found = [path for path in field_paths(root) if path.rpartition(".")[2] == name]
+    return found or ([_SAME_AS[name]] if name in _SAME_AS else [])
+
+
 def _unknown(location: Location, root: type[Section]) -> str:
     """What is said of a field that does not exist."""
     name = str(location[-1])

@@ -9,10 +9,13 @@ import contextlib
 import functools
 import logging
 import os
+import socket
 import sys
 import time
 
 import torch
+
+from megatron_hybrid.parallel.errors import LaunchError
 
 CPU = torch.device("cpu")
 
@@ -39,19 +42,48 @@ def communication_backend() -> str:
 
 
 def setup_device(local_rank: int) -> str:
-    """Choose this process's device and make megatron-core run on it. Returns a line that says what was chosen and why."""
+    """Choose this process's device and make megatron-core run on it. Returns a line that says what was chosen and why.
+
+    Raises:
+        LaunchError: more ranks on this node than GPUs.
+    """
     # megatron-core and Transformer Engine overlap communication with matrix products by the order of launches
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda():
         count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise ValueError(
-                f"local rank {local_rank} has no GPU: {count} visible; start at most {count} ranks on this node"
-            )
-        torch.cuda.set_device(local_rank)
+        device = device_index(local_rank, count)
+        torch.cuda.set_device(device)
         return f"device: CUDA over NCCL ({torch.cuda.get_device_name()}, {count} visible on this node)"
     use_cpu_backend()
     return f"device: CPU over gloo, {torch.get_num_threads()} threads a rank (no CUDA device is visible)"
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """Return the index of a rank's GPU among the visible ones.
+
+    Where a single one is visible, the launcher has bound it to the rank (srun --gpus-per-task=1, --gpu-bind):
+    `check_gpus_are_apart` finds ranks that share it by mistake.
+
+    Raises:
+        LaunchError: several GPUs are visible, and fewer than the node has ranks.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        words = f"{visible} visible" + (f" (CUDA_VISIBLE_DEVICES={named})" if named is not None else "")
+        raise LaunchError(
+            f"local rank {local_rank} has no GPU: {words}; start at most {visible} ranks on this node, or give each a GPU of its "
+            "own (srun --gpus-per-task=1)"
+        )
+    return local_rank
+
+
+def device_identity() -> str:
+    """Return a name of this rank's GPU, which no other GPU and no other MIG instance of the node has."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    mig = named if named.startswith("MIG-") else ""  # instances of one GPU
+    return f"{socket.gethostname()} {torch.cuda.get_device_properties(torch.cuda.current_device()).uuid} {mig}"
 
 
 class _Event:

@@ -1,34 +1,32 @@
-"""Who am I: this process among those that one command started, told from what its launcher left. No torch here.
+"""Detect rank, local rank and world size from the environment set by torchrun, Open MPI, MPICH or SLURM. No torch here.
 
-`torchrun`, `mpirun`, `srun`, `srun --mpi=pmix`, tools/launch.py, or nobody: `Launch.from_environment` knows each of them, and
-`export` makes the rest of the process see what torchrun would have set.
+`Launch.from_environment` is for a process that is one rank, parallel/node_environment.py for a launcher that starts a
+node's ranks. `export` makes the rest of the process see what torchrun would have set.
 """
 
 import os
 import random
-import re
 import socket
-import subprocess
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.parallel.errors import LaunchError
+from megatron_hybrid.parallel.slurm_hosts import first_host, node_address
+from megatron_hybrid.parallel.variables import (
+    LOCAL_RANKS,
+    LOCAL_SIZES,
+    MPI,
+    PORTS,
+    RANKS,
+    SIZES,
+    first,
+    master_port,
+    number,
+    port_number,
+)
 
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""How many processes: Open MPI's mpirun, MPICH's and Intel's, and srun."""
-_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
-_LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-_LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""Any of these: started as an MPI process."""
-_PORTS = range(20000, 32000)
-"""Where ranks meet: below 32768, where Linux begins to hand out ports to whoever asks."""
-
-
-class LaunchError(UserError):
-    """The launcher left something that does not hold together; says what, and what to do."""
+__all__ = ["Launch", "LaunchError", "first_host", "free_port", "master_port", "node_address"]
 
 
 @dataclass(frozen=True)
@@ -49,23 +47,28 @@ class Launch:
         """Ask the launcher nearest to this process. torchrun's variables come first: others may have started torchrun.
 
         Raises:
-            LaunchError: variables that are no numbers or that contradict each other, an mpi4py of another MPI, or ranks on
-                several nodes of which nothing says where they are to meet.
+            LaunchError: variables that are not numbers or that contradict each other, an mpi4py of another MPI, or ranks
+                on several nodes without a place to meet.
         """
-        if "RANK" in env and "WORLD_SIZE" in env:
-            rank, local, world = (_number(env, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-            return cls(rank, local, world, None, "torchrun")._checked()
-        if any(name in env for name in _MPI):
-            return _from_mpi(env)._checked()
-        if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # a batch script has a SLURM_PROCID, but no step
-            return _from_variables(env, "srun")._checked()
-        return cls(0, 0, 1)
+        if "RANK" in env and "WORLD_SIZE" in env and "LOCAL_RANK" in env:
+            return cls(
+                *(number(env, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")), None, "torchrun"
+            ).checked()
+        found = from_step(env)
+        if found is not None and found.world_size > 1:
+            return _agreeing(found.checked(), env)
+        if "RANK" in env or "WORLD_SIZE" in env:
+            return _one_of_each_node(env).checked()
+        _alone(env)
+        return found or cls(0, 0, 1)
 
-    def _checked(self) -> "Launch":
+    def checked(self) -> "Launch":
+        """Return this launch, if its numbers go together."""
         if not (0 <= self.local_rank <= self.rank < self.world_size):
+            names = "; RANK, LOCAL_RANK and WORLD_SIZE contradict each other" if self.launcher == "torchrun" else ""
             raise LaunchError(
                 f"{self.launcher} says rank {self.rank} (local rank {self.local_rank}) of {self.world_size}; "
-                "start the ranks by one torchrun, mpirun or srun"
+                f"start the ranks by one torchrun, mpirun or srun{names}"
             )
         return self
 
@@ -78,48 +81,84 @@ class Launch:
         return self
 
 
-def _number(env: Mapping[str, str], name: str) -> int:
-    try:
-        return int(env.get(name, "0"))
-    except ValueError:
+def from_step(env: Mapping[str, str]) -> Launch | None:
+    """Return what mpirun or srun say of this process; None where neither started it."""
+    if any(name in env for name in MPI):
+        return _from_mpi(env)
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # a batch script has a SLURM_PROCID, but no step
+        return _from_variables(env, "srun")
+    return None
+
+
+def _agreeing(found: Launch, env: Mapping[str, str]) -> Launch:
+    """Check that variables set by hand say what mpirun or srun says."""
+    says = {"RANK": found.rank, "WORLD_SIZE": found.world_size, "LOCAL_RANK": found.local_rank}
+    for name, value in says.items():
+        if name in env and number(env, name) != value:
+            raise LaunchError(
+                f"{name}={env[name]} contradicts {found.launcher}, which says {value}; unset {name}, or set RANK, LOCAL_RANK "
+                "and WORLD_SIZE all three for each process"
+            )
+    return found
+
+
+def _one_of_each_node(env: Mapping[str, str]) -> Launch:
+    """RANK and WORLD_SIZE without LOCAL_RANK: a job controller's, which started one process on each node."""
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        there, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        if there == "WORLD_SIZE" and number(env, there) == 1:
+            return Launch(0, 0, 1)
+        raise LaunchError(f"{there}={env[there]} is set and {missing} is not; set both, or unset {there}")
+    name = "PET_NPROC_PER_NODE"
+    if env.get(name, "").isdecimal() and number(env, name) > 1:
         raise LaunchError(
-            f"{name}={env[name]!r} is not a number; unset it, or start by torchrun, mpirun or srun"
-        ) from None
+            f"{name}={env[name]} asks for several ranks on this node, and this process is one of them only if LOCAL_RANK is set; "
+            "start them by tools/launch.py or torchrun"
+        )
+    return Launch(number(env, "RANK"), number(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0,
+                  number(env, "WORLD_SIZE"), None, "torchrun")  # fmt: skip
 
 
-def _first(env: Mapping[str, str], names: tuple[str, ...], what: str) -> int:
-    for name in names:
-        if name in env:
-            return _number(env, name)
-    raise LaunchError(f"none of {', '.join(names)} tells the {what}; start by torchrun, mpirun or srun")
+def _alone(env: Mapping[str, str]) -> None:
+    """Check that no variable tells of other ranks, of which this process would know nothing."""
+    if env.get("LOCAL_RANK", "0") != "0":
+        raise LaunchError(
+            f"LOCAL_RANK={env['LOCAL_RANK']} is set and RANK and WORLD_SIZE are not; set all three, or unset it"
+        )
+    for name in ("NNODES", "PET_NNODES"):
+        if env.get(name, "").isdecimal() and number(env, name) > 1:
+            raise LaunchError(
+                f"{name}={env[name]} tells of other nodes, and this process has no RANK; start it by tools/launch.py or torchrun"
+            )
 
 
 def _from_mpi(env: Mapping[str, str]) -> Launch:
-    """mpi4py knows everything; without it, what mpirun or srun --mpi left in the environment must do."""
+    """mpi4py knows everything; without it, the environment that mpirun or srun --mpi set must do."""
     try:
-        from mpi4py import MPI
+        from mpi4py import MPI as mpi
     except (ImportError, RuntimeError):  # not installed, or installed without an MPI library to load
         return _from_variables(env, "mpirun")
-    world = MPI.COMM_WORLD
-    started = next((_number(env, name) for name in _SIZES if name in env), None)
+    world = mpi.COMM_WORLD
+    started = next((number(env, name) for name in SIZES if name in env), None)
     if started is not None and started != world.size:
         raise LaunchError(
             f"mpi4py sees {world.size} of the {started} processes that were started: it is built for another MPI; "
             "rebuild it for this one (pip install --force-reinstall --no-binary mpi4py mpi4py), or uninstall it"
         )
-    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    local = world.Split_type(mpi.COMM_TYPE_SHARED)
     return Launch(world.rank, local.rank, world.size, _master_by_mpi(world, local.size, env), "mpi4py")
 
 
 def _master_by_mpi(world: Any, local_size: int, env: Mapping[str, str]) -> tuple[str, int]:
-    """Rank 0's host and a port that is free there, told to all."""
+    """Broadcast rank 0's host and a port that is free there."""
     host = "127.0.0.1" if local_size == world.size else socket.gethostname()
-    mine = (env.get("MASTER_ADDR", host), int(env.get("MASTER_PORT", 0)) or free_port()) if world.rank == 0 else None
+    port = port_number(env, "MASTER_PORT") if "MASTER_PORT" in env else None
+    mine = (env.get("MASTER_ADDR", host), port or free_port()) if world.rank == 0 else None
     master: tuple[str, int] = world.bcast(mine)
     return master
 
 
-def free_port(among: range = _PORTS) -> int:
+def free_port(among: range = PORTS) -> int:
     """A TCP port nobody listens on now, and that no connection is given by chance before rank 0, minutes later, listens there."""
     for port in random.SystemRandom().sample(among, len(among)):
         with socket.socket() as probe:
@@ -132,11 +171,11 @@ def free_port(among: range = _PORTS) -> int:
 
 
 def _from_variables(env: Mapping[str, str], launcher: str) -> Launch:
-    """Of Open MPI, MPICH, Intel MPI or SLURM."""
-    world = _first(env, _SIZES, "number of ranks")
-    rank = _first(env, _RANKS, "rank")
-    one_node = any(name in env and _number(env, name) == world for name in _LOCAL_SIZES)
-    local = rank if one_node else _first(env, _LOCAL_RANKS, "local rank")
+    """Read the variables of Open MPI, MPICH, Intel MPI or SLURM."""
+    world = first(env, SIZES, "number of ranks")
+    rank = first(env, RANKS, "rank")
+    one_node = any(name in env and number(env, name) == world for name in LOCAL_SIZES)
+    local = rank if one_node else first(env, LOCAL_RANKS, "local rank")
     if "MASTER_ADDR" in env:
         host = env["MASTER_ADDR"]
     elif one_node or world == 1:
@@ -149,35 +188,3 @@ def _from_variables(env: Mapping[str, str], launcher: str) -> Launch:
             "(mpirun -x MASTER_ADDR), or install mpi4py (pip install mpi4py)"
         )
     return Launch(rank, local, world, (host, master_port(env)), launcher)
-
-
-def master_port(env: Mapping[str, str]) -> int:
-    """MASTER_PORT, or one derived from the job's name, the same on all ranks: two jobs of one node hardly ever meet there."""
-    if "MASTER_PORT" in env:
-        return _number(env, "MASTER_PORT")
-    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
-    return _PORTS[zlib.crc32("/".join(env.get(name, "") for name in names).encode()) % len(_PORTS)]
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of SLURM's `node[03-17,20],login1`: node03."""
-    match = re.match(r"(?P<prefix>[^\[,]*)(?:\[(?P<first>\d+)[^\]]*\](?P<suffix>[^\[,]*))?", nodelist)
-    if match is None or not match[0]:
-        raise LaunchError(f"SLURM's node list {nodelist!r} has no host; set MASTER_ADDR to the host of rank 0")
-    return match["prefix"] + (match["first"] or "") + (match["suffix"] or "")
-
-
-def node_address(node: str) -> str:
-    """A name or an address at which a SLURM node is reached: its own name, or the NodeAddr that SLURM knows it by."""
-    try:
-        socket.getaddrinfo(node, None)
-        return node
-    except OSError:
-        pass
-    try:
-        shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, timeout=60).stdout
-    except OSError:
-        shown = ""
-    if match := re.search(r"\bNodeAddr=(\S+)", shown):
-        return match[1]
-    raise LaunchError(f"the first node, {node}, does not resolve; set MASTER_ADDR to an address of it")

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_hybrid.config.command_line import check_output_file
 from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.planner import measured, plot, report
 from megatron_hybrid.planner.emit import base_run, emitted
 from megatron_hybrid.planner.hardware import load
 from megatron_hybrid.planner.search import Answer, Job, search
+
+MOST_GPUS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,23 +44,18 @@ def answer(question: Question) -> str:
     Raises:
         ConfigError, UserError: what is wrong with the question, or with a run that was to be measured.
     """
-    for name in ("gpus", "top", "gpus_per_node"):
-        value = getattr(question, name)
-        if value is not None and value < 1:
-            raise ConfigError.at(name, f"{value} is not a positive number; give at least 1")
+    _check(question)
     hardware = load(question.hardware or question.gpu)
     if question.gpus_per_node:
         hardware = replace(hardware, gpus_per_node=question.gpus_per_node)
     runs = measured.read_calibration(question.calibration, hardware) if question.calibration else []
     run = base_run(question.model, question.sequence_length, question.global_batch_size, question.precision)
-    job = Job(
-        run.model, question.gpus, hardware, run.data.sequence_length, run.train.global_batch_size, run.train.dtype,
-        run.precision, question.recompute, run.parallel.tp_comm_overlap, run.train.optimizer.offload_fraction,
-    )  # fmt: skip
+    job = Job.of(run, question.gpus, hardware, question.recompute)
     texts = []
     plain = search(job)
     found = _calibrated(job, runs) if runs else plain
     if question.measure:
+        measured.check_devices_here(hardware, question.gpus)
         chosen = {c.plan.label for c in found.candidates[: question.measure]}
         # the factors are fitted to predictions without any
         fresh = [measured.measure(run, c) for c in _by_label(plain, chosen)]
@@ -68,6 +66,24 @@ def answer(question: Question) -> str:
         texts.append(measured.comparison(fresh, factors))
         found = _calibrated(job, runs)
     return "\n\n".join([*texts, _say(question, found, run)])
+
+
+def _check(question: Question) -> None:
+    """Check numbers, and that results can be written, before the search."""
+    for name in ("gpus", "top", "gpus_per_node", "sequence_length", "global_batch_size"):
+        value = getattr(question, name)
+        if value is not None and value < 1:
+            raise ConfigError.at(name, f"{value} is not a positive number; give at least 1")
+    if question.gpus > MOST_GPUS:
+        raise ConfigError.at("gpus", f"{question.gpus} is more than the planner enumerates; give at most {MOST_GPUS}")
+    if question.measure < 0:
+        raise ConfigError.at("measure", f"{question.measure} is negative; give the number of layouts to measure")
+    for name in ("emit", "plot") + (("calibration",) if question.measure else ()):
+        check_output_file(name, getattr(question, name))
+    if question.plot:
+        plot.check_format(question.plot)
+    if question.calibration and not question.measure and not question.calibration.exists():
+        raise ConfigError.at("calibration", f"{question.calibration}: no such file; make it with --measure")
 
 
 def _say(question: Question, found: Answer, run) -> str:

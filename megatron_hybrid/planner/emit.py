@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.config import presets, yaml_text
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.config.command_line import read_text
+from megatron_hybrid.config.errors import ConfigError, shown
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.plan import Plan
@@ -28,11 +29,7 @@ def base_run(
     """
     data, path, overlap = {}, Path(name_or_path), False
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        read = yaml_text.read(path.read_text(encoding="utf-8"), name_or_path)
-        data = read if isinstance(read, dict) else {}
-        whole = "model" in data
-        data = data if whole else {"model": data}
-        overlap = bool((data.get("parallel") or {}).get("tp_comm_overlap"))
+        data, overlap = _read(path)
     elif name_or_path in (*presets.SIZED, *presets.UNSIZED):
         data = {"model": name_or_path}
     else:
@@ -49,8 +46,26 @@ def base_run(
     if precision is not None:
         overrides.append(f"precision.linear={_FORMATS.get(precision, precision)}")
     run = _load(data, overrides)
+    if run.train.engine != "megatron":
+        raise ConfigError.at(
+            "train.engine",
+            f"{run.train.engine} cannot be planned: rates and layouts are those of megatron-core. Its only degrees are "
+            "parallel.tensor_parallel_size and zero.stage, with what zero offloads: choose them by hand; or set train.engine to "
+            "megatron and leave zero out",
+        )
     # unchecked: layouts come later, and this one has nothing to overlap
     return run.model_copy(update={"parallel": run.parallel.model_copy(update={"tp_comm_overlap": overlap})})
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bool]:
+    """Return a file's sections, and its parallel.tp_comm_overlap. A file of a model's fields becomes a section."""
+    read = yaml_text.read(read_text("model", path), str(path))
+    if not isinstance(read, dict):
+        raise ConfigError.at(str(path), f"holds {shown(read)}; write a model's fields, or a run's sections")
+    if "model" not in read:
+        return {"model": read}, False
+    parallel = read.get("parallel")
+    return read, isinstance(parallel, dict) and bool(parallel.get("tp_comm_overlap"))
 
 
 _FORMATS = {"bf16": "null", "fp8": "fp8_tensorwise"}
@@ -58,7 +73,10 @@ _FORMATS = {"bf16": "null", "fp8": "fp8_tensorwise"}
 
 def _absent(data: dict[str, Any], key: str) -> bool:
     section, _, name = key.partition(".")
-    return section not in data if not name else name not in (data.get(section) or {})
+    inner = data.get(section)
+    if name and inner is not None and not isinstance(inner, dict):
+        raise ConfigError.at(section, f"{shown(inner)} is no section; write its fields, as in {key}: ...")
+    return section not in data if not name else name not in (inner or {})
 
 
 def _load(data: dict[str, Any], overrides: list[str]) -> RunConfig:

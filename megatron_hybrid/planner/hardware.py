@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.config import nearest, yaml_text
+from megatron_hybrid.config.command_line import read_text
 from megatron_hybrid.config.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "gpus"
@@ -113,7 +114,7 @@ def load(name_or_path: str) -> Hardware:
         hint = nearest.word(name_or_path, known)
         raise ConfigError.at("gpu", f"{name_or_path} has no hardware file; the nearest of {', '.join(known)} is {hint}, or "
                              "measure one with tools/calibrate.py")  # fmt: skip
-    data = yaml_text.read(path.read_text(encoding="utf-8"), str(path))
+    data = yaml_text.read(read_text("gpu", path), str(path))
     try:
         return _hardware(data)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

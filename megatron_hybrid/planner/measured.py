@@ -6,7 +6,6 @@ than predicted computation, communication, launches and the optimizer take, each
 
 import datetime
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.config import yaml_text
+from megatron_hybrid.config.command_line import read_text
 from megatron_hybrid.config.errors import ConfigError, UserError
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
@@ -52,20 +52,75 @@ def fitted(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def read_calibration(path: Path, hardware: Hardware) -> list[dict[str, Any]]:
-    """The runs of a calibration file; none if it does not exist yet.
+    """Return the runs of a calibration file; none if it does not exist yet, or is empty.
 
     Raises:
-        ConfigError: it is another GPU's.
+        ConfigError: it is another GPU's, or was measured on another device, or is no calibration file.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
-    data = yaml_text.read(path.read_text(encoding="utf-8"), str(path))
+    data = yaml_text.read(read_text("calibration", path), str(path))
+    if data is None:
+        return []
     if not isinstance(data, dict) or data.get("gpu") != hardware.name:
         gpu = data.get("gpu") if isinstance(data, dict) else None
         raise ConfigError.at(
             str(path), f"is a calibration of {gpu}, not of {hardware.name}; give another --calibration"
         )
-    return list(data.get("runs") or [])
+    runs = data.get("runs") or []
+    if not isinstance(runs, list) or not all(map(_is_run, runs)):
+        raise ConfigError.at(
+            str(path), "is damaged: its runs are not what --measure writes; remove it, and measure again"
+        )
+    for run in runs:
+        if not is_device(run.get("device", hardware.name), hardware):
+            raise ConfigError.at(
+                str(path),
+                f"{run['layout']} was measured on {run['device']}, not on {hardware.name}; remove that run from it, or give another "
+                "--calibration",
+            )
+    return runs
+
+
+def _is_run(run: Any) -> bool:
+    """Whether it has the form of what `measure` returns."""
+    if not isinstance(run, dict) or not isinstance(run.get("predicted"), dict):
+        return False
+    numbers = [run.get("seconds"), run.get("memory"), run.get("peak_bytes", 0), *map(run["predicted"].get, GROUPS)]
+    texts = [run.get("layout"), run.get("device", "")]
+    return all(type(x) in (int, float) and x >= 0 for x in numbers) and all(isinstance(text, str) for text in texts)
+
+
+def is_device(device: str, hardware: Hardware) -> bool:
+    """Whether a device, by the name that CUDA gives it, is one of this hardware's."""
+    return device.strip().lower() == hardware.name.strip().lower()
+
+
+def check_devices_here(hardware: Hardware, gpus: int) -> None:
+    """Check that this machine has the GPUs that are asked about: what is measured here becomes their calibration.
+
+    Raises:
+        ConfigError: it has others, or too few.
+    """
+    ask = (
+        "import torch; n = torch.cuda.device_count()\n"
+        "print(*{torch.cuda.get_device_name(i) for i in range(n)} or ['cpu'], n, sep='|')"
+    )
+    asked = subprocess.run([sys.executable, "-W", "ignore", "-c", ask], capture_output=True, text=True)
+    if asked.returncode:
+        raise UserError(f"PyTorch could not be asked for this machine's GPUs:\n{_last_words(asked.stderr)}")
+    *devices, count = asked.stdout.strip().splitlines()[-1].split("|")
+    here = "a CPU and no GPU" if devices == ["cpu"] else f"{count} x {' and '.join(devices)}"
+    if not all(is_device(device, hardware) for device in devices):
+        raise ConfigError.at(
+            "measure",
+            f"this machine has {here}, and the question is about {hardware.name}: its steps would calibrate the wrong device; "
+            "measure on such a machine, or give --gpu or --hardware of this one (tools/calibrate.py makes it)",
+        )
+    if devices != ["cpu"] and int(count) < gpus:
+        raise ConfigError.at(
+            "measure", f"this machine has {here}, and --gpus is {gpus}; measure on {gpus}, or set --gpus to {count}"
+        )
 
 
 def write_calibration(path: Path, hardware: Hardware, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -86,7 +141,7 @@ def measure(run: RunConfig, candidate: Candidate, steps: int = 10) -> dict[str, 
         config.write_text(dump_run(emitted(run, plan)), encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.world_size)]
         command = [sys.executable, *launcher, "-m", "megatron_hybrid.train.measure", str(config), "--steps", str(steps)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        done = _run(command)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise UserError(f"{plan.label}: could not be measured:\n{_last_words(done.stderr or done.stdout)}")
@@ -101,6 +156,18 @@ def measure(run: RunConfig, candidate: Candidate, steps: int = 10) -> dict[str, 
         "predicted": grouped(candidate.step),
         "memory": candidate.memory.total,
     }
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a launcher. When this process is stopped, it stops its ranks: it must not be killed before."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def _last_words(text: str, most: int = 12) -> str:

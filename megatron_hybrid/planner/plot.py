@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.planner.report import heading
 from megatron_hybrid.planner.search import Answer
 
@@ -18,6 +19,21 @@ COLOURS = (
     "#4d7c0f",
     "#1e3a8a",
 )
+
+
+def check_format(image: Path) -> None:
+    """Check that an image's name ends in a format that can be drawn.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if image.suffix.removeprefix(".").lower() not in formats:
+        raise ConfigError.at(
+            "plot", f"{image} ends in no format of pictures; end it in .png, or one of {', '.join(formats)}"
+        )
 
 
 def draw(answer: Answer, image: Path | str, top: int = 6) -> None:

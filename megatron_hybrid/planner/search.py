@@ -47,9 +47,22 @@ class Job:
     """In the layouts that can have it. Its memory is predicted; its speed is not."""
     offload_fraction: float = 0.0
     """train.optimizer.offload_fraction. Memory is predicted with it; updates as if all of them were the device's."""
+    base: RunConfig | None = None
+    """The run that is planned for, whose other fields (train.batch_ramp, for one) the trainer checks too."""
+
+    @classmethod
+    def of(cls, run: RunConfig, gpus: int, hardware: Hardware, recompute: str = "auto") -> "Job":
+        """Return the job that trains `run` on this many GPUs."""
+        return cls(
+            run.model, gpus, hardware, run.data.sequence_length, run.train.global_batch_size, run.train.dtype,
+            run.precision, recompute, run.parallel.tp_comm_overlap, run.train.optimizer.offload_fraction, run,
+        )  # fmt: skip
 
     def run(self, parallel: ParallelConfig, micro_batch_size: int) -> RunConfig:
-        """As a run, unchecked: its data is a placeholder."""
+        """Return the run under a layout, unchecked. Without a base, data and training are placeholders."""
+        if self.base is not None:
+            train = self.base.train.model_copy(update={"micro_batch_size": micro_batch_size})
+            return self.base.model_copy(update={"parallel": parallel, "train": train})
         train = TrainConfig.model_construct(
             steps=1, global_batch_size=self.global_batch_size, micro_batch_size=micro_batch_size, dtype=self.dtype
         )
@@ -202,7 +215,7 @@ def _variants(job: Job, sizes: dict[str, int], b: int) -> Iterator[tuple[dict[st
 
 def _parallel(job: Job, sizes: dict[str, int], sp: bool, recompute: str) -> ParallelConfig:
     shared = sizes["dp"] * sizes["cp"] > 1
-    return ParallelConfig.model_construct(
+    return ParallelConfig(
         tensor_parallel_size=sizes["tp"],
         sequence_parallel=sp if sizes["tp"] > 1 else None,
         tp_comm_overlap=job.tp_comm_overlap and sp and sizes["tp"] <= LARGEST_OVERLAP,
@@ -218,7 +231,7 @@ def _parallel(job: Job, sizes: dict[str, int], sp: bool, recompute: str) -> Para
 
 
 def _problems(job: Job, parallel: ParallelConfig, micro_batch_size: int) -> str:
-    """What the trainer's own checks say, in a line; empty if nothing."""
+    """What the trainer's own checks (RunConfig, `check_world`) say, in a line; empty if nothing."""
     run = job.run(parallel, micro_batch_size)
     problems = checks.section_problems(run) or checks.world_problems(run, job.gpus)
     return "; ".join(f"{name}: {message}" for name, message in problems)

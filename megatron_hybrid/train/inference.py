@@ -13,8 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from megatron_hybrid.checkpoint.collect import Collector
+from megatron_hybrid.checkpoint.folders import find_checkpoint
 from megatron_hybrid.checkpoint.format import CheckpointError
-from megatron_hybrid.checkpoint.manager import find_checkpoint
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.errors import UserError

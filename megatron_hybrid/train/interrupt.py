@@ -1,9 +1,9 @@
-"""Stopping before the end: signals that ask for it, ranks that agree on the step, and restarts that lead nowhere."""
+"""Graceful shutdown: signal handling, agreement on the stopping step, crash-loop detection."""
 
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.parallel import stop_signals
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-"""SLURM's warning before the time limit (--signal), and what ends a process on preemption or shutdown."""
 MOST_RESTARTS = 3
 """Restarts of one job that may follow each other without a new step."""
 RECORD = "restarts.json"
@@ -27,17 +26,24 @@ class Interrupt:
     """Notes that this process was asked to stop, and lets the ranks agree on when.
 
     A context manager: the signals are handled inside it. They arrive on any rank, or on several at different moments;
-    `agreed` answers the same on all of them after the same step.
+    `agreed` answers the same on all of them after the same step. Where a tool has started a StopWatcher, that ends the
+    process before the first step, at a second Ctrl-C, and in a step that hangs.
+
+    Args:
+        saved_step: returns the step that a restart would resume from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saved_step: Callable[[], int] = lambda: 0) -> None:
+        if stop_signals.watcher is not None:
+            stop_signals.watcher.saved_step = saved_step
         self.received: signal.Signals | None = None
         self._group: dist.ProcessGroup | None = None
         self._votes: tuple[torch.Tensor, dist.Work] | None = None
 
     def __enter__(self) -> "Interrupt":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # tools/launch.py starts ranks with SIGUSR1 blocked
+        numbers = stop_signals.asks_to_stop()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # tools/launch.py starts ranks with SIGUSR1 blocked
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -47,11 +53,19 @@ class Interrupt:
     def _note(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number)
 
-    def agreed(self) -> bool:
-        """Whether any rank had been asked to stop when this was called the last time. Every rank calls it once a step.
+    def begin_step(self, step: int) -> None:
+        """Note that a step begins after `step` steps."""
+        if stop_signals.watcher is not None:
+            stop_signals.watcher.begin_step(step)
+
+    def agreed(self, step: int | None = None) -> bool:
+        """Return whether any rank had been asked to stop when this was called the last time. Every rank calls it once per step.
 
         The flags of a step are added up in the background of the next one, by gloo on the CPU: nothing waits for them, least
         of all a GPU.
+
+        Args:
+            step: the step that was just made.
         """
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
@@ -59,6 +73,8 @@ class Interrupt:
         votes = torch.zeros(1, dtype=torch.int32, device="cpu")
         votes += self.received is not None
         self._votes = (votes, dist.all_reduce(votes, group=self._group, async_op=True))
+        if step is not None and stop_signals.watcher is not None:
+            stop_signals.watcher.end_step(step)
         return stop
 
     def _counted(self) -> int:

@@ -3,7 +3,6 @@
 python -m megatron_hybrid.train.measure CONFIG.yaml [--steps 10]     (torchrun for several ranks; writes one JSON line)
 """
 
-import argparse
 import gc
 import json
 import time
@@ -12,8 +11,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_hybrid.config.command_line import RunCommandLine
 from megatron_hybrid.config.errors import no_traceback
 from megatron_hybrid.config.load import load_run
+from megatron_hybrid.config.numbers import positive
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.parallel.device import has_cuda, synchronize
 from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
@@ -157,11 +158,9 @@ def gather(found: Measured) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a run's YAML file; its data is not read")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--steps", type=int, default=10)
-    arguments = parser.parse_intermixed_args()
+    parser = RunCommandLine(__doc__)
+    parser.add_argument("--steps", type=positive, default=10)
+    arguments = parser.parse()
     with no_traceback():
         launch = Launch.from_environment()
         config = load_run(arguments.config, arguments.overrides)

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_hybrid.checkpoint.format import CheckpointError, read_index
-from megatron_hybrid.checkpoint.manager import (
+from pydantic import ValidationError
+
+from megatron_hybrid.checkpoint.folders import (
     check_same_tensors,
     checkpoint_step,
     complete_checkpoints,
     find_checkpoint,
 )
+from megatron_hybrid.checkpoint.format import CheckpointError, read_index
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.train.changes import config_changes, data_changes, model_changes, refuse_changes
@@ -83,11 +85,11 @@ def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Star
     return Start("resume" if mine == own[-1] else "rewind", mine)
 
 
-def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any]) -> list[str]:
+def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] | None) -> list[str]:
     """Compare the run with the one that saved the checkpoint it starts from, before the model is built.
 
     Args:
-        identity: of this run's data (data/fingerprint.py).
+        identity: of this run's data (data/fingerprint.py); None: do not compare the data.
 
     Returns:
         A line for every field that changed.
@@ -100,11 +102,16 @@ def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any])
     if start.folder is None:
         return []
     index = read_index(start.folder)
-    theirs = ModelConfig(**index.model)
+    try:
+        theirs = ModelConfig(**index.model)
+    except ValidationError:
+        raise CheckpointError(f"{start.folder}: its index.json describes no model; use another checkpoint") from None
     check_same_tensors(start.folder, theirs, config.model)
     if not start.weights_only:
         _check_work_left(config, start.folder, index.state.get("step", 0))
-        changes = data_changes(index.run, index.state, config, identity) | model_changes(theirs, config.model)
+        changes = model_changes(theirs, config.model)
+        if identity is not None:
+            changes = data_changes(index.run, index.state, config, identity) | changes
         refuse_changes(start.folder, changes, config.checkpoint.allow_changes)
     now = config.model_dump(mode="json")
     before = index.run if "train" in index.run else {"model": theirs.model_dump(mode="json")}

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hybrid.checkpoint.manager import checkpoint_step, complete_checkpoints, remove_remains
+from megatron_hybrid.checkpoint.folders import checkpoint_step, complete_checkpoints
+from megatron_hybrid.checkpoint.manager import remove_remains
 from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.config.tensors import model_tensors
+from megatron_hybrid.config.run_dir import checkpoint_bytes
 from megatron_hybrid.data.agreement import refuse, run_disagreements, warn
 from megatron_hybrid.data.sources import open_source
 from megatron_hybrid.parallel.environment import Launch
@@ -29,7 +30,7 @@ def check_start(config: RunConfig, launch: Launch) -> None:
         DataError, PreflightError, RestartError: on every rank alike.
     """
     on_first_rank(lambda: warn(refuse(run_disagreements(config.model, config.data))))
-    if config.preflight.enabled or (config.preflight.enabled is None and launch.world_size > 1):
+    if config.preflight.is_on(launch.world_size):
         run_preflight(config, launch)
     run_dir = Path(config.run_dir)
     on_first_rank(lambda: check_restarts(run_dir, newest_step(run_dir)))
@@ -82,12 +83,6 @@ def preflight_alone(config: RunConfig, launch: Launch) -> None:
         run_preflight(config, launch)
     finally:
         stop_distributed()
-
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """Size of one checkpoint: weights, fp32 masters where the weights are not fp32, and two moments."""
-    a_value = {"bf16": 2 + 4 + 4 + 4, "fp32": 4 + 4 + 4}[config.train.dtype]
-    return a_value * sum(tensor.numel for tensor in model_tensors(config.model).values())
 
 
 def newest_step(run_dir: Path) -> int:

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.checkpoint.format import read_index
-from megatron_hybrid.checkpoint.manager import CheckpointManager, complete_checkpoints
+from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.config.flops import training_flops_per_token
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.config.run_dir import check_run_dir
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.fingerprint import data_identity
 from megatron_hybrid.data.loader import BatchLoader
@@ -26,7 +28,7 @@ from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.schedules import learning_rate
 from megatron_hybrid.train.skip_step import SkipStep
 from megatron_hybrid.train.start import check_start_point, choose_start, set_later_aside
-from megatron_hybrid.train.start_checks import check_start, on_first_rank, run_folder
+from megatron_hybrid.train.start_checks import check_start, newest_step, on_first_rank, run_folder
 
 
 @dataclass
@@ -45,18 +47,20 @@ class Progress:
 def pretrain(config: RunConfig, launch: Launch) -> Progress:
     """Train to config.train.steps, from the newest checkpoint if there is one. Returns where the run stands.
 
-    SIGUSR1 or SIGTERM on any rank ends it earlier, with a checkpoint of the step that it stands at then.
+    SIGUSR1, SIGTERM or Ctrl-C on any rank ends it earlier, with a checkpoint of the step that it is in.
 
     Raises:
         ConfigError: degrees or batch sizes that do not fit the number of ranks.
         PreflightError, RestartError: nodes that are not ready; a job that restarts without progress.
+        RunDirError: run_dir cannot be made or written.
         RunFolderError: another run uses the folder, or has used it; or nothing is left to train.
         DataError, CheckpointError: before the first step, naming file and remedy.
         DivergedError: loss or gradient norm stayed non-finite for too many steps.
     """
     config.check_world(launch.world_size)
+    check_run_dir(config, launch.world_size)
     check_sinks(config.logging)
-    with Interrupt() as interrupt:
+    with Interrupt(lambda: newest_step(Path(config.run_dir))) as interrupt:
         groups = start_distributed(launch, config.parallel, config.train.seed)
         try:
             with run_folder(Path(config.run_dir)):
@@ -147,11 +151,13 @@ class Trainer:
         train, save = self.config.train, self.config.checkpoint
         stop = False
         while self.progress.step < train.steps and not stop:
+            if interrupt is not None:
+                interrupt.begin_step(self.progress.step)
             self.step()
             step = self.progress.step
             if train.eval_interval and (step % train.eval_interval == 0 or step == train.steps):
                 self.evaluate()
-            stop = interrupt is not None and interrupt.agreed()
+            stop = interrupt is not None and interrupt.agreed(step)
             if stop or (save.interval and step % save.interval == 0) or step == train.steps:
                 self.save()
             self.checkpoints.check()

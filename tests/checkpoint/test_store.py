@@ -8,14 +8,9 @@ import pytest
 import torch
 
 from megatron_hybrid.checkpoint import writer
+from megatron_hybrid.checkpoint.folders import complete_checkpoints, find_checkpoint
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, boxes_of_range, read_index
-from megatron_hybrid.checkpoint.manager import (
-    CheckpointManager,
-    complete_checkpoints,
-    find_checkpoint,
-    remove_checkpoint,
-    remove_remains,
-)
+from megatron_hybrid.checkpoint.manager import CheckpointManager, remove_checkpoint, remove_remains
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, file_sha256, finish, write_rank
 from megatron_hybrid.config.run import CheckpointConfig

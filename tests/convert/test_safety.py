@@ -163,7 +163,7 @@ def test_targets_are_never_replaced(folder, capsys):
 
 
 def test_interrupted_conversion_goes_on(folder, monkeypatch, capsys):
-    from megatron_hybrid.checkpoint.manager import complete_checkpoints, find_checkpoint
+    from megatron_hybrid.checkpoint.folders import complete_checkpoints, find_checkpoint
     from megatron_hybrid.convert import job
     from tools import convert_to_hf
 

@@ -3,8 +3,8 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from megatron_hybrid.data.streaming import ContinuationText
 from megatron_hybrid.data.hf_tokenizer import HuggingFaceTokenizer
+from megatron_hybrid.data.streaming import ContinuationText
 from megatron_hybrid.data.tokenizer import ByteTokenizer
 
 

@@ -25,11 +25,11 @@ def launch(root, tmp_path):
     """`launch(program, ranks)`: tools/launch.py with a Python program of our own, started."""
     started = []
 
-    def start(program: str, ranks: int = 2) -> subprocess.Popen:
+    def start(program: str, ranks: int = 2, **variables: str) -> subprocess.Popen:
         script = tmp_path / "rank.py"
         script.write_text(PROLOGUE + program)
         command = [sys.executable, "tools/launch.py", "--cpu-ranks", str(ranks), str(script), "--an", "argument"]
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE"))} | variables
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(subprocess.Popen(command, cwd=root, env=env, **pipes))
         return started[-1]
@@ -46,6 +46,24 @@ def test_ranks_find_what_torchrun_would_tell_them(launch):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert sorted(output.splitlines()) == [f"{rank} {rank} 3 3 127.0.0.1  --an argument" for rank in range(3)]
+
+
+def test_the_ranks_of_two_nodes_of_a_job_controller(launch):
+    """RANK and WORLD_SIZE are each node's: its ranks are numbered over all nodes, and all meet at the same place."""
+    program = "say(' '.join(os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')))"
+    pod = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "23456"}
+    for number in range(2):
+        process = launch(program, 2, RANK=str(number), **pod)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        expected = [f"{2 * number + local} {local} 4 localhost 23456" for local in range(2)]
+        assert sorted(output.splitlines()) == expected
+
+
+def test_every_node_says_what_is_wrong_with_it(launch):
+    process = launch("", 2, RANK="1", WORLD_SIZE="2")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 78 and "set MASTER_ADDR to the host of node 0" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
@@ -66,7 +84,7 @@ def test_the_first_failure_ends_all_and_gives_the_status(launch, end, status, sa
     assert ("end of 0" in output) == (status != 3), "those that end in time do so by themselves"
 
 
-@pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_ranks_even_before_they_listen(launch, asked):
     """As a rank that still imports torch when the signal comes: it is told once it listens."""
     program = """

@@ -168,6 +168,7 @@ def test_measurements_calibrate(tmp_path, monkeypatch):
                     peak_bytes=1.02 * candidate.memory.total, memory=candidate.memory.total)  # fmt: skip
 
     monkeypatch.setattr(measured, "measure", measure)
+    monkeypatch.setattr(measured, "check_devices_here", lambda hardware, gpus: None)
     path = tmp_path / "calibration.yaml"
     text = answer(replace(ASK, measure=3, calibration=path))
     assert text.startswith("measured:") and "before -20.0%" in text

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from megatron_hybrid.checkpoint.manager import complete_checkpoints
+from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from tests.slurm.cluster import NODES, wait_for
 from tests.slurm.conftest import SCRIPT
 

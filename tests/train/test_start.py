@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
+from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.checkpoint.format import CheckpointError
-from megatron_hybrid.checkpoint.manager import complete_checkpoints
 from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import CheckpointConfig, RunConfig

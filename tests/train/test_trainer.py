@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hybrid.checkpoint.manager import complete_checkpoints
+from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from tests import jobs
 from tests.models import SMALLEST
 

@@ -1,0 +1,120 @@
+"""Command lines of the tools: options and overrides in any order, errors with status 78 that name the nearest option."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_hybrid.config import nearest
+from megatron_hybrid.config.errors import BAD_INPUT, ConfigError
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.config.translate import fields_called
+
+_OVERRIDE = re.compile(rf"--(?:\w+\.[\w.]+|{'|'.join(RunConfig.model_fields)})=", re.ASCII)
+"""An override written as an option: `--section.key=value`."""
+_ASSIGNMENT = re.compile(r"[\w.-]+=", re.ASCII)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse without its traps.
+
+    Options may stand before, between and after positional arguments. Options are not abbreviated: a misspelt one must not
+    become another. A wrong command line ends with status 78, as wrong input of any other kind does.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse the command line, with options and positional arguments in any order."""
+        return self.parse_intermixed_args(argv)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the error, and exit."""
+        self.print_usage(sys.stderr)
+        unknown = re.search(r"unrecognized arguments: (-[^\s=]+)", message)
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message}{self.hint(unknown[1]) if unknown else ''}\n")
+
+    def hint(self, unknown: str) -> str:
+        """Return what is said of an unknown option."""
+        found = nearest.word(unknown, self._option_string_actions, cutoff=0.6)
+        return f"; did you mean {found}?" if found else f"; options are listed by {self.prog} --help"
+
+
+class RunCommandLine(CommandLine):
+    """The command line of a tool that takes a run: a YAML file and overrides."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description)
+        self.add_argument("config", help="a YAML file, or the name of a model preset")
+        self.add_argument(
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="section.key=value",
+            help="replace fields of the file; --section.key=value is the same",
+        )
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse the command line; `--section.key=value` becomes `section.key=value`, and overrides may precede the file."""
+        words = sys.argv[1:] if argv is None else argv
+        found = super().parse([word.removeprefix("--") if _OVERRIDE.match(word) else word for word in words])
+        given = [found.config, *found.overrides]
+        found.config = next(
+            (word for word in given if not _ASSIGNMENT.match(word) or Path(word).is_file()), found.config
+        )
+        given.remove(found.config)
+        found.overrides = given
+        return found
+
+    def hint(self, unknown: str) -> str:
+        """Return what is said of an unknown option, which may be a field."""
+        name = unknown.lstrip("-")
+        paths = [name] if "." in name else fields_called(name.replace("-", "_"), RunConfig)
+        if paths:
+            return f"; fields are set by section.key=value: {' or '.join(f'{path}=...' for path in paths)}"
+        return super().hint(unknown)
+
+
+def check_output_file(option: str, path: Path | None) -> None:
+    """Check that a file can be written, before the work whose result it takes.
+
+    Raises:
+        ConfigError: it is a folder, its folder does not exist, or it may not be written.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigError.at(option, f"{path} is a folder; give the name of a file, such as {path / 'result.yaml'}")
+    try:
+        existed = path.exists()
+        with open(path, "ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except FileNotFoundError:
+        raise ConfigError.at(option, f"{path}: the folder {path.parent} does not exist; make it first") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError.at(option, f"{path} cannot be written ({reason}); give another file") from None
+
+
+def read_text(option: str, path: Path) -> str:
+    """Read a file that the user named.
+
+    Raises:
+        ConfigError: it does not exist, is a folder, may not be read, or is not UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError.at(option, f"{path} is not UTF-8 text (byte {error.start}); give a text file") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError.at(
+            option, f"{path} cannot be read ({reason}); give a file that exists and may be read"
+        ) from None

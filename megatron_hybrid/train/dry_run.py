@@ -1,0 +1,105 @@
+"""The files of a run, looked at before it is queued: `tools/pretrain.py CONFIG --dry-run`. No torch, and no token is read."""
+
+import os
+import re
+from collections.abc import Callable
+from glob import glob, has_magic
+from pathlib import Path
+
+from megatron_hybrid.checkpoint.folders import complete_checkpoints
+from megatron_hybrid.config.data import SourceConfig
+from megatron_hybrid.config.errors import Problems, UserError, join
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.config.run_dir import RunDirError, check_run_dir
+from megatron_hybrid.data.dataset import FixedLengthDataset
+from megatron_hybrid.data.sources import open_source
+from megatron_hybrid.train.start import check_start_point, choose_start
+
+
+class FileProblems:
+    """What is wrong with the files of a run.
+
+    Attributes:
+        wrong: files that no machine could train with.
+        absent: files and folders that are not on this machine; they may be on others, or still to be made.
+        unused: what training does not need.
+    """
+
+    def __init__(self, config: RunConfig, world_size: int) -> None:
+        self.config = config
+        self.wrong, self.absent, self.unused = Problems(), Problems(), Problems()
+        for split in ("train", "validation"):
+            for number, source in enumerate(getattr(config.data, split)):
+                self._look_at_source(join("data", split, number, "path"), source)
+        self._look_at_tokenizer()
+        self._look_at_checkpoints()
+        try:
+            check_run_dir(config, world_size)
+        except RunDirError as error:
+            self.wrong += error.problems
+
+    def _look_at_source(self, field: str, source: SourceConfig) -> None:
+        """Open a source as training does, and cut it into samples."""
+        absent = _absent_source(source)
+        if absent:
+            self.absent.add(field, absent)
+            return
+
+        def look() -> None:
+            tokens = open_source(source, self.config.model.vocab_size)
+            FixedLengthDataset(tokens, self.config.data.sequence_length, seed=0)
+
+        self._try(field, look)
+
+    def _look_at_tokenizer(self) -> None:
+        name = self.config.data.tokenizer
+        if name != "byte" and not os.path.isfile(os.path.join(name, "tokenizer.json")):
+            self.unused.add(
+                "data.tokenizer",
+                f"{name}: there is no such folder with a tokenizer.json; training does without it, tools/generate.py does not",
+            )
+
+    def _look_at_checkpoints(self) -> None:
+        """Check what the run would start from, as the run itself does, but for its data."""
+        load = self.config.checkpoint.load
+        own = complete_checkpoints(Path(self.config.run_dir, "checkpoints"))
+        if not own and load not in ("auto", "none") and not os.path.exists(load):
+            self.absent.add("checkpoint.load", f"{load}: there is no such folder; give a checkpoint's, auto, or none")
+        else:
+            self._try("checkpoint.load", lambda: check_start_point(self.config, choose_start(self.config), None))
+
+    def _try(self, field: str, look: Callable[[], None]) -> None:
+        try:
+            look()
+        except UserError as error:
+            self.wrong.add(field, re.sub(rf"^{re.escape(field)}( =|:) ", "", str(error)))
+        except OSError as error:
+            self.wrong.add(field, f"{error.filename}: cannot be read: {error.strerror}; check its permissions")
+
+
+def _absent_source(source: SourceConfig) -> str:
+    """Return what is said of a source of which no file is there; empty where there is one."""
+    path = source.path
+    if os.path.lexists(path):
+        return ""
+    if has_magic(path):
+        return "" if glob(path, recursive=True) else f"{path}: no such file: nothing matches the pattern"
+    names = [path] if path.endswith(".npy") else [f"{path}.idx", f"{path}.bin"]
+    if any(os.path.lexists(name) for name in names):
+        return ""
+    return f"{' and '.join(names)}: no such file; make it with tools/preprocess_data.py, or correct the path"
+
+
+def check_files(config: RunConfig, world_size: int, required: bool) -> list[str]:
+    """Look at the files of a run, and return a line for each that it can do without or that is not on this machine.
+
+    Args:
+        required: what is not on this machine is an error, too.
+
+    Raises:
+        ConfigError: a line for each file that is wrong.
+    """
+    found = FileProblems(config, world_size)
+    errors = Problems([*found.wrong, *(found.absent if required else ())])
+    errors.raise_if_any()
+    return [f"{field}: {message}" for field, message in (*(() if required else found.absent), *found.unused)]
