@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index
+from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, write_rank
 from megatron_hybrid.config.model import ModelConfig
@@ -59,7 +60,7 @@ class CheckpointManager:
         self, config: CheckpointConfig, root: Path, collector: Collector, model: dict[str, Any], run: dict[str, Any]
     ):
         self.config, self.root, self.collector = config, root, collector
-        self.model, self.run = model, run
+        self.model, self.run, self.origin = model, run, Origin()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._writes = AsyncWrites()
 
@@ -94,7 +95,8 @@ class CheckpointManager:
     def _write(self, folder: Path, target: Path, shards, state, extra) -> None:
         write_rank(folder, self.rank, shards, extra)
         if self.rank == 0:
-            finish(folder, target, Index(self.model, self.run, state), self.world_size)
+            self.origin.write(folder)
+            finish(folder, target, Index(self.model, {**self.run, **self.origin.record}, state), self.world_size)
             self._tidy()
 
     def _tidy(self) -> None:
@@ -118,6 +120,7 @@ class CheckpointManager:
         """
         with CheckpointReader(folder) as reader:
             self._check_model(folder, ModelConfig(**reader.index.model))
+            self.origin = Origin.of(folder, reader.index.run, with_files=self.rank == 0)
             self.collector.load_weights(reader)
             if weights_only:
                 self.collector.load_masters(reader)
