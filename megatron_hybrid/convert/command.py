@@ -59,5 +59,7 @@ def convert(plan: Callable[[], Conversion], target: Path, quiet: bool = False) -
             print(f"interrupted: {how_to_go_on(target)}", file=sys.stderr)
         return 130
     if ranks.rank == 0:
+        for note in conversion.notes:
+            print(f"note: {note}", file=sys.stderr)
         print(f"{target}: {conversion.nbytes / 1e9:.2f} GB in {len(conversion.files)} files")
     return 0

@@ -43,6 +43,8 @@ class Conversion:
     sources: Sequence[Path]
     with_hash: bool
     finish: Callable[[Path, Facts], None]
+    notes: Sequence[str] = ()
+    """What the user should know of the result: values that were chosen, and what is left out."""
 
     @property
     def nbytes(self) -> int:
