@@ -11,6 +11,9 @@ def transformers_model(model: ModelConfig, seed: int = 0):
     """OlmoHybridForCausalLM (or Olmo3ForCausalLM where the model has no Gated DeltaNet) in fp32, every weight random."""
     import transformers
 
+    plain = {"rope_type": "default", "rope_theta": model.rope_theta}  # a null theta: no rotary embedding
+    scaling = model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else None
+    full = plain | scaling if scaling else plain
     common = dict(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -20,7 +23,7 @@ def transformers_model(model: ModelConfig, seed: int = 0):
         num_key_value_heads=model.kv_heads,
         rms_norm_eps=model.norm_eps,
         tie_word_embeddings=model.tie_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},  # a null theta: no rotary embedding
+        rope_parameters=full,
         pad_token_id=None,
         bos_token_id=None,
         eos_token_id=None,
@@ -39,10 +42,11 @@ def transformers_model(model: ModelConfig, seed: int = 0):
         )
         peer = transformers.OlmoHybridForCausalLM(config)
     else:
+        common["rope_parameters"] = {"full_attention": full, "sliding_attention": plain}
         config = transformers.Olmo3Config(
             **common,
             layer_types=["sliding_attention" if k == "W" else "full_attention" for k in model.layers],
-            sliding_window=model.sliding_window,
+            sliding_window=model.sliding_window or 4096,  # it makes that mask for full attention alone, too
         )
         peer = transformers.Olmo3ForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)

@@ -28,8 +28,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--all-dtype", action="store_true", help="A_log and dt_bias in --dtype (or their stored type) too")
     add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="largest file (default: 5GB)")
-    add("--tokenizer", type=Path, metavar="DIR", help="copy the tokenizer files of this folder")
-    add("--max-position-embeddings", type=positive, metavar="N", help="default: the run's sequence length")
+    add("--tokenizer", type=Path, metavar="DIR", help="tokenizer to copy (default: the original model's)")
+    add("--max-position-embeddings", type=positive, metavar="N", help="default: the longest known")
     add("--quiet", action="store_true", help="no progress bar")
     return parser.parse(argv)
 

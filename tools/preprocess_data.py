@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Tokenize text files, JSON lines, Parquet or a folder of source code for training.
 
 python tools/preprocess_data.py corpus.jsonl.zst --output data/corpus --tokenizer tokenizers/olmo --workers 8
@@ -14,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_hybrid.config.command_line import CommandLine
+from megatron_hybrid.config.errors import BAD_INPUT
+from megatron_hybrid.config.numbers import positive
 from megatron_hybrid.data.preprocess import describe_skipped, parse_split, preprocess
 from megatron_hybrid.data.records import ReadOptions
 
@@ -34,7 +35,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", metavar="SHARES", help="such as 0.99,0.01: write PREFIX_train and PREFIX_validation")
     add("--split-names", default="train,validation", metavar="NAMES", help="one a share (default: train,validation)")
     add("--no-eos", action="store_true", help="do not end documents with the end-of-document token")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores there are)")
+    add("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="processes (default: the cores there are)")
     add("--sha256", action="store_true", help="put a hash of the tokens into PREFIX.json")
     add("--overwrite", action="store_true", help="replace an existing dataset of this tool")
     return parser.parse(argv)
@@ -50,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("", total=None)
             summaries = preprocess(
-                arguments.inputs,
-                arguments.output,
+                *(arguments.inputs, arguments.output),
                 tokenizer=arguments.tokenizer,
                 options=ReadOptions(arguments.json_key, arguments.bad_utf8, arguments.bad_records),
                 include=arguments.include,
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             )
     except (ValueError, OSError) as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
-        return 78  # EX_CONFIG of sysexits.h, as the other tools
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted: nothing written", file=sys.stderr)
         return 130

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.config.lfs import refuse_lfs_pointer
 
 FORMAT = "megatron_hybrid/1"
 INDEX = "index.json"
@@ -82,7 +83,7 @@ class Index:
     model: dict[str, Any]
     """The model's configuration."""
     run: dict[str, Any]
-    """The whole run's configuration, for the record."""
+    """The whole run's configuration, for the record, and where its weights came from (checkpoint/origin.py)."""
     state: dict[str, Any]
     """Step, samples consumed, skip window, ...: what the trainer resumes from."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -167,6 +168,7 @@ def read_index(folder: Path) -> Index:
         raise CheckpointError(
             f"{folder} is not a checkpoint: it has no {INDEX}; name a folder such as RUN/checkpoints/step-00001000"
         )
+    refuse_lfs_pointer(path)
     try:
         data = json.loads(path.read_text(), object_pairs_hook=_no_key_twice)
         if data.get("format") != FORMAT:
@@ -187,6 +189,8 @@ def read_index(folder: Path) -> Index:
             raise CheckpointError(f"{path}: {name!r} is not the name of a safetensors file in the checkpoint's folder")
         file = folder / name
         if not file.is_file() or file.stat().st_size != size:
+            if file.is_file():
+                refuse_lfs_pointer(file)
             found = f"{file.stat().st_size} bytes" if file.is_file() else "no file"
             raise CheckpointError(f"{file}: {found}, {size!r:.50} bytes were written; use an earlier checkpoint")
     return index

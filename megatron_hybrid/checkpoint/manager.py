@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.checkpoint.folders import check_same_tensors, checkpoint_step
 from megatron_hybrid.checkpoint.format import Index
+from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, write_rank
 from megatron_hybrid.config.model import ModelConfig
@@ -48,7 +49,7 @@ class CheckpointManager:
         self, config: CheckpointConfig, root: Path, collector: Collector, model: dict[str, Any], run: dict[str, Any]
     ):
         self.config, self.root, self.collector = config, root, collector
-        self.model, self.run = model, run
+        self.model, self.run, self.origin = model, run, Origin()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.own: list[Path] = []
         """This run's checkpoints, oldest first."""
@@ -85,7 +86,8 @@ class CheckpointManager:
     def _write(self, folder: Path, target: Path, shards, state, extra) -> None:
         write_rank(folder, self.rank, shards, extra)
         if self.rank == 0:
-            finish(folder, target, Index(self.model, self.run, state), self.world_size)
+            self.origin.write(folder)
+            finish(folder, target, Index(self.model, {**self.run, **self.origin.record}, state), self.world_size)
             self.own = [*(other for other in self.own if other != target), target]
             self._remove_old()
 
@@ -112,6 +114,7 @@ class CheckpointManager:
         """
         with CheckpointReader(folder) as reader:
             check_same_tensors(folder, ModelConfig(**reader.index.model), ModelConfig(**self.model))
+            self.origin = Origin.of(folder, reader.index.run, with_files=self.rank == 0)
             self.collector.load_weights(reader)
             if weights_only:
                 self.collector.load_masters(reader)

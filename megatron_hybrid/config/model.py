@@ -1,5 +1,6 @@
 """The network: what its layers are and how wide. Layout (who holds which part) is not said here."""
 
+import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megatron_hybrid.config import nearest
 from megatron_hybrid.config.base import Section
-from megatron_hybrid.config.errors import Problems, shown
+from megatron_hybrid.config.errors import ConfigError, Problems, shown
 
 LayerKind = Literal["G", "A", "W"]
 LAYER_KINDS = {"G": "Gated DeltaNet", "A": "attention", "W": "sliding-window attention"}
@@ -120,6 +121,39 @@ class GatedDeltaNetConfig(Section):
         return self.num_value_heads * self.value_head_dim
 
 
+class RopeScalingConfig(Section):
+    """YaRN (arXiv 2309.00071): stretches the rotary embedding of A layers to longer sequences, as in OLMo 3.
+
+    W layers keep the plain rotary embedding. Fields are those of transformers' `rope_parameters`.
+    """
+
+    rope_type: Literal["yarn"] = "yarn"
+    factor: float = Field(ge=1)
+    """Longest sequence divided by original_max_position_embeddings."""
+    original_max_position_embeddings: PositiveInt
+    """Sequence length before the extension."""
+    attention_factor: PositiveFloat | None = None
+    """Multiplies the rotated queries and keys. None: 0.1 ln(factor) + 1."""
+    beta_fast: PositiveFloat = 32.0
+    """Dimensions that turn at least this often over the original length keep their frequency."""
+    beta_slow: PositiveFloat = 1.0
+    """Dimensions that turn at most this often are slowed down by the whole factor."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RopeScalingConfig":
+        if self.beta_slow > self.beta_fast:
+            raise ConfigError.at(
+                "beta_slow",
+                f"{self.beta_slow} is above beta_fast = {self.beta_fast}; give at most that, such as 1.0",
+            )
+        return self
+
+    @property
+    def effective_attention_factor(self) -> float:
+        """attention_factor, or its default."""
+        return self.attention_factor if self.attention_factor is not None else 0.1 * math.log(self.factor) + 1.0
+
+
 class ModelConfig(Section):
     """A decoder of G (pre-norm) and A / W (post-norm, QK norm over the whole projection) layers, each with a SwiGLU."""
 
@@ -138,6 +172,8 @@ class ModelConfig(Section):
     """Needed where the pattern has a G."""
     rope_theta: PositiveFloat | None = 500_000.0
     """None: no rotary embedding (NoPE)."""
+    rope_scaling: RopeScalingConfig | None = None
+    """None: plain rotary embedding in all attention layers."""
     sliding_window: PositiveInt | None = None
     """Tokens a W layer sees, itself included."""
     norm_eps: PositiveFloat = 1e-6
@@ -160,6 +196,12 @@ class ModelConfig(Section):
             if token is not None and token >= self.vocab_size:
                 most = self.vocab_size - 1
                 problems.add(name, f"{token} is outside the vocabulary; give at most vocab_size - 1 = {most}, or null")
+        if self.rope_scaling is not None and (self.rope_theta is None or self.rope_theta <= 1):
+            problems.add(
+                "rope_scaling",
+                f"needs a rotary embedding to scale, and rope_theta is {shown(self.rope_theta)}; set rope_theta above 1, "
+                "or rope_scaling to null",
+            )
         if "G" in layers and self.gdn is None:
             problems.add(
                 "gdn",

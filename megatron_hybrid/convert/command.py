@@ -38,8 +38,6 @@ def convert(plan: Callable[[], Conversion], target: Path, quiet: bool = False) -
             error = failure
         ranks.agree(error)
         assert conversion is not None
-        for warning in conversion.warnings if ranks.rank == 0 else ():
-            print(f"warning: {warning}", file=sys.stderr)
         title = "converting" if ranks.size == 1 else f"converting (rank 0 of {ranks.size}: its share)"
         columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), disable=quiet or ranks.rank > 0) as bar:
@@ -61,5 +59,7 @@ def convert(plan: Callable[[], Conversion], target: Path, quiet: bool = False) -
             print(f"interrupted: {how_to_go_on(target)}", file=sys.stderr)
         return 130
     if ranks.rank == 0:
+        for note in conversion.notes:
+            print(f"note: {note}", file=sys.stderr)
         print(f"{target}: {conversion.nbytes / 1e9:.2f} GB in {len(conversion.files)} files")
     return 0

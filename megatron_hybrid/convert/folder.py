@@ -1,4 +1,7 @@
-"""Looking into a folder that came from elsewhere: only its own regular files, only JSON that means one thing."""
+"""Looking into a folder that came from elsewhere: only its own regular files, only JSON that means one thing.
+
+A snapshot of the Hugging Face cache holds links to `../../blobs/HASH`; these files count as the folder's own.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.config.lfs import refuse_lfs_pointer
 from megatron_hybrid.convert.errors import ConversionError
 
 MAX_JSON_BYTES = 16 << 20
@@ -19,6 +23,7 @@ def regular_file(folder: Path, name: str) -> Path:
 
     Raises:
         ConversionError: a path instead of a name, no such file, a link out of the folder, or a device or a pipe.
+        LfsPointerError: a Git LFS pointer.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConversionError(
@@ -30,14 +35,20 @@ def regular_file(folder: Path, name: str) -> Path:
         mode = real.stat().st_mode
     except (OSError, RuntimeError):
         raise ConversionError(f"{path}: there is no such file") from None
-    if real.parent != folder.resolve():
+    if real.parent != folder.resolve() and not _is_cached_blob(folder.resolve(), real):
         raise ConversionError(
             f"{path}: a link to {real}, outside the folder, is not followed; copy the files themselves into one folder "
-            "(of a Hugging Face cache: `hf download REPOSITORY --local-dir DIR`)"
+            "(or `hf download REPOSITORY --local-dir DIR`)"
         )
     if not stat.S_ISREG(mode):
         raise ConversionError(f"{path}: not a regular file")
+    refuse_lfs_pointer(path, ConversionError)
     return path
+
+
+def _is_cached_blob(folder: Path, real: Path) -> bool:
+    """Return whether `folder` is (in) REPOSITORY/snapshots/REVISION of the Hugging Face cache, and `real` in its blobs."""
+    return any(parent.name == "snapshots" and real.parent == parent.parent / "blobs" for parent in folder.parents)
 
 
 def has_file(folder: Path, name: str) -> bool:

@@ -1,10 +1,13 @@
 """Hugging Face `olmo_hybrid` and `olmo3` to a checkpoint of ours."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.config.tensors import TensorSpec, model_tensors
-from megatron_hybrid.convert.hf_reader import open_huggingface
+from megatron_hybrid.convert.hf_reader import HuggingFaceFolder, open_huggingface
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files
+from megatron_hybrid.convert.original_files import left_out, original_files
 from megatron_hybrid.convert.our_files import CONVERTED_STATE, write_index
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
 from megatron_hybrid.convert.source import TensorSource
@@ -14,8 +17,8 @@ MAX_FILE_BYTES = 2_000_000_000
 
 
 def our_dtype(spec: TensorSpec, stored: str, wanted: str | None) -> str:
-    """What a weight is kept as: as wanted, else as stored; what must be fp32 is fp32."""
-    return "F32" if spec.always_fp32 else wanted or stored
+    """What a weight is kept as: as wanted, else as stored; what must be fp32, or was fp64, is fp32."""
+    return "F32" if spec.always_fp32 else wanted or ("F32" if stored == "F64" else stored)
 
 
 def outputs(sources: dict[str, TensorSource], specs: dict[str, TensorSpec], wanted: str | None) -> list[OutputTensor]:
@@ -47,8 +50,22 @@ def from_huggingface(
     source = open_huggingface(folder, eos_token_id)
     files = split_into_files(outputs(source.sources, model_tensors(source.model), dtype), max_file_bytes)
     origin = {"format": "huggingface", "config": source.config}
+    beside = original_files(folder)
 
     def finish(written: Path, facts: Facts) -> None:
+        Origin(files={name: path.read_bytes() for name, path in beside.items()}).write(written)
         write_index(written, facts, files, source.model, origin, CONVERTED_STATE)
 
-    return Conversion(target, files, source.files, with_hash=True, finish=finish)
+    notes = [*source.notes, *_notes(folder, source, beside)]
+    read = [*source.files, *beside.values()]
+    return Conversion(target, files, read, with_hash=True, finish=finish, notes=notes)
+
+
+def _notes(folder: Path, source: HuggingFaceFolder, beside: dict[str, Path]) -> Iterator[str]:
+    """What the conversion changes or leaves out."""
+    if any(tensor.dtype == "F64" for tensor in source.sources.values()):
+        yield "weights stored in fp64 are kept in fp32"
+    if source.config.get("auto_map"):
+        yield "left out of config.json: auto_map, and the code it names"
+    if unused := left_out(folder, {path.name for path in source.files} | beside.keys()):
+        yield f"left out of {folder}: {', '.join(unused[:10])}{f' and {len(unused) - 10} more' if len(unused) > 10 else ''}"

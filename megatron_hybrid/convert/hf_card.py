@@ -41,7 +41,7 @@ def model_card(model: ModelConfig, config: dict[str, Any], index: Index, has_tok
     rows = {
         "layers": f"`{model.layer_pattern}`",
         "attention heads": f"{model.num_attention_heads} of {model.attention_head_dim}, {model.kv_heads} for keys and values",
-        "rotary embedding": f"theta {model.rope_theta:,.0f}" if model.rope_theta else "none",
+        "rotary embedding": f"theta {model.rope_theta:,.0f}{_scaling(model)}" if model.rope_theta else "none",
         "weights": config["dtype"],
         "embeddings": "tied" if model.tie_embeddings else "untied",
     }
@@ -63,3 +63,8 @@ def model_card(model: ModelConfig, config: dict[str, Any], index: Index, has_tok
         load_tokenizer='tokenizer = AutoTokenizer.from_pretrained("PATH")\n' if has_tokenizer else "",
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
+
+
+def _scaling(model: ModelConfig) -> str:
+    scaling = model.rope_scaling
+    return f", YaRN factor {scaling.factor:g} of {scaling.original_max_position_embeddings}" if scaling else ""

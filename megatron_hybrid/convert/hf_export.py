@@ -1,10 +1,12 @@
 """A ModelConfig to the config.json that transformers' `olmo_hybrid` or `olmo3` computes it by."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf_config import ARCHITECTURES, LAYER_TYPES, OUTPUT_NORM_EPS
+from megatron_hybrid.convert.hf_fields import WRITTEN_BACK
 
 DEFAULT_POSITIONS = 65536
 
@@ -37,20 +39,40 @@ def model_type_for(model: ModelConfig) -> str:
     return "olmo_hybrid"
 
 
-def hf_from_model(model: ModelConfig, dtype: str, positions: int, bos_token_id: int | None = None) -> dict[str, Any]:
+def _rope(model: ModelConfig, kind: str) -> dict[str, Any]:
+    """Rotary embedding in every form that a version of transformers reads (convert/hf_rope.py).
+
+    A null theta, not null rope_parameters: transformers 5 turns those into its default theta, 10,000.
+    """
+    plain = {"rope_type": "default", "rope_theta": model.rope_theta}
+    scaling = None
+    if model.rope_scaling is not None:
+        attention_factor = model.rope_scaling.effective_attention_factor
+        scaling = model.rope_scaling.model_dump() | {"attention_factor": attention_factor}
+    full = plain | (scaling or {})
+    if kind == "olmo_hybrid":  # younger than the other forms
+        return {"rope_parameters": full}
+    flat = {"rope_theta": model.rope_theta} | ({"rope_scaling": scaling} if scaling else {})
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": plain}, **flat}
+
+
+def hf_from_model(
+    model: ModelConfig, dtype: str, positions: int, origin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The config.json of a model; `model_from_hf` reads it back equal.
 
     Args:
         dtype: torch's name of the weights' type, such as bfloat16.
         positions: max_position_embeddings; what generation tools take for the longest sequence.
+        origin: the config.json that the model was converted from: fields that change no logit are taken from it.
 
     Raises:
         ConversionError: a model that transformers cannot compute.
     """
     kind = model_type_for(model)
+    origin = origin or {}
     names = {symbol: name for name, symbol in LAYER_TYPES.items()}
-    # A null theta, not null rope_parameters: transformers 5 turns those into its default theta, 10,000.
-    rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+    ends = origin.get("eos_token_id")
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -69,16 +91,19 @@ def hf_from_model(model: ModelConfig, dtype: str, positions: int, bos_token_id: 
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "rope_parameters": rope if kind == "olmo_hybrid" else {"full_attention": rope, "sliding_attention": dict(rope)},
+        **_rope(model, kind),
         "layer_types": [names[k] for k in model.layers],
-        "bos_token_id": bos_token_id,
-        "eos_token_id": model.eos_token_id,
+        "bos_token_id": _token(origin.get("bos_token_id"), model),
+        "eos_token_id": ends if isinstance(ends, list) and model.eos_token_id in ends else model.eos_token_id,
         "pad_token_id": model.pad_token_id,
     }
+    config |= {name: value for name, value in origin.items() if name in WRITTEN_BACK}
     if model.attention_head_dim * model.num_attention_heads != model.hidden_size:
         config["head_dim"] = model.attention_head_dim
     if kind == "olmo3":
-        config["sliding_window"] = model.sliding_window
+        # transformers makes the sliding layers' mask without such layers, too. Readers that apply the window to all layers
+        # must not cut anything.
+        config["sliding_window"] = model.sliding_window if "W" in model.layers else positions
     else:
         gdn = model.gdn
         assert gdn is not None
@@ -96,3 +121,7 @@ def hf_from_model(model: ModelConfig, dtype: str, positions: int, bos_token_id: 
             "linear_dt_init_floor": gdn.dt_init_floor,
         }
     return config
+
+
+def _token(token: object, model: ModelConfig) -> int | None:
+    return token if type(token) is int and 0 <= token < model.vocab_size else None

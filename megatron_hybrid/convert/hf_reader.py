@@ -1,5 +1,9 @@
-"""A Hugging Face folder as sources of our true tensors: every tensor of it is used, every one of ours is found."""
+"""A Hugging Face folder as sources of our true tensors: every tensor of it is used, every one of ours is found.
 
+Exempt are tensors that transformers computes from config.json (rotary frequencies, causal masks) and ignores in files.
+"""
+
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +13,17 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import TensorSpec, model_tensors
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.folder import has_file, read_json, regular_file
-from megatron_hybrid.convert.hf_config import model_from_hf
+from megatron_hybrid.convert.hf_config import read_config
 from megatron_hybrid.convert.names import huggingface_name, usual_name
 from megatron_hybrid.convert.safetensors_header import StoredTensor, read_header
 from megatron_hybrid.convert.source import TORCH_NAMES, OpenFiles, TensorSource, stacked
 
 _INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_COMPUTED = re.compile(
+    r"(.*\.)?(\w*inv_freq|cos_cached|sin_cached|cos_sin_cache|causal_mask|attn_mask|self_attn\.(attn\.)?(masked_)?bias)"
+)
+"""Buffers by name. None of our models has a bias: what an attention layer calls so is a causal mask."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,8 @@ class HuggingFaceFolder:
     model: ModelConfig
     sources: dict[str, TensorSource]
     files: Sequence[Path]
+    notes: Sequence[str]
+    """Remarks for the user."""
 
 
 def open_huggingface(folder: Path, eos_token_id: int | None = None) -> HuggingFaceFolder:
@@ -41,8 +51,18 @@ def open_huggingface(folder: Path, eos_token_id: int | None = None) -> HuggingFa
         )
     stored, files = _weights(folder)
     config = read_json(regular_file(folder, _CONFIG), limit=1 << 20)
-    model = model_from_hf(config, eos_token_id)
-    return HuggingFaceFolder(folder, config, model, _sources(folder, model, stored), [*files, folder / _CONFIG])
+    read = read_config(config, eos_token_id)
+    computed = [name for name in stored if _COMPUTED.fullmatch(name)]
+    weights = {name: tensor for name, tensor in stored.items() if name not in computed}
+    try:
+        sources = _sources(folder, read.model, weights)
+    except ConversionError as error:
+        if not read.defaults:
+            raise
+        taken = ", ".join(f"{name} is missing (default: {value!r})" for name, value in read.defaults.items())
+        raise ConversionError(f"{error}. In {_CONFIG} {taken}") from None
+    notes = [*read.notes, *([f"left out, computed from {_CONFIG}: {_some(computed)}"] if computed else [])]
+    return HuggingFaceFolder(folder, config, read.model, sources, [*files, folder / _CONFIG], notes)
 
 
 def _weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
@@ -60,7 +80,7 @@ def _weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
                 "trust it: python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('DIR', "
                 "dtype='auto').save_pretrained('NEW_DIR')\", then convert NEW_DIR"
             )
-        raise ConversionError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there")
+        raise ConversionError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there{_hint(folder)}")
     index = regular_file(folder, _INDEX)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -81,6 +101,16 @@ def _weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
         if name not in tensors:
             raise ConversionError(f"{folder / file}: it has no tensor {name!r:.200}, though {_INDEX} says so")
     return tensors, [index, *paths]
+
+
+def _hint(folder: Path) -> str:
+    """What to give instead of a folder without weights."""
+    if has_file(folder, "adapter_config.json"):
+        return (
+            "; it is a PEFT adapter: merge it into its model (`merge_and_unload`, `save_pretrained`), and convert that"
+        )
+    snapshots = [path for path in sorted((folder / "snapshots").glob("*")) if path.is_dir()]
+    return f"; give a snapshot of this Hugging Face cache: {snapshots[-1]}" if snapshots else ""
 
 
 def _sources(folder: Path, model: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, TensorSource]:
@@ -170,10 +200,10 @@ def _whole(folder: Path, spec: TensorSpec, theirs: str, tensor: StoredTensor) ->
 
 def _check_tied(folder: Path, embedding: TensorSource, head: TensorSource) -> None:
     """A tied model's file may hold the output matrix as well, if it is the same."""
+    from megatron_hybrid.convert.compare import Difference, compare_tensors  # it imports torch
+
     with OpenFiles() as files:
-        same = embedding.dtype == head.dtype and all(
-            a == b for a, b in zip(embedding.blocks(files), head.blocks(files), strict=True)
-        )
+        same = compare_tensors(embedding, head, files) == Difference.NONE
     if not same:
         raise ConversionError(
             f"{folder}: tie_word_embeddings is true in {_CONFIG}, but lm_head.weight differs from model.embed_tokens.weight; "

@@ -43,8 +43,8 @@ class Conversion:
     sources: Sequence[Path]
     with_hash: bool
     finish: Callable[[Path, Facts], None]
-    warnings: Sequence[str] = ()
-    """For the user, printed before the conversion begins."""
+    notes: Sequence[str] = ()
+    """What the user should know of the result: values that were chosen, and what is left out."""
 
     @property
     def nbytes(self) -> int:

@@ -17,8 +17,8 @@ from megatron_hybrid.checkpoint.format import boxes_of_range
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.safetensors_header import ITEM_BYTES, StoredTensor
 
-TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""What weights may be stored as."""
+TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""What weights may be stored as. Conversions keep F64 as F32."""
 BLOCK_BYTES = 4 << 20
 """Read, cast, hashed and written at once: small enough to stay in a processor's cache from one to the next."""
 _MAX_BOXES = 4096

@@ -5,22 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.checkpoint.origin import longest_sequence
+from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import TensorSpec, model_tensors
-from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.folder import has_file, regular_file
 from megatron_hybrid.convert.hf_card import model_card
 from megatron_hybrid.convert.hf_export import DEFAULT_POSITIONS, hf_from_model
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files, write_text
 from megatron_hybrid.convert.names import huggingface_name
+from megatron_hybrid.convert.original_files import GENERATION_CONFIG, generation_config, given_tokenizer, kept_files
 from megatron_hybrid.convert.our_files import OurCheckpoint
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
 from megatron_hybrid.convert.source import TORCH_NAMES, TensorSource
 from megatron_hybrid.data.agreement import checkpoint_disagreements, refuse
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -39,8 +36,8 @@ def to_huggingface(
         dtype: safetensors' name of the type of the weights (F32, BF16); None: as they are. F32 takes the optimizer's fp32
             masters where the checkpoint has them: a bf16 run's weights are rounded copies.
         all_dtype: A_log and dt_bias in `dtype` too; else they keep fp32.
-        tokenizer: a folder whose tokenizer files are copied.
-        positions: max_position_embeddings; None: the run's sequence length, or what it was converted from, or 65536.
+        tokenizer: a folder whose tokenizer files are copied; None: those of the model it was converted from, if any.
+        positions: max_position_embeddings; None: the longest of the runs' sequence lengths and the original model's.
 
     Raises:
         ConversionError: a damaged checkpoint, a model that transformers cannot compute, no tokenizer in the folder.
@@ -55,14 +52,16 @@ def to_huggingface(
     ]
     origin = _origin(source.index.run)
     weights_dtype = TORCH_NAMES[max(tensors, key=lambda t: t.nbytes).dtype]
-    config = hf_from_model(
-        model, weights_dtype, positions or _positions(source.index.run, origin), origin.get("bos_token_id")
-    )
+    chosen, notes = (positions, []) if positions else _positions(source.index.run, origin)
+    config = hf_from_model(model, weights_dtype, chosen, origin)
     files = split_into_files(tensors, max_shard_bytes)
     if len(files) == 1:
         files = {"model.safetensors": next(iter(files.values()))}
-    copied = _tokenizer_files(tokenizer) if tokenizer else []
-    warnings = refuse(checkpoint_disagreements(model, source.index.run, str(tokenizer) if tokenizer else None))
+    kept = kept_files(checkpoint)
+    generation, more_notes = generation_config(config, kept.pop(GENERATION_CONFIG, None))
+    copied = given_tokenizer(tokenizer) if tokenizer else kept
+    disagreements = checkpoint_disagreements(model, source.index.run, str(tokenizer) if tokenizer else None)
+    notes += [*more_notes, *_version_notes(model), *refuse(disagreements)]
 
     def finish(written: Path, _: Facts) -> None:
         if len(files) > 1:
@@ -73,15 +72,13 @@ def to_huggingface(
             }
             write_text(written / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         write_text(written / "config.json", json.dumps(config, indent=2) + "\n")
-        generation = {
-            name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config[name] is not None
-        }
-        write_text(written / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+        write_text(written / GENERATION_CONFIG, json.dumps(generation, indent=2) + "\n")
         write_text(written / "README.md", model_card(model, config, source.index, bool(copied)))
-        for path in copied:
-            shutil.copyfile(path, written / path.name)
+        for name, path in copied.items():
+            (written / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, written / name)
 
-    return Conversion(target, files, [*source.files, *copied], with_hash=False, finish=finish, warnings=warnings)
+    return Conversion(target, files, [*source.files, *copied.values()], with_hash=False, finish=finish, notes=notes)
 
 
 def _output(source: TensorSource, spec: TensorSpec, name: str, dtype: str | None, all_dtype: bool) -> OutputTensor:
@@ -98,19 +95,19 @@ def _origin(run: dict[str, Any]) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _positions(run: dict[str, Any], origin: dict[str, Any]) -> int:
-    data = run.get("data") if isinstance(run, dict) else None
-    for value in (
-        data.get("sequence_length") if isinstance(data, dict) else None,
-        origin.get("max_position_embeddings"),
-    ):
-        if type(value) is int and value > 0:
-            return value
-    return DEFAULT_POSITIONS
+def _positions(run: dict[str, Any], origin: dict[str, Any]) -> tuple[int, list[str]]:
+    """max_position_embeddings, and remarks for the user: the longest that the weights have seen or were said to take."""
+    trained, stated = longest_sequence(run), origin.get("max_position_embeddings")
+    stated = stated if type(stated) is int and stated > 0 else None
+    longest = max(trained or 0, stated or 0) or DEFAULT_POSITIONS
+    if trained and stated and trained != stated:
+        other = f"the longest of a run's sequences is {trained:,}, and the original model has {stated:,}"
+        return longest, [f"max_position_embeddings is {longest}: {other}; --max-position-embeddings N sets another"]
+    return longest, []
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
-    found = [regular_file(folder, name) for name in TOKENIZER_FILES if has_file(folder, name)]
-    if not any(path.name in ("tokenizer.json", "vocab.json", "tokenizer.model") for path in found):
-        raise ConversionError(f"{folder}: no tokenizer is there; it should hold {', '.join(TOKENIZER_FILES[:3])}")
-    return found
+def _version_notes(model: ModelConfig) -> list[str]:
+    """Which versions of transformers compute something else, whatever config.json says."""
+    if model.rope_scaling is None or not {"A", "W"} <= set(model.layers):
+        return []
+    return ["transformers 5.0 to 5.12 apply rope_scaling to sliding attention as well; use 4.57, or 5.13 and later"]

@@ -8,14 +8,12 @@ from pathlib import Path
 import torch
 
 from megatron_hybrid.config.tensors import model_tensors
+from megatron_hybrid.convert.compare import TORCH_DTYPES, Difference, compare_blocks, rows_limit
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf_reader import HuggingFaceFolder, open_huggingface
 from megatron_hybrid.convert.our_files import OurCheckpoint
 from megatron_hybrid.convert.safetensors_header import ITEM_BYTES
-from megatron_hybrid.convert.source import BLOCK_BYTES, TORCH_NAMES, OpenFiles
-
-TORCH_DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
-_PRECISION = {"F32": 2, "F16": 1, "BF16": 0}
+from megatron_hybrid.convert.source import BLOCK_BYTES, OpenFiles
 
 
 @dataclass
@@ -92,26 +90,21 @@ def _weight(
             f"{name}: {theirs.folder} has it as {other.shape if other else 'nothing'}, not {source.shape}"
         )
         other = None
-    # the same rows on both sides, whatever the types
-    limit = BLOCK_BYTES if other is None else BLOCK_BYTES // max(ITEM_BYTES[source.dtype], ITEM_BYTES[other.dtype])
+    limit = rows_limit(source.dtype, other.dtype if other else source.dtype)  # the same rows on both sides
     mine = source.blocks(files, limit * ITEM_BYTES[source.dtype])
     other_blocks = other.blocks(files, limit * ITEM_BYTES[other.dtype]) if other else None
-    finite = same = True
+    finite, difference = True, Difference.NONE
     for block in mine:
-        values = torch.frombuffer(block, dtype=TORCH_DTYPES[source.dtype])
-        finite = finite and bool(torch.isfinite(values).all())
+        finite = finite and bool(torch.isfinite(torch.frombuffer(block, dtype=TORCH_DTYPES[source.dtype])).all())
         if other_blocks and other:
-            theirs_now = torch.frombuffer(next(other_blocks), dtype=TORCH_DTYPES[other.dtype])
-            narrow = min(source.dtype, other.dtype, key=_PRECISION.__getitem__)
-            pair = [t.to(TORCH_DTYPES[narrow]).view(torch.uint8) for t in (values, theirs_now)]
-            same = same and torch.equal(*pair)
+            difference = max(difference, compare_blocks(block, source.dtype, next(other_blocks), other.dtype))
         progress(len(block))
     if not finite:
         verdict.problems.append(f"{name}: holds infinities or NaN")
     if other:
         verdict.compared += 1
-        verdict.rounded += other.dtype != source.dtype
-        if not same:
+        verdict.rounded += difference == Difference.ROUNDING
+        if difference == Difference.VALUES:
             verdict.problems.append(f"{name}: differs from {theirs.folder if theirs else ''}")
 
 
@@ -140,12 +133,14 @@ def _same_model(ours: OurCheckpoint, theirs: HuggingFaceFolder, verdict: Verdict
     """Fields on which the result of the same weights depends."""
     ignored = {"eos_token_id", "pad_token_id", "init_std"}
     a, b = (m.model_dump(mode="json", exclude=ignored) for m in (ours.model, theirs.model))
-    for section in (a, b):
+    for section, side in ((a, ours.model), (b, theirs.model)):
         gdn = section.get("gdn")
         if gdn:
             for name in ("a_init_range", "dt_init_range", "dt_init_floor"):
                 gdn.pop(name)
-        section["layer_pattern"] = "".join((ours if section is a else theirs).model.layers)
-        section["head_dim"] = (ours if section is a else theirs).model.attention_head_dim
-        section["num_key_value_heads"] = (ours if section is a else theirs).model.kv_heads
+        section["layer_pattern"] = "".join(side.layers)
+        section["head_dim"] = side.attention_head_dim
+        section["num_key_value_heads"] = side.kv_heads
+        if side.rope_scaling:
+            section["rope_scaling"]["attention_factor"] = side.rope_scaling.effective_attention_factor
     verdict.problems += [f"model.{n} is {a[n]!r}, and {b[n]!r} in {theirs.folder}" for n in a if a[n] != b[n]]

@@ -66,6 +66,10 @@ class SelfAttention(MegatronModule):
         tp = pg_collection.tp
         sizes, d, hidden = PaddedSizes.of(model, tp.size()), model.attention_head_dim, model.hidden_size
         self.head_dim = d
+        scaling = model.rope_scaling if model.layers[layer_number - 1] == "A" else None
+        self.rope_is_scaled = scaling is not None
+        # YaRN multiplies q and k alike: their products grow by the square
+        attention_factor = scaling.effective_attention_factor if scaling else 1.0
         self.heads, self.groups = sizes.num_attention_heads // tp.size(), sizes.num_key_value_heads // tp.size()
         q_width, kv_width = self.heads * d, self.groups * d
         linear = dict(
@@ -90,7 +94,7 @@ class SelfAttention(MegatronModule):
             layer_number=layer_number,
             attn_mask_type=AttnMaskType.causal,
             attention_type="self",
-            softmax_scale=d**-0.5,
+            softmax_scale=d**-0.5 * attention_factor**2,
             pg_collection=pg_collection,
         )
         self.core_attention = self.another_core_attention(submodules.core_attention)
@@ -109,9 +113,15 @@ class SelfAttention(MegatronModule):
         return weight
 
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary_pos_emb=None, **_):
-        """hidden_states [s, b, h] (this rank's tokens under sequence and context parallelism) -> ([s, b, h], None)."""
+        """hidden_states [s, b, h] (this rank's tokens under sequence and context parallelism) -> ([s, b, h], None).
+
+        rotary_pos_emb: angles [s, 1, 1, d], or [2, s, 1, 1, d]: plain and scaled. None: no rotary embedding.
+        """
         qkv, _ = self.linear_qkv(hidden_states)
-        q, k, v = qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight, rotary_pos_emb, **self.norm)
+        angles = rotary_pos_emb
+        if angles is not None and angles.dim() == 5:
+            angles = angles[int(self.rope_is_scaled)]
+        q, k, v = qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight, angles, **self.norm)
         q, k, v = (
             self.exchange.to_heads(x, n)
             for x, n in ((q, self.exchange.heads), (k, self.exchange.groups), (v, self.exchange.groups))

@@ -2,6 +2,7 @@
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -66,8 +67,37 @@ class HybridLanguageModel(HybridModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        self.scaled_rotary_pos_emb = self._scaled_rotary_embedding()
         if self.post_process:
             self.output_layer.__class__ = OutputLayer  # megatron-core has no slot for it
+
+    def _scaled_rotary_embedding(self) -> YarnRotaryEmbedding | None:
+        """YaRN's angles for A layers. Its attention factor is part of their softmax scale (model/attention.py)."""
+        scaling = self.model.rope_scaling
+        if scaling is None:
+            return None
+        return YarnRotaryEmbedding(
+            self.model.attention_head_dim,
+            rotary_base=self.model.rope_theta,
+            scaling_factor=scaling.factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+            beta_fast=scaling.beta_fast,
+            beta_slow=scaling.beta_slow,
+            use_cpu_initialization=self.config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
+
+    def _rotary_angles(self, length: int) -> torch.Tensor | None:
+        """Angles of this rank's `length` positions: [s, 1, 1, d]; with rope_scaling [2, s, 1, 1, d], plain and scaled."""
+        if self.position_embedding_type != "rope":
+            return None
+        # packed_seq: not megatron-core's slices, which are two a rank, one from either end
+        positions = dict(offset=self.pg_collection.cp.rank() * length, packed_seq=True)
+        plain = self.rotary_pos_emb(length, **positions)
+        if self.scaled_rotary_pos_emb is None:
+            return plain
+        scaled, _ = self.scaled_rotary_pos_emb(length, **positions)
+        return torch.stack((plain, scaled))
 
     def forward(
         self,
@@ -82,13 +112,8 @@ class HybridLanguageModel(HybridModel):
 
         megatron-core's own forward has inference and multi-token prediction in it as well, and always makes all logits.
         """
-        x_sbh, angles = None, None
-        if self.pre_process:
-            x_sbh = self.embedding(input_ids=tokens, position_ids=None)
-        if self.position_embedding_type == "rope":
-            # packed_seq: not megatron-core's slices, which are two a rank, one from either end
-            length = tokens.shape[1]
-            angles = self.rotary_pos_emb(length, offset=self.pg_collection.cp.rank() * length, packed_seq=True)
+        x_sbh = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
+        angles = self._rotary_angles(tokens.shape[1])
         x_sbh = self.decoder(hidden_states=x_sbh, attention_mask=None, rotary_pos_emb=angles)
         if not self.post_process:
             return x_sbh

@@ -34,11 +34,12 @@ def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[
 
 
 def _resolved(run: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Add the defaults of fields that did not exist when the configuration was saved."""
+    """Add the defaults of fields that did not exist when the configuration was saved; leave out what is no section."""
+    sections = {name: run[name] for name in RunConfig.model_fields if name in run}
     try:
-        return RunConfig.model_validate(run).model_dump(mode="json")
+        return RunConfig.model_validate(sections).model_dump(mode="json")
     except ValidationError:  # saved by a version with other fields
-        return run
+        return sections
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:

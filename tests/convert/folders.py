@@ -21,6 +21,7 @@ MODELS = {
     "attention first": BASE | dict(layer_pattern="AGAG", gdn=GDN | dict(allow_negative_eigenvalues=False)),
 }
 OLMO3 = BASE | dict(layer_pattern="WWWA", gdn=None, sliding_window=16, num_attention_heads=4)
+YARN = dict(factor=8.0, original_max_position_embeddings=16)
 SPELLINGS = ("transformers", "joined", "separate", "released", "exporter")
 
 

@@ -30,12 +30,12 @@ def logits(checkpoint: str, tokens: torch.Tensor, new_tokens: int = 0, parallel:
     return {"logits": result, "tokens": longer}
 
 
-def load_and_save(checkpoint: str, folder: str, parallel: dict, train: dict) -> dict:
+def load_and_save(checkpoint: str, folder: str, parallel: dict, train: dict, run: dict | None = None) -> dict:
     """Load a checkpoint through the manager under a layout, and save it again under that layout."""
     with CheckpointReader(checkpoint) as reader:
         model = reader.index.model
     engine = make_engine(model, parallel, _TRAIN | train)
-    manager = CheckpointManager(CheckpointConfig(), Path(folder), engine.collector(), model, {})
+    manager = CheckpointManager(CheckpointConfig(), Path(folder), engine.collector(), model, run or {})
     state, extra = manager.load(Path(checkpoint))
     if state:
         engine.optimizer.set_updates(state["updates"])

@@ -149,7 +149,7 @@ def test_no_rotary_embedding_is_kept_by_every_spelling(rope, tmp_path):
         (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
         (dict(attention_bias=True), "attention_bias = True"),
         (dict(attention_dropout=0.1), "attention_dropout = 0.1"),
-        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 5e5, "factor": 8}), "only plain rotary embedding"),
+        (dict(rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 8}), "only plain rotary embedding"),
         (dict(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling"),
         (dict(rope_parameters=...), "neither rope_parameters nor rope_theta"),
         (dict(model_type="llama"), "model_type 'llama'"),

@@ -10,6 +10,7 @@ from tests.peers import transformers_model, true_tensors_of
 
 BASE = hybrid("GGGA", 48, 4, 12)
 GDN = BASE["gdn"]
+YARN = dict(factor=8.0, original_max_position_embeddings=16)
 CASES = {
     "rope": BASE,
     "nope": BASE | dict(rope_theta=None),
@@ -21,6 +22,15 @@ CASES = {
     "positive eigenvalues": BASE | dict(gdn=GDN | dict(allow_negative_eigenvalues=False)),
     "attention first": BASE | dict(layer_pattern="AGAG"),
     "sliding window": BASE | dict(layer_pattern="WWWA", gdn=None, sliding_window=16),
+    "yarn": BASE | dict(rope_scaling=YARN),
+    "yarn beside sliding windows": BASE
+    | dict(
+        layer_pattern="WAWA",
+        gdn=None,
+        sliding_window=16,
+        rope_theta=1e4,
+        rope_scaling=YARN | dict(attention_factor=1.4, beta_fast=8.0, beta_slow=0.5),
+    ),
 }
 
 

@@ -1,0 +1,47 @@
+"""What a checkpoint keeps of the model and the runs that its weights came from.
+
+The index names them: `run.converted_from` and `run.trained_before`. The folder `original/` holds the files next to a
+converted model's weights, such as its tokenizer. Training passes both on, so that an export has them again.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FOLDER = "original"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Entries for the index's `run`, and the content of `original/` by relative path."""
+
+    record: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, folder: Path, run: dict[str, Any], with_files: bool = True) -> "Origin":
+        """Return what a run that starts from checkpoint `folder` passes on. `run` is its index's."""
+        record = {name: run[name] for name in ("converted_from",) if name in run}
+        if longest := longest_sequence(run):
+            record["trained_before"] = {"checkpoint": str(folder), "sequence_length": longest}
+        kept = folder / FOLDER
+        paths = [p for p in sorted(kept.rglob("*")) if p.is_file() and not p.is_symlink()] if with_files else []
+        return cls(record, {str(path.relative_to(kept)): path.read_bytes() for path in paths})
+
+    def write(self, checkpoint: Path) -> None:
+        """Write `original/` into a checkpoint's folder, unless there is nothing to keep."""
+        for name, content in self.files.items():
+            path = checkpoint / FOLDER / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                file.write(content)
+                os.fsync(file.fileno())
+
+
+def longest_sequence(run: dict[str, Any]) -> int | None:
+    """Return the longest sequence length that a checkpoint's weights were trained with, as its index's `run` says."""
+    sections = (run.get("data"), run.get("trained_before"))
+    lengths = [section.get("sequence_length") for section in sections if isinstance(section, dict)]
+    return max((n for n in lengths if type(n) is int and n > 0), default=None)
