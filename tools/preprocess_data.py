@@ -44,11 +44,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
     arguments = parse_arguments(argv)
-    console = Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SLURM's, too, leaves the old dataset in place
     columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console) as bar:
+        with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=None)
             summaries = preprocess(
                 *(arguments.inputs, arguments.output),
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
                 sha256=arguments.sha256,
                 overwrite=arguments.overwrite,
                 progress=lambda consumed, total: bar.update(task, completed=consumed, total=total),
-                say=console.print,
+                say=bar.console.print,
             )
     except (ValueError, OSError) as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
