@@ -80,7 +80,7 @@ class RunCommandLine(CommandLine):
         return super().hint(unknown)
 
 
-def check_output_file(option: str, path: Path | None) -> None:
+def check_output_file(option: str, path: Path | str | None) -> None:
     """Check that a file can be written, before the work whose result it takes.
 
     Raises:
@@ -88,6 +88,7 @@ def check_output_file(option: str, path: Path | None) -> None:
     """
     if path is None:
         return
+    path = Path(path)
     if path.is_dir():
         raise ConfigError.at(option, f"{path} is a folder; give the name of a file, such as {path / 'result.yaml'}")
     try:
