@@ -47,6 +47,8 @@ def model_from_olmo_core(
     try:
         for name in ("init_std", "norm_eps", "rope_theta"):
             fields[name] = None if fields[name] is None else float(fields[name])
+        if scaling := fields["rope_scaling"]:
+            scaling |= {name: float(scaling[name]) for name in ("factor", "beta_fast", "beta_slow")}
         return ModelConfig.model_validate(fields)
     except OverflowError:
         raise ConversionError("config.json: a number is out of range") from None
@@ -153,14 +155,33 @@ def _attention(mixer: Section, index: int, count: int) -> dict[str, Any]:
         "head_dim": mixer.get("head_dim", int),
         "qk_norm_eps": _eps(mixer, "qk_norm"),
         "rope_theta": None,
+        "rope_scaling": None,
     }
     if mixer.get("rope", dict) is not None:
         rope = mixer.section("rope", "rope")
         found["rope_theta"] = rope.get("theta", (int, float), 500_000)
+        if rope.get("scaling", dict) is not None:
+            found["rope_scaling"] = _rope_scaling(rope.section("scaling", "rope_scaling"))
         rope.done()
     window = _window(mixer, index, count)
     found |= {"kind": "W" if window else "A", "window": window}
     mixer.done()
+    return found
+
+
+def _rope_scaling(scaling: Section) -> dict[str, Any] | None:
+    """Fields of RopeScalingConfig, with OLMo-core's defaults. Its attention factor is always the paper's."""
+    kind = str(scaling.data.get("_CLASS_", "")).rpartition(".")[2]
+    if kind != "YaRNRoPEScalingConfig":
+        scaling.problems.append(f"{scaling.where} is {kind!r:.100}; only YaRNRoPEScalingConfig can be represented")
+        return None
+    found = {
+        "factor": scaling.get("factor", (int, float), 8.0),
+        "original_max_position_embeddings": scaling.get("old_context_len", int, 8192),
+        "beta_fast": scaling.get("beta_fast", (int, float), 32),
+        "beta_slow": scaling.get("beta_slow", (int, float), 1),
+    }
+    scaling.done()
     return found
 
 
@@ -206,6 +227,13 @@ def _together(layers: list[dict[str, Any]], fields: dict[str, Any], problems: li
     attention = [layer for layer in layers if layer["kind"] != "G"]
     if len({layer["rope_theta"] for layer in attention}) > 1:
         problems.append("attention layers differ in rope; one theta for all can be represented")
+    full = [layer["rope_scaling"] for layer in attention if layer["kind"] == "A"]
+    if any(scaling != full[0] for scaling in full) or any(
+        layer["rope_scaling"] for layer in attention if layer["kind"] == "W"
+    ):
+        problems.append(
+            "attention layers differ in rope scaling; one for full attention, none for sliding can be represented"
+        )
     hidden, gdn_heads = fields["hidden_size"], same("gdn_heads")
     heads = same("heads", gdn_heads)
     head_dim, kv_heads = same("head_dim"), same("kv_heads")
@@ -216,6 +244,7 @@ def _together(layers: list[dict[str, Any]], fields: dict[str, Any], problems: li
         "num_key_value_heads": None if kv_heads == heads else kv_heads,
         "head_dim": None if head_dim and head_dim * heads == hidden else head_dim,
         "rope_theta": attention[0]["rope_theta"] if attention else None,
+        "rope_scaling": full[0] if full else None,
         "sliding_window": same("window"),
         "gdn": None,
     }

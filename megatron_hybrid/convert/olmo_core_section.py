@@ -31,9 +31,10 @@ _FIELDS: dict[str, dict[str, Any]] = {
     },
     "gated_delta_net": {"type": ("gated_delta_net",), "conv_bias": (False, None), "dtype": _ANY},
     "rope": {
-        "name": ("default", "fused"), "full_precision": _ANY, "no_global_rope": (None, False), "scaling": (None,),
+        "name": ("default", "fused"), "full_precision": _ANY, "no_global_rope": (None, False),
         "partial_rotary_factor": (None, 1),
     },
+    "rope_scaling": {},
     "sliding_window": {},
     "fla": {"name": ("GatedDeltaNet",), "dtype": _ANY},
     "fla_layer_kwargs": {"use_gate": (True,), "use_short_conv": (True,), "mode": _ANY, "conv_bias": (False,)},

@@ -1,5 +1,7 @@
 """YaRN in every form of config.json, and under every layout."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,9 +10,11 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf_config import model_from_hf, read_config
 from megatron_hybrid.convert.hf_export import hf_from_model
+from megatron_hybrid.convert.olmo_core_config import model_from_olmo_core
 from megatron_hybrid.convert.verify import verify
 from tests import jobs
 from tests.convert.folders import BASE, OLMO3, YARN, edit_json, write_folder
+from tests.convert.olmo_core_files import olmo_core_config
 from tests.convert.test_huggingface import to_ours
 
 MODEL = OLMO3 | dict(rope_scaling=YARN)
@@ -149,3 +153,48 @@ def test_layouts_train_alike(parallel, ranks):
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-5, atol=0)
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-3, atol=0)
     assert (norms[0] - norms[2]).abs().max() > 5 * (norms[0] - norms[1]).abs().max(), "scaling changed nothing"
+
+
+def olmo_core(**scaling) -> dict:
+    """OLMo-core's configuration of MODEL: full attention layers, which alone are scaled, are overrides."""
+    config = olmo_core_config(ModelConfig(**OLMO3))
+    block = config["model"]["block"]
+    full = copy.deepcopy(block)
+    del full["sequence_mixer"]["sliding_window"]
+    full["sequence_mixer"]["rope"]["scaling"] = {"_CLASS_": "olmo_core.nn.rope.YaRNRoPEScalingConfig"} | scaling
+    config["model"]["block_overrides"] = {"3": full}
+    return config
+
+
+def test_olmo_core_has_it_too():
+    assert model_from_olmo_core(olmo_core(old_context_len=16)).rope_scaling == ModelConfig(**MODEL).rope_scaling
+    found = model_from_olmo_core(olmo_core(factor=4, beta_fast=16, beta_slow=2)).rope_scaling
+    assert found.model_dump(exclude_none=True) == {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("scaling", "told"),
+    [
+        (dict(_CLASS_="olmo_core.nn.rope.PIRoPEScalingConfig"), "PIRoPEScalingConfig"),
+        (dict(mystery=1), "mystery"),
+        (dict(factor="8"), "factor is '8'"),
+    ],
+    ids=str,
+)
+def test_other_scaling_of_olmo_core_is_refused(scaling, told):
+    with pytest.raises(ConversionError, match=told):
+        model_from_olmo_core(olmo_core(**scaling))
+
+
+def test_scaled_sliding_layers_of_olmo_core_are_refused():
+    config = olmo_core()
+    config["model"]["block"] = config["model"]["block_overrides"].pop("3")
+    config["model"]["block"]["sequence_mixer"]["sliding_window"] = dict(pattern=[16, 16, 16, -1])
+    with pytest.raises(ConversionError, match="none for sliding"):
+        model_from_olmo_core(config)
