@@ -124,7 +124,8 @@ FP8_FORMATS = (
 )
 
 
-IN_FP32 = {"fp32": job(), "fp32, wide": job(**WIDE), "fp32, deep": job(**DEEP)}
+YARN = dict(model=dict(rope_scaling=dict(factor=8.0, original_max_position_embeddings=32)))
+IN_FP32 = {"fp32": job(), "fp32, wide": job(**WIDE), "fp32, deep": job(**DEEP), "fp32, YaRN": job(**YARN)}
 
 
 def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Sequence[int] = ()) -> dict[str, dict]:
@@ -201,6 +202,7 @@ def on_one_gpu(folder: Path, gpus: Sequence[int] = (), names: Collection[str] = 
         for name in ("fp8 tensorwise", "fp8 tensorwise, attention"):
             jobs[f"{name}, full recompute"] = job(recompute, "bf16", FORMATS[name])
         jobs["bf16, selective recompute"] = job(layout(recompute="selective"), "bf16")
+        jobs["bf16, YaRN"] = job(dtype="bf16", **YARN)
     for name, (base, share) in OFFLOADED.items():
         if base in jobs:
             jobs[name] = offloaded(jobs[base], share, folder / name.replace(" ", "_"))

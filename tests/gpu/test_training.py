@@ -48,8 +48,9 @@ def test_same_curve_as_the_cpu(name, tolerance, on_cpu, on_one_gpu):
 
 
 @needs_te
-def test_transformer_engine_parts_have_the_same_curve(on_cpu, on_one_gpu):
-    check(on_cpu["fp32"], on_one_gpu["bf16"], 1e-2)
+@pytest.mark.parametrize("more", ["", ", YaRN"])
+def test_transformer_engine_parts_have_the_same_curve(more, on_cpu, on_one_gpu):
+    check(on_cpu[f"fp32{more}"], on_one_gpu[f"bf16{more}"], 1e-2)
 
 
 @needs_te
