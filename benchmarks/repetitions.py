@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +19,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TOLERANCE = 1e-6
+RANKS = 4
+LAUNCHES = max(1, (os.cpu_count() or 1) // RANKS)
+"""Launches of four ranks that share a case's repetitions and run at the same time."""
 SPIN = [sys.executable, "-c", "import os; os.nice(19)\nwhile True: pass"]
 CASES = {
     # name: (repetitions, layout, tied embeddings)
@@ -63,10 +67,9 @@ def rows_of(name: str, repetitions: int, results: list[dict], one) -> list[dict]
 
     records = [result["first"] for result in results]
     different = {number for result in results for number, _ in result["differences"]}
-    for rank, result in enumerate(results):
-        for number, tensor in result["differences"]:
-            print(f"{name}: repetition {number} differs first on rank {rank} at: {tensor}", flush=True)
-    case, tensors = f"{name}: {repetitions} repetitions", sum(result["tensors"] for result in results)
+    for number, tensor in (difference for result in results for difference in result["differences"]):
+        print(f"{name}: repetition {number} of a launch differs first at: {tensor}", flush=True)
+    case, tensors = f"{name}: {repetitions} repetitions", sum(result["tensors"] for result in results[:RANKS])
     return [
         bounded(case, "repetitions that differ in any bit", "", len(different), 0),
         bounded(case, "tensors compared in each, over all ranks", "", tensors, None),
@@ -102,15 +105,29 @@ class Runs:
             spinner.wait()
 
     def run(self, ranks: int, layout: dict, tied: bool, repetitions: int, race: bool = False) -> list[dict]:
-        """What tests.repetitions.repeat returns, by rank; ranks are stopped for moments."""
+        """Return what tests.repetitions.repeat returns, by launch and rank."""
+        launches = min(LAUNCHES, repetitions) or 1
+        shares = [repetitions // launches + (number < repetitions % launches) for number in range(launches)]
+        with ThreadPoolExecutor(launches) as threads:
+            found = threads.map(lambda n: self._launch(ranks, layout, tied, shares[n], race, f"launch {n}"), range(launches))
+            results = [result for launch in found for result in launch]
+        for number, result in enumerate(results):
+            if difference := result["first"].first_difference(results[number % ranks]["first"]):
+                result["differences"].append((f"undisturbed, of launch {number // ranks}", difference))
+        return results
+
+    def _launch(self, ranks: int, layout: dict, tied: bool, repetitions: int, race: bool, seed: str) -> list[dict]:
+        """Run one launch, whose ranks are stopped for moments."""
         from tests.disturbance import Stopper
         from tests.repetitions import repeat, run_config
 
         with tempfile.TemporaryDirectory(prefix="repetitions-") as folder, Stopper(Path(folder)) as stopper:
             config = run_config(Path(folder), layout, tied)
-            arguments = dict(config=config, repetitions=repetitions, seed="benchmark", race=race)
+            arguments = dict(config=config, repetitions=repetitions, seed=seed, race=race)
             results = self.pool.run(repeat, ranks, 36_000, **arguments)
         self.stops += stopper.stops
+        for result in results:  # tell repetitions of different launches apart
+            result["differences"] = [(f"{number} ({seed})", tensor) for number, tensor in result["differences"]]
         return results
 
 
@@ -146,11 +163,11 @@ def main() -> None:
         one = {tied: runs.run(1, {}, tied, 0)[0]["first"] for tied in (True, False)}
         for name in args.only:
             repetitions, layout, tied = CASES[name]
-            results = runs.run(4, layout, tied, share(repetitions))
+            results = runs.run(RANKS, layout, tied, share(repetitions))
             add(rows_of(name, share(repetitions), results, one[tied]))
         for name in (name for name in PLANTED if name in args.only):
             _, layout, tied = CASES[name]
-            add([row_of_planted(name, share(10), runs.run(4, layout, tied, share(10), race=True))])
+            add([row_of_planted(name, share(10), runs.run(RANKS, layout, tied, share(10), race=True))])
 
 
 if __name__ == "__main__":
