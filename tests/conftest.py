@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,10 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 # message woke it. All that tests start inherits it. Four ranks on two cores gather in 1.0 ms, and not in 3.1.
 with suppress(OSError):  # a sandbox may not have it
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+# A shell starts background jobs with SIGINT ignored, and a process that begins so keeps it. Tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 BY_FOLDER = ("gpu", "slurm", "distributed")

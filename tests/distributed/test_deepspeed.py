@@ -232,7 +232,7 @@ def test_the_trainer_runs_it(ranks, tmp_path):
     half = train | {"steps": 3, "schedule": {"decay_steps": 6}}
     ranks.run(jobs.pretrain_run, 2, config=config | {"run_dir": zero["run_dir"], "train": half})
     results = ranks.run(jobs.pretrain_run, 2, config=zero | {"train": train | {"engine": "deepspeed"}})
-    assert results[0]["progress"] == {"step": 6, "samples": 32, "updates": 6}
+    assert results[0]["progress"] == {"step": 6, "samples": 32, "tokens": 32 * 16, "updates": 6}
     expected, found = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("megatron", "zero")
