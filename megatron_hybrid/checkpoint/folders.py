@@ -8,6 +8,8 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.tensors import model_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
+SAVING, DELETING = ".saving-", ".deleting-"
+"""Prefixes of a checkpoint's folder while it is written, and while it is removed."""
 
 
 def checkpoint_step(folder: Path) -> int | None:

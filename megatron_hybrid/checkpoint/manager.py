@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.checkpoint.collect import Collector
-from megatron_hybrid.checkpoint.folders import check_same_tensors, checkpoint_step
+from megatron_hybrid.checkpoint.folders import DELETING, SAVING, check_same_tensors, checkpoint_step
 from megatron_hybrid.checkpoint.format import Index
 from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.checkpoint.reader import CheckpointReader
@@ -17,12 +17,10 @@ from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, w
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.run import CheckpointConfig
 
-_SAVING, _DELETING = ".saving-", ".deleting-"
-
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint. It is renamed first: one that is half removed must not look complete."""
-    doomed = folder.with_name(_DELETING + folder.name)
+    doomed = folder.with_name(DELETING + folder.name)
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
@@ -30,7 +28,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 def remove_remains(root: Path) -> list[str]:
     """Remove what killed saves and removals left behind, and return the names. The run's lock must be held."""
-    remains = [path for prefix in (_SAVING, _DELETING) for path in root.glob(f"{prefix}step-*")]
+    remains = [path for prefix in (SAVING, DELETING) for path in root.glob(f"{prefix}step-*")]
     for path in remains:
         if path.is_symlink() or path.is_file():
             path.unlink()
@@ -63,7 +61,7 @@ class CheckpointManager:
         """
         self._writes.wait()
         target = self.root / f"step-{step:08d}"
-        folder = self.root / f"{_SAVING}{target.name}"
+        folder = self.root / f"{SAVING}{target.name}"
         if self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

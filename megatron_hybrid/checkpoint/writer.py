@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_hybrid.checkpoint.folders import DELETING
 from megatron_hybrid.checkpoint.format import (
     INDEX,
     CheckpointError,
@@ -113,7 +114,7 @@ def finish(folder: Path, target: Path, index: Index, world_size: int, timeout_s:
     check_complete(index, folder)
     for part in parts:
         part.unlink()
-    replaced = target.with_name(f".deleting-{target.name}")
+    replaced = target.with_name(DELETING + target.name)
     if target.exists():  # an earlier attempt at the same step
         os.replace(target, replaced)
     os.replace(folder, target)

@@ -50,22 +50,22 @@ def from_huggingface(
     source = open_huggingface(folder, eos_token_id)
     files = split_into_files(outputs(source.sources, model_tensors(source.model), dtype), max_file_bytes)
     origin = {"format": "huggingface", "config": source.config}
-    beside = original_files(folder)
+    originals = original_files(folder)
 
     def finish(written: Path, facts: Facts) -> None:
-        Origin(files={name: path.read_bytes() for name, path in beside.items()}).write(written)
+        Origin(files={name: path.read_bytes() for name, path in originals.items()}).write(written)
         write_index(written, facts, files, source.model, origin, CONVERTED_STATE)
 
-    notes = [*source.notes, *_notes(folder, source, beside)]
-    read = [*source.files, *beside.values()]
+    notes = [*source.notes, *_notes(folder, source, originals)]
+    read = [*source.files, *originals.values()]
     return Conversion(target, files, read, with_hash=True, finish=finish, notes=notes)
 
 
-def _notes(folder: Path, source: HuggingFaceFolder, beside: dict[str, Path]) -> Iterator[str]:
+def _notes(folder: Path, source: HuggingFaceFolder, originals: dict[str, Path]) -> Iterator[str]:
     """What the conversion changes or leaves out."""
     if any(tensor.dtype == "F64" for tensor in source.sources.values()):
         yield "weights stored in fp64 are kept in fp32"
     if source.config.get("auto_map"):
         yield "left out of config.json: auto_map, and the code it names"
-    if unused := left_out(folder, {path.name for path in source.files} | beside.keys()):
+    if unused := left_out(folder, {path.name for path in source.files} | originals.keys()):
         yield f"left out of {folder}: {', '.join(unused[:10])}{f' and {len(unused) - 10} more' if len(unused) > 10 else ''}"

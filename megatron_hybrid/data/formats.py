@@ -108,7 +108,7 @@ def detect_format(path: str, chosen_by_pattern: bool) -> Format:
             head = stream.read1(_HEAD)
     except BadRecord as error:
         if error.kind in ("truncated_file", "corrupt_file") and suffix in _JSON_SUFFIXES | _TEXT_SUFFIXES:
-            return _format_by_name(suffix)  # whoever reads the file reports it, with the documents that can be read
+            return _format_by_name(suffix)  # the reader of the file reports it, with the documents that can be read
         raise
     if head.startswith(b"PAR1") and _CONTROL.search(head):
         return "parquet"

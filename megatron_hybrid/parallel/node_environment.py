@@ -117,7 +117,7 @@ def _count(env: Mapping[str, str], name: str) -> int:
 
 
 def _nodes_of_world(env: Mapping[str, str]) -> int:
-    """Nodes by WORLD_SIZE, which counts processes where the number of processes of a node is set beside it."""
+    """Nodes by WORLD_SIZE, which counts processes where the number of processes of a node is set, too."""
     world = number(env, "WORLD_SIZE")
     for name in _RANKS_PER_NODE:
         if env.get(name, "").isdecimal():

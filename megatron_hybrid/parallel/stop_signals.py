@@ -132,7 +132,7 @@ def _nothing(signum: int, frame: FrameType | None) -> None:
 
 
 def _status(signum: signal.Signals) -> int:
-    """Ctrl-C is for good; the others come from a batch system, which may start the run again."""
+    """Ctrl-C ends a run permanently; the others come from a batch system, which may start the run again."""
     return INTERRUPTED if signum == signal.SIGINT else REQUEUE
 
 

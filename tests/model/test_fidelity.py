@@ -23,7 +23,7 @@ CASES = {
     "attention first": BASE | dict(layer_pattern="AGAG"),
     "sliding window": BASE | dict(layer_pattern="WWWA", gdn=None, sliding_window=16),
     "yarn": BASE | dict(rope_scaling=YARN),
-    "yarn beside sliding windows": BASE
+    "yarn and sliding windows": BASE
     | dict(
         layer_pattern="WAWA",
         gdn=None,
