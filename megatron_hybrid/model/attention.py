@@ -14,6 +14,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from hybrid_kernels.dispatch import Choice
 from hybrid_kernels.qk_norm_rope import explain as explain_qk_norm_rope
 from hybrid_kernels.qk_norm_rope import qk_norm_rope
+from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.padding import padded_groups
 from megatron_hybrid.config.tensors import attention_tensors
@@ -27,6 +28,8 @@ class ScaledDotProductAttention(torch.nn.Module):
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **_):
         super().__init__()
+        if config.attention_dropout:
+            raise UserError(f"attention_dropout: {config.attention_dropout} needs Transformer Engine's attention; set it to 0.0")
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None
         self.scale = softmax_scale

@@ -20,7 +20,7 @@ from hybrid_kernels.gated_delta_rule import explain as explain_gated_delta_rule
 from hybrid_kernels.gated_delta_rule import gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import explain as explain_gated_rmsnorm
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.model import GatedDeltaNetConfig
 from megatron_hybrid.config.padding import FP8_ALIGNMENT, PackedWidths
 from megatron_hybrid.config.tensors import gdn_tensors
@@ -107,13 +107,14 @@ class GatedDeltaNet(Mixer):
         if not self.config.fp8:
             return
         if isinstance(self.in_proj, ColumnParallelLinear):
-            raise ConfigError.at(
-                "fp8", f"{self.config.fp8} needs Transformer Engine's linears; build the layer with its backend, or set None"
+            raise UserError(
+                f"fp8: {self.config.fp8} needs Transformer Engine's linears; build the layer spec with backend="
+                '"transformer_engine", or set it to None'
             )
         for field, size in (("hidden_size", self.config.hidden_size), ("value_head_dim", self.widths.v)):
             if size % FP8_ALIGNMENT:
-                raise ConfigError.at(
-                    field, f"{size} columns of a rank's weights are no multiple of {FP8_ALIGNMENT}, as FP8 needs them"
+                raise UserError(
+                    f"{field}: a rank's weights have {size} columns, which FP8 needs to be a multiple of {FP8_ALIGNMENT}"
                 )
 
     @property

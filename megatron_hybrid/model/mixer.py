@@ -13,7 +13,7 @@ from megatron.core.transformer.utils import (
     sharded_state_dict_default,
 )
 
-from megatron_hybrid.config.errors import ConfigError, UserError
+from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.model import GatedDeltaNetConfig
 from megatron_hybrid.model.initialize import draw
 from megatron_hybrid.model.norms import parameter_device
@@ -34,10 +34,9 @@ class Mixer(MegatronModule):
     def __init__(self, config, layer_number: int, pg_collection: ProcessGroupCollection | None):
         super().__init__(config)
         if config.context_parallel_size > 1:  # this package's own trainer leaves it at 1: its slices are contiguous
-            raise ConfigError.at(
-                "context_parallel_size",
-                f"{config.context_parallel_size} is not supported by {type(self).__name__}: megatron-core deals each "
-                "sequence out in two slices per rank, and the state is handed on between contiguous ones; set it to 1",
+            raise UserError(
+                f"context_parallel_size: {config.context_parallel_size} is not supported by {type(self).__name__}: megatron-core "
+                "splits each sequence into two slices per rank, and this mixer needs one contiguous slice; set it to 1"
             )
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group, self.cp_group, self.layer_number = groups.tp, groups.cp, layer_number
@@ -76,10 +75,9 @@ class Mixer(MegatronModule):
     def _zero_padding(self, name: str, parameter: torch.nn.Parameter, pieces: list[Piece]) -> None:
         if held_in_fp8(parameter):
             if self.has_dummy_heads:
-                raise ConfigError.at(
-                    "fp8_param",
-                    f"{name} would hold dummy heads in FP8; set it to False, or choose a tensor_model_parallel_size that "
-                    "divides the heads",
+                raise UserError(
+                    f"fp8_param: {name} would hold dummy heads in FP8; set it to False, or choose a tensor_model_parallel_size "
+                    "that divides the heads"
                 )
             return  # what is left are rows that nothing reads
         values = parameter.clone()

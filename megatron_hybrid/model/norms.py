@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.config.errors import UserError
 
 
 def parameter_device(config) -> torch.device | int:
@@ -59,13 +59,13 @@ def norm_of_config(
     The last four arguments are WrappedTorchNorm's and TENorm's, which go by the config, too.
 
     Raises:
-        ConfigError: a norm that only Transformer Engine has.
+        UserError: a norm that only Transformer Engine has.
     """
     if config.layernorm_zero_centered_gamma:
-        raise ConfigError.at("layernorm_zero_centered_gamma", "needs Transformer Engine's norms; set it to False")
+        raise UserError("layernorm_zero_centered_gamma: needs Transformer Engine's norms; set it to False")
     kinds = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
     if config.normalization not in kinds:
-        raise ConfigError.at("normalization", f"{config.normalization} is none of {', '.join(kinds)}")
+        raise UserError(f"normalization: {config.normalization} is none of {', '.join(kinds)}")
     return kinds[config.normalization](config, hidden_size, eps)
 
 
@@ -78,7 +78,8 @@ class RowParallelLinearWithNorm(nn.Module):
     def __init__(self, input_size: int, output_size: int, *, linear: type, norm: type, config, **kwargs):
         super().__init__()
         if kwargs.get("bias"):
-            raise ConfigError.at("add_bias_linear", "the norm follows the linear, and would miss its bias; set it to False")
+            raise UserError("add_bias_linear: the norm follows the linear, and would miss its bias; set it to False")
+        self.tp_group = kwargs.get("tp_group")
         self.linear = linear(input_size, output_size, config=config, **kwargs)
         self.norm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
 
@@ -93,5 +94,6 @@ class RowParallelLinearWithNorm(nn.Module):
         """Describe both to megatron-core's checkpoints: the linear's columns are sharded, the norm is not."""
         state = {}
         for name, module in self.named_children():
-            state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata))
+            options = dict(metadata=metadata, tp_group=self.tp_group)
+            state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, **options))
         return state

@@ -1,7 +1,7 @@
 """Silence what megatron-core and torch say on import and at start-up that no user can act on.
 
-This package's programs call it: checkpoint/, convert/ and train/ when they are imported, and parallel/launch.py. What a run really uses
-instead of Transformer Engine, Apex or CUDA, it says itself.
+This package's programs call it: checkpoint/, convert/ and train/ when they are imported, and parallel/launch.py. What a run
+really uses instead of Transformer Engine, Apex or CUDA, it says itself.
 """
 
 import logging

@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.config.errors import ConfigError, UserError
 from megatron_hybrid.config.model import GatedDeltaNetConfig
 from megatron_hybrid.model.attention import ScaledDotProductAttention
 from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm
@@ -33,8 +33,8 @@ def gated_delta_net_layer_spec(gdn: GatedDeltaNetConfig, backend: Backend = "aut
         mlp: False leaves the MLP out, for layers of HybridModel whose pattern has MLPs of their own (`G-`).
 
     Raises:
-        ConfigError: an unknown backend, or one that cannot run here. Building the model raises it, too, naming the field of
-            the TransformerConfig that the layer does not support.
+        ConfigError: an unknown backend, or one that cannot run here. Building the model raises UserError, which names the field
+            of the TransformerConfig that the layer does not support.
 
     Example:
         >>> gdn = GatedDeltaNetConfig(num_key_heads=30, num_value_heads=30, key_head_dim=96, value_head_dim=192)
@@ -73,8 +73,8 @@ class _NotInStack:
     """A slot of HybridStack that olmo_hybrid_stack_spec leaves empty. megatron-core's default for it would do nothing, silently."""
 
     def __init__(self, *_, **__):
-        raise ConfigError.at(
-            "hybrid_layer_pattern", "olmo_hybrid_stack_spec has layers G and * alone, each with its MLP; write only these two"
+        raise UserError(
+            "hybrid_layer_pattern: olmo_hybrid_stack_spec has only layers G and *, each with its MLP; write only these two"
         )
 
 
