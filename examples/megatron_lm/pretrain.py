@@ -36,6 +36,9 @@ def datasets(sizes: list[int], vp_stage: int | None = None):
     return BlendedMegatronDatasetBuilder(MockGPTDataset, sizes, lambda: is_built_here, config).build()
 
 
+datasets.is_distributed = True  # every rank calls it: megatron-core's builder waits for all
+
+
 def batch(iterator) -> dict[str, torch.Tensor]:
     """A micro-batch on this rank: the first tensor parallel rank's."""
     args = get_args()

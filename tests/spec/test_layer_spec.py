@@ -37,14 +37,12 @@ def test_recompute_changes_no_gradient(ranks):
             assert torch.equal(found[way][name], gradient), (way, name)
 
 
-@pytest.mark.slow
 def test_pipeline_stages_and_tensor_parallelism(ranks):
     losses = [loss for loss in ranks.run(jobs.in_stages, 4, tp=2, pp=2) if loss is not None]
     assert len(losses) == 2  # the last stage's ranks
     assert losses == pytest.approx([4.852, 4.852], abs=1e-2)  # ln(128): the weights are small
 
 
-@pytest.mark.slow
 def test_a_checkpoint_loads_at_other_tensor_parallel_sizes(ranks, tmp_path):
     expected = ranks.run(jobs.reloaded, 2, tp=2, folder=str(tmp_path), save=True)[0]
     for tp in (1, 4):  # at 4, 6 heads are padded to 8, and the last rank has dummies alone
