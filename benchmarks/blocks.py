@@ -41,7 +41,7 @@ def our_stack(model, parallel, precision, groups, symbol: str):
     return HybridLayers(
         config,
         stack_submodules(model, parts),
-        parts=parts,
+        norm=parts.norm,
         precision=precision,
         post_process=False,
         layer_type_list=[symbol],

@@ -50,7 +50,7 @@ def build():
     config.linear_key_head_dim, config.linear_value_head_dim = model.gdn.key_head_dim, model.gdn.value_head_dim
     config.linear_num_key_heads, config.linear_num_value_heads = model.gdn.num_key_heads, model.gdn.num_value_heads
     linears = dict(in_proj=TELayerNormColumnParallelLinear, out_proj=TERowParallelLinear)
-    ours = GatedDeltaNet(config, GatedDeltaNetSubmodules(**linears), 1, groups, model=model)
+    ours = GatedDeltaNet(config, GatedDeltaNetSubmodules(**linears), 1, groups, gdn=model.gdn)
     theirs = peer.GatedDeltaNet(
         config, peer.GatedDeltaNetSubmodules(**linears, out_norm=TENorm), layer_number=1, pg_collection=groups
     )

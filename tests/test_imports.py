@@ -23,10 +23,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "parallel", "precision", "model"},
     "train": {"config", "parallel", "precision", "model", "checkpoint", "data", "observe", "planner"},
     "convert": {"config", "parallel", "model", "checkpoint", "data"},
+    "spec": {"config", "parallel", "model"},
 }
 # Libraries that only these rooms import. (train has no business with a kernel: the model calls them.)
 ONLY: dict[str, set[str]] = {
-    "megatron": {"parallel", "precision", "model", "checkpoint", "train"},
+    "megatron": {"parallel", "precision", "model", "checkpoint", "train", "spec"},
     "hybrid_kernels": {"parallel", "precision", "model"},
     "torch": set(MAY_IMPORT) - {"config", "planner"},
 }

@@ -6,7 +6,7 @@ checkpoints do not hold them. Dummy vocabulary rows are masked out of the softma
 
 from dataclasses import dataclass
 
-from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.model import GatedDeltaNetConfig, ModelConfig
 
 FP8_ALIGNMENT = 16  # widths of FP8 matrices; also keeps bf16 rows 16-byte aligned for Hopper's fast kernels
 
@@ -14,6 +14,15 @@ FP8_ALIGNMENT = 16  # widths of FP8 matrices; also keeps bf16 rows 16-byte align
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least n."""
     return -(-n // multiple) * multiple
+
+
+def padded_groups(groups: int, members: int, tensor_parallel_size: int) -> tuple[int, int]:
+    """Return the padded (groups, members). Groups are padded, and each brings its share of members, so that groups stay whole.
+
+    Groups are key/value heads with their query heads, or Gated DeltaNet's key heads with their value heads.
+    """
+    padded = round_up(groups, tensor_parallel_size)
+    return padded, padded * (members // groups)
 
 
 @dataclass(frozen=True)
@@ -29,24 +38,26 @@ class PaddedSizes:
 
     @classmethod
     def of(cls, model: ModelConfig, tensor_parallel_size: int) -> "PaddedSizes":
-        """Key heads are padded, and each brings its share of query or value heads, so that groups stay whole."""
+        """Return the sizes of `model`."""
         tp = tensor_parallel_size
-        kv = round_up(model.kv_heads, tp)
-        gdn_key = round_up(model.gdn.num_key_heads, tp) if model.gdn else 0
+        kv, heads = padded_groups(model.kv_heads, model.num_attention_heads, tp)
+        gdn_key, gdn_value = 0, 0
+        if model.gdn:
+            gdn_key, gdn_value = padded_groups(model.gdn.num_key_heads, model.gdn.num_value_heads, tp)
         return cls(
             tensor_parallel_size=tp,
-            num_attention_heads=kv * (model.num_attention_heads // model.kv_heads),
+            num_attention_heads=heads,
             num_key_value_heads=kv,
             gdn_key_heads=gdn_key,
-            gdn_value_heads=gdn_key * (model.gdn.num_value_heads // model.gdn.num_key_heads) if model.gdn else 0,
+            gdn_value_heads=gdn_value,
             vocab_size=round_up(model.vocab_size, FP8_ALIGNMENT * tp),
         )
 
 
 @dataclass(frozen=True)
 class PackedWidths:
-    """What one rank's Gated DeltaNet in_proj output holds, in this order; `padding` aligns the width for FP8 and for fast
-    bf16 kernels."""
+    """Widths of one rank's Gated DeltaNet in_proj output, in this order. `padding` aligns the total for FP8 and for fast bf16
+    kernels."""
 
     q: int
     k: int
@@ -58,9 +69,15 @@ class PackedWidths:
 
     @classmethod
     def of(cls, model: ModelConfig, tensor_parallel_size: int) -> "PackedWidths":
-        gdn, sizes = model.gdn, PaddedSizes.of(model, tensor_parallel_size)
-        assert gdn is not None, "asked of a model without Gated DeltaNet layers"
-        key_heads, heads = sizes.gdn_key_heads // tensor_parallel_size, sizes.gdn_value_heads // tensor_parallel_size
+        """Return the widths of `model`, which has Gated DeltaNet layers."""
+        assert model.gdn is not None, "asked of a model without Gated DeltaNet layers"
+        return cls.of_mixer(model.gdn, tensor_parallel_size)
+
+    @classmethod
+    def of_mixer(cls, gdn: GatedDeltaNetConfig, tensor_parallel_size: int) -> "PackedWidths":
+        """Return the widths of a mixer."""
+        padded = padded_groups(gdn.num_key_heads, gdn.num_value_heads, tensor_parallel_size)
+        key_heads, heads = (count // tensor_parallel_size for count in padded)
         key, value = key_heads * gdn.key_head_dim, heads * gdn.value_head_dim
         used = 2 * (key + value + heads)
         return cls(key, key, value, value, heads, heads, round_up(used, FP8_ALIGNMENT) - used)

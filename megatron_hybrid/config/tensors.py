@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.config.model import GatedDeltaNetConfig, ModelConfig
 
 TensorKind = Literal["embedding", "output", "matrix", "conv", "norm", "A_log", "dt_bias"]
 
@@ -31,11 +31,9 @@ class TensorSpec:
         return self.kind in ("A_log", "dt_bias")
 
 
-def gdn_tensors(model: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
-    """The weights of one Gated DeltaNet mixer."""
-    gdn = model.gdn
-    assert gdn is not None
-    h, key, value, heads = model.hidden_size, gdn.key_dim, gdn.value_dim, gdn.num_value_heads
+def gdn_tensors(gdn: GatedDeltaNetConfig, h: int, prefix: str) -> Iterator[TensorSpec]:
+    """The weights of one Gated DeltaNet mixer in a model of hidden size `h`."""
+    key, value, heads = gdn.key_dim, gdn.value_dim, gdn.num_value_heads
     for name, width in (("q", key), ("k", key), ("v", value), ("gate", value), ("b", heads), ("a", heads)):
         yield TensorSpec(f"{prefix}.{name}_proj.weight", (width, h), "matrix")
     for name, width in (("q", key), ("k", key), ("v", value)):
@@ -46,10 +44,9 @@ def gdn_tensors(model: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
     yield TensorSpec(f"{prefix}.o_proj.weight", (h, value), "matrix")
 
 
-def attention_tensors(model: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
-    """The weights of one attention mixer."""
-    h, d = model.hidden_size, model.attention_head_dim
-    q, kv = model.num_attention_heads * d, model.kv_heads * d
+def attention_tensors(heads: int, groups: int, d: int, h: int, prefix: str) -> Iterator[TensorSpec]:
+    """The weights of one attention mixer of `heads` query heads and `groups` key/value heads, `d` wide, at hidden size `h`."""
+    q, kv = heads * d, groups * d
     for name, width in (("q", q), ("k", kv), ("v", kv)):
         yield TensorSpec(f"{prefix}.{name}_proj.weight", (width, h), "matrix")
     yield TensorSpec(f"{prefix}.q_norm.weight", (q,), "norm")
@@ -61,9 +58,11 @@ def layer_tensors(model: ModelConfig, index: int) -> Iterator[TensorSpec]:
     """The weights of layer `index` (from 0): mixer, MLP, and a norm for each."""
     h, f, prefix = model.hidden_size, model.ffn_hidden_size, f"layers.{index}"
     if model.layers[index] == "G":
-        yield from gdn_tensors(model, f"{prefix}.gdn")
+        assert model.gdn is not None
+        yield from gdn_tensors(model.gdn, h, f"{prefix}.gdn")
     else:
-        yield from attention_tensors(model, f"{prefix}.attention")
+        d, prefix_of_mixer = model.attention_head_dim, f"{prefix}.attention"
+        yield from attention_tensors(model.num_attention_heads, model.kv_heads, d, h, prefix_of_mixer)
     yield TensorSpec(f"{prefix}.mixer_norm.weight", (h,), "norm")
     yield TensorSpec(f"{prefix}.mlp.gate_proj.weight", (f, h), "matrix")
     yield TensorSpec(f"{prefix}.mlp.up_proj.weight", (f, h), "matrix")

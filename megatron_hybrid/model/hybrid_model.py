@@ -3,7 +3,6 @@
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
-from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -12,6 +11,7 @@ from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm
 from megatron_hybrid.model.layer_specs import stack_submodules
 from megatron_hybrid.model.megatron_config import hybrid_layer_pattern, transformer_config
 from megatron_hybrid.model.output_layer import Losses, OutputLayer
@@ -19,14 +19,12 @@ from megatron_hybrid.model.parts import Parts, choose_parts
 from megatron_hybrid.precision.context import around_layers
 
 
-class HybridLayers(HybridStack):
-    """HybridStack with our final norm (its own is hard-coded to Transformer Engine's, hybrid_block.py:215) and FP8 context."""
+class HybridLayers(HybridStackWithNorm):
+    """The layers of a stage, in their FP8 context."""
 
-    def __init__(self, config, *args, parts: Parts, precision: PrecisionConfig, **kwargs):
-        super().__init__(config, *args, **{**kwargs, "post_layer_norm": False})
-        self.precision, self.post_layer_norm = precision, True
-        if self.post_process:
-            self.final_norm = parts.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+    def __init__(self, config, *args, precision: PrecisionConfig, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.precision = precision
 
     def forward(self, *args, **kwargs):
         with around_layers(self.precision, self.config):
@@ -50,7 +48,7 @@ class HybridLanguageModel(HybridModel):
         self.model, tied = model, model.tie_embeddings
         layers = ModuleSpec(
             module=HybridLayers,
-            params=dict(parts=parts, precision=precision),
+            params=dict(norm=parts.norm, precision=precision),
             submodules=stack_submodules(model, parts),
         )
         super().__init__(

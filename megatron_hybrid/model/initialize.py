@@ -10,39 +10,52 @@ import math
 
 import torch
 
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import TensorSpec
+from megatron_hybrid.config.model import GatedDeltaNetConfig, ModelConfig
+from megatron_hybrid.config.tensors import TensorKind, TensorSpec
 from megatron_hybrid.model.param_layout import ParamLayout
 from megatron_hybrid.precision.fp8_parameters import initial_values
+
+
+def draw(
+    value: torch.Tensor,
+    kind: TensorKind,
+    std: float,
+    gdn: GatedDeltaNetConfig | None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Fill the fp32 tensor `value` with initial values of a tensor of this kind, and return it.
+
+    Args:
+        std: standard deviation of matrices, embeddings and convolutions.
+        gdn: the ranges of A_log and dt_bias. None: the tensor is another.
+        generator: None: torch's current one of the tensor's device.
+    """
+    if kind == "norm":
+        return value.fill_(1.0)
+    if kind == "A_log":
+        assert gdn is not None
+        low, high = gdn.a_init_range
+        return value.uniform_(low, high, generator=generator).clamp_(min=1e-4).log_()
+    if kind == "dt_bias":
+        assert gdn is not None
+        low, high = (math.log(x) for x in gdn.dt_init_range)
+        dt = value.uniform_(low, high, generator=generator).exp_().clamp_(min=gdn.dt_init_floor)
+        return value.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    return value.normal_(0.0, std, generator=generator)
 
 
 def initial_value(spec: TensorSpec, model: ModelConfig, seed: int) -> torch.Tensor:
     """The whole tensor in fp32 on the CPU."""
     digest = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    value = torch.empty(spec.shape, dtype=torch.float32)
-    if spec.kind == "norm":
-        return value.fill_(1.0)
-    if spec.kind == "A_log":
-        assert model.gdn is not None
-        low, high = model.gdn.a_init_range
-        return value.uniform_(low, high, generator=generator).clamp_(min=1e-4).log_()
-    if spec.kind == "dt_bias":
-        assert model.gdn is not None
-        low, high = (math.log(x) for x in model.gdn.dt_init_range)
-        dt = value.uniform_(low, high, generator=generator).exp_().clamp_(min=model.gdn.dt_init_floor)
-        return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
-    return value.normal_(0.0, model.init_std, generator=generator)
+    return draw(torch.empty(spec.shape, dtype=torch.float32), spec.kind, model.init_std, model.gdn, generator)
 
 
 @torch.no_grad()
 def initialize(chunks, layout: ParamLayout, seed: int) -> None:
-    """Fill this rank's parameters. Padding becomes zero, for good."""
+    """Fill this rank's parameters. Padding becomes zero, permanently."""
     for _, parameter, pieces in layout.parameters(chunks):
         values = initial_values(parameter)
         values.zero_()
         for piece in pieces:
-            box = initial_value(piece.tensor, layout.model, seed)
-            for dim, (start, length) in enumerate(zip(piece.offset, piece.shape, strict=True)):
-                box = box.narrow(dim, start, length)
-            piece.view(values).copy_(box)
+            piece.view(values).copy_(piece.of_true(initial_value(piece.tensor, layout.model, seed)))

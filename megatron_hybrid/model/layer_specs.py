@@ -1,4 +1,4 @@
-"""How each kind of layer is put together from the run's parts (model/parts.py).
+"""Specs of both kinds of layers, made of a run's or a library user's parts (model/parts.py).
 
 Both kinds are megatron-core TransformerLayers, mixer and MLP in one. Gated DeltaNet layers are pre-norm: the norms are the
 layer's own, or part of the linears behind them. Attention layers are post-norm: their output projections end in a norm
@@ -14,41 +14,52 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.model.attention import SelfAttention, SelfAttentionSubmodules
+from megatron_hybrid.config.model import GatedDeltaNetConfig, ModelConfig
+from megatron_hybrid.model.attention import AttentionSizes, SelfAttention, SelfAttentionSubmodules
 from megatron_hybrid.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_hybrid.model.norms import RowParallelLinearWithNorm
 from megatron_hybrid.model.parts import Parts
+
+_KEYS_OF_FUSED_NORMS = {
+    "input_layernorm.": "self_attention.in_proj.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""megatron-core's checkpoints name norms as Transformer Engine's linears do, so that they load with and without it."""
 
 
 def _mlp(parts: Parts, linear_fc1, linear_fc2) -> partial:
     return partial(parts.mlp.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2))
 
 
-def gdn_layer_spec(model: ModelConfig, parts: Parts) -> ModuleSpec:
-    """x + gdn(norm(x)), then x + mlp(norm(x))."""
+def gdn_layer_spec(gdn: GatedDeltaNetConfig, parts: Parts, mlp: bool = True) -> ModuleSpec:
+    """Return the spec of x + gdn(norm(x)), then, with `mlp`, x + mlp(norm(x))."""
     norm, linear = (IdentityOp, parts.norm_column_linear)
     if linear is None:
         norm, linear = parts.norm, parts.column_linear
+    keys = _KEYS_OF_FUSED_NORMS if parts.norm_column_linear is None else {}
+    second = {}
+    if mlp:
+        second = dict(
+            pre_mlp_layernorm=norm, mlp=_mlp(parts, linear, parts.row_linear), mlp_bda=get_bias_dropout_add
+        )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=GatedDeltaNet,
-                params=dict(model=model),
+                params=dict(gdn=gdn),
                 submodules=GatedDeltaNetSubmodules(in_proj=linear, out_proj=parts.row_linear),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=_mlp(parts, linear, parts.row_linear),
-            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=keys,
+            **second,
         ),
     )
 
 
-def attention_layer_spec(model: ModelConfig, parts: Parts) -> ModuleSpec:
-    """x + norm(attention(x)), then x + norm(mlp(x))."""
+def attention_layer_spec(sizes: AttentionSizes | None, parts: Parts) -> ModuleSpec:
+    """Return the spec of x + norm(attention(x)), then x + norm(mlp(x)). No sizes: those of the TransformerConfig."""
     row_with_norm = partial(RowParallelLinearWithNorm, linear=parts.row_linear, norm=parts.norm)
     return ModuleSpec(
         module=TransformerLayer,
@@ -56,7 +67,7 @@ def attention_layer_spec(model: ModelConfig, parts: Parts) -> ModuleSpec:
             input_layernorm=IdentityOp,
             self_attention=ModuleSpec(
                 module=SelfAttention,
-                params=dict(model=model),
+                params=dict(sizes=sizes),
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=parts.column_linear, core_attention=parts.attention, linear_proj=row_with_norm
                 ),
@@ -70,7 +81,8 @@ def attention_layer_spec(model: ModelConfig, parts: Parts) -> ModuleSpec:
 
 
 def stack_submodules(model: ModelConfig, parts: Parts) -> HybridStackSubmodules:
-    """megatron-core's slots: `G` and `*`."""
+    """Return the specs for megatron-core's slots `G` and `*`."""
+    gdn = gdn_layer_spec(model.gdn, parts) if model.gdn else IdentityOp
     return HybridStackSubmodules(
-        gdn_layer=gdn_layer_spec(model, parts), attention_layer=attention_layer_spec(model, parts)
+        gdn_layer=gdn, attention_layer=attention_layer_spec(AttentionSizes.of(model), parts)
     )

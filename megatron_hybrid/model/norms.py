@@ -2,11 +2,19 @@
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
+
+from megatron_hybrid.config.errors import UserError
+
+
+def parameter_device(config) -> torch.device | int:
+    """The device on which megatron-core's linears make their parameters, too."""
+    return torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
 
 
 def _ones(size: int, config) -> nn.Parameter:
-    return nn.Parameter(torch.ones(size, device=torch.cuda.current_device(), dtype=config.params_dtype))
+    return nn.Parameter(torch.ones(size, device=parameter_device(config), dtype=config.params_dtype))
 
 
 class RMSNorm(nn.Module):
@@ -27,6 +35,40 @@ class RMSNorm(nn.Module):
         return y.to(x.dtype)
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm whose parameters are marked as RMSNorm's is."""
+
+    def __init__(self, config, hidden_size: int, eps: float):
+        options = dict(device=parameter_device(config), dtype=config.params_dtype)
+        super().__init__(hidden_size, eps=eps, **options)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+
+
+def norm_of_config(
+    config,
+    hidden_size: int,
+    eps: float = 1e-5,
+    persist_layer_norm: bool = False,
+    zero_centered_gamma: bool = False,
+    normalization: str | None = None,
+    has_residual: bool = False,
+) -> nn.Module:
+    """Return the norm that `config.normalization` names, without Transformer Engine.
+
+    The last four arguments are WrappedTorchNorm's and TENorm's, which go by the config, too.
+
+    Raises:
+        UserError: a norm that only Transformer Engine has.
+    """
+    if config.layernorm_zero_centered_gamma:
+        raise UserError("layernorm_zero_centered_gamma: needs Transformer Engine's norms; set it to False")
+    kinds = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+    if config.normalization not in kinds:
+        raise UserError(f"normalization: {config.normalization} is none of {', '.join(kinds)}")
+    return kinds[config.normalization](config, hidden_size, eps)
+
+
 class RowParallelLinearWithNorm(nn.Module):
     """A row-parallel linear followed by RMSNorm: the end of a post-norm sublayer.
 
@@ -35,6 +77,9 @@ class RowParallelLinearWithNorm(nn.Module):
 
     def __init__(self, input_size: int, output_size: int, *, linear: type, norm: type, config, **kwargs):
         super().__init__()
+        if kwargs.get("bias"):
+            raise UserError("add_bias_linear: the norm follows the linear, and would miss its bias; set it to False")
+        self.tp_group = kwargs.get("tp_group")
         self.linear = linear(input_size, output_size, config=config, **kwargs)
         self.norm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
 
@@ -44,3 +89,11 @@ class RowParallelLinearWithNorm(nn.Module):
 
     def backward_dw(self) -> None:
         self.linear.backward_dw()
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        """Describe both to megatron-core's checkpoints: the linear's columns are sharded, the norm is not."""
+        state = {}
+        for name, module in self.named_children():
+            options = dict(metadata=metadata, tp_group=self.tp_group)
+            state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, **options))
+        return state

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP
 
 from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.precision import PrecisionConfig
@@ -27,7 +28,7 @@ class Parts:
     attention: type
     plain_attention: type
     """The same in train.dtype: what FP8 attention is held against."""
-    mlp: type[SwiGLU]
+    mlp: type[MLP]
 
 
 LOCAL = Parts(

@@ -5,6 +5,12 @@ import os
 
 import torch
 import torch.distributed as dist
+
+from megatron_hybrid.parallel.quiet import silence_known_warnings
+
+silence_known_warnings()  # megatron-core, below, warns on import
+
+# ruff: noqa: E402
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 

@@ -12,9 +12,7 @@ from torch import nn
 
 from megatron_hybrid.checkpoint.collect import OptimizerShard
 from megatron_hybrid.config.train import OptimizerConfig
-from megatron_hybrid.model.gated_delta_net import GatedDeltaNet
-
-NAMES = ("A_log", "dt_bias")
+from megatron_hybrid.model.gated_delta_net import ALWAYS_FP32, GatedDeltaNet
 
 
 class Fp32Scalars:
@@ -27,7 +25,7 @@ class Fp32Scalars:
             self._take_out(module, name)
             for module in model.modules()
             if isinstance(module, GatedDeltaNet)
-            for name in NAMES
+            for name in ALWAYS_FP32
         ]
         decay = 0.0 if "gdn_scalars" in adam.no_decay else adam.weight_decay
         arguments = dict(lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=decay)
