@@ -117,7 +117,9 @@ def main() -> None:
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.config.precision import PrecisionConfig
     from megatron_hybrid.config.presets import olmo_hybrid_7b
-    from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
+    from megatron_hybrid.distributed.process_groups import stop_distributed
+    from megatron_hybrid.launch.environment import Launch
+    from megatron_hybrid.launch.start import start_distributed
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--formats", default=",".join(FORMATS))

@@ -30,8 +30,8 @@ def generate(folder: Path, preset: str) -> None:
     """A Hugging Face folder of random weights, written shard by shard (in a process of its own: see main)."""
     import torch
 
+    from megatron_hybrid.arch.tensors import model_tensors
     from megatron_hybrid.config.presets import preset as find_preset
-    from megatron_hybrid.config.tensors import model_tensors
     from megatron_hybrid.convert.hf_export import hf_from_model
     from megatron_hybrid.convert.job import split_into_files
     from megatron_hybrid.convert.names import huggingface_name

@@ -26,7 +26,7 @@ from hybrid_kernels.testing import relative_error  # noqa: E402
 from megatron_hybrid.config.parallel import ParallelConfig  # noqa: E402
 from megatron_hybrid.config.precision import PrecisionConfig  # noqa: E402
 from megatron_hybrid.config.presets import preset  # noqa: E402
-from megatron_hybrid.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules  # noqa: E402
+from megatron_hybrid.mixers.gated_delta_net.module import GatedDeltaNet, GatedDeltaNetSubmodules  # noqa: E402
 from megatron_hybrid.model.megatron_config import transformer_config  # noqa: E402
 
 T = 8192

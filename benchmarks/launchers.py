@@ -41,7 +41,7 @@ def srun(folder: Path):
 def main() -> None:
     from report import bounded, write
 
-    from tests.parallel.launchers import curve, launchers, write_run
+    from tests.launch.launchers import curve, launchers, write_run
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -15,7 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def main() -> None:
     from report import bounded, write
 
-    from tests import jobs
+    from testing import jobs
+    from testing.ranks import RankPool
     from tests.distributed.test_same_curve import (
         DEEP,
         LAYOUTS,
@@ -26,7 +27,6 @@ def main() -> None:
         layout,
         relative_difference,
     )
-    from tests.ranks import RankPool
 
     pool = RankPool()
 

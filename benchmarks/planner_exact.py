@@ -39,9 +39,9 @@ def state_rows() -> list[dict]:
     from report import bounded
 
     from megatron_hybrid.planner.parameters import rank_state
+    from testing.ranks import RankPool
     from tests.planner import jobs
     from tests.planner.test_parameters import CASES, plan_of
-    from tests.ranks import RankPool
 
     pool, rows = RankPool(), []
     for name, (count, model, parallel, dtype) in CASES.items():

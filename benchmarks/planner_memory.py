@@ -109,8 +109,10 @@ def run_cases(cases: list[Case], out: Path, deadline: float) -> None:
     import torch
 
     from megatron_hybrid.config.run import RunConfig
-    from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
-    from megatron_hybrid.train.measure import gather, measure
+    from megatron_hybrid.distributed.process_groups import stop_distributed
+    from megatron_hybrid.launch.environment import Launch
+    from megatron_hybrid.launch.start import start_distributed
+    from megatron_hybrid.profiling.engine_steps import gather, measure
 
     launch, found = Launch.from_environment(), []
     for case in cases:
@@ -170,7 +172,7 @@ def _forget(config) -> None:
     """Leave the layout, but not the processes' own group."""
     from kernel_timing import forget
 
-    from megatron_hybrid.parallel.launch import leave_groups
+    from megatron_hybrid.distributed.process_groups import leave_groups
 
     leave_groups()
     if config.precision.fp8:

@@ -63,7 +63,7 @@ def rows_of(name: str, repetitions: int, results: list[dict], one) -> list[dict]
     """What a case's repetitions showed."""
     from report import bounded
 
-    from tests.repetitions import difference_of_curves, difference_of_parameters
+    from testing.repetitions import difference_of_curves, difference_of_parameters
 
     records = [result["first"] for result in results]
     different = {number for result in results for number, _ in result["differences"]}
@@ -91,7 +91,7 @@ class Runs:
     """Runs on one pool of ranks, each in a folder of its own, on a machine whose cores are busy."""
 
     def __init__(self):
-        from tests.ranks import RankPool
+        from testing.ranks import RankPool
 
         self.pool, self.stops = RankPool(), 0
 
@@ -105,11 +105,13 @@ class Runs:
             spinner.wait()
 
     def run(self, ranks: int, layout: dict, tied: bool, repetitions: int, race: bool = False) -> list[dict]:
-        """Return what tests.repetitions.repeat returns, by launch and rank."""
+        """Return what testing.repetitions.repeat returns, by launch and rank."""
         launches = min(LAUNCHES, repetitions) or 1
         shares = [repetitions // launches + (number < repetitions % launches) for number in range(launches)]
         with ThreadPoolExecutor(launches) as threads:
-            found = threads.map(lambda n: self._launch(ranks, layout, tied, shares[n], race, f"launch {n}"), range(launches))
+            found = threads.map(
+                lambda n: self._launch(ranks, layout, tied, shares[n], race, f"launch {n}"), range(launches)
+            )
             results = [result for launch in found for result in launch]
         for number, result in enumerate(results):
             if difference := result["first"].first_difference(results[number % ranks]["first"]):
@@ -118,8 +120,8 @@ class Runs:
 
     def _launch(self, ranks: int, layout: dict, tied: bool, repetitions: int, race: bool, seed: str) -> list[dict]:
         """Run one launch, whose ranks are stopped for moments."""
-        from tests.disturbance import Stopper
-        from tests.repetitions import repeat, run_config
+        from testing.disturbance import Stopper
+        from testing.repetitions import repeat, run_config
 
         with tempfile.TemporaryDirectory(prefix="repetitions-") as folder, Stopper(Path(folder)) as stopper:
             config = run_config(Path(folder), layout, tied)

@@ -125,8 +125,8 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.config.precision import PrecisionConfig
     from megatron_hybrid.config.train import TrainConfig
-    from megatron_hybrid.train.engine import MegatronEngine
-    from megatron_hybrid.train.measure import fill_at_random, random_batches
+    from megatron_hybrid.profiling.engine_steps import fill_at_random, random_batches
+    from megatron_hybrid.train.engines.megatron import MegatronEngine
 
     train = TrainConfig(steps=1, global_batch_size=args.sequences, micro_batch_size=args.micro, dtype="bf16")
     config = ParallelConfig(**parallel, recompute=args.recompute)
@@ -151,7 +151,7 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
 def rows_of(case: str, found: dict, model, args, whole: bool) -> list[dict]:
     from report import row
 
-    from megatron_hybrid.config.flops import training_flops_per_token
+    from megatron_hybrid.arch.flops import training_flops_per_token
 
     world = dist.get_world_size()
     tokens = args.sequences * SEQUENCE / found["seconds"] / world
@@ -184,7 +184,9 @@ def main() -> None:
 
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.config.presets import olmo_hybrid_7b
-    from megatron_hybrid.parallel.launch import Launch, leave_groups, start_distributed, stop_distributed
+    from megatron_hybrid.distributed.process_groups import leave_groups, stop_distributed
+    from megatron_hybrid.launch.environment import Launch
+    from megatron_hybrid.launch.start import start_distributed
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="cases whose name this regular expression finds")

@@ -70,8 +70,8 @@ class HostPeak:
 
 def build(engine: str, share: float, parts: str, groups):
     from megatron_hybrid.config.run import RunConfig
-    from megatron_hybrid.train.engine import build_engine
-    from megatron_hybrid.train.measure import fill_at_random
+    from megatron_hybrid.profiling.engine_steps import fill_at_random
+    from megatron_hybrid.train.engines.megatron import build_engine
 
     config = RunConfig.model_validate(run_config(engine, share, parts))
     built = build_engine(config, groups, fill_at_random)
@@ -102,8 +102,9 @@ def run_config(engine: str, share: float, parts: str = "auto") -> dict:
 
 def measure(name: str, batch_sizes: list[int], steps: int, parts: str) -> dict:
     """Seconds of a step by sequences a step, of the update in it, and peak bytes."""
-    from megatron_hybrid.parallel.launch import Launch, start_distributed
-    from megatron_hybrid.train.measure import random_batches
+    from megatron_hybrid.launch.environment import Launch
+    from megatron_hybrid.launch.start import start_distributed
+    from megatron_hybrid.profiling.engine_steps import random_batches
 
     groups = start_distributed(Launch.from_environment(), _parallel(), seed=0, quiet=True)
     host, started = HostPeak(), time.perf_counter()
@@ -151,7 +152,7 @@ def rows_of(name: str, found: dict, parameters: int) -> list[dict]:
 
 
 def main() -> None:
-    from megatron_hybrid.config.flops import count_parameters
+    from megatron_hybrid.arch.flops import count_parameters
     from megatron_hybrid.config.presets import olmo_hybrid_7b
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

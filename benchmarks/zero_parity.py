@@ -20,10 +20,10 @@ CURVE = dict(steps=20, lr=3e-3)
 def main() -> None:
     from report import bounded, write
 
-    from tests import jobs
+    from testing import jobs
+    from testing.ranks import RankPool
     from tests.distributed.test_deepspeed import MODEL, run, values_that_differ
     from tests.distributed.test_same_curve import TRAIN, layout, relative_difference
-    from tests.ranks import RankPool
 
     pool, rows = RankPool(), []
     (expected,) = pool.run(jobs.curve, 1, model=MODEL, parallel=layout(), train=TRAIN, **CURVE)

@@ -56,7 +56,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def ranks():
-    """`ranks.run(function, world_size, **kwargs)`: the function on that many gloo ranks (tests/ranks.py)."""
-    from tests.ranks import RankPool
+    """`ranks.run(function, world_size, **kwargs)`: the function on that many gloo ranks (testing/ranks.py)."""
+    from testing.ranks import RankPool
 
     return RankPool()

@@ -13,23 +13,31 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Room of megatron_hybrid -> the rooms it may import, besides itself.
 MAY_IMPORT: dict[str, set[str]] = {
-    "config": set(),
-    "planner": {"config"},
-    "observe": {"config"},
-    "data": {"config"},
-    "parallel": {"config"},
-    "precision": {"config", "parallel"},
-    "model": {"config", "parallel", "precision"},
-    "checkpoint": {"config", "parallel", "precision", "model"},
-    "train": {"config", "parallel", "precision", "model", "checkpoint", "data", "observe", "planner"},
-    "convert": {"config", "parallel", "model", "checkpoint", "data"},
-    "spec": {"config", "parallel", "model"},
+    "base": set(),
+    "arch": {"base"},
+    "config": {"base", "arch"},
+    "planner": {"base", "arch", "config"},
+    "observe": {"base", "config"},
+    "data": {"base", "arch", "config"},
+    "distributed": {"base", "config"},
+    "launch": {"base", "config", "distributed"},
+    "precision": {"base", "config"},
+    "mixers": {"base", "arch", "distributed", "precision"},
+    "model": {"base", "arch", "config", "distributed", "mixers", "precision"},
+    "spec": {"base", "arch", "distributed", "mixers", "model"},
+    "checkpoint": {"base", "arch", "config", "distributed", "model", "precision"},
+    "train": {
+        *("base", "arch", "config", "distributed", "launch", "precision", "mixers", "model", "checkpoint"),
+        *("data", "observe", "planner"),
+    },
+    "profiling": {"base", "arch", "config", "distributed", "launch", "precision", "train"},
+    "convert": {"base", "arch", "config", "distributed", "checkpoint", "data"},
 }
 # Libraries that only these rooms import. (train has no business with a kernel: the model calls them.)
 ONLY: dict[str, set[str]] = {
-    "megatron": {"parallel", "precision", "model", "checkpoint", "train", "spec"},
-    "hybrid_kernels": {"parallel", "precision", "model"},
-    "torch": set(MAY_IMPORT) - {"config", "planner"},
+    "megatron": {"distributed", "precision", "mixers", "model", "checkpoint", "train", "spec"},
+    "hybrid_kernels": {"distributed", "mixers", "model", "precision", "profiling"},
+    "torch": set(MAY_IMPORT) - {"base", "arch", "config", "planner"},
 }
 NO_TORCH = ("torch", "transformers", "safetensors.torch", "transformer_engine", "fla", "triton", "deepspeed")
 LONGEST_TOOL = 80
@@ -60,7 +68,7 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def room_of(path: Path) -> str | None:
-    """`config` for megatron_hybrid/config/model.py; None for megatron_hybrid/__init__.py."""
+    """`config` for megatron_hybrid/arch/model.py; None for megatron_hybrid/__init__.py."""
     parts = path.relative_to(ROOT / "megatron_hybrid").parts
     return parts[0] if len(parts) > 1 else None
 
@@ -124,7 +132,7 @@ def test_libraries_stay_in_their_rooms(library):
     assert not offences("megatron_hybrid", wrong)
 
 
-@pytest.mark.parametrize("room", ["config", "planner"])
+@pytest.mark.parametrize("room", ["base", "arch", "config", "planner"])
 def test_rooms_that_do_without_torch(room):
     if (ROOT / "megatron_hybrid" / room).exists():
         assert not offences(f"megatron_hybrid/{room}", lambda _, name: any(is_within(name, lib) for lib in NO_TORCH))

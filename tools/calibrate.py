@@ -8,11 +8,11 @@ import datetime
 import json
 from pathlib import Path
 
+from megatron_hybrid.base.errors import no_traceback
+from megatron_hybrid.base.numbers import positive
 from megatron_hybrid.config.command_line import CommandLine, check_output_file
-from megatron_hybrid.config.errors import no_traceback
-from megatron_hybrid.config.numbers import positive
 from megatron_hybrid.config.presets import preset
-from megatron_hybrid.parallel import stop_signals
+from megatron_hybrid.launch import stop_signals
 
 
 def main() -> None:
@@ -35,9 +35,11 @@ def main() -> None:
         import torch
 
         from megatron_hybrid.config.parallel import ParallelConfig
-        from megatron_hybrid.parallel.device import has_cuda
-        from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
-        from megatron_hybrid.parallel.rates import collective_points, device_points
+        from megatron_hybrid.distributed.device import has_cuda
+        from megatron_hybrid.distributed.process_groups import stop_distributed
+        from megatron_hybrid.launch.environment import Launch
+        from megatron_hybrid.launch.start import start_distributed
+        from megatron_hybrid.profiling.device_rates import collective_points, device_points
 
         launch = Launch.from_environment()
         start_distributed(launch, ParallelConfig(), seed=0)

@@ -10,7 +10,7 @@ import sys
 from rich.console import Console
 from rich.progress import Progress
 
-from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.base.errors import no_traceback
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.data.agreement import refuse, run_disagreements, warn
 from megatron_hybrid.data.build import build_train_and_validation

@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_hybrid.base.numbers import non_negative
 from megatron_hybrid.config.command_line import CommandLine
-from megatron_hybrid.config.numbers import non_negative
 from megatron_hybrid.convert.command import DTYPES, convert
 from megatron_hybrid.convert.from_hf import from_huggingface
 

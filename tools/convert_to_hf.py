@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_hybrid.base.numbers import positive
 from megatron_hybrid.config.command_line import CommandLine
-from megatron_hybrid.config.numbers import positive
 from megatron_hybrid.convert.command import DTYPES, convert, size
 from megatron_hybrid.convert.to_hf import MAX_SHARD_BYTES, to_huggingface
 

@@ -4,9 +4,9 @@ import json
 import math
 import sys
 
+from megatron_hybrid.base.errors import UserError, no_traceback
+from megatron_hybrid.base.numbers import positive
 from megatron_hybrid.config.command_line import CommandLine
-from megatron_hybrid.config.errors import UserError, no_traceback
-from megatron_hybrid.config.numbers import positive
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse()
     with no_traceback():
-        from megatron_hybrid.parallel.launch import stop_distributed
+        from megatron_hybrid.distributed.process_groups import stop_distributed
         from megatron_hybrid.train.inference import load_model, mean_loss, open_evaluation_data
 
         model = load_model(arguments.checkpoint)

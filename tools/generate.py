@@ -3,9 +3,9 @@
 import io
 import sys
 
+from megatron_hybrid.base.errors import no_traceback
+from megatron_hybrid.base.numbers import non_negative, non_negative_real, positive
 from megatron_hybrid.config.command_line import CommandLine
-from megatron_hybrid.config.errors import no_traceback
-from megatron_hybrid.config.numbers import non_negative, non_negative_real, positive
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
     with no_traceback():
         from megatron_hybrid.data.streaming import ContinuationText
-        from megatron_hybrid.parallel.launch import stop_distributed
+        from megatron_hybrid.distributed.process_groups import stop_distributed
         from megatron_hybrid.train.inference import check_generation, generate, load_model, tokenize_prompt
 
         model = load_model(arguments.checkpoint)

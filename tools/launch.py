@@ -10,10 +10,10 @@ import argparse
 import os
 import sys
 
+from megatron_hybrid.base.errors import no_traceback
+from megatron_hybrid.base.numbers import positive
 from megatron_hybrid.config.command_line import CommandLine
-from megatron_hybrid.config.errors import no_traceback
-from megatron_hybrid.config.numbers import positive
-from megatron_hybrid.parallel.node import run_node
+from megatron_hybrid.launch.node import run_node
 
 
 def main() -> None:

@@ -4,15 +4,15 @@ Under tools/launch.py, torchrun, mpirun or srun, as tools/pretrain.py, which doe
 Exit codes: 0 ready; 75 stopped by a signal; 78 not ready, or a wrong command line or configuration.
 """
 
-from megatron_hybrid.parallel import stop_signals
+from megatron_hybrid.launch import stop_signals
 
 
 def main() -> None:
     stop_signals.watch()  # before the imports that take time
+    from megatron_hybrid.base.errors import no_traceback
     from megatron_hybrid.config.command_line import RunCommandLine
-    from megatron_hybrid.config.errors import no_traceback
     from megatron_hybrid.config.load import load_run
-    from megatron_hybrid.parallel.environment import Launch
+    from megatron_hybrid.launch.environment import Launch
 
     arguments = RunCommandLine(__doc__).parse()
     with no_traceback():

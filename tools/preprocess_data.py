@@ -12,9 +12,9 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_hybrid.base.errors import BAD_INPUT
+from megatron_hybrid.base.numbers import positive
 from megatron_hybrid.config.command_line import CommandLine
-from megatron_hybrid.config.errors import BAD_INPUT
-from megatron_hybrid.config.numbers import positive
 from megatron_hybrid.data.preprocess import describe_skipped, parse_split, preprocess
 from megatron_hybrid.data.records import ReadOptions
 

@@ -10,17 +10,17 @@ gives ranks 30 seconds after SIGTERM; tools/launch.py keeps both as they are.
 
 import sys
 
-from megatron_hybrid.parallel import stop_signals
+from megatron_hybrid.launch import stop_signals
 
 
 def main() -> None:
     stop_signals.watch()  # before the imports that take time
+    from megatron_hybrid.base.errors import REQUEUE, no_traceback
+    from megatron_hybrid.base.numbers import positive
     from megatron_hybrid.config.command_line import RunCommandLine
-    from megatron_hybrid.config.errors import REQUEUE, no_traceback
     from megatron_hybrid.config.load import load_run
-    from megatron_hybrid.config.numbers import positive
     from megatron_hybrid.config.run_dir import check_run_dir
-    from megatron_hybrid.parallel.environment import Launch
+    from megatron_hybrid.launch.environment import Launch
 
     parser = RunCommandLine(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run, look at its files, and stop")

@@ -9,9 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
+from megatron_hybrid.base.errors import no_traceback
+from megatron_hybrid.base.numbers import non_negative, positive
 from megatron_hybrid.config.command_line import CommandLine
-from megatron_hybrid.config.errors import no_traceback
-from megatron_hybrid.config.numbers import non_negative, positive
 from megatron_hybrid.planner.command import Question, answer
 
 

@@ -1,3 +1,3 @@
-from megatron_hybrid.parallel.quiet import silence_known_warnings
+from megatron_hybrid.distributed.quiet import silence_known_warnings
 
 silence_known_warnings()

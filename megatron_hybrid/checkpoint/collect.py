@@ -85,7 +85,7 @@ class Collector:
     of its own masters, rounded, and what it loads are the masters, which `set_parameters` hands to the parameters.
 
     Args:
-        optimizer_shards: parameter -> its OptimizerShard on this rank (train/optimizer.py); empty: weights only.
+        optimizer_shards: parameter -> its OptimizerShard on this rank (train/optimizers/megatron.py); empty: weights only.
         optimizer_sharded: whether the data parallel ranks share that state out, or each has all of it.
     """
 

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import model_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
 SAVING, DELETING = ".saving-", ".deleting-"

@@ -5,7 +5,7 @@
         rank-00000.safetensors      what each rank wrote, of a large part the first 4 GiB
         rank-00000-001.safetensors  the next
 
-The index speaks of true tensors (config/tensors.py): no padding, no packing, no layout. A tensor's shards are boxes of it;
+The index speaks of true tensors (arch/tensors.py): no padding, no packing, no layout. A tensor's shards are boxes of it;
 a shard of optimizer state may be a range of its box, flattened, because the distributed optimizer splits that way.
 
 megatron-core's own `torch_dist` format keeps its metadata and its common state in pickles and gathers the distributed
@@ -20,8 +20,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.config.errors import UserError
-from megatron_hybrid.config.lfs import refuse_lfs_pointer
+from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.base.lfs import refuse_lfs_pointer
 
 FORMAT = "megatron_hybrid/1"
 INDEX = "index.json"

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.checkpoint.folders import DELETING, SAVING, check_same_tensors, checkpoint_step
 from megatron_hybrid.checkpoint.format import Index
 from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, write_rank
-from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.run import CheckpointConfig
 
 

@@ -4,10 +4,10 @@ from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING
 
-from megatron_hybrid.config import nearest
-from megatron_hybrid.config.errors import ConfigError, Problems, join
+from megatron_hybrid.arch.padding import PaddedSizes
+from megatron_hybrid.base import nearest
+from megatron_hybrid.base.errors import ConfigError, Problems, join
 from megatron_hybrid.config.fp8_checks import check_precision
-from megatron_hybrid.config.padding import PaddedSizes
 from megatron_hybrid.config.zero import check_engine
 
 if TYPE_CHECKING:

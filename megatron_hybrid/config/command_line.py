@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_hybrid.config import nearest
-from megatron_hybrid.config.errors import BAD_INPUT, ConfigError
+from megatron_hybrid.base import nearest
+from megatron_hybrid.base.errors import BAD_INPUT, ConfigError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.translate import fields_called
 

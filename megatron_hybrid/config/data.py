@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_hybrid.config.base import Section
-from megatron_hybrid.config.errors import Problems
+from megatron_hybrid.base.errors import Problems
+from megatron_hybrid.base.section import Section
 
 
 class SourceConfig(Section):

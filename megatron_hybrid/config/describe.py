@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from megatron_hybrid.config import flops
+from megatron_hybrid.arch import flops
+from megatron_hybrid.arch.model import LAYER_KINDS, fold_pattern
 from megatron_hybrid.config.load import dump_run
-from megatron_hybrid.config.model import LAYER_KINDS, fold_pattern
 from megatron_hybrid.config.run import RunConfig
 
 _PART_NAMES = {"embedding": "embedding", "final_norm": "final norm", "output": "output", **LAYER_KINDS}

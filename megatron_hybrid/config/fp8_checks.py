@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_hybrid.config import nearest
-from megatron_hybrid.config.errors import Problems
-from megatron_hybrid.config.padding import FP8_ALIGNMENT, PaddedSizes, round_up
+from megatron_hybrid.arch.padding import FP8_ALIGNMENT, PaddedSizes, round_up
+from megatron_hybrid.base import nearest
+from megatron_hybrid.base.errors import Problems
 
 if TYPE_CHECKING:
     from megatron_hybrid.config.run import RunConfig

@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_hybrid.config import nearest, presets, yaml_text
-from megatron_hybrid.config.errors import ConfigError, Problems, join, shown
+from megatron_hybrid.base import nearest, yaml_text
+from megatron_hybrid.base.errors import ConfigError, Problems, join, shown
+from megatron_hybrid.config import presets
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.translate import field_at, translate
 

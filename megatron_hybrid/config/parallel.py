@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from megatron_hybrid.config.base import Section
-from megatron_hybrid.config.errors import ConfigError, Problems
+from megatron_hybrid.base.errors import ConfigError, Problems
+from megatron_hybrid.base.section import Section
 
 LARGEST_OVERLAP = 8
 """Tensor parallel ranks under tp_comm_overlap: as many as Transformer Engine's CUDA IPC buffers have peers."""

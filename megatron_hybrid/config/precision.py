@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from megatron_hybrid.config.base import Section
-from megatron_hybrid.config.errors import Problems
+from megatron_hybrid.base.errors import Problems
+from megatron_hybrid.base.section import Section
 
 
 class PrecisionConfig(Section):

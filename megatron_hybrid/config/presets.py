@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_hybrid.config import nearest
-from megatron_hybrid.config.errors import ConfigError, shown
-from megatron_hybrid.config.model import GatedDeltaNetConfig, ModelConfig
+from megatron_hybrid.arch.model import GatedDeltaNetConfig, ModelConfig
+from megatron_hybrid.base import nearest
+from megatron_hybrid.base.errors import ConfigError, shown
 
 
 def olmo_hybrid_7b() -> ModelConfig:

@@ -4,11 +4,12 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_hybrid.config import checks, nearest
-from megatron_hybrid.config.base import Section
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.base import nearest
+from megatron_hybrid.base.errors import ConfigError
+from megatron_hybrid.base.section import Section
+from megatron_hybrid.config import checks
 from megatron_hybrid.config.data import DataConfig
-from megatron_hybrid.config.errors import ConfigError
-from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig

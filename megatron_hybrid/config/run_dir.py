@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.config.tensors import model_tensors
 
 _PROBE_BYTES = 1 << 16
 

@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_hybrid.config import nearest
-from megatron_hybrid.config.base import Section
-from megatron_hybrid.config.errors import ConfigError, Problems
+from megatron_hybrid.base import nearest
+from megatron_hybrid.base.errors import ConfigError, Problems
+from megatron_hybrid.base.section import Section
 
 
 class OptimizerConfig(Section):

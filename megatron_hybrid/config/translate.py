@@ -7,9 +7,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from megatron_hybrid.config import nearest
-from megatron_hybrid.config.base import Section
-from megatron_hybrid.config.errors import ConfigError, join, shown
+from megatron_hybrid.base import nearest
+from megatron_hybrid.base.errors import ConfigError, join, shown
+from megatron_hybrid.base.section import Section
 
 Location = tuple[int | str, ...]
 

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_hybrid.config.base import Section
-from megatron_hybrid.config.errors import Problems, join, shown
+from megatron_hybrid.base.errors import Problems, join, shown
+from megatron_hybrid.base.section import Section
 
 if TYPE_CHECKING:
     from megatron_hybrid.config.run import RunConfig

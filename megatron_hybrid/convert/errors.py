@@ -1,6 +1,6 @@
 """What a conversion says when it cannot be done."""
 
-from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.base.errors import UserError
 
 
 class ConversionError(UserError):

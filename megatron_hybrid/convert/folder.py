@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.config.lfs import refuse_lfs_pointer
+from megatron_hybrid.base.lfs import refuse_lfs_pointer
 from megatron_hybrid.convert.errors import ConversionError
 
 MAX_JSON_BYTES = 16 << 20

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.checkpoint.origin import Origin
-from megatron_hybrid.config.tensors import TensorSpec, model_tensors
 from megatron_hybrid.convert.hf_reader import HuggingFaceFolder, open_huggingface
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files
 from megatron_hybrid.convert.original_files import left_out, original_files

@@ -3,9 +3,9 @@
 from collections import Counter
 from typing import Any
 
+from megatron_hybrid.arch.model import LAYER_KINDS, ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.format import Index
-from megatron_hybrid.config.model import LAYER_KINDS, ModelConfig
-from megatron_hybrid.config.tensors import model_tensors
 
 _CARD = """---
 library_name: transformers

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_hybrid.config.model import ModelConfig, fold_pattern
+from megatron_hybrid.arch.model import ModelConfig, fold_pattern
 from megatron_hybrid.config.translate import translate
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf_fields import Fields

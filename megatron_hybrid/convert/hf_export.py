@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf_config import ARCHITECTURES, LAYER_TYPES, OUTPUT_NORM_EPS
 from megatron_hybrid.convert.hf_fields import WRITTEN_BACK

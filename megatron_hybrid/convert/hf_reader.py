@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import TensorSpec, model_tensors
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.folder import has_file, read_json, regular_file
 from megatron_hybrid.convert.hf_config import read_config

@@ -1,8 +1,8 @@
-"""The true tensors' names (config/tensors.py) in transformers' `olmo_hybrid` and `olmo3` models, in every spelling met."""
+"""The true tensors' names (arch/tensors.py) in transformers' `olmo_hybrid` and `olmo3` models, in every spelling met."""
 
 import re
 
-from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 
 _OUTSIDE = {
     "embedding.weight": "model.embed_tokens.weight",

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.checkpoint.format import state_name
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import TensorSpec, model_tensors
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.folder import has_file, read_json, regular_file
 from megatron_hybrid.convert.from_hf import MAX_FILE_BYTES, our_dtype

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_hybrid.config.model import ModelConfig, fold_pattern
+from megatron_hybrid.arch.model import ModelConfig, fold_pattern
 from megatron_hybrid.config.translate import translate
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.olmo_core_section import Section

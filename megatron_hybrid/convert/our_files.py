@@ -6,6 +6,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.base import yaml_text
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.checkpoint.format import (
     INDEX,
     CheckpointError,
@@ -15,10 +19,6 @@ from megatron_hybrid.checkpoint.format import (
     read_index,
     state_name,
 )
-from megatron_hybrid.config import yaml_text
-from megatron_hybrid.config.errors import ConfigError
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import model_tensors
 from megatron_hybrid.config.translate import translate
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.folder import regular_file

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.checkpoint.origin import longest_sequence
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import TensorSpec, model_tensors
 from megatron_hybrid.convert.hf_card import model_card
 from megatron_hybrid.convert.hf_export import DEFAULT_POSITIONS, hf_from_model
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files, write_text

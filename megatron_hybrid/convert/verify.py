@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_hybrid.config.tensors import model_tensors
+from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.convert.compare import TORCH_DTYPES, Difference, compare_blocks, rows_limit
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf_reader import HuggingFaceFolder, open_huggingface

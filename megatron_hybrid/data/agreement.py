@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.config.data import DataConfig
-from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.summary import StatedData, read_summary
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer, vocabulary_sha256

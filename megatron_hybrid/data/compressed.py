@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_hybrid.config.lfs import LFS_REMEDY, POINTER_BYTES, is_lfs_pointer
+from megatron_hybrid.base.lfs import LFS_REMEDY, POINTER_BYTES, is_lfs_pointer
 from megatron_hybrid.data.errors import BadRecord, DataError
 
 _CHUNK = 1 << 16

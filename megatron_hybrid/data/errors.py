@@ -1,6 +1,6 @@
 """Errors about data, for the person who gave it."""
 
-from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.base.errors import UserError
 
 
 class DataError(UserError):

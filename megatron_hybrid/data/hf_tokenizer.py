@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.config.lfs import refuse_lfs_pointer
+from megatron_hybrid.base.lfs import refuse_lfs_pointer
 from megatron_hybrid.data.errors import DataError
 
 _OBJECTS = (

@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megatron_hybrid.config.lfs import refuse_lfs_pointer
+from megatron_hybrid.base.lfs import refuse_lfs_pointer
 from megatron_hybrid.data.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.base.errors import UserError
 
 Batch = dict[str, torch.Tensor]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_hybrid.config.lfs import LFS_REMEDY, is_lfs_pointer
+from megatron_hybrid.base.lfs import LFS_REMEDY, is_lfs_pointer
 from megatron_hybrid.data.errors import DataError
 
 PROBE_BYTES = 16 << 10

@@ -12,8 +12,8 @@ from glob import glob
 
 import numpy as np
 
+from megatron_hybrid.base.lfs import refuse_lfs_pointer
 from megatron_hybrid.config.data import SourceConfig
-from megatron_hybrid.config.lfs import refuse_lfs_pointer
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.indexed import Index, read_index
 from megatron_hybrid.data.raw_tokens import fitting_types, raw_dtype

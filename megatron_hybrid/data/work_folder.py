@@ -17,7 +17,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.config.process import ProcessIdentity
+from megatron_hybrid.base.process import ProcessIdentity
 from megatron_hybrid.data.errors import DataError
 
 SUFFIXES = (".json", ".bin", ".idx")

@@ -7,11 +7,11 @@ import torch
 
 from hybrid_kernels.linear_cross_entropy import explain as explain_linear_cross_entropy
 from megatron_hybrid.config.precision import PrecisionConfig
-from megatron_hybrid.model.attention import SelfAttention
-from megatron_hybrid.model.gated_delta_net import GatedDeltaNet
+from megatron_hybrid.distributed.tp_comm_overlap import WORDS
+from megatron_hybrid.mixers.attention.module import SelfAttention
+from megatron_hybrid.mixers.gated_delta_net.module import GatedDeltaNet
 from megatron_hybrid.model.megatron_config import apex_weight_gradients
 from megatron_hybrid.model.parts import LOCAL, Parts, choose_parts
-from megatron_hybrid.model.tp_overlap import WORDS
 from megatron_hybrid.precision.attention_probe import probe_attention
 
 Row = tuple[str, str, str, str, str]

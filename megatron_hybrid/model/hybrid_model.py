@@ -7,8 +7,8 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.padding import PaddedSizes
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm
@@ -70,7 +70,7 @@ class HybridLanguageModel(HybridModel):
             self.output_layer.__class__ = OutputLayer  # megatron-core has no slot for it
 
     def _scaled_rotary_embedding(self) -> YarnRotaryEmbedding | None:
-        """YaRN's angles for A layers. Its attention factor is part of their softmax scale (model/attention.py)."""
+        """YaRN's angles for A layers. Its attention factor is part of their softmax scale (mixers/attention/module.py)."""
         scaling = self.model.rope_scaling
         if scaling is None:
             return None
@@ -106,7 +106,7 @@ class HybridLanguageModel(HybridModel):
     ) -> torch.Tensor | Losses:
         """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the Losses (z_loss is the weight
         of the z-loss), means over these tokens. On a stage that is not the last: hidden states [s, b, h], of this rank's tokens.
-        Under context parallelism s is this rank's slice of every sequence (parallel/context.py).
+        Under context parallelism s is this rank's slice of every sequence (distributed/context_parallel.py).
 
         megatron-core's own forward has inference and multi-token prediction in it as well, and always makes all logits.
         """

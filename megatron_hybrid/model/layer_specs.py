@@ -14,9 +14,9 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_hybrid.config.model import GatedDeltaNetConfig, ModelConfig
-from megatron_hybrid.model.attention import AttentionSizes, SelfAttention, SelfAttentionSubmodules
-from megatron_hybrid.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron_hybrid.arch.model import GatedDeltaNetConfig, ModelConfig
+from megatron_hybrid.mixers.attention.module import AttentionSizes, SelfAttention, SelfAttentionSubmodules
+from megatron_hybrid.mixers.gated_delta_net.module import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron_hybrid.model.norms import RowParallelLinearWithNorm
 from megatron_hybrid.model.parts import Parts
 
@@ -39,9 +39,7 @@ def gdn_layer_spec(gdn: GatedDeltaNetConfig, parts: Parts, mlp: bool = True) -> 
     keys = _KEYS_OF_FUSED_NORMS if parts.norm_column_linear is None else {}
     second = {}
     if mlp:
-        second = dict(
-            pre_mlp_layernorm=norm, mlp=_mlp(parts, linear, parts.row_linear), mlp_bda=get_bias_dropout_add
-        )
+        second = dict(pre_mlp_layernorm=norm, mlp=_mlp(parts, linear, parts.row_linear), mlp_bda=get_bias_dropout_add)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -83,6 +81,4 @@ def attention_layer_spec(sizes: AttentionSizes | None, parts: Parts) -> ModuleSp
 def stack_submodules(model: ModelConfig, parts: Parts) -> HybridStackSubmodules:
     """Return the specs for megatron-core's slots `G` and `*`."""
     gdn = gdn_layer_spec(model.gdn, parts) if model.gdn else IdentityOp
-    return HybridStackSubmodules(
-        gdn_layer=gdn, attention_layer=attention_layer_spec(AttentionSizes.of(model), parts)
-    )
+    return HybridStackSubmodules(gdn_layer=gdn, attention_layer=attention_layer_spec(AttentionSizes.of(model), parts))

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.padding import PaddedSizes
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
-from megatron_hybrid.model.tp_overlap import scatters_gradients
-from megatron_hybrid.parallel.device import has_cuda
+from megatron_hybrid.distributed.device import has_cuda
+from megatron_hybrid.distributed.tp_comm_overlap import scatters_gradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -89,7 +89,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         sequence_parallel=parallel.sequence_parallel_on,
         tp_comm_overlap=parallel.tp_comm_overlap,
-        tp_comm_bulk_dgrad=False,  # NCCL's, which overlap these products as well (model/tp_overlap.py)
+        tp_comm_bulk_dgrad=False,  # NCCL's, which overlap these products as well (distributed/tp_comm_overlap.py)
         tp_comm_bulk_wgrad=False,
         tp_comm_overlap_rs_dgrad=scatters_gradients(parallel, precision),
         params_dtype=params_dtype,

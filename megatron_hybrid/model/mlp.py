@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.mlp import MLP
 
-from megatron_hybrid.model.recompute import between_linears
+from megatron_hybrid.mixers.recompute import between_linears
 
 
 class SwiGLU(MLP):

@@ -5,12 +5,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
-from megatron_hybrid.config.errors import UserError
-
-
-def parameter_device(config) -> torch.device | int:
-    """The device on which megatron-core's linears make their parameters, too."""
-    return torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.distributed.device import parameter_device
 
 
 def _ones(size: int, config) -> nn.Parameter:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.padding import PaddedSizes
-from megatron_hybrid.config.tensors import model_tensors
-from megatron_hybrid.model.tensor_slices import Piece, TensorSlices, attention_pieces, gdn_pieces
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.padding import PaddedSizes
+from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.mixers.tensor_slices import Piece, TensorSlices, attention_pieces, gdn_pieces
 
 __all__ = ["ParamLayout", "Piece"]
 

@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.precision import PrecisionConfig
-from megatron_hybrid.model.attention import ScaledDotProductAttention
+from megatron_hybrid.distributed.device import has_cuda
+from megatron_hybrid.mixers.attention.module import ScaledDotProductAttention
 from megatron_hybrid.model.mlp import SwiGLU
 from megatron_hybrid.model.norms import RMSNorm
-from megatron_hybrid.parallel.device import has_cuda
 from megatron_hybrid.precision.support import check_support
 
 
@@ -69,3 +69,19 @@ def choose_parts(precision: PrecisionConfig, dtype: str) -> tuple[Parts, str]:
     if precision.fp8:
         raise ConfigError.at("precision.linear", f"{precision.linear} cannot run: {obstacle}; set it to null")
     return LOCAL, obstacle
+
+
+def require_transformer_engine(field: str, precision: PrecisionConfig, dtype: str) -> None:
+    """Check that the layers of a run are built from Transformer Engine's modules.
+
+    Args:
+        field: the configuration field that needs them.
+
+    Raises:
+        ConfigError: they are not; the message says why.
+    """
+    parts, reason = choose_parts(precision, dtype)
+    if parts is LOCAL:
+        raise ConfigError.at(
+            field, f"true needs Transformer Engine's modules, which cannot run: {reason}; set it to false"
+        )

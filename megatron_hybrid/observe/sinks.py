@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.config.run import LoggingConfig
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Literal
 
-from megatron_hybrid.config.model import LayerKind
+from megatron_hybrid.arch.model import LayerKind
 from megatron_hybrid.planner.plan import Plan, Widths
 
 Recompute = Literal["none", "selective", "full"]

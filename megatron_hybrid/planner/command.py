@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.command_line import check_output_file
-from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.planner import measured, plot, report
 from megatron_hybrid.planner.emit import base_run, emitted

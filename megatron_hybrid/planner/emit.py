@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.config import presets, yaml_text
+from megatron_hybrid.base import yaml_text
+from megatron_hybrid.base.errors import ConfigError, shown
+from megatron_hybrid.config import presets
 from megatron_hybrid.config.command_line import read_text
-from megatron_hybrid.config.errors import ConfigError, shown
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.plan import Plan

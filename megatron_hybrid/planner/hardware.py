@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.config import nearest, yaml_text
+from megatron_hybrid.base import nearest, yaml_text
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.command_line import read_text
-from megatron_hybrid.config.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "gpus"
 TOKENS = 8192

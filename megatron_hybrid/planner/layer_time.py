@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from megatron_hybrid.config.model import LayerKind
+from megatron_hybrid.arch.model import LayerKind
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.activations import LOGITS_CHUNK_BYTES
 from megatron_hybrid.planner.hardware import Hardware, Rate

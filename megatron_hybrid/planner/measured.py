@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.config import yaml_text
+from megatron_hybrid.base import yaml_text
+from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.config.command_line import read_text
-from megatron_hybrid.config.errors import ConfigError, UserError
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.emit import emitted
@@ -140,7 +140,15 @@ def measure(run: RunConfig, candidate: Candidate, steps: int = 10) -> dict[str, 
         config = Path(folder) / "run.yaml"
         config.write_text(dump_run(emitted(run, plan)), encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.world_size)]
-        command = [sys.executable, *launcher, "-m", "megatron_hybrid.train.measure", str(config), "--steps", str(steps)]
+        command = [
+            sys.executable,
+            *launcher,
+            "-m",
+            "megatron_hybrid.profiling.engine_steps",
+            str(config),
+            "--steps",
+            str(steps),
+        ]
         done = _run(command)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

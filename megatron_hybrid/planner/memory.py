@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from megatron_hybrid.config.model import LAYER_KINDS, LayerKind
+from megatron_hybrid.arch.model import LAYER_KINDS, LayerKind
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.activations import Setting, head_bytes, layer_bytes
 from megatron_hybrid.planner.parameters import MATRICES, dummy_head_parameters, layer_parameters, rank_state
@@ -170,8 +170,11 @@ def _dummy_weight_gradients(plan: Plan, chunks: tuple[Chunk, ...]) -> float:
 
 
 def _exchange_buffers(plan: Plan) -> float:
-    """Transformer Engine's user buffers (model/tp_overlap.py), outside of PyTorch's memory: eight that gather, whichever are used,
-    two that a kernel would scatter from, and two that copies do, with a place for every other rank's piece."""
+    """Return the bytes of Transformer Engine's user buffers (distributed/tp_comm_overlap.py), outside of PyTorch's memory.
+
+    There are eight buffers that gather, whichever are used, two that a kernel would scatter from, and two that copy
+    engines scatter from, with room for the chunk of every other rank.
+    """
     if not plan.parallel.tp_comm_overlap:
         return 0.0
     some_in_bf16 = plan.precision.bf16_layers_at_start + plan.precision.bf16_layers_at_end > 0

@@ -1,8 +1,8 @@
-"""How long collectives take, by where their ranks are.
+"""Predict the time of collectives from where their ranks are.
 
-Ranks are numbered tensor parallel first, then context, data, pipeline (parallel/launch.py). A group inside one node talks over
-NVLink. One that spans nodes runs rings through the network, each of its GPUs in a node with its own share of it; a ring
-is as fast as its slowest wire, and its latency adds up hop by hop.
+Ranks are numbered tensor parallel first, then context, data, pipeline (distributed/process_groups.py). A group inside one
+node communicates over NVLink. A group that spans nodes runs rings through the network, and each of its GPUs in a node has
+its share of the bandwidth. A ring is as fast as its slowest link, and its latency adds up hop by hop.
 """
 
 from dataclasses import dataclass

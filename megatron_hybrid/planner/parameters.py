@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_hybrid.config.model import LayerKind, ModelConfig
+from megatron_hybrid.arch.model import LayerKind, ModelConfig
 from megatron_hybrid.planner.plan import Chunk, Plan, Widths
 
 PARAMETER_ALIGNMENT = 64  # elements, param_layout.py:pad_param_start

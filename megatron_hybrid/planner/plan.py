@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from megatron_hybrid.config.model import LayerKind, ModelConfig
-from megatron_hybrid.config.padding import PackedWidths, PaddedSizes
+from megatron_hybrid.arch.model import LayerKind, ModelConfig
+from megatron_hybrid.arch.padding import PackedWidths, PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import RunConfig

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.planner.report import heading
 from megatron_hybrid.planner.search import Answer
 

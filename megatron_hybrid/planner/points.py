@@ -1,11 +1,11 @@
-"""From measured points (parallel/rates.py) to a hardware file's rates."""
+"""From measured points (profiling/device_rates.py) to a hardware file's rates."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.planner.fit import nonnegative
 from megatron_hybrid.planner.hardware import TOKENS, Hardware, Link, Rate
 from megatron_hybrid.planner.plan import Widths

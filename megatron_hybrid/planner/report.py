@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from megatron_hybrid.config.errors import ConfigError, shown
+from megatron_hybrid.base.errors import ConfigError, shown
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.search import Answer, Candidate, Job, Rejection, degrees_of
 

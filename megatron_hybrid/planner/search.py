@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.config import checks
 from megatron_hybrid.config.data import DataConfig, SourceConfig
-from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import LARGEST_OVERLAP, ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import RunConfig

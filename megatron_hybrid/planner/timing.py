@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_hybrid.config.flops import training_flops_per_token
-from megatron_hybrid.config.model import LayerKind
+from megatron_hybrid.arch.flops import training_flops_per_token
+from megatron_hybrid.arch.model import LayerKind
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.layer_time import HIDDEN, Layers, Parts, scaled

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.base.errors import ConfigError
 
 LARGEST_ERROR = 0.15
 """Of FP8 attention, relative, on normal data: right versions err by 0.06, wrong ones by 0.37."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.precision import PrecisionConfig
 
 CUDNN_OF_ATTENTION = (9, 19, 0)

@@ -4,9 +4,9 @@ from megatron.core.models.hybrid import hybrid_block
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.distributed.device import has_cuda, use_cpu_backend
 from megatron_hybrid.model.norms import norm_of_config
-from megatron_hybrid.parallel.device import has_cuda, use_cpu_backend
 
 
 def enable_cpu_backend() -> None:
@@ -20,7 +20,9 @@ def enable_cpu_backend() -> None:
         UserError: a CUDA device is visible.
     """
     if has_cuda():
-        raise UserError("enable_cpu_backend: a CUDA device is visible; set CUDA_VISIBLE_DEVICES= (empty) or leave the call out")
+        raise UserError(
+            "enable_cpu_backend: a CUDA device is visible; set CUDA_VISIBLE_DEVICES= (empty) or leave the call out"
+        )
     use_cpu_backend()
     # norms that megatron-core gives no slot for: its own refuse sequence parallelism, or are Transformer Engine's
     WrappedTorchNorm.__new__ = staticmethod(lambda cls, *args, **kwargs: norm_of_config(*args, **kwargs))

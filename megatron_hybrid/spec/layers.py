@@ -8,14 +8,14 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_hybrid.config.errors import ConfigError, UserError
-from megatron_hybrid.config.model import GatedDeltaNetConfig
-from megatron_hybrid.model.attention import ScaledDotProductAttention
+from megatron_hybrid.arch.model import GatedDeltaNetConfig
+from megatron_hybrid.base.errors import ConfigError, UserError
+from megatron_hybrid.distributed.device import has_cuda
+from megatron_hybrid.mixers.attention.module import ScaledDotProductAttention
 from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm
 from megatron_hybrid.model.layer_specs import attention_layer_spec, gdn_layer_spec
 from megatron_hybrid.model.norms import norm_of_config
 from megatron_hybrid.model.parts import Parts
-from megatron_hybrid.parallel.device import has_cuda
 
 Backend = Literal["auto", "local", "transformer_engine"]
 
@@ -89,7 +89,12 @@ def _parts(backend: Backend) -> Parts:
         raise ConfigError.at("backend", f"{backend!r} is none of {', '.join(get_args(Backend))}")
     installed = find_spec("transformer_engine") is not None
     obstacle = next(
-        (why for there, why in ((has_cuda(), "no CUDA device is visible"), (installed, "it is not installed")) if not there), None
+        (
+            why
+            for there, why in ((has_cuda(), "no CUDA device is visible"), (installed, "it is not installed"))
+            if not there
+        ),
+        None,
     )
     if backend == "local" or (backend == "auto" and obstacle):
         return _local_parts()
@@ -101,7 +106,14 @@ def _parts(backend: Backend) -> Parts:
 def _local_parts() -> Parts:
     attention = ScaledDotProductAttention
     return Parts(
-        "megatron-core and torch", ColumnParallelLinear, None, RowParallelLinear, norm_of_config, attention, attention, MLP
+        "megatron-core and torch",
+        ColumnParallelLinear,
+        None,
+        RowParallelLinear,
+        norm_of_config,
+        attention,
+        attention,
+        MLP,
     )
 
 

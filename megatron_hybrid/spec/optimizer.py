@@ -3,7 +3,7 @@
 from megatron.core.optimizer import get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 
-from megatron_hybrid.model.gated_delta_net import ALWAYS_FP32
+from megatron_hybrid.mixers.gated_delta_net.module import ALWAYS_FP32
 
 
 def optimizer_config_overrides(config: OptimizerConfig) -> dict:

@@ -5,9 +5,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.base.errors import shown
 from megatron_hybrid.checkpoint.format import CheckpointError
-from megatron_hybrid.config.errors import shown
-from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.fingerprint import identity_changes
 

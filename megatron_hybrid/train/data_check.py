@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.build import build_train_and_validation

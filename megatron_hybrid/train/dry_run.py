@@ -6,9 +6,9 @@ from collections.abc import Callable
 from glob import glob, has_magic
 from pathlib import Path
 
+from megatron_hybrid.base.errors import Problems, UserError, join
 from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.config.data import SourceConfig
-from megatron_hybrid.config.errors import Problems, UserError, join
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import RunDirError, check_run_dir
 from megatron_hybrid.data.dataset import FixedLengthDataset

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.checkpoint.folders import find_checkpoint
 from megatron_hybrid.checkpoint.format import CheckpointError
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.data import DataConfig
-from megatron_hybrid.config.errors import UserError
-from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.translate import translate
@@ -26,10 +26,11 @@ from megatron_hybrid.data.agreement import checkpoint_disagreements, evaluation_
 from megatron_hybrid.data.build import build_train_and_validation
 from megatron_hybrid.data.dataset import FixedLengthDataset
 from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_hybrid.distributed.device import local_device
+from megatron_hybrid.launch.environment import Launch
+from megatron_hybrid.launch.start import start_distributed
 from megatron_hybrid.model.hybrid_model import HybridLanguageModel, build_model
 from megatron_hybrid.model.param_layout import ParamLayout
-from megatron_hybrid.parallel.device import local_device
-from megatron_hybrid.parallel.launch import Launch, start_distributed
 
 _BROKEN = "the checkpoint's weights are not finite, or too large; use an earlier checkpoint"
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_hybrid.config.errors import UserError
-from megatron_hybrid.parallel import stop_signals
+from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.launch import stop_signals
 
 MOST_RESTARTS = 3
 """Restarts of one job that may follow each other without a new step."""

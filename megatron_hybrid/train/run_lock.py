@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_hybrid.config.errors import BAD_INPUT, UserError
-from megatron_hybrid.config.process import ProcessIdentity
+from megatron_hybrid.base.errors import BAD_INPUT, UserError
+from megatron_hybrid.base.process import ProcessIdentity
 
 LOCK = "run.lock"
 BEAT_S = 10.0

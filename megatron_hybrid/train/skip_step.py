@@ -19,7 +19,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.config.train import SkipStepConfig
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.checkpoint.folders import (
     check_same_tensors,
     checkpoint_step,
@@ -16,7 +17,6 @@ from megatron_hybrid.checkpoint.folders import (
     find_checkpoint,
 )
 from megatron_hybrid.checkpoint.format import CheckpointError, read_index
-from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.train.changes import config_changes, data_changes, model_changes, refuse_changes
 from megatron_hybrid.train.run_lock import RunFolderError
@@ -116,7 +116,9 @@ def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] 
     now = config.model_dump(mode="json")
     before = index.run if "train" in index.run else {"model": theirs.model_dump(mode="json")}
     known = {name: now[name] for name in now if name in before}
-    return [f"changed since {start.folder.name}: {field} {text}" for field, text in config_changes(before, known).items()]
+    return [
+        f"changed since {start.folder.name}: {field} {text}" for field, text in config_changes(before, known).items()
+    ]
 
 
 def _check_work_left(config: RunConfig, folder: Path, step: int) -> None:

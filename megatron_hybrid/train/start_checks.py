@@ -7,16 +7,17 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.checkpoint.folders import checkpoint_step, complete_checkpoints
 from megatron_hybrid.checkpoint.manager import remove_remains
-from megatron_hybrid.config.errors import UserError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import checkpoint_bytes
 from megatron_hybrid.data.agreement import refuse, run_disagreements, warn
 from megatron_hybrid.data.sources import open_source
-from megatron_hybrid.parallel.environment import Launch
-from megatron_hybrid.parallel.launch import start_distributed, stop_distributed
-from megatron_hybrid.parallel.preflight import preflight
+from megatron_hybrid.distributed.process_groups import stop_distributed
+from megatron_hybrid.launch.environment import Launch
+from megatron_hybrid.launch.preflight import preflight
+from megatron_hybrid.launch.start import start_distributed
 from megatron_hybrid.train.interrupt import check_restarts
 from megatron_hybrid.train.run_lock import RunLock
 
@@ -55,7 +56,7 @@ def run_folder(run_dir: Path) -> Iterator[None]:
 
 
 def run_preflight(config: RunConfig, launch: Launch) -> None:
-    """The checks of parallel/preflight.py for this run.
+    """The checks of launch/preflight.py for this run.
 
     Raises:
         PreflightError: on every rank alike.

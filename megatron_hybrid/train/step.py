@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_hybrid.parallel.context import slice_of_sequences
-from megatron_hybrid.parallel.device import local_device
+from megatron_hybrid.distributed.context_parallel import slice_of_sequences
+from megatron_hybrid.distributed.device import local_device
 
 Batch = dict[str, Tensor]
 

@@ -7,23 +7,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_hybrid.arch.flops import training_flops_per_token
 from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.checkpoint.format import read_index
 from megatron_hybrid.checkpoint.manager import CheckpointManager
-from megatron_hybrid.config.flops import training_flops_per_token
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import check_run_dir
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.fingerprint import data_identity
 from megatron_hybrid.data.loader import BatchLoader
+from megatron_hybrid.distributed.device import has_cuda
+from megatron_hybrid.distributed.process_groups import stop_distributed
+from megatron_hybrid.launch.environment import Launch
+from megatron_hybrid.launch.start import start_distributed
 from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.observe.sinks import check_sinks
-from megatron_hybrid.parallel.device import has_cuda
-from megatron_hybrid.parallel.launch import Launch, start_distributed, stop_distributed
 from megatron_hybrid.planner.memory import expected
 from megatron_hybrid.train.data_check import open_data
-from megatron_hybrid.train.engine import build_engine
+from megatron_hybrid.train.engines.megatron import build_engine
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.schedules import learning_rate
 from megatron_hybrid.train.skip_step import SkipStep
@@ -129,7 +131,9 @@ class Trainer:
         for line in (*changes, str(self.start)):
             self.logger.info(line)
         if set_aside:
-            self.logger.info(f"later checkpoints and a copy of the metrics are in {set_aside}; remove it to free the space")
+            self.logger.info(
+                f"later checkpoints and a copy of the metrics are in {set_aside}; remove it to free the space"
+            )
 
     def __enter__(self) -> "Trainer":
         return self

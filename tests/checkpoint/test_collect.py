@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.padding import PackedWidths
+from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.checkpoint.collect import _select, range_of_piece
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.padding import PackedWidths
 from megatron_hybrid.config.presets import olmo_hybrid_7b, olmo_hybrid_tiny
-from megatron_hybrid.config.tensors import TensorSpec, model_tensors
 from megatron_hybrid.model.param_layout import ParamLayout, Piece
 
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
+from megatron_hybrid.base.errors import BAD_INPUT, ConfigError
+from megatron_hybrid.base.numbers import non_negative, positive
 from megatron_hybrid.config.command_line import CommandLine, RunCommandLine, check_output_file
-from megatron_hybrid.config.errors import BAD_INPUT, ConfigError
-from megatron_hybrid.config.numbers import non_negative, positive
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.describe import describe
-from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.load import load_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"

@@ -5,9 +5,9 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from megatron_hybrid.config.errors import ConfigError, no_traceback
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.base.errors import ConfigError, no_traceback
 from megatron_hybrid.config.load import load_run
-from megatron_hybrid.config.model import ModelConfig
 from tests.config.wrong_runs import RAMP, TINY, ZERO, Case, assert_named, each
 
 WRONG: list[Case] = [

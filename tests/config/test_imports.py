@@ -35,7 +35,7 @@ def test_import_is_fast() -> None:
 
 def test_wrong_config_fails_in_two_seconds_without_a_traceback() -> None:
     code = """
-from megatron_hybrid.config.errors import no_traceback
+from megatron_hybrid.base.errors import no_traceback
 from megatron_hybrid.config.load import load_run
 with no_traceback():
     load_run("examples/configs/pretrain_hybrid_7b.yaml", ["model.layer_pattern=GGGA*999999999"]).check_world(64)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_hybrid.config import presets, yaml_text
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.base import yaml_text
+from megatron_hybrid.base.errors import ConfigError
+from megatron_hybrid.config import presets
 from megatron_hybrid.config.load import dump_run, load_run
 from megatron_hybrid.config.run import RunConfig
 

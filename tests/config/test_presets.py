@@ -2,16 +2,16 @@
 
 import pytest
 
-from megatron_hybrid.config import presets
-from megatron_hybrid.config.flops import (
+from megatron_hybrid.arch.flops import (
     count_parameters,
     layer_training_flops,
     parameters_by_part,
     training_flops_by_part,
     training_flops_per_token,
 )
-from megatron_hybrid.config.model import GatedDeltaNetConfig, ModelConfig
-from megatron_hybrid.config.tensors import model_tensors
+from megatron_hybrid.arch.model import GatedDeltaNetConfig, ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.config import presets
 
 SMALL = ModelConfig(
     layer_pattern="GGA,WG",

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.describe import describe
-from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.translate import field_paths

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.load import load_run
 
 TINY = [

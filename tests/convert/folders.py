@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_hybrid.config.model import ModelConfig
-from tests.models import hybrid
-from tests.peers import transformers_model
+from megatron_hybrid.arch.model import ModelConfig
+from testing.models import hybrid
+from testing.peers import transformers_model
 
 BASE = hybrid("GGGA", 24, 3, 4, value_head_dim=10, ffn_hidden_size=40, vocab_size=67, eos_token_id=5, pad_token_id=6)
 GDN = BASE["gdn"]

@@ -7,8 +7,8 @@ import torch
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.run import CheckpointConfig
-from megatron_hybrid.parallel.context import slice_of_sequences
-from tests.jobs import make_engine
+from megatron_hybrid.distributed.context_parallel import slice_of_sequences
+from testing.jobs import make_engine
 
 _TRAIN = {"steps": 1, "global_batch_size": 1, "dtype": "fp32"}
 

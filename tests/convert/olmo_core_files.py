@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import model_tensors
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.convert.olmo_core import olmo_core_names
-from tests.peers import transformers_model, true_tensors_of
+from testing.peers import transformers_model, true_tensors_of
 from tools import convert_from_olmo_core
 
 NORM = dict(name="rms", eps=1e-6, bias=False)

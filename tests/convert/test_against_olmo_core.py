@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import model_tensors
 from megatron_hybrid.convert.olmo_core import olmo_core_names
 from megatron_hybrid.convert.verify import verify
 from tests.convert import jobs as convert_jobs

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf_config import ARCHITECTURES, model_from_hf
 from megatron_hybrid.convert.hf_export import hf_from_model

@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.load import load_run
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import model_tensors
 from megatron_hybrid.convert.hf_config import model_from_hf
 from megatron_hybrid.convert.hf_export import hf_from_model
 from megatron_hybrid.convert.verify import verify
+from testing.peers import true_tensors_of
 from tests.convert.folders import BASE, GDN, MODELS, OLMO3, SPELLINGS, edit_json, weights, write_folder
 from tests.data.files import save_tokenizer
-from tests.peers import true_tensors_of
 from tools import convert_from_hf, convert_to_hf, verify_checkpoint
 
 CASES = [(fields, spelling) for fields in MODELS.values() for spelling in SPELLINGS] + [(OLMO3, "transformers")]

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import model_tensors
 from megatron_hybrid.convert.olmo_core import olmo_core_names
 from megatron_hybrid.convert.olmo_core_config import model_from_olmo_core
 from megatron_hybrid.convert.verify import verify
+from testing.peers import transformers_model, true_tensors_of
 from tests.convert import jobs as convert_jobs
 from tests.convert.folders import BASE, MODELS, OLMO3, weights
 from tests.convert.olmo_core_files import olmo_core_config, olmo_core_state, save, to_ours
-from tests.peers import transformers_model, true_tensors_of
 
 CASES = {
     **{name: (fields, False) for name, fields in MODELS.items()},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.olmo_core import from_olmo_core
 from megatron_hybrid.convert.torch_checkpoint import METADATA, TorchCheckpoint

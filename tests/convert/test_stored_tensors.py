@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_hybrid.config.lfs import is_lfs_pointer
+from megatron_hybrid.base.lfs import is_lfs_pointer
 from megatron_hybrid.convert.verify import verify
 from tests.convert.folders import BASE, weights, write_folder
 from tests.convert.test_huggingface import equal, to_ours, to_theirs

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import model_tensors
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf_export import hf_from_model
 from megatron_hybrid.convert.job import split_into_files
 from megatron_hybrid.convert.names import huggingface_name
 from megatron_hybrid.convert.ranks import Ranks, find_ranks
 from megatron_hybrid.convert.safetensors_writer import OutputTensor
+from testing.models import hybrid
 from tests.convert.folders import BASE, write_folder
-from tests.models import hybrid
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = hybrid("GGGA*2", 512, 8, 48, ffn_hidden_size=4096, vocab_size=40_000)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from megatron_hybrid.convert.verify import verify
-from tests import jobs
+from testing import jobs
+from testing.models import hybrid
 from tests.convert import jobs as convert_jobs
 from tests.convert.folders import weights, write_folder
 from tests.convert.test_huggingface import equal, to_ours, to_theirs
-from tests.models import hybrid
 
 MODEL = hybrid("GGGA", 48, 6, 8)  # TP4 pads its heads to 8
 STEPS = 12

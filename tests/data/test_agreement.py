@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.config.data import DataConfig
-from megatron_hybrid.config.model import ModelConfig
 from megatron_hybrid.data.agreement import (
     checkpoint_disagreements,
     evaluation_disagreements,
@@ -17,8 +17,8 @@ from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.preprocess import preprocess
 from megatron_hybrid.data.summary import read_summary
 from megatron_hybrid.data.tokenizer import load_tokenizer, vocabulary_sha256
+from testing.models import SMALLEST
 from tests.data.files import save_tokenizer, write_indexed
-from tests.models import SMALLEST
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hybrid.config.process import start_time
+from megatron_hybrid.base.process import start_time
 from megatron_hybrid.data import preprocess as module
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.preprocess import preprocess

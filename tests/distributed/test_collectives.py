@@ -4,8 +4,8 @@ from collections import Counter
 
 import torch.distributed as dist
 
-from tests import jobs
-from tests.models import SMALLEST
+from testing import jobs
+from testing.models import SMALLEST
 
 TOKENS, HIDDEN = jobs.SEQUENCE_LENGTH, SMALLEST["hidden_size"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_hybrid.convert.verify import verify
-from tests import jobs
+from testing import jobs
 from tests.convert import jobs as convert_jobs
 from tests.convert.test_huggingface import to_theirs
 from tests.distributed.test_same_curve import (
@@ -72,7 +72,7 @@ def test_the_curve_is_megatron_s(name, ranks, megatron):
 
 def curve_in_small_groups(**arguments) -> dict:
     """jobs.curve with stage 3's state in many pieces, as that of a large model is."""
-    from megatron_hybrid.train import zero_settings
+    from megatron_hybrid.train.engines.deepspeed import settings as zero_settings
 
     zero_settings.SUB_GROUP = 5_000
     return jobs.curve(**arguments)

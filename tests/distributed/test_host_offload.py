@@ -1,7 +1,7 @@
 """Adam's state in host memory (train.optimizer.offload_fraction): the curve, resuming, skipped steps and checkpoints of a run without.
 
 On CPU ranks both of megatron-core's sub-optimizers are torch's fused Adam; a run without offload has torch's plain one. Streams and
-page-locked memory are stand-ins (parallel/device.py): tests/gpu has the real ones.
+page-locked memory are stand-ins (distributed/device.py): tests/gpu has the real ones.
 """
 
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_hybrid.convert.verify import verify
-from tests import jobs
+from testing import jobs
 from tests.distributed.test_same_curve import LR, MODEL, STEPS, TRAIN, assert_same, layout, slow_unless
 
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
@@ -158,8 +158,8 @@ def test_a_checkpoint_of_many_files_is_whole(ranks, tmp_path):
 
 def loaded(fraction: float, path: str) -> dict:
     """Parameters and optimizer state of a run that has just loaded a checkpoint, and its copies of fp32 parameters."""
+    from megatron_hybrid.arch.model import ModelConfig
     from megatron_hybrid.checkpoint.manager import CheckpointManager
-    from megatron_hybrid.config.model import ModelConfig
     from megatron_hybrid.config.run import CheckpointConfig
 
     engine = jobs.make_engine(MODEL, layout(), settings(fraction, "bf16"))

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.exchanges import account
-from tests.repetitions import difference_of_curves, difference_of_parameters, repeat, run_config
+from testing.exchanges import account
+from testing.repetitions import difference_of_curves, difference_of_parameters, repeat, run_config
 
 
 def layout(tp=1, pp=2, vpp=1, cp=1, **more) -> dict:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from tests import jobs
+from testing import jobs
 from tests.distributed.test_same_curve import (
     DEEP,
     MODEL,

@@ -4,8 +4,8 @@ layout and resuming under another. All against one rank, fp32.
 
 import pytest
 
-from tests import jobs
-from tests.models import hybrid
+from testing import jobs
+from testing.models import hybrid
 
 SHALLOW, DEEP = "GGGA", "GGGA*2"  # gloo is slow: the deep model only where the pipeline needs its layers
 MODEL = hybrid(SHALLOW, 48, 6, 8, key_heads=3, num_key_value_heads=3, head_dim=8)

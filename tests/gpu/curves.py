@@ -1,7 +1,7 @@
 """Runs jobs on the ranks of one launch, one after the other: python -m tests.gpu.curves JOBS.json RESULTS.json
 
-JOBS: {name: arguments of tests.jobs.curve}. RESULTS: {name: {"losses", "norms"}}; of a job with `resume` (a folder), which saves
-halfway and is built anew, also "resumed" (losses), "same_parameters" and "same_casts" (tests.jobs.same_casts; null where it does
+JOBS: {name: arguments of testing.jobs.curve}. RESULTS: {name: {"losses", "norms"}}; of a job with `resume` (a folder), which saves
+halfway and is built anew, also "resumed" (losses), "same_parameters" and "same_casts" (testing.jobs.same_casts; null where it does
 not apply); with `other` as well, also "otherwise": the losses where the second half runs with those arguments instead; with
 `poisoned`, also "unchanged": whether a step whose gradient is not a number was skipped, and left everything as it was.
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_hybrid.parallel.launch import leave_groups
-from tests import jobs
+from megatron_hybrid.distributed.process_groups import leave_groups
+from testing import jobs
 
 STUCK_S = 120
 """A job that runs for longer prints where all of its threads are."""

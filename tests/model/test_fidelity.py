@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_hybrid.config.model import ModelConfig
-from tests import jobs
-from tests.models import hybrid
-from tests.peers import transformers_model, true_tensors_of
+from megatron_hybrid.arch.model import ModelConfig
+from testing import jobs
+from testing.models import hybrid
+from testing.peers import transformers_model, true_tensors_of
 
 BASE = hybrid("GGGA", 48, 4, 12)
 GDN = BASE["gdn"]

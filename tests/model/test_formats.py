@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model import formats
 from megatron_hybrid.model import parts as parts_module
 from megatron_hybrid.model.parts import LOCAL, choose_parts
-from tests import jobs
-from tests.models import SMALL
+from testing import jobs
+from testing.models import SMALL
 
 
 def table(model: dict, dtype: str, parallel: dict | None = None) -> list[str]:

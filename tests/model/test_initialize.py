@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from megatron_hybrid.config.model import ModelConfig
-from megatron_hybrid.config.tensors import model_tensors
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.model.initialize import initial_value
-from tests import jobs
-from tests.models import hybrid
+from testing import jobs
+from testing.models import hybrid
 
 MODEL = hybrid("GA", 64, 6, 8, head_dim=8)
 TRAIN = dict(steps=3, global_batch_size=4, dtype="fp32", optimizer=dict(weight_decay=0.1))

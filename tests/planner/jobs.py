@@ -2,7 +2,7 @@
 
 from torch.distributed import get_rank
 
-from tests.jobs import batches_of, make_engine, samples_of_step
+from testing.jobs import batches_of, make_engine, samples_of_step
 
 
 def state_bytes(model: dict, parallel: dict, train: dict) -> dict[str, int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_hybrid.config.errors import BAD_INPUT, ConfigError, UserError
+from megatron_hybrid.base.errors import BAD_INPUT, ConfigError, UserError
 from megatron_hybrid.config.load import dump_run, load_run
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.planner import measured, report

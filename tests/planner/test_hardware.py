@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.presets import olmo_hybrid_7b
 from megatron_hybrid.planner.hardware import FOLDER, Rate, dump, interpolate, load
 from megatron_hybrid.planner.plan import Widths

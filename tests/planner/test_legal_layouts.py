@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hybrid.config.errors import ConfigError
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.planner import measured
 from megatron_hybrid.planner.command import Question, answer

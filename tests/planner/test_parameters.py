@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_hybrid.config.flops import count_parameters
-from megatron_hybrid.config.model import ModelConfig
+from megatron_hybrid.arch.flops import count_parameters
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.presets import SIZED, olmo_hybrid_7b, olmo_hybrid_tiny

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_hybrid.config.flops import training_flops_per_token
+from megatron_hybrid.arch.flops import training_flops_per_token
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.hardware import load

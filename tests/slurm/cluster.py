@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from megatron_hybrid.parallel.environment import free_port
+from megatron_hybrid.launch.environment import free_port
 
 NODES = ("first", "second")
 DAEMONS = ("munged", "slurmctld", "slurmd")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.models import SMALLEST
+from testing.models import SMALLEST
 from tests.slurm.cluster import DAEMONS, Cluster, find_daemon, wait_for
 
 SCRIPT = "examples/pretrain_hybrid_7b.sh"

@@ -137,8 +137,8 @@ def step(ddp, optimizer, number: int) -> None:
 
 def beside_trainer(tp: int) -> dict[str, tuple[float, float]]:
     """By model: the trainer's loss and the spec's, from the trainer's weights."""
-    from megatron_hybrid.parallel.launch import leave_groups
-    from tests.jobs import make_engine, named_parameters
+    from megatron_hybrid.distributed.process_groups import leave_groups
+    from testing.jobs import make_engine, named_parameters
 
     enable_cpu_backend()
     module_of, found = example(), {}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_hybrid.config.errors import UserError
+from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data import validate
-from megatron_hybrid.parallel.launch import leave_groups
+from megatron_hybrid.distributed.process_groups import leave_groups
 from megatron_hybrid.train import data_check
-from tests import jobs
+from testing import jobs
 
 
 def check(config: dict, all_at_once: bool = False, missing_on: int | None = None) -> dict:
@@ -65,7 +65,7 @@ def tools_on_a_run(config: dict, calls: list[tuple[str, list[str]]]) -> list[tup
 def _call(tool: str, arguments: list[str]) -> tuple[int, str, str]:
     from importlib import import_module
 
-    from megatron_hybrid.parallel import launch
+    from megatron_hybrid.distributed import process_groups as launch
 
     launch.stop_distributed = lambda: None  # the next call uses the same process group
     out, err, status = io.StringIO(), io.StringIO(), 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.parallel.environment import Launch
+from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.trainer import Trainer, pretrain
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from testing.models import SMALLEST
 from tests.data.files import write_raw
-from tests.models import SMALLEST
 from tests.train import data_check_jobs
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.checkpoint.format import INDEX, Index
 from megatron_hybrid.config import run_dir
-from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run_dir import RunDirError, check_run_dir, checkpoint_bytes
 from megatron_hybrid.train.dry_run import check_files
@@ -145,7 +145,7 @@ def test_a_disk_without_room_for_a_checkpoint(run, monkeypatch):
 
 
 def test_checkpoints_are_as_large_as_said(run):
-    from megatron_hybrid.config.flops import count_parameters
+    from megatron_hybrid.arch.flops import count_parameters
 
     assert checkpoint_bytes(run()) == 12 * count_parameters(run().model)
     assert checkpoint_bytes(run("train.dtype=bf16")) == 14 * count_parameters(run().model)

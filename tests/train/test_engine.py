@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 
-from tests import jobs
-from tests.models import SMALL
+from testing import jobs
+from testing.models import SMALL
 
 
 def what_is_left(train: dict, parallel: dict) -> list[str]:

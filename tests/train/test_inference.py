@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hybrid.config.errors import UserError
-from megatron_hybrid.config.numbers import non_negative, non_negative_real, positive
+from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.base.numbers import non_negative, non_negative_real, positive
 from megatron_hybrid.train.inference import _choose, check_generation
+from testing.models import SMALLEST
 from tests.data.files import write_raw
-from tests.models import SMALLEST
 from tests.train import data_check_jobs
 
 

@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.checkpoint.format import CheckpointError
-from megatron_hybrid.config.errors import ConfigError
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import CheckpointConfig, RunConfig
 from megatron_hybrid.data.blend import Blend
@@ -17,7 +17,7 @@ from megatron_hybrid.data.build import build_train_and_validation
 from megatron_hybrid.data.fingerprint import data_identity
 from megatron_hybrid.train.run_lock import RunFolderError
 from megatron_hybrid.train.start import check_start_point, choose_start, set_later_aside
-from tests import jobs
+from testing import jobs
 from tests.train.test_trainer import config, make_config, metrics  # noqa: F401 - config is a fixture
 
 

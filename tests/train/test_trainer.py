@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_hybrid.checkpoint.folders import complete_checkpoints
-from tests import jobs
-from tests.models import SMALLEST
+from testing import jobs
+from testing.models import SMALLEST
 
 
 @pytest.fixture
@@ -137,7 +137,9 @@ def test_a_pattern_may_be_written_another_way_and_rope_may_be_dropped_where_that
     ranks.run(jobs.pretrain_run, 1, config=config)
     again = config | {"model": SMALLEST | {"layer_pattern": "G,A", "rope_theta": None, "head_dim": 16}}
     again["train"] = config["train"] | {"steps": 7}
-    with pytest.raises(AssertionError, match=r"model\.rope_theta: 500000.0 before, null now\nWith these, the trained weights"):
+    with pytest.raises(
+        AssertionError, match=r"model\.rope_theta: 500000.0 before, null now\nWith these, the trained weights"
+    ):
         ranks.run(jobs.pretrain_run, 1, config=again)
     again["checkpoint"] = config["checkpoint"] | {"allow_changes": ["model.rope_theta"]}
     (result,) = ranks.run(jobs.pretrain_run, 1, config=again)

@@ -1,0 +1,175 @@
+"""Detect which node of a job this is, for a launcher that starts the node's ranks. No torch here.
+
+Job controllers (Kubeflow's PyTorchJob, Volcano, plain Kubernetes) set RANK and WORLD_SIZE for each node. NODE_RANK and
+NNODES, and torchrun's PET_NODE_RANK and PET_NNODES, say the same. Under mpirun and srun one launcher runs on each node.
+"""
+
+import os
+from collections.abc import Mapping
+
+from megatron_hybrid.base.errors import LaunchError
+from megatron_hybrid.launch.environment import Launch, from_step
+from megatron_hybrid.launch.variables import (
+    LOCAL_RANKS,
+    LOCAL_SIZES,
+    contradiction,
+    master_port,
+    number,
+    port_number,
+)
+
+_NODE_RANKS = ("PET_NODE_RANK", "NODE_RANK")
+_NODES = ("PET_NNODES", "NNODES")
+_RANKS_PER_NODE = ("PET_NPROC_PER_NODE", "NPROC_PER_NODE")
+_ONCE = "start tools/launch.py once on each node"
+
+
+def node_from_environment(env: Mapping[str, str] = os.environ) -> Launch:
+    """Return this launcher among the nodes' launchers: its rank is the node's number, its world size their number.
+
+    Raises:
+        LaunchError: variables that are not numbers, that contradict each other, that tell of several launchers on this
+            node, or of several nodes without a place to meet.
+    """
+    _check_only_one_here(env)
+    found = _from_node_variables(env) or _from_rank_variables(env)
+    if found is None:
+        step = from_step(env)
+        return Launch(0, 0, 1, _master(env, 1)) if step is None else step.checked()
+    rank, nodes = found
+    if rank >= nodes:
+        raise contradiction(
+            env, *_NODE_RANKS, *_NODES, "RANK", "WORLD_SIZE", why=f"node {rank} is not one of 0 to {nodes - 1}"
+        )
+    return Launch(rank, 0, nodes, _master(env, nodes), "controller")
+
+
+def check_ranks(node: Launch, ranks: int, env: Mapping[str, str] = os.environ) -> None:
+    """Check what else the environment says of a node that starts `ranks` ranks.
+
+    Raises:
+        LaunchError: another number of ranks, or RANK or WORLD_SIZE of another layout.
+    """
+    for name in _RANKS_PER_NODE:
+        if (
+            env.get(name, "").isdecimal() and number(env, name) != ranks
+        ):  # auto, gpu and cpu are numbers of torchrun's own
+            raise LaunchError(
+                f"{name}={env[name]} contradicts the {ranks} ranks to start here; set --gpus or --cpu-ranks to {env[name]}, or "
+                f"unset {name}"
+            )
+    if node.launcher != "controller":
+        return
+    for name, legal in (
+        ("RANK", {node.rank, node.rank * ranks}),
+        ("WORLD_SIZE", {node.world_size, node.world_size * ranks}),
+    ):
+        if name in env and number(env, name) not in legal:
+            others = " and ".join(f"{other}={env[other]}" for other in (*_NODE_RANKS, *_NODES) if other in env)
+            raise LaunchError(f"{name}={env[name]} contradicts {others} with {ranks} ranks on each node; unset {name}")
+
+
+def _check_only_one_here(env: Mapping[str, str]) -> None:
+    """LOCAL_RANK and its kind say that this process is one of several on the node: each of them would start all ranks."""
+    for name in ("LOCAL_RANK", *LOCAL_RANKS):
+        if name in env and number(env, name) > 0:
+            raise LaunchError(
+                f"{name}={env[name]}: tools/launch.py runs several times on this node, and each would start all its ranks; {_ONCE} "
+                f"(srun --ntasks-per-node=1), or unset {name}"
+            )
+    sizes = LOCAL_SIZES + (("LOCAL_WORLD_SIZE",) if "LOCAL_RANK" in env else ())
+    for name in sizes:
+        if name in env and number(env, name) > 1:
+            raise LaunchError(
+                f"{name}={env[name]}: tools/launch.py runs several times on this node; {_ONCE}, or start the script itself so"
+            )
+
+
+def _from_node_variables(env: Mapping[str, str]) -> tuple[int, int] | None:
+    """(number of the node, number of nodes) of PET_NODE_RANK or NODE_RANK; None where neither is set."""
+    ranks = {name: number(env, name) for name in _NODE_RANKS if name in env}
+    counts = {name: _count(env, name) for name in _NODES if name in env}
+    for found in (ranks, counts):
+        if len(set(found.values())) > 1:
+            raise contradiction(env, *found, why="set one of them, or both alike")
+    if not ranks:
+        if any(count > 1 for count in counts.values()) and "RANK" not in env:
+            name = next(iter(counts))
+            raise LaunchError(f"{name}={env[name]} is set and nothing says which of the nodes this is; set NODE_RANK")
+        return None
+    rank = next(iter(ranks.values()))
+    if counts:
+        return rank, next(iter(counts.values()))
+    if "WORLD_SIZE" in env:
+        return rank, _nodes_of_world(env)
+    if rank == 0:
+        return 0, 1
+    name = next(iter(ranks))
+    raise LaunchError(f"{name}={env[name]} is set and nothing says how many nodes there are; set NNODES")
+
+
+def _count(env: Mapping[str, str], name: str) -> int:
+    """Number of nodes: `4` or `4:4`; an elastic range is refused."""
+    least, _, most = env[name].partition(":")
+    if most and most != least:
+        raise LaunchError(f"{name}={env[name]} is a range, and a run has a fixed number of nodes; set it to one number")
+    return number({name: least}, name)
+
+
+def _nodes_of_world(env: Mapping[str, str]) -> int:
+    """Nodes by WORLD_SIZE, which counts processes where the number of processes of a node is set, too."""
+    world = number(env, "WORLD_SIZE")
+    for name in _RANKS_PER_NODE:
+        if env.get(name, "").isdecimal():
+            per_node = max(1, number(env, name))
+            if world % per_node:
+                raise contradiction(env, "WORLD_SIZE", name, why="the nodes' ranks do not make the world's")
+            return world // per_node
+    return world
+
+
+def _from_rank_variables(env: Mapping[str, str]) -> tuple[int, int] | None:
+    """(number of the node, number of nodes) of RANK and WORLD_SIZE, set for each node; None where they are not set."""
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        return None
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        there, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
+        if from_step(env) is not None or env[there] == {"RANK": "0", "WORLD_SIZE": "1"}[there]:
+            return None
+        raise LaunchError(f"{there}={env[there]} is set and {missing} is not; set both, or unset {there}")
+    step = from_step(env)
+    if step is not None and step.world_size > 1:
+        if (number(env, "RANK"), number(env, "WORLD_SIZE")) != (step.rank, step.world_size):
+            raise LaunchError(
+                f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} contradict {step.launcher}, which says {step.rank} of "
+                f"{step.world_size}; unset them"
+            )
+        return None
+    nodes = number(env, "WORLD_SIZE")
+    for name in _NODES:
+        if name in env and _count(env, name) != nodes:
+            nodes = _count(env, name)  # WORLD_SIZE counts processes: `check_ranks` compares
+    return number(env, "RANK"), nodes
+
+
+def _master(env: Mapping[str, str], nodes: int) -> tuple[str, int] | None:
+    """Return where the ranks meet; None: on this machine, at a free port."""
+    host, port = _place(env)
+    if nodes == 1:
+        return None if port is None else ("127.0.0.1", port)
+    if host is None:
+        raise LaunchError(
+            f"there are {nodes} nodes and nothing says where their ranks meet; set MASTER_ADDR to the host of node 0, and "
+            "MASTER_PORT to a free port of it, alike on all nodes"
+        )
+    return host, port or master_port(env)
+
+
+def _place(env: Mapping[str, str]) -> tuple[str | None, int | None]:
+    host = next((env[name] for name in ("MASTER_ADDR", "PET_MASTER_ADDR") if env.get(name)), None)
+    port = next((port_number(env, name) for name in ("MASTER_PORT", "PET_MASTER_PORT") if name in env), None)
+    if host is None and env.get("PET_RDZV_ENDPOINT"):
+        name, _, at = env["PET_RDZV_ENDPOINT"].rpartition(":")
+        host = name or at
+        port = port or (port_number({"PET_RDZV_ENDPOINT": at}, "PET_RDZV_ENDPOINT") if name else None)
+    return host, port

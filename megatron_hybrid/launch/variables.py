@@ -1,0 +1,71 @@
+"""Environment variables of launchers, read with errors that name them. No torch here."""
+
+import zlib
+from collections.abc import Iterable, Mapping
+
+from megatron_hybrid.base.errors import LaunchError
+
+Environment = Mapping[str, str]
+
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Number of processes: Open MPI's mpirun, MPICH's and Intel's, and srun."""
+RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+"""Any of these: started as an MPI process."""
+PORTS = range(20000, 32000)
+"""Ports for the rendezvous: below 32768, where Linux begins to hand out ports to connections."""
+
+
+def number(env: Environment, name: str) -> int:
+    """Return a variable's number.
+
+    Raises:
+        LaunchError: it is no whole number of at least 0.
+    """
+    text = env[name].strip()
+    if not (text.isascii() and text.isdecimal()):
+        raise LaunchError(f"{name}={env[name]!r} is not a number; unset it, or start by torchrun, mpirun or srun")
+    return int(text)
+
+
+def first(env: Environment, names: Iterable[str], what: str) -> int:
+    """Return the number of the first of `names` that is set.
+
+    Raises:
+        LaunchError: none is set.
+    """
+    for name in names:
+        if name in env:
+            return number(env, name)
+    raise LaunchError(f"none of {', '.join(names)} tells the {what}; start by torchrun, mpirun or srun")
+
+
+def contradiction(env: Environment, *names: str, why: str) -> LaunchError:
+    """Return the error about variables that contradict each other."""
+    words = [f"{name}={env[name]}" for name in names if name in env]
+    return LaunchError(f"{' and '.join(words)} contradict each other: {why}")
+
+
+def port_number(env: Environment, name: str) -> int:
+    """Return a variable's TCP port.
+
+    Raises:
+        LaunchError: it is none.
+    """
+    text = env[name].strip()
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 65536):
+        raise LaunchError(
+            f"{name}={env[name]!r} is not a port; set it to a free one, 1024 to 65535, the same on all nodes"
+        )
+    return int(text)
+
+
+def master_port(env: Environment) -> int:
+    """Return MASTER_PORT, or a port derived from the job's name: the same on all ranks, and rarely another job's."""
+    for name in ("MASTER_PORT", "PET_MASTER_PORT"):
+        if name in env:
+            return port_number(env, name)
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+    return PORTS[zlib.crc32("/".join(env.get(name, "") for name in names).encode()) % len(PORTS)]

@@ -1,1 +1,0 @@
-"""Where the model runs. Importing it changes nothing in the process."""

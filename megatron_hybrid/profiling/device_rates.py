@@ -1,0 +1,259 @@
+"""What one GPU, and the ranks of a launch, do in a second: the points that the planner's hardware files are made of.
+
+Each point is a plain dictionary: `op`, `pass` (forward, backward, or none), the sizes, and the median `seconds` of one call. The
+backward's is the difference of forward + backward and forward. Linears are Transformer Engine's where it is
+installed, with the weight's gradient added to an fp32 buffer as in training; casts to FP8 are part of them.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from hybrid_kernels.conv_gates import conv_gates
+from hybrid_kernels.gated_delta_rule import gated_delta_rule
+from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.padding import PackedWidths, PaddedSizes
+from megatron_hybrid.distributed.device import has_cuda, local_device
+
+Point = dict[str, Any]
+FORMATS = ("bf16", "fp8_tensorwise", "fp8_delayed", "fp8_blockwise")
+MESSAGES = (2**16, 2**20, 2**24, 2**27, 2**29)  # bytes of a collective's whole tensor
+
+
+def seconds_of(call: Callable[[], object], samples: int = 8) -> float:
+    """Median seconds of one call, the device's where there is one: calls are queued behind a pause, so that Python's
+    launching is not what is timed."""
+    call()
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
+    if not has_cuda():
+        times = []
+        for _ in range(samples):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[samples // 2]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(min(0.05, 1.5 * host * samples) * 2e9))  # clock cycles
+    for mark in marks[:-1]:
+        mark.record()
+        call()
+    marks[-1].record()
+    torch.cuda.synchronize()
+    times = sorted(a.elapsed_time(b) * 1e-3 for a, b in zip(marks, marks[1:]))
+    return times[samples // 2]
+
+
+def _both(sizes: Point, forward: Callable[[], torch.Tensor]) -> Iterator[Point]:
+    """Points of a differentiable call's forward and backward pass."""
+
+    def forward_backward() -> None:
+        y = forward()
+        y.backward(y.detach())
+
+    alone, both = seconds_of(forward), seconds_of(forward_backward)
+    yield {**sizes, "pass": "forward", "seconds": alone}
+    yield {**sizes, "pass": "backward", "seconds": max(both - alone, 0.0)}
+
+
+def device_points(model: ModelConfig, tokens: int = 8192, degrees: Sequence[int] = (1, 2, 4, 8)) -> Iterator[Point]:
+    """Of this process's device alone, at the model's widths under each tensor parallel degree; what crosses tokens also at a
+    quarter and at four times as many."""
+    yield from copy_points(tokens * model.ffn_hidden_size * 4)
+    formats = FORMATS if has_cuda() and find_spec("transformer_engine") else FORMATS[:1]
+    for degree in degrees:
+        for form in formats:
+            for n, k in sorted(linear_shapes(model, degree)):
+                yield from _tried(linear_points(form, tokens, n, k), form)
+        for sequence in (tokens // 4, tokens, 4 * tokens) if degree <= 2 else (tokens,):
+            if set(model.layers) - {"G"}:
+                for form in ("bf16", "fp8") if len(formats) > 1 else ("bf16",):
+                    yield from _tried(attention_points(form, model, degree, sequence), form)
+            if model.gdn is not None:
+                yield from delta_rule_points(model, degree, sequence)
+        if model.gdn is not None:
+            yield from glue_points(model, degree, tokens)
+    if model.gdn is not None:
+        yield from delta_rule_points(model, 1, tokens, batch=4)
+
+
+def _tried(points: Iterator[Point], form: str) -> Iterator[Point]:
+    """Formats that this device or library refuses have no points, and the reason is printed."""
+    try:
+        yield from points
+    except (RuntimeError, ValueError, AssertionError) as error:
+        if form == "bf16":
+            raise
+        print(f"{form} cannot be measured: {str(error)[:200]}", flush=True)
+
+
+def linear_shapes(model: ModelConfig, degree: int) -> set[tuple[int, int]]:
+    """(out, in) of the matrices on a rank."""
+    h, f, sizes = model.hidden_size, model.ffn_hidden_size // degree, PaddedSizes.of(model, degree)
+    d = model.attention_head_dim
+    q, kv = sizes.num_attention_heads * d // degree, sizes.num_key_value_heads * d // degree
+    shapes = {(2 * f, h), (h, f), (q + 2 * kv, h), (h, q)}
+    if model.gdn is not None:
+        widths = PackedWidths.of(model, degree)
+        shapes |= {(widths.total, h), (h, widths.v)}
+    return shapes
+
+
+def linear_points(form: str, m: int, n: int, k: int) -> Iterator[Point]:
+    """[m, k] by [n, k]."""
+    device = local_device()
+    dtype = torch.bfloat16
+    x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+    context: Callable[[], AbstractContextManager] = nullcontext
+    if has_cuda() and find_spec("transformer_engine"):
+        import transformer_engine.pytorch as te
+
+        linear = te.Linear(k, n, bias=False, params_dtype=dtype, device=device, fuse_wgrad_accumulation=True)
+        linear.weight.main_grad = torch.zeros(n, k, device=device)
+        if form != "bf16":
+            context = _fp8_context(form)
+    else:
+        linear = torch.nn.Linear(k, n, bias=False, device=device, dtype=dtype)
+
+    def forward() -> torch.Tensor:
+        with context():
+            return linear(x)
+
+    yield from _both({"op": "linear", "format": form, "m": m, "n": n, "k": k}, forward)
+
+
+def _fp8_context(form: str, **options) -> Callable[[], AbstractContextManager]:
+    import transformer_engine.pytorch as te
+    from transformer_engine.common import recipe
+
+    recipes = {
+        "fp8_tensorwise": recipe.Float8CurrentScaling,
+        "fp8_delayed": recipe.DelayedScaling,
+        "fp8_blockwise": recipe.Float8BlockScaling,
+    }
+    scaling = recipes[form](**options)
+    return lambda: te.fp8_autocast(enabled=True, fp8_recipe=scaling)
+
+
+def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, batch: int = 1) -> Iterator[Point]:
+    """Causal attention of a rank's heads; in FP8 with delayed scaling."""
+    sizes, d = PaddedSizes.of(model, degree), model.attention_head_dim
+    heads, groups = sizes.num_attention_heads // degree, sizes.num_key_value_heads // degree
+    device, dtype = local_device(), torch.bfloat16
+    q = torch.randn(sequence, batch, heads, d, device=device, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(sequence, batch, groups, d, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    if has_cuda() and find_spec("transformer_engine"):
+        import transformer_engine.pytorch as te
+
+        attention = te.DotProductAttention(heads, d, num_gqa_groups=groups, attn_mask_type="causal", qkv_format="sbhd")
+
+        context = nullcontext if form == "bf16" else _fp8_context("fp8_delayed", fp8_dpa=True)
+
+        def forward() -> torch.Tensor:
+            with context():
+                return attention(q, k, v)
+    else:
+
+        def forward() -> torch.Tensor:
+            q_, k_, v_ = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=heads != groups)
+
+    sizes_ = {"op": "attention", "format": form, "sequence": sequence, "batch": batch, "heads": heads, "head_dim": d}
+    yield from _both(sizes_, forward)
+
+
+def delta_rule_points(model: ModelConfig, degree: int, sequence: int, batch: int = 1) -> Iterator[Point]:
+    """gated_delta_rule with a rank's heads."""
+    gdn, sizes = model.gdn, PaddedSizes.of(model, degree)
+    key_heads, heads = sizes.gdn_key_heads // degree, sizes.gdn_value_heads // degree
+    device, dtype = local_device(), torch.bfloat16
+    q, k = (torch.randn(batch, sequence, key_heads, gdn.key_head_dim, device=device) for _ in range(2))
+    q, k = (F.normalize(t, dim=-1).to(dtype).requires_grad_() for t in (q, k))
+    v = torch.randn(batch, sequence, heads, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
+    g = (-0.1 * torch.rand(batch, sequence, heads, device=device)).requires_grad_()
+    beta = (2 * torch.rand(batch, sequence, heads, device=device)).requires_grad_()
+    sizes_ = {"op": "delta_rule", "sequence": sequence, "batch": batch, "heads": heads}
+    sizes_ |= {"key_head_dim": gdn.key_head_dim, "value_head_dim": gdn.value_head_dim}
+    yield from _both(sizes_, lambda: gated_delta_rule(q, k, v, g, beta)[0])
+
+
+def glue_points(model: ModelConfig, degree: int, tokens: int) -> Iterator[Point]:
+    """conv_gates and gated_rmsnorm: what stands between projections and the delta rule."""
+    gdn, widths = model.gdn, PackedWidths.of(model, degree)
+    device, dtype = local_device(), torch.bfloat16
+    packed = torch.randn(tokens, 1, widths.total, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(widths.conv, gdn.conv_kernel_size, device=device, dtype=dtype, requires_grad=True)
+    a, dt = (torch.rand(widths.a, device=device).requires_grad_() for _ in range(2))
+    heads = dict(num_key_heads=widths.q // gdn.key_head_dim, num_value_heads=widths.a)
+    heads |= dict(key_head_dim=gdn.key_head_dim, value_head_dim=gdn.value_head_dim)
+    sizes = {"tokens": tokens, "degree": degree}
+
+    def all_outputs() -> torch.Tensor:  # one scalar of all of them, as cheap as can be
+        *outputs, gate = conv_gates(packed, weight, a, dt, return_gate=True, **heads)
+        return _Join.apply(*outputs, gate)
+
+    yield from _both({"op": "conv_gates", **sizes}, all_outputs)
+    o = torch.randn(1, tokens, widths.a, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
+    gate = torch.randn(tokens, 1, widths.v, device=device, dtype=dtype, requires_grad=True)
+    ones = torch.ones(gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
+    yield from _both({"op": "gated_norm", **sizes}, lambda: gated_rmsnorm(o, gate, ones, gdn.norm_eps))
+
+
+class _Join(torch.autograd.Function):
+    """A stand-in for what follows: takes every output, and hands each of them itself as its gradient."""
+
+    @staticmethod
+    def forward(ctx, *outputs):
+        ctx.save_for_backward(*outputs)
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.saved_tensors
+
+
+def copy_points(size: int) -> Iterator[Point]:
+    """A device-to-device copy; `bytes` counts those read and those written."""
+    source = torch.empty(size, dtype=torch.uint8, device=local_device())
+    target = torch.empty_like(source)
+    yield {"op": "copy", "pass": "none", "bytes": 2 * size, "seconds": seconds_of(lambda: target.copy_(source))}
+
+
+def collective_points(sizes=MESSAGES) -> Iterator[Point]:
+    """Of all ranks of this launch together; `bytes` is the whole tensor's, for point-to-point the message's."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    for size in sizes:
+        count = size // 2 // ranks * ranks
+        whole = torch.zeros(count, dtype=torch.bfloat16, device=local_device())
+        part = whole[: count // ranks].clone()
+
+        def neighbours(mine: torch.Tensor = whole[: count // 2], theirs: torch.Tensor = whole[count // 2 :]) -> None:
+            if (other := rank ^ 1) < ranks:
+                both = [dist.P2POp(dist.isend, mine, other), dist.P2POp(dist.irecv, theirs, other)]
+                for request in dist.batch_isend_irecv(both):
+                    request.wait()
+
+        calls: dict[str, Callable[[], object]] = {
+            "all_reduce": lambda whole=whole: dist.all_reduce(whole),
+            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
+            "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
+        }
+        for name, call in calls.items():
+            yield {"op": name, "pass": "none", "ranks": ranks, "bytes": 2 * count, "seconds": _slowest(call)}
+        yield {"op": "p2p", "pass": "none", "ranks": 2, "bytes": count, "seconds": _slowest(neighbours)}
+
+
+def _slowest(call: Callable[[], object]) -> float:
+    """A collective's seconds on the rank that needs most."""
+    seconds = torch.tensor(seconds_of(call), device=local_device())
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return float(seconds)

@@ -1,0 +1,179 @@
+"""Steps of the trainer's engine on made-up tokens, timed, and the memory they take: what the planner predicts.
+
+python -m megatron_hybrid.profiling.engine_steps CONFIG.yaml [--steps 10]     (torchrun for several ranks; writes one JSON line)
+"""
+
+import gc
+import json
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_hybrid.base.errors import no_traceback
+from megatron_hybrid.base.numbers import positive
+from megatron_hybrid.config.command_line import RunCommandLine
+from megatron_hybrid.config.load import load_run
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.distributed.device import has_cuda, synchronize
+from megatron_hybrid.distributed.process_groups import stop_distributed
+from megatron_hybrid.launch.environment import Launch
+from megatron_hybrid.launch.start import start_distributed
+from megatron_hybrid.precision.fp8_parameters import initial_values
+from megatron_hybrid.train.engines.megatron import MegatronEngine, build_engine
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one rank. Bytes are CUDA tensors', as torch.cuda.memory_allocated counts them; 0 on a CPU."""
+
+    seconds: float
+    """Median of the timed steps."""
+    peak_bytes: int
+    """The most at any time of a step: what the planner's memory means."""
+    resting_bytes: int
+    """Between steps: weights, gradients, optimizer state."""
+    update_peak_bytes: int
+    """The most while the optimizer steps."""
+    reserved_bytes: int = 0
+    """What PyTorch has taken of the device: the most that was allocated, and what lies broken between."""
+    outside_bytes: int = 0
+    """Of the device, neither free nor PyTorch's: CUDA's context, communicators, workspaces; and other processes'."""
+    saved_by_layer: tuple[int, ...] = ()
+    """What the forward pass of one micro-batch keeps: before the first layer, by each layer, after the last. Without
+    pipeline parallelism only."""
+
+
+def fill_at_random(chunks, layout, seed: int) -> None:
+    """Weights of about the right size, drawn on the device: zeros would draw less power, and so run faster."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                values.normal_(0.0, 0.02) if parameter.dim() > 1 else values.fill_(1.0)
+                initial_values(parameter).copy_(values)
+
+
+def random_batches(
+    count: int, micro_batch_size: int, sequence_length: int, vocab_size: int, seed: int
+) -> list[dict[str, torch.Tensor]]:
+    """`count` micro-batches of random tokens as engines take them, on the CPU: tokens, labels, loss_mask [micro-batch, sequence]."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        tokens = torch.randint(0, vocab_size, (micro_batch_size, sequence_length + 1), generator=generator)
+        labels = tokens[:, 1:]
+        batches.append({"tokens": tokens[:, :-1], "labels": labels, "loss_mask": torch.ones(labels.shape)})
+    return batches
+
+
+def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers: bool = False) -> Measured:
+    """Build the run's engine, train `warmup` + `steps` steps on random tokens, and take it down again.
+
+    Args:
+        groups: process groups of config.parallel (`start_distributed`).
+        layers: find out what each layer keeps for the backward pass, too.
+    """
+    train, cuda = config.train, has_cuda()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    engine = build_engine(config, groups, fill_at_random)
+    dp, b = groups.dp, train.micro_batch_size
+    count = train.global_batch_size // (b * dp.size())
+    batches = random_batches(count, b, config.data.sequence_length, config.model.vocab_size, seed=dp.rank())
+    try:
+        return _measured(engine, batches, steps, warmup, train.optimizer.lr, layers and cuda)
+    finally:  # also where memory ran out: the next layout wants it
+        engine.close()
+        del engine
+        gc.collect()
+
+
+def _measured(engine: MegatronEngine, batches: list, steps: int, warmup: int, lr: float, layers: bool) -> Measured:
+    seconds: list[float] = []
+    peak = update_peak = 0
+    for _ in range(warmup + steps):
+        synchronize()
+        start = time.perf_counter()
+        engine.forward_backward(batches)
+        norm = engine.gradient_norm()
+        peak = max(peak, _take_peak())
+        engine.update(lr, norm)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        update_peak = max(update_peak, _take_peak())
+    return Measured(
+        seconds=sorted(seconds[warmup:])[steps // 2],
+        peak_bytes=max(peak, update_peak),
+        resting_bytes=torch.cuda.memory_allocated() if has_cuda() else 0,
+        update_peak_bytes=update_peak,
+        reserved_bytes=torch.cuda.memory_reserved() if has_cuda() else 0,
+        outside_bytes=_outside() if has_cuda() else 0,
+        saved_by_layer=_saved_by_layer(engine, batches[0]) if layers else (),
+    )
+
+
+def _saved_by_layer(engine: MegatronEngine, batch: dict[str, torch.Tensor]) -> tuple[int, ...]:
+    """Bytes that stay allocated after each part of one forward pass: embedding, layers, head."""
+    (chunk,) = engine.wrapped
+    layers = list(engine.chunks[0].decoder.layers)
+    marks = [torch.cuda.memory_allocated()]
+
+    def mark(*_):
+        marks.append(torch.cuda.memory_allocated())
+
+    hooks = [layers[0].register_forward_pre_hook(mark)] + [layer.register_forward_hook(mark) for layer in layers]
+    output, _ = engine.run._forward_step(iter([batch]), chunk)
+    mark()
+    for hook in hooks:
+        hook.remove()
+    del output
+    return tuple(after - before for before, after in zip(marks, marks[1:]))
+
+
+def _outside() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def _take_peak() -> int:
+    """The most allocated since the last call."""
+    if not has_cuda():
+        return 0
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def gather(found: Measured) -> dict:
+    """Over all ranks: the slowest's time, the fullest's memory."""
+    everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, asdict(found))
+    fullest = max(everyone, key=lambda one: one["peak_bytes"])
+    return fullest | {
+        "seconds": max(one["seconds"] for one in everyone),
+        "peak_by_rank": [one["peak_bytes"] for one in everyone],
+    }
+
+
+def main() -> None:
+    parser = RunCommandLine(__doc__)
+    parser.add_argument("--steps", type=positive, default=10)
+    arguments = parser.parse()
+    with no_traceback():
+        launch = Launch.from_environment()
+        config = load_run(arguments.config, arguments.overrides)
+        config.check_world(launch.world_size)
+        groups = start_distributed(launch, config.parallel, config.train.seed, quiet=True)
+        found = gather(measure(config, groups, arguments.steps))
+        if launch.rank == 0:
+            device = torch.cuda.get_device_name() if has_cuda() else "cpu"
+            print(json.dumps(found | {"device": device}), flush=True)
+        stop_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""What tests run on ranks (testing/ranks.py): plain functions of plain arguments."""
+
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.checkpoint.manager import CheckpointManager
+from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.config.run import CheckpointConfig, RunConfig
+from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.config.zero import ZeroConfig
+from megatron_hybrid.distributed.process_groups import leave_groups
+from megatron_hybrid.launch.environment import Launch
+from megatron_hybrid.launch.start import start_distributed
+from megatron_hybrid.precision.fp8_parameters import held_in_fp8
+from megatron_hybrid.train.engines.megatron import Engine, MegatronEngine
+
+SEQUENCE_LENGTH = 32
+
+
+def make_engine(
+    model: dict,
+    parallel: dict,
+    train: dict,
+    sequence_length: int = SEQUENCE_LENGTH,
+    precision: dict | None = None,
+    zero: dict | None = None,
+) -> Engine:
+    """An engine on the ranks that this is called on."""
+    parallel, train = ParallelConfig(**parallel), TrainConfig(**train)
+    groups = start_distributed(Launch.from_environment(), parallel, train.seed)
+    common = (ModelConfig(**model), train, parallel, sequence_length, groups, PrecisionConfig(**(precision or {})))
+    if train.engine == "megatron":
+        return MegatronEngine(*common)
+    from megatron_hybrid.train.engines.deepspeed.engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(*common, zero=ZeroConfig(**(zero or {})))
+
+
+def named_parameters(engine: Engine) -> list[tuple]:
+    """(name, parameter, pieces) of all parameters on this rank."""
+    return getattr(engine, "parameters", None) or list(engine.layout.parameters(engine.chunks))
+
+
+def values_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A copy of a parameter, as a plain tensor."""
+    return parameter.dequantize() if held_in_fp8(parameter) else parameter.detach().clone()
+
+
+def same_casts(engine: Engine, checkpoint: str) -> bool:
+    """Whether the bytes of all weights held in FP8 are Transformer Engine's cast of the checkpoint's whole weights."""
+    with CheckpointReader(checkpoint) as reader:
+        for _, parameter, pieces in named_parameters(engine):
+            if not held_in_fp8(parameter):
+                continue
+            values = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            for piece in pieces:
+                piece.view(values).copy_(reader.read(piece.tensor.name, (piece.offset, piece.shape)))
+            if not torch.equal(parameter._get_quantizer().copy()(values).dequantize(), parameter.dequantize()):
+                return False
+    return True
+
+
+def batches_of(engine: Engine, samples: torch.Tensor, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of samples [n, s + 1]."""
+    rank, ranks = engine.groups.dp.rank(), engine.groups.dp.size()
+    mine = samples.view(-1, ranks, micro_batch_size, samples.shape[1])[:, rank]
+    return [
+        {"tokens": m[:, :-1], "labels": m[:, 1:], "loss_mask": torch.ones_like(m[:, 1:], dtype=torch.float32)}
+        for m in mine
+    ]
+
+
+def samples_of_step(step: int, count: int, vocab_size: int, sequence_length: int = SEQUENCE_LENGTH) -> torch.Tensor:
+    """Learnable samples [count, sequence_length + 1]: every other token follows from the one before."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randint(0, vocab_size, (count, sequence_length + 1), generator=generator)
+    x[:, 1::2] = (x[:, 0::2][:, : x[:, 1::2].shape[1]] * 3 + 7) % vocab_size
+    return x
+
+
+def curve(
+    model: dict,
+    parallel: dict,
+    train: dict,
+    steps: int,
+    start: int = 0,
+    load: str | None = None,
+    save: str | None = None,
+    async_save: bool = False,
+    lr: float = 3e-3,
+    precision: dict | None = None,
+    sequence_length: int = SEQUENCE_LENGTH,
+    zero: dict | None = None,
+    skipped: tuple[int, ...] = (),
+) -> dict:
+    """Train steps [start, steps) and return losses, gradient norms and this rank's parameters; load before, save after.
+
+    Args:
+        skipped: steps whose update is not made.
+    """
+    engine = make_engine(model, parallel, train, sequence_length, precision, zero)
+    config = ModelConfig(**model)
+    mbs, gbs = train.get("micro_batch_size", 1), train["global_batch_size"]
+    manager = CheckpointManager(
+        CheckpointConfig(async_save=async_save),
+        Path(save or load or "."),
+        engine.collector(),
+        config.model_dump(mode="json"),
+        {},
+    )
+    if load:
+        state, _ = manager.load(Path(load))
+        engine.optimizer.set_updates(state["updates"])
+    losses, norms = [], []
+    for step in range(start, steps):
+        samples = samples_of_step(step, gbs, config.vocab_size, sequence_length)
+        batches = batches_of(engine, samples, mbs)
+        losses.append(engine.forward_backward(batches).loss)
+        norms.append(engine.gradient_norm())
+        if step not in skipped:
+            engine.update(lr, norms[-1])
+    path, casts = None, None
+    if save:
+        path = manager.save(steps, {"updates": engine.optimizer.updates}, {})
+        manager.close()
+        held = any(held_in_fp8(p) for _, p, _ in named_parameters(engine))
+        casts = same_casts(engine, path) if held and steps - 1 not in skipped else None
+    parameters = {name: values_of(p) for name, p, _ in named_parameters(engine)}
+    updates = engine.optimizer.updates
+    engine.close()
+    return {
+        "losses": losses,
+        "norms": norms,
+        "parameters": parameters,
+        "path": str(path),
+        "same_casts": casts,
+        "updates": updates,
+    }
+
+
+def curve_from_masters(**arguments) -> dict:
+    """As `curve`, with every matrix saved and loaded as its master weights: what is done with weights held in FP8."""
+    from megatron_hybrid.train.optimizers import megatron as optimizer
+
+    optimizer.held_in_fp8 = lambda parameter: parameter.dim() == 2
+    optimizer.forget_last_cast = lambda parameters: None
+    optimizer.casting_rows_alone = nullcontext
+    return curve(**arguments)
+
+
+def logits_and_gradients(
+    model: dict, tensors: dict[str, torch.Tensor], tokens: torch.Tensor, parallel: dict | None = None
+) -> dict:
+    """Our model with given weights on one rank or several: logits (this rank's), and gradients of the mean loss by true tensor."""
+    engine = make_engine(model, parallel or {}, {"steps": 1, "global_batch_size": 1, "dtype": "fp32"}, tokens.shape[1])
+    (chunk,) = engine.chunks
+    with torch.no_grad():
+        for _, parameter, pieces in engine.layout.parameters([chunk]):
+            for piece in pieces:
+                box = tensors[piece.tensor.name]
+                for dim, (at, n) in enumerate(zip(piece.offset, piece.shape, strict=True)):
+                    box = box.narrow(dim, at, n)
+                piece.view(parameter).copy_(box)
+    logits = chunk(tokens)
+    chunk(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32))[0].backward()
+    gradients = {
+        piece.tensor.name: piece.view(p.main_grad if p.grad is None else p.grad).clone()
+        for _, p, pieces in engine.layout.parameters([chunk])
+        for piece in pieces
+    }
+    return {"logits": logits.detach(), "gradients": gradients}
+
+
+def pretrain_run(config: dict) -> dict:
+    """A whole run by the trainer; where it stands at the end, and its parameters and moments."""
+    from megatron_hybrid.train.trainer import Trainer
+
+    run = RunConfig(**config)
+    groups = start_distributed(Launch.from_environment(), run.parallel, run.train.seed)
+    with Trainer(run, Launch.from_environment(), groups) as trainer:
+        progress = asdict(trainer.run())
+        return {"progress": progress, "window": trainer.skip.state_dict()} | everything(trainer.engine)
+
+
+def everything(engine: Engine) -> dict:
+    """Copies of this rank's parameters and optimizer state."""
+    shards = engine.optimizer.shards()
+    named = named_parameters(engine)
+    return {
+        "parameters": {name: values_of(p) for name, p, _ in named},
+        "moments": {
+            f"{name}.{s}": v.clone() for name, p, _ in named if p in shards for s, v in shards[p].states.items()
+        },
+    }
+
+
+def step_with_bad_gradient(model: dict, parallel: dict, train: dict, value: float, bad_rank: int) -> dict:
+    """A good step, then one where a rank's gradient of one parameter is not finite, then a good one."""
+    from megatron_hybrid.train.skip_step import SkipStep
+
+    engine = make_engine(model, parallel, train)
+    config, skip = ModelConfig(**model), SkipStep(TrainConfig(**train).skip_step)
+    states, reasons, norms = [], [], []
+    for step in range(3):
+        poison = step == 1 and torch.distributed.get_rank() == bad_rank
+        victim = next(p for name, p in engine.chunks[0].named_parameters() if "in_proj" in name)
+        hook = victim.register_hook(lambda gradient: gradient.clone().fill_(value)) if poison else None
+        batches = batches_of(engine, samples_of_step(step, train["global_batch_size"], config.vocab_size), 1)
+        losses = engine.forward_backward(batches)
+        if hook:
+            hook.remove()
+        norms.append(engine.gradient_norm())
+        reasons.append(skip.should_skip(losses.loss, norms[-1]))
+        if reasons[-1] is None:
+            engine.update(1e-3, norms[-1])
+        states.append(everything(engine))
+    return {"states": states, "reasons": reasons, "norms": norms}
+
+
+def groups_formed_again(layouts: list[dict]) -> list[tuple[int, int, int]]:
+    """Of each layout in turn: its tensor parallel ranks' sum of 1, and torch's groups while it is formed and when it is left."""
+    known = torch.distributed.distributed_c10d._world.pg_map
+    found = []
+    for parallel in layouts:
+        groups = start_distributed(Launch.from_environment(), ParallelConfig(**parallel), seed=0, quiet=True)
+        ones = torch.ones(1)
+        torch.distributed.all_reduce(ones, group=groups.tp)
+        formed = len(known)
+        leave_groups()
+        found.append((int(ones), formed, len(known)))
+    return found

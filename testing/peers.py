@@ -1,0 +1,74 @@
+"""transformers' models at our configurations, to compare with."""
+
+import torch
+
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.convert.names import huggingface_name
+
+
+def transformers_model(model: ModelConfig, seed: int = 0):
+    """OlmoHybridForCausalLM (or Olmo3ForCausalLM where the model has no Gated DeltaNet) in fp32, every weight random."""
+    import transformers
+
+    plain = {"rope_type": "default", "rope_theta": model.rope_theta}  # a null theta: no rotary embedding
+    scaling = model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else None
+    full = plain | scaling if scaling else plain
+    common = dict(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.kv_heads,
+        rms_norm_eps=model.norm_eps,
+        tie_word_embeddings=model.tie_embeddings,
+        rope_parameters=full,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="eager",
+    )
+    if "G" in model.layers:
+        gdn = model.gdn
+        config = transformers.OlmoHybridConfig(
+            **common,
+            layer_types=["linear_attention" if k == "G" else "full_attention" for k in model.layers],
+            linear_num_key_heads=gdn.num_key_heads,
+            linear_num_value_heads=gdn.num_value_heads,
+            linear_key_head_dim=gdn.key_head_dim,
+            linear_value_head_dim=gdn.value_head_dim,
+            linear_allow_neg_eigval=gdn.allow_negative_eigenvalues,
+        )
+        peer = transformers.OlmoHybridForCausalLM(config)
+    else:
+        common["rope_parameters"] = {"full_attention": full, "sliding_attention": plain}
+        config = transformers.Olmo3Config(
+            **common,
+            layer_types=["sliding_attention" if k == "W" else "full_attention" for k in model.layers],
+            sliding_window=model.sliding_window or 4096,  # it makes that mask for full attention alone, too
+        )
+        peer = transformers.Olmo3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.1 * noise)
+            elif "A_log" in name:
+                parameter.copy_(noise)
+            elif "conv1d" in name:
+                parameter.copy_(0.4 * noise)
+            else:
+                parameter.copy_(0.05 * noise)
+    return peer.float().eval()
+
+
+def true_tensors_of(peer, model: ModelConfig, gradients: bool = False) -> dict[str, torch.Tensor]:
+    """The peer's weights, or their gradients, under our names."""
+    theirs = {n: (p.grad if gradients else p.detach()) for n, p in peer.named_parameters()}
+    for name in [n for n in theirs if n.endswith("linear_attn.conv1d.weight")]:
+        widths = (model.gdn.key_dim, model.gdn.key_dim, model.gdn.value_dim)
+        for letter, part in zip("qkv", theirs.pop(name).split(widths), strict=True):
+            theirs[name.replace("conv1d", f"{letter}_conv1d")] = part
+    return {n: theirs[huggingface_name(model, n)].reshape(spec.shape) for n, spec in model_tensors(model).items()}
