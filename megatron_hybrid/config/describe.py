@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the resolved configuration, and what it comes to on a number of ranks."""
+"""Output of `--dry-run`: the resolved configuration, and its size, layout and work on a number of ranks."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _PART_NAMES = {"embedding": "embedding", "final_norm": "final norm", "output": "
 
 
 def describe(config: RunConfig, world_size: int) -> str:
-    """The run in YAML, followed by its size, layout and work as comments: the whole is a config file again.
+    """Return the run as YAML, with its size, layout and work as comments. The result is a valid configuration file.
 
     Raises:
         ConfigError: the run does not fit `world_size` ranks.
@@ -31,7 +31,7 @@ def describe(config: RunConfig, world_size: int) -> str:
 def _parameters(config: RunConfig) -> list[str]:
     model, sequence = config.model, config.data.sequence_length
     work = flops.training_flops_by_part(model, sequence)
-    rows = [("part", "layers", "parameters", "GFLOP a token")]
+    rows = [("part", "layers", "parameters", "GFLOP per token")]
     for part, count in flops.parameters_by_part(model).items():
         layers = str(model.layers.count(part)) if part in LAYER_KINDS else ""
         rows.append((_PART_NAMES[part], layers, f"{count:,}", f"{work.get(part, 0) / 1e9:.4g}"))
@@ -44,7 +44,7 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
     parallel = config.parallel
     virtual = parallel.virtual_pipeline_parallel_size
     sequence = " with sequence parallelism" if parallel.sequence_parallel_on else ""
-    sequence += ", exchanges overlapped" if parallel.tp_comm_overlap else ""
+    sequence += ", communication overlapped" if parallel.tp_comm_overlap else ""
     sharing = " with a distributed optimizer" if parallel.distributed_optimizer else ""
     if config.train.engine == "deepspeed":
         sharing = f" with DeepSpeed's ZeRO {config.zero.stage}"
@@ -58,21 +58,21 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
 
 
 def _context(config: RunConfig) -> list[str]:
-    """What a context parallel rank has; nothing where there is one."""
+    """Return the line on context parallelism; empty for one rank."""
     ranks, model = config.parallel.context_parallel_size, config.model
     if ranks == 1:
         return []
-    words = f", {config.data.sequence_length // ranks:,} tokens of each sequence a rank"
+    words = f", {config.data.sequence_length // ranks:,} tokens of each sequence per rank"
     if set(model.layers) & {"A", "W"}:
         tensor = config.parallel.tensor_parallel_size
         groups = config.parallel.padded_heads(model.kv_heads) // tensor
-        a_rank = -(-groups // ranks) * (model.num_attention_heads // model.kv_heads)
-        words += f", which attends with {a_rank} heads over whole sequences"
+        heads = -(-groups // ranks) * (model.num_attention_heads // model.kv_heads)
+        words += f", which attends with {heads} heads over whole sequences"
     return [f"  context   {ranks}{words}"]
 
 
 def _stages(config: RunConfig) -> list[str]:
-    """The table of pipeline stages; nothing where there is one."""
+    """Return the table of pipeline stages; empty for one stage."""
     model, parallel = config.model, config.parallel
     if parallel.num_stages == 1:
         return []
@@ -95,7 +95,7 @@ def _stages(config: RunConfig) -> list[str]:
 
 
 def _heads(config: RunConfig) -> list[str]:
-    """Heads over the tensor parallel ranks, with the dummies that make them divide; nothing at one rank."""
+    """Return the table of heads over the tensor parallel ranks, with padding heads; empty for one rank."""
     model, parallel = config.model, config.parallel
     ranks = parallel.tensor_parallel_size
     if ranks == 1:
@@ -109,7 +109,7 @@ def _heads(config: RunConfig) -> list[str]:
         keys, values = model.gdn.num_key_heads, model.gdn.num_value_heads
         counts.append(("Gated DeltaNet key", keys, parallel.padded_heads(keys)))
         counts.append(("Gated DeltaNet value", values, parallel.padded_heads(keys, values)))
-    rows = [("heads", "true", "padded to", "a rank")]
+    rows = [("heads", "true", "padded to", "per rank")]
     rows += [
         (name, str(true), str(padded) if padded > true else "-", str(padded // ranks)) for name, true, padded in counts
     ]
@@ -124,7 +124,7 @@ def _work(config: RunConfig, world_size: int) -> list[str]:
     size = train.global_batch_size
     lines = [
         "Work",
-        f"  a step    {size:,} sequences x {sequence:,} = {size * sequence:,} tokens, "
+        f"  per step  {size:,} sequences x {sequence:,} = {size * sequence:,} tokens, "
         f"{size // unit} microbatches of {train.micro_batch_size} on each data parallel rank",
     ]
     if train.batch_ramp is not None:
@@ -132,13 +132,13 @@ def _work(config: RunConfig, world_size: int) -> list[str]:
         lines.append(f"  ramp      from {ramp.start:,} sequences by {ramp.increment:,} over {ramp.samples:,} samples")
     return [
         *lines,
-        f"  a token   {work / 1e9:.4g} GFLOP (forward and backward, without recomputation)",
-        f"  the run   {train.steps:,} steps, {tokens:,} tokens, {tokens * work:.4g} FLOP",
+        f"  per token {work / 1e9:.4g} GFLOP (forward and backward, without recomputation)",
+        f"  run       {train.steps:,} steps, {tokens:,} tokens, {tokens * work:.4g} FLOP",
     ]
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines, columns aligned: text to the left, numbers to the right."""
+    """Return rows as lines with aligned columns: text to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = [
         all(row[column][:1].isdigit() or row[column] in ("", "-") for row in rows[1:]) for column in range(len(widths))

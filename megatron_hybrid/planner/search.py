@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.config import checks
 from megatron_hybrid.config.data import DataConfig, SourceConfig
 from megatron_hybrid.config.parallel import LARGEST_OVERLAP, ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.config.world_checks import world_problems
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.memory import Memory, fullest
 from megatron_hybrid.planner.plan import Plan
@@ -169,7 +169,7 @@ def _no_slices(job: Job, tp: int, cp: int) -> str:
             f"context parallelism would leave a rank {length} tokens of a sequence: latencies would be most of the step"
         )
     run = job.run(_parallel(job, {"tp": tp, "cp": cp, "pp": 1, "vpp": 1, "dp": 1}, tp > 1, "none"), 1)
-    found = checks.section_problems(run) if cp > 1 else ()
+    found = run.section_problems() if cp > 1 else ()
     return "; ".join(f"{name}: {message}" for name, message in found if name == "parallel.context_parallel_size")
 
 
@@ -233,7 +233,7 @@ def _parallel(job: Job, sizes: dict[str, int], sp: bool, recompute: str) -> Para
 def _problems(job: Job, parallel: ParallelConfig, micro_batch_size: int) -> str:
     """What the trainer's own checks (RunConfig, `check_world`) say, in a line; empty if nothing."""
     run = job.run(parallel, micro_batch_size)
-    problems = checks.section_problems(run) or checks.world_problems(run, job.gpus)
+    problems = run.section_problems() or world_problems(run.train, run.parallel, job.gpus)
     return "; ".join(f"{name}: {message}" for name, message in problems)
 
 

@@ -1,0 +1,116 @@
+"""Checks of FP8 against model, data, training and layout."""
+
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.padding import FP8_ALIGNMENT, PaddedSizes, round_up
+from megatron_hybrid.base import nearest
+from megatron_hybrid.base.errors import Problems
+from megatron_hybrid.config.data import DataConfig
+from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.config.train import TrainConfig
+
+ATTENTION_HEAD_DIM = 128
+"""Head dimension that FP8 attention supports on Hopper."""
+
+
+def check_precision(
+    model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, precision: PrecisionConfig, problems: Problems
+) -> None:
+    """Check backend, data type, optimizer, attention and the number of layers in bf16."""
+    if not precision.fp8:
+        return
+    if train.dtype == "fp32":
+        problems.add(
+            "precision.fp8_recipe", f"{precision.fp8_recipe} needs train.dtype bf16; set that, or this to null"
+        )
+    if model.backend == "local":
+        problems.add(
+            "precision.fp8_recipe",
+            f"{precision.fp8_recipe} needs Transformer Engine; set model.backend to auto, or this to null",
+        )
+    if precision.fp8_param_gather and not parallel.distributed_optimizer:
+        problems.add(
+            "precision.fp8_param_gather",
+            "true needs parallel.distributed_optimizer, which casts its fp32 weights to FP8; set that to true, or this to false",
+        )
+    if precision.fp8_attention:
+        _check_attention(model, problems)
+    layers = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+    if layers >= model.num_layers:
+        problems.add(
+            "precision.num_layers_at_start_in_bf16",
+            f"with num_layers_at_end_in_bf16, {layers} of {model.num_layers} layers are in bf16; lower them, or set fp8_recipe to "
+            "null",
+        )
+
+
+def _check_attention(model: ModelConfig, problems: Problems) -> None:
+    reason = None
+    if not set(model.layers) & {"A", "W"}:
+        reason = "has no layer to run in: layer_pattern has neither A nor W"
+    elif "W" in model.layers:
+        reason = "has no sliding window, and layer_pattern has W layers"
+    elif model.attention_head_dim != ATTENTION_HEAD_DIM:
+        reason = f"needs model.head_dim = {ATTENTION_HEAD_DIM} on Hopper, and it is {model.attention_head_dim}"
+    if reason:
+        problems.add("precision.fp8_attention", f"true {reason}; set it to false")
+
+
+def check_fp8_sizes(
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    problems: Problems,
+) -> None:
+    """Check that rows and columns of every FP8 GEMM on a rank are multiples of 16."""
+    if not precision.fp8:
+        return
+    _check_widths(model, parallel.tensor_parallel_size, problems)
+    context = parallel.context_parallel_size
+    shared = context * (parallel.tensor_parallel_size if parallel.sequence_parallel_on else 1)
+    tokens = data.sequence_length * train.micro_batch_size
+    if tokens % (FP8_ALIGNMENT * shared):
+        kinds = "context and sequence" if context > 1 else "sequence"
+        words = "tokens per micro-batch" + (f" over {shared} {kinds} parallel ranks" if shared > 1 else "")
+        best = nearest.multiple(data.sequence_length, FP8_ALIGNMENT * shared)
+        problems.add(
+            "data.sequence_length",
+            f"{data.sequence_length} makes {tokens} {words}, and FP8 needs a multiple of {FP8_ALIGNMENT} on each; the nearest is "
+            f"{best}",
+        )
+
+
+def _check_widths(model: ModelConfig, ranks: int, problems: Problems) -> None:
+    sizes, unit = PaddedSizes.of(model, ranks), FP8_ALIGNMENT
+    if model.hidden_size % unit:
+        _add_width(problems, "model.hidden_size", model.hidden_size, 1)
+    if model.ffn_hidden_size % (unit * ranks) and model.ffn_hidden_size % ranks == 0:
+        _add_width(problems, "model.ffn_hidden_size", model.ffn_hidden_size, ranks)
+    if set(model.layers) & {"A", "W"}:
+        width = sizes.num_attention_heads * model.attention_head_dim
+        if width % (unit * ranks):
+            _add_head_dim(problems, "model.head_dim", model.attention_head_dim, width // ranks)
+    if "G" in model.layers and model.gdn is not None:
+        width = sizes.gdn_value_heads * model.gdn.value_head_dim
+        if width % (unit * ranks):
+            _add_head_dim(problems, "model.gdn.value_head_dim", model.gdn.value_head_dim, width // ranks)
+
+
+def _add_width(problems: Problems, field: str, value: int, ranks: int) -> None:
+    unit = FP8_ALIGNMENT * ranks
+    words = f"{FP8_ALIGNMENT} x tensor_parallel_size {ranks} = {unit}" if ranks > 1 else str(unit)
+    problems.add(
+        field,
+        f"{value} is not a multiple of {words}, as FP8 needs; the nearest is {nearest.multiple(value, unit)}, or set "
+        "precision.fp8_recipe to null",
+    )
+
+
+def _add_head_dim(problems: Problems, field: str, value: int, width: int) -> None:
+    problems.add(
+        field,
+        f"{value} makes the heads of a rank {width} wide, and FP8 needs a multiple of {FP8_ALIGNMENT}; the nearest that always fits "
+        f"is {round_up(value, FP8_ALIGNMENT)}, or set precision.fp8_recipe to null",
+    )
