@@ -20,19 +20,14 @@ NOT_YET = {
     "megatron_hybrid/arch",
     "megatron_hybrid/checkpoint",
     "megatron_hybrid/convert",
-    "megatron_hybrid/data",
-    "megatron_hybrid/distributed",
-    "megatron_hybrid/launch",
     "megatron_hybrid/mixers",
     "megatron_hybrid/model",
-    "megatron_hybrid/observe",
-    "megatron_hybrid/planner",
-    "megatron_hybrid/precision",
-    "megatron_hybrid/profiling",
-    "megatron_hybrid/spec",
-    "megatron_hybrid/train",
     "testing",
     "tools",
+    "megatron_hybrid/planner",
+    "megatron_hybrid/precision",
+    "megatron_hybrid/spec",
+    "megatron_hybrid/train",
 }
 
 

@@ -19,7 +19,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Dataset(Protocol):
-    """What is loaded: a `Blend`, or a `FixedLengthDataset`."""
+    """Source of samples: a `Blend`, or a `FixedLengthDataset`."""
 
     sequence_length: int
 
@@ -50,7 +50,7 @@ class BatchLoader:
         pin_memory: bool = False,
         mask_end_of_document: int | None = None,
     ):
-        """Of a dataset, for one rank.
+        """Create the loader of a dataset for one rank.
 
         Args:
             num_workers: threads; 0 reads in the caller's.
@@ -91,7 +91,7 @@ class BatchLoader:
         """This rank's micro-batches of the global batch that begins at sample consumed_samples.
 
         Going on where the last call ended finds its micro-batches read already, whatever the batch sizes; anything else
-        is as right, and reads anew.
+        is as right, and reads again.
 
         Raises:
             ValueError: a negative start, a size that does not divide, or a loader that is closed. An error in a thread,

@@ -1,13 +1,14 @@
-"""What one GPU, and the ranks of a launch, do in a second: the points that the planner's hardware files are made of.
+"""Measurements of a GPU, and of collectives between ranks, from which the planner's hardware files are fitted.
 
-Each point is a plain dictionary: `op`, `pass` (forward, backward, or none), the sizes, and the median `seconds` of one call. The
-backward's is the difference of forward + backward and forward. Linears are Transformer Engine's where it is
-installed, with the weight's gradient added to an fp32 buffer as in training; casts to FP8 are part of them.
+Each point is a dictionary: `op`, `pass` (forward, backward, or none), sizes, and the median `seconds` of one call. The time of a
+backward pass is that of forward and backward minus that of forward. Linears are Transformer Engine's if it is installed. They
+include casts to FP8, and add the weight gradient to an fp32 buffer as in training.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,8 +29,7 @@ MESSAGES = (2**16, 2**20, 2**24, 2**27, 2**29)  # bytes of a collective's whole 
 
 
 def seconds_of(call: Callable[[], object], samples: int = 8) -> float:
-    """Median seconds of one call, the device's where there is one: calls are queued behind a pause, so that Python's
-    launching is not what is timed."""
+    """Return the median seconds of one call. On a GPU, calls are queued behind a sleep kernel, so that launches are not timed."""
     call()
     start = time.perf_counter()
     call()
@@ -54,7 +54,7 @@ def seconds_of(call: Callable[[], object], samples: int = 8) -> float:
 
 
 def _both(sizes: Point, forward: Callable[[], torch.Tensor]) -> Iterator[Point]:
-    """Points of a differentiable call's forward and backward pass."""
+    """Yield the points of the forward and backward pass of a differentiable call."""
 
     def forward_backward() -> None:
         y = forward()
@@ -66,8 +66,10 @@ def _both(sizes: Point, forward: Callable[[], torch.Tensor]) -> Iterator[Point]:
 
 
 def device_points(model: ModelConfig, tokens: int = 8192, degrees: Sequence[int] = (1, 2, 4, 8)) -> Iterator[Point]:
-    """Of this process's device alone, at the model's widths under each tensor parallel degree; what crosses tokens also at a
-    quarter and at four times as many."""
+    """Yield the points of this process's device, at the model's widths under each tensor parallel degree.
+
+    Attention and the delta rule are also measured at a quarter of `tokens` and at four times as many.
+    """
     yield from copy_points(tokens * model.ffn_hidden_size * 4)
     formats = FORMATS if has_cuda() and find_spec("transformer_engine") else FORMATS[:1]
     for degree in degrees:
@@ -87,7 +89,7 @@ def device_points(model: ModelConfig, tokens: int = 8192, degrees: Sequence[int]
 
 
 def _tried(points: Iterator[Point], form: str) -> Iterator[Point]:
-    """Formats that this device or library refuses have no points, and the reason is printed."""
+    """Yield points. If the device or library does not support a format, print the reason instead."""
     try:
         yield from points
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -97,7 +99,7 @@ def _tried(points: Iterator[Point], form: str) -> Iterator[Point]:
 
 
 def linear_shapes(model: ModelConfig, degree: int) -> set[tuple[int, int]]:
-    """(out, in) of the matrices on a rank."""
+    """Return the shapes (out, in) of the weight matrices on a rank."""
     h, f, sizes = model.hidden_size, model.ffn_hidden_size // degree, PaddedSizes.of(model, degree)
     d = model.attention_head_dim
     q, kv = sizes.num_attention_heads * d // degree, sizes.num_key_value_heads * d // degree
@@ -109,11 +111,11 @@ def linear_shapes(model: ModelConfig, degree: int) -> set[tuple[int, int]]:
 
 
 def linear_points(form: str, m: int, n: int, k: int) -> Iterator[Point]:
-    """[m, k] by [n, k]."""
+    """Yield the points of a linear with weight [n, k] and m tokens."""
     device = local_device()
     dtype = torch.bfloat16
     x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
-    context: Callable[[], AbstractContextManager] = nullcontext
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
     if has_cuda() and find_spec("transformer_engine"):
         import transformer_engine.pytorch as te
 
@@ -126,12 +128,13 @@ def linear_points(form: str, m: int, n: int, k: int) -> Iterator[Point]:
 
     def forward() -> torch.Tensor:
         with context():
-            return linear(x)
+            y: torch.Tensor = linear(x)
+            return y
 
     yield from _both({"op": "linear", "format": form, "m": m, "n": n, "k": k}, forward)
 
 
-def _fp8_context(form: str, **options) -> Callable[[], AbstractContextManager]:
+def _fp8_context(form: str, **options: bool) -> Callable[[], AbstractContextManager[object]]:
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe
 
@@ -145,7 +148,7 @@ def _fp8_context(form: str, **options) -> Callable[[], AbstractContextManager]:
 
 
 def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, batch: int = 1) -> Iterator[Point]:
-    """Causal attention of a rank's heads; in FP8 with delayed scaling."""
+    """Yield the points of causal attention with a rank's heads. FP8 uses delayed scaling."""
     sizes, d = PaddedSizes.of(model, degree), model.attention_head_dim
     heads, groups = sizes.num_attention_heads // degree, sizes.num_key_value_heads // degree
     device, dtype = local_device(), torch.bfloat16
@@ -160,7 +163,8 @@ def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, 
 
         def forward() -> torch.Tensor:
             with context():
-                return attention(q, k, v)
+                y: torch.Tensor = attention(q, k, v)
+                return y
     else:
 
         def forward() -> torch.Tensor:
@@ -172,8 +176,9 @@ def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, 
 
 
 def delta_rule_points(model: ModelConfig, degree: int, sequence: int, batch: int = 1) -> Iterator[Point]:
-    """gated_delta_rule with a rank's heads."""
+    """Yield the points of gated_delta_rule with a rank's heads."""
     gdn, sizes = model.gdn, PaddedSizes.of(model, degree)
+    assert gdn is not None
     key_heads, heads = sizes.gdn_key_heads // degree, sizes.gdn_value_heads // degree
     device, dtype = local_device(), torch.bfloat16
     q, k = (torch.randn(batch, sequence, key_heads, gdn.key_head_dim, device=device) for _ in range(2))
@@ -187,19 +192,21 @@ def delta_rule_points(model: ModelConfig, degree: int, sequence: int, batch: int
 
 
 def glue_points(model: ModelConfig, degree: int, tokens: int) -> Iterator[Point]:
-    """conv_gates and gated_rmsnorm: what stands between projections and the delta rule."""
+    """Yield the points of conv_gates and gated_rmsnorm, the operations between projections and delta rule."""
     gdn, widths = model.gdn, PackedWidths.of(model, degree)
+    assert gdn is not None
     device, dtype = local_device(), torch.bfloat16
     packed = torch.randn(tokens, 1, widths.total, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(widths.conv, gdn.conv_kernel_size, device=device, dtype=dtype, requires_grad=True)
     a, dt = (torch.rand(widths.a, device=device).requires_grad_() for _ in range(2))
-    heads = dict(num_key_heads=widths.q // gdn.key_head_dim, num_value_heads=widths.a)
+    heads: dict[str, Any] = dict(num_key_heads=widths.q // gdn.key_head_dim, num_value_heads=widths.a)
     heads |= dict(key_head_dim=gdn.key_head_dim, value_head_dim=gdn.value_head_dim)
     sizes = {"tokens": tokens, "degree": degree}
 
-    def all_outputs() -> torch.Tensor:  # one scalar of all of them, as cheap as can be
+    def all_outputs() -> torch.Tensor:
         *outputs, gate = conv_gates(packed, weight, a, dt, return_gate=True, **heads)
-        return _Join.apply(*outputs, gate)
+        joined: torch.Tensor = _Join.apply(*outputs, gate)  # type: ignore[no-untyped-call]
+        return joined
 
     yield from _both({"op": "conv_gates", **sizes}, all_outputs)
     o = torch.randn(1, tokens, widths.a, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
@@ -209,27 +216,27 @@ def glue_points(model: ModelConfig, degree: int, tokens: int) -> Iterator[Point]
 
 
 class _Join(torch.autograd.Function):
-    """A stand-in for what follows: takes every output, and hands each of them itself as its gradient."""
+    """Cheapest consumer of several outputs: a scalar whose gradient for each output is the output itself."""
 
     @staticmethod
-    def forward(ctx, *outputs):
+    def forward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*outputs)
         return outputs[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, _: torch.Tensor) -> Any:
         return ctx.saved_tensors
 
 
 def copy_points(size: int) -> Iterator[Point]:
-    """A device-to-device copy; `bytes` counts those read and those written."""
+    """Yield the point of a device-to-device copy. `bytes` counts read and written bytes."""
     source = torch.empty(size, dtype=torch.uint8, device=local_device())
     target = torch.empty_like(source)
     yield {"op": "copy", "pass": "none", "bytes": 2 * size, "seconds": seconds_of(lambda: target.copy_(source))}
 
 
-def collective_points(sizes=MESSAGES) -> Iterator[Point]:
-    """Of all ranks of this launch together; `bytes` is the whole tensor's, for point-to-point the message's."""
+def collective_points(sizes: Sequence[int] = MESSAGES) -> Iterator[Point]:
+    """Yield the points of collectives over all ranks. `bytes` is the size of the whole tensor, or of a point-to-point message."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     for size in sizes:
         count = size // 2 // ranks * ranks
@@ -243,9 +250,9 @@ def collective_points(sizes=MESSAGES) -> Iterator[Point]:
                     request.wait()
 
         calls: dict[str, Callable[[], object]] = {
-            "all_reduce": lambda whole=whole: dist.all_reduce(whole),
-            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
-            "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
+            "all_reduce": partial(dist.all_reduce, whole),
+            "all_gather": partial(dist.all_gather_into_tensor, whole, part),
+            "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole),
         }
         for name, call in calls.items():
             yield {"op": name, "pass": "none", "ranks": ranks, "bytes": 2 * count, "seconds": _slowest(call)}
@@ -253,7 +260,7 @@ def collective_points(sizes=MESSAGES) -> Iterator[Point]:
 
 
 def _slowest(call: Callable[[], object]) -> float:
-    """A collective's seconds on the rank that needs most."""
+    """Return the seconds of a collective on the slowest rank."""
     seconds = torch.tensor(seconds_of(call), device=local_device())
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return float(seconds)
