@@ -66,7 +66,7 @@ def forward_kernel(
     qkv, q_weight, k_weight, angles, squares, q, k, v, B, heads, groups, q_width, k_width, eps,
     HEADS2: tl.constexpr, D: tl.constexpr, HALF2: tl.constexpr, ROTARY: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
-    """Write q, k and v. squares [tokens, 2] are the sums of squares of q and k: written here, or in REST read, summed over the ranks."""
+    """Write q, k and v. squares [tokens, 2] are the sums of squares of q and k: written here, or read by REST."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     n = tl.where(part == 0, heads, groups)
     eps = tl.full([], eps, tl.float32)  # torch.compile passes Python's floats as fp64
