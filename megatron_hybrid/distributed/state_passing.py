@@ -72,7 +72,7 @@ def explain_gated_delta_rule_of_slices(
     if group.size() == 1:
         return choice
     return replace(
-        choice, reason=f"{choice.reason}, each sequence in slices on {group.size()} ranks, which pass states"
+        choice, reason=f"{choice.reason}, each sequence in slices on {group.size()} ranks, which pass states on"
     )
 
 
