@@ -1,21 +1,22 @@
-"""A checkpoint of ours to a Hugging Face folder."""
+"""Export of a checkpoint to a Hugging Face folder."""
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.checkpoint.origin import longest_sequence
-from megatron_hybrid.convert.hf_card import model_card
-from megatron_hybrid.convert.hf_export import DEFAULT_POSITIONS, hf_from_model
+from megatron_hybrid.convert.checkpoint_source import CheckpointSource
+from megatron_hybrid.convert.hf.card import model_card
+from megatron_hybrid.convert.hf.config import DEFAULT_POSITIONS, hf_from_model
+from megatron_hybrid.convert.hf.original_files import GENERATION_CONFIG, generation_config, given_tokenizer, kept_files
+from megatron_hybrid.convert.hf.registry import architecture_for
+from megatron_hybrid.convert.hf.weight_files import INDEX, SINGLE
+from megatron_hybrid.convert.io.source import TORCH_NAMES, TensorSource
+from megatron_hybrid.convert.io.writer import OutputTensor
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files, write_text
-from megatron_hybrid.convert.names import huggingface_name
-from megatron_hybrid.convert.original_files import GENERATION_CONFIG, generation_config, given_tokenizer, kept_files
-from megatron_hybrid.convert.our_files import OurCheckpoint
-from megatron_hybrid.convert.safetensors_writer import OutputTensor
-from megatron_hybrid.convert.source import TORCH_NAMES, TensorSource
 from megatron_hybrid.data.agreement import checkpoint_disagreements, refuse
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -30,73 +31,91 @@ def to_huggingface(
     tokenizer: Path | None = None,
     positions: int | None = None,
 ) -> Conversion:
-    """Plan the conversion of a checkpoint of ours to a Hugging Face folder; nothing is written yet.
+    """Plan the conversion of a checkpoint to a Hugging Face folder. Nothing is written yet.
 
     Args:
-        dtype: safetensors' name of the type of the weights (F32, BF16); None: as they are. F32 takes the optimizer's fp32
-            masters where the checkpoint has them: a bf16 run's weights are rounded copies.
-        all_dtype: A_log and dt_bias in `dtype` too; else they keep fp32.
-        tokenizer: a folder whose tokenizer files are copied; None: those of the model it was converted from, if any.
+        dtype: type of the weights by its name in safetensors (F32, BF16); None: as they are. F32 takes the optimizer's fp32
+            masters if the checkpoint has them, because the weights of a bf16 run are rounded copies.
+        all_dtype: store A_log and dt_bias in `dtype`, too; by default they stay fp32.
+        tokenizer: folder whose tokenizer files are copied; None: those of the model that was converted, if any.
         positions: max_position_embeddings; None: the longest of the runs' sequence lengths and the original model's.
 
     Raises:
-        ConversionError: a damaged checkpoint, a model that transformers cannot compute, no tokenizer in the folder.
-        DataError: a tokenizer with more ids than the model has, or another than the model was trained with.
+        ConversionError: a damaged checkpoint, a model that transformers cannot compute, or no tokenizer in the folder.
+        DataError: the tokenizer has more ids than the model, or is not the one that the model was trained with.
     """
-    source = OurCheckpoint(checkpoint)
-    model = source.model
-    stored = source.precise_source if dtype == "F32" else source.source
+    source = CheckpointSource(checkpoint)
+    model, run = source.model, source.index.run
+    architecture = architecture_for(model)
+    names = architecture.names(model)
+    find = source.precise_tensor if dtype == "F32" else source.tensor
     tensors = [
-        _output(stored(name), spec, huggingface_name(model, name), dtype, all_dtype)
+        _output(find(name), spec, names.theirs(name), names.their_shape(name), dtype, all_dtype)
         for name, spec in model_tensors(model).items()
     ]
-    origin = _origin(source.index.run)
+    origin = _original_config(run)
     weights_dtype = TORCH_NAMES[max(tensors, key=lambda t: t.nbytes).dtype]
-    chosen, notes = (positions, []) if positions else _positions(source.index.run, origin)
+    chosen, notes = (positions, []) if positions else _positions(run, origin)
     config = hf_from_model(model, weights_dtype, chosen, origin)
     files = split_into_files(tensors, max_shard_bytes)
     if len(files) == 1:
-        files = {"model.safetensors": next(iter(files.values()))}
+        files = {SINGLE: next(iter(files.values()))}
     kept = kept_files(checkpoint)
     generation, more_notes = generation_config(config, kept.pop(GENERATION_CONFIG, None))
     copied = given_tokenizer(tokenizer) if tokenizer else kept
-    disagreements = checkpoint_disagreements(model, source.index.run, str(tokenizer) if tokenizer else None)
-    notes += [*more_notes, *_version_notes(model), *refuse(disagreements)]
+    disagreements = checkpoint_disagreements(model, run, str(tokenizer) if tokenizer else None)
+    notes += [*more_notes, *architecture.export_notes(model), *refuse(disagreements)]
+    texts = {
+        **({INDEX: _as_json(_weight_map(files))} if len(files) > 1 else {}),
+        "config.json": _as_json(config),
+        GENERATION_CONFIG: _as_json(generation),
+        "README.md": model_card(model, architecture, config, source.index, bool(copied)),
+    }
+    finish = _finisher(texts, copied)
+    return Conversion(target, files, [*source.files, *copied.values()], with_hash=False, finish=finish, notes=notes)
+
+
+def _finisher(texts: Mapping[str, str], copied: Mapping[str, Path]) -> Callable[[Path, Facts], None]:
+    """Return the function that writes the files next to the weights."""
 
     def finish(written: Path, _: Facts) -> None:
-        if len(files) > 1:
-            weight_map = {t.name: file for file, group in files.items() for t in group}
-            index = {
-                "metadata": {"total_size": sum(t.nbytes for t in tensors)},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            write_text(written / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        write_text(written / "config.json", json.dumps(config, indent=2) + "\n")
-        write_text(written / GENERATION_CONFIG, json.dumps(generation, indent=2) + "\n")
-        write_text(written / "README.md", model_card(model, config, source.index, bool(copied)))
+        for name, text in texts.items():
+            write_text(written / name, text)
         for name, path in copied.items():
             (written / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, written / name)
 
-    return Conversion(target, files, [*source.files, *copied.values()], with_hash=False, finish=finish, notes=notes)
+    return finish
 
 
-def _output(source: TensorSource, spec: TensorSpec, name: str, dtype: str | None, all_dtype: bool) -> OutputTensor:
-    shape = (spec.shape[0], 1, spec.shape[1]) if spec.kind == "conv" else spec.shape
+def _as_json(content: object) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _weight_map(files: Mapping[str, list[OutputTensor]]) -> dict[str, Any]:
+    """Return the content of model.safetensors.index.json."""
+    weight_map = {tensor.name: file for file, group in files.items() for tensor in group}
+    total = sum(tensor.nbytes for group in files.values() for tensor in group)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _output(
+    source: TensorSource, spec: TensorSpec, name: str, shape: tuple[int, ...], dtype: str | None, all_dtype: bool
+) -> OutputTensor:
     keep = spec.always_fp32 and not all_dtype
-    shaped = TensorSource(source.name, source.dtype, shape, source.boxes)
+    shaped = TensorSource(source.name, source.dtype, shape, source.slices)
     return OutputTensor(name, "F32" if keep else dtype or source.dtype, shape, lambda: shaped)
 
 
-def _origin(run: dict[str, Any]) -> dict[str, Any]:
-    """The config.json that the checkpoint was once converted from; empty where it was not."""
-    origin = run.get("converted_from") if isinstance(run, dict) else None
+def _original_config(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json that the checkpoint was converted from, or an empty one."""
+    origin = run.get("converted_from")
     config = origin.get("config") if isinstance(origin, dict) and origin.get("format") == "huggingface" else None
     return config if isinstance(config, dict) else {}
 
 
-def _positions(run: dict[str, Any], origin: dict[str, Any]) -> tuple[int, list[str]]:
-    """max_position_embeddings, and remarks for the user: the longest that the weights have seen or were said to take."""
+def _positions(run: dict[str, Any], origin: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Return max_position_embeddings, the longest sequence of training or of the original model, and notes for the user."""
     trained, stated = longest_sequence(run), origin.get("max_position_embeddings")
     stated = stated if type(stated) is int and stated > 0 else None
     longest = max(trained or 0, stated or 0) or DEFAULT_POSITIONS
@@ -104,10 +123,3 @@ def _positions(run: dict[str, Any], origin: dict[str, Any]) -> tuple[int, list[s
         other = f"the longest of a run's sequences is {trained:,}, and the original model has {stated:,}"
         return longest, [f"max_position_embeddings is {longest}: {other}; --max-position-embeddings N sets another"]
     return longest, []
-
-
-def _version_notes(model: ModelConfig) -> list[str]:
-    """Which versions of transformers compute something else, whatever config.json says."""
-    if model.rope_scaling is None or not {"A", "W"} <= set(model.layers):
-        return []
-    return ["transformers 5.0 to 5.12 apply rope_scaling to sliding attention as well; use 4.57, or 5.13 and later"]

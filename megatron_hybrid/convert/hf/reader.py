@@ -1,10 +1,10 @@
-"""A Hugging Face folder as sources of our true tensors: every tensor of it is used, every one of ours is found.
+"""A Hugging Face folder as sources of true tensors. Every tensor in it is used, and every true tensor is found.
 
-Exempt are tensors that transformers computes from config.json (rotary frequencies, causal masks) and ignores in files.
+Exceptions are buffers that transformers computes from config.json (rotary frequencies, causal masks) and ignores in files.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,23 @@ from typing import Any
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.folder import has_file, read_json, regular_file
-from megatron_hybrid.convert.hf_config import read_config
-from megatron_hybrid.convert.names import huggingface_name, usual_name
-from megatron_hybrid.convert.safetensors_header import StoredTensor, read_header
-from megatron_hybrid.convert.source import TORCH_NAMES, OpenFiles, TensorSource, stacked
+from megatron_hybrid.convert.hf.config import read_config
+from megatron_hybrid.convert.hf.names import Joined, TensorNames
+from megatron_hybrid.convert.hf.weight_files import read_weight_files
+from megatron_hybrid.convert.io.folder import read_json, regular_file
+from megatron_hybrid.convert.io.header import StoredTensor
+from megatron_hybrid.convert.io.source import TORCH_NAMES, OpenFiles, TensorSource, stacked
 
-_INDEX, _SINGLE, _CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+CONFIG = "config.json"
 _COMPUTED = re.compile(
     r"(.*\.)?(\w*inv_freq|cos_cached|sin_cached|cos_sin_cache|causal_mask|attn_mask|self_attn\.(attn\.)?(masked_)?bias)"
 )
-"""Buffers by name. None of our models has a bias: what an attention layer calls so is a causal mask."""
+"""Names of buffers. No supported architecture has biases: a `bias` of an attention layer is a causal mask."""
 
 
 @dataclass(frozen=True)
 class HuggingFaceFolder:
-    """What a folder holds: the model, config.json as it is, and where each of our true tensors lies."""
+    """Contents of a folder: the model, config.json as it is, and the place of each true tensor."""
 
     folder: Path
     config: dict[str, Any]
@@ -36,11 +36,11 @@ class HuggingFaceFolder:
     sources: dict[str, TensorSource]
     files: Sequence[Path]
     notes: Sequence[str]
-    """Remarks for the user."""
+    """Notes for the user."""
 
 
 def open_huggingface(folder: Path, eos_token_id: int | None = None) -> HuggingFaceFolder:
-    """Read a folder's configuration and headers, and check all of it; no weights are read (but to compare tied copies).
+    """Read and check a folder's configuration and headers. Weights are read only to compare tied copies.
 
     Raises:
         ConversionError: names the file, field or tensor that is unsafe, damaged, unknown, missing or of a wrong shape.
@@ -49,168 +49,132 @@ def open_huggingface(folder: Path, eos_token_id: int | None = None) -> HuggingFa
         raise ConversionError(
             f"{folder}: there is no such folder; give the folder that holds config.json and model.safetensors"
         )
-    stored, files = _weights(folder)
-    config = read_json(regular_file(folder, _CONFIG), limit=1 << 20)
+    stored, files = read_weight_files(folder)
+    config = read_json(regular_file(folder, CONFIG), limit=1 << 20)
     read = read_config(config, eos_token_id)
     computed = [name for name in stored if _COMPUTED.fullmatch(name)]
     weights = {name: tensor for name, tensor in stored.items() if name not in computed}
     try:
-        sources = _sources(folder, read.model, weights)
+        sources = _Finder(folder, read.model, read.architecture.names(read.model), weights).sources()
     except ConversionError as error:
         if not read.defaults:
             raise
         taken = ", ".join(f"{name} is missing (default: {value!r})" for name, value in read.defaults.items())
-        raise ConversionError(f"{error}. In {_CONFIG} {taken}") from None
-    notes = [*read.notes, *([f"left out, computed from {_CONFIG}: {_some(computed)}"] if computed else [])]
-    return HuggingFaceFolder(folder, config, read.model, sources, [*files, folder / _CONFIG], notes)
+        raise ConversionError(f"{error}. In {CONFIG} {taken}") from None
+    notes = [*read.notes, *([f"left out, computed from {CONFIG}: {shorten(computed)}"] if computed else [])]
+    return HuggingFaceFolder(folder, config, read.model, sources, [*files, folder / CONFIG], notes)
 
 
-def _weights(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
-    """Every tensor of the folder's safetensors, and the files read."""
-    if has_file(folder, _INDEX) and has_file(folder, _SINGLE):
-        raise ConversionError(f"{folder}: both {_INDEX} and {_SINGLE} are there; remove the one that is not the model")
-    if has_file(folder, _SINGLE):
-        path = regular_file(folder, _SINGLE)
-        return read_header(path), [path]
-    if not has_file(folder, _INDEX):
-        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-        if pickles:
+class _Finder:
+    """Finds the true tensors of a model among stored tensors."""
+
+    def __init__(
+        self, folder: Path, model: ModelConfig, names: TensorNames, stored: Mapping[str, StoredTensor]
+    ) -> None:
+        self.folder, self.model, self.names = folder, model, names
+        self.by_name: dict[str, tuple[str, StoredTensor]] = {}
+        """Name in the usual spelling -> (name in the file, tensor)."""
+        self.used: set[str] = set()
+        for theirs, tensor in stored.items():
+            self._add(theirs, tensor)
+
+    def _add(self, theirs: str, tensor: StoredTensor) -> None:
+        name = self.names.usual(theirs)
+        if name in self.by_name:
             raise ConversionError(
-                f"{folder}: {pickles[0]} is a pickle, which can run any code when it is loaded; only safetensors are read. Where you "
-                "trust it: python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('DIR', "
-                "dtype='auto').save_pretrained('NEW_DIR')\", then convert NEW_DIR"
-            )
-        raise ConversionError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there{_hint(folder)}")
-    index = regular_file(folder, _INDEX)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ConversionError(f"{index}: its weight_map is not a file name by tensor name")
-    tensors: dict[str, StoredTensor] = {}
-    paths = [regular_file(folder, name) for name in dict.fromkeys(weight_map.values())]
-    for path in paths:
-        if path.suffix != ".safetensors":
-            raise ConversionError(f"{index}: {path.name} is not a safetensors file; nothing else is read")
-        header = read_header(path)
-        for name in header:
-            if weight_map.get(name) != path.name:
-                raise ConversionError(
-                    f"{path}: it holds {name!r:.200}, which {_INDEX} puts into {weight_map.get(name)!r:.100}"
-                )
-        tensors |= header
-    for name, file in weight_map.items():
-        if name not in tensors:
-            raise ConversionError(f"{folder / file}: it has no tensor {name!r:.200}, though {_INDEX} says so")
-    return tensors, [index, *paths]
-
-
-def _hint(folder: Path) -> str:
-    """What to give instead of a folder without weights."""
-    if has_file(folder, "adapter_config.json"):
-        return (
-            "; it is a PEFT adapter: merge it into its model (`merge_and_unload`, `save_pretrained`), and convert that"
-        )
-    snapshots = [path for path in sorted((folder / "snapshots").glob("*")) if path.is_dir()]
-    return f"; give a snapshot of this Hugging Face cache: {snapshots[-1]}" if snapshots else ""
-
-
-def _sources(folder: Path, model: ModelConfig, stored: dict[str, StoredTensor]) -> dict[str, TensorSource]:
-    """Where each true tensor lies among the stored ones."""
-    by_name: dict[str, tuple[str, StoredTensor]] = {}
-    for theirs, tensor in stored.items():
-        name = usual_name(model, theirs)
-        if name in by_name:
-            raise ConversionError(
-                f"{folder}: {theirs} and {by_name[name][0]} are two spellings of one tensor; one too many"
+                f"{self.folder}: {theirs} and {self.by_name[name][0]} are two spellings of one tensor; remove one"
             )
         if tensor.dtype not in TORCH_NAMES:
             raise ConversionError(
-                f"{folder}: {theirs} is {tensor.dtype}; only {', '.join(TORCH_NAMES)} are weights of such a model"
+                f"{self.folder}: {theirs} is {tensor.dtype}; weights must be one of {', '.join(TORCH_NAMES)}"
             )
-        by_name[name] = (theirs, tensor)
-    tied = by_name.pop("lm_head.weight", None) if model.tie_embeddings else None
-    sources, used, missing = {}, set(), []
-    for name, spec in model_tensors(model).items():
-        theirs, convolutions = huggingface_name(model, name), _convolutions(model, name)
-        if convolutions:
-            parts, first, total = convolutions
-            names = _spelling(parts, by_name)
-            if names:
-                used.update(names)
-                sources[name] = _joined(folder, spec, names, by_name, first, total)
-                continue
-            theirs = f"{parts[0]} (or with its {parts[1:]})"
-        elif theirs in by_name:
-            used.add(theirs)
-            sources[name] = _whole(folder, spec, *by_name[theirs])
-            continue
+        self.by_name[name] = (theirs, tensor)
+
+    def sources(self) -> dict[str, TensorSource]:
+        """Return the place of each true tensor.
+
+        Raises:
+            ConversionError: tensors that are missing, unknown or of a wrong shape, or tied copies that differ.
+        """
+        specs = model_tensors(self.model)
+        head = self.names.theirs("output.weight")
+        tied = self.by_name.pop(head, None) if self.model.tie_embeddings else None
+        sources: dict[str, TensorSource] = {}
+        missing: list[str] = []
+        for name, spec in specs.items():
+            if (source := self._find(spec, missing)) is not None:
+                sources[name] = source
+        unknown = sorted(self.by_name[name][0] for name in self.by_name.keys() - self.used)
+        problems = [f"tensors are missing: {shorten(missing)}"] if missing else []
+        if unknown:
+            problems.append(f"tensors that the model in {CONFIG} does not have: {shorten(unknown)}")
+        if problems:
+            raise ConversionError(f"{self.folder}: {'; '.join(problems)}")
+        if tied:
+            self._check_tied(sources["embedding.weight"], self._whole(specs["embedding.weight"], *tied))
+        return sources
+
+    def _find(self, spec: TensorSpec, missing: list[str]) -> TensorSource | None:
+        theirs = self.names.theirs(spec.name)
+        joined = self.names.joined(spec.name)
+        if joined is not None:
+            stored = self._spelling(joined)
+            if stored:
+                self.used.update(stored)
+                return self._joined(spec, joined, stored)
+            theirs = f"{joined.joined} (or with its {joined.parts})"
+        elif theirs in self.by_name:
+            self.used.add(theirs)
+            return self._whole(spec, *self.by_name[theirs])
         missing.append(theirs)
-    unknown = [by_name[name][0] for name in by_name.keys() - used]
-    problems = [f"tensors are missing: {_some(missing)}"] if missing else []
-    if unknown:
-        problems.append(f"tensors that the model in {_CONFIG} does not have: {_some(sorted(unknown))}")
-    if problems:
-        raise ConversionError(f"{folder}: {'; '.join(problems)}")
-    if tied:
-        _check_tied(
-            folder, sources["embedding.weight"], _whole(folder, model_tensors(model)["embedding.weight"], *tied)
-        )
-    return sources
+        return None
+
+    def _spelling(self, joined: Joined) -> Sequence[str]:
+        """Return the names that are stored: the joined tensor, or all parts. What is left over is reported as unknown."""
+        if joined.joined in self.by_name:
+            return [joined.joined]
+        return joined.parts if all(name in self.by_name for name in joined.parts) else []
+
+    def _joined(self, spec: TensorSpec, joined: Joined, stored: Sequence[str]) -> TensorSource:
+        """Return rows of a joined convolution, or of its parts concatenated in the order of rows.
+
+        Parts need not have the widths of the true tensors: transformers' save_pretrained splits into equal parts.
+        """
+        parts = [self.by_name[name][1] for name in stored]
+        inner = self.names.their_shape(spec.name)[1:]
+        if (
+            any(len(p.shape) != 3 or p.shape[1:] != inner for p in parts)
+            or sum(p.shape[0] for p in parts) != joined.rows
+        ):
+            shapes = ", ".join(
+                f"{self.by_name[name][0]} {list(p.shape)}" for name, p in zip(stored, parts, strict=True)
+            )
+            raise ConversionError(f"{self.folder}: {shapes} should be {[joined.rows, *inner]} together")
+        if len({p.dtype for p in parts}) > 1:
+            raise ConversionError(f"{self.folder}: {', '.join(stored)} are of different dtypes")
+        return stacked(spec.name, parts, spec.shape, joined.first)
+
+    def _whole(self, spec: TensorSpec, theirs: str, tensor: StoredTensor) -> TensorSource:
+        if tensor.shape != spec.shape:
+            raise ConversionError(
+                f"{self.folder}: {theirs} is {list(tensor.shape)}, and {list(spec.shape)} by {CONFIG}"
+            )
+        return stacked(spec.name, [tensor], spec.shape)
+
+    def _check_tied(self, embedding: TensorSource, head: TensorSource) -> None:
+        """Check that the output matrix in a tied model's file equals the embedding."""
+        from megatron_hybrid.convert.io.compare import Difference, compare_tensors  # imports torch
+
+        with OpenFiles() as files:
+            same = compare_tensors(embedding, head, files) == Difference.NONE
+        if not same:
+            raise ConversionError(
+                f"{self.folder}: tie_word_embeddings is true in {CONFIG}, but lm_head.weight differs from "
+                "model.embed_tokens.weight; set it to false if the model is not tied, or remove lm_head.weight if it is"
+            )
 
 
-def _convolutions(model: ModelConfig, name: str) -> tuple[tuple[str, ...], int, int] | None:
-    """Of a convolution: (the joined name, the three separate ones), its first row in the joined one, all rows of that."""
-    theirs = huggingface_name(model, name)
-    for letter in "qkv":
-        prefix, found, _ = theirs.partition(f".linear_attn.{letter}_conv1d.weight")
-        if found and model.gdn:
-            key, value = model.gdn.key_dim, model.gdn.value_dim
-            prefix += ".linear_attn"
-            names = (f"{prefix}.conv1d.weight", *(f"{prefix}.{part}_conv1d.weight" for part in "qkv"))
-            return names, {"q": 0, "k": key, "v": 2 * key}[letter], 2 * key + value
-    return None
-
-
-def _spelling(names: Sequence[str], by_name: dict[str, Any]) -> Sequence[str] | None:
-    """Which of the two spellings is there: [joined], the three in order, or None. Leftovers are told as unknown."""
-    if names[0] in by_name:
-        return [names[0]]
-    return names[1:] if all(name in by_name for name in names[1:]) else None
-
-
-def _joined(folder: Path, spec: TensorSpec, names: Sequence[str], by_name, first: int, total: int) -> TensorSource:
-    """Rows of a joined convolution, or of three laid together in the order q, k, v.
-
-    Three need not have q's, k's and v's own widths: transformers' save_pretrained splits into equal thirds.
-    """
-    parts = [by_name[name][1] for name in names]
-    taps = spec.shape[1]
-    if any(len(p.shape) != 3 or p.shape[1:] != (1, taps) for p in parts) or sum(p.shape[0] for p in parts) != total:
-        shapes = ", ".join(f"{by_name[n][0]} {list(p.shape)}" for n, p in zip(names, parts, strict=True))
-        raise ConversionError(f"{folder}: {shapes} should be [{total}, 1, {taps}] together")
-    if len({p.dtype for p in parts}) > 1:
-        raise ConversionError(f"{folder}: {', '.join(names)} are of different dtypes")
-    return stacked(spec.name, parts, spec.shape, first)
-
-
-def _whole(folder: Path, spec: TensorSpec, theirs: str, tensor: StoredTensor) -> TensorSource:
-    if tensor.shape != spec.shape:
-        raise ConversionError(f"{folder}: {theirs} is {list(tensor.shape)}, and {list(spec.shape)} by {_CONFIG}")
-    return stacked(spec.name, [tensor], spec.shape)
-
-
-def _check_tied(folder: Path, embedding: TensorSource, head: TensorSource) -> None:
-    """A tied model's file may hold the output matrix as well, if it is the same."""
-    from megatron_hybrid.convert.compare import Difference, compare_tensors  # it imports torch
-
-    with OpenFiles() as files:
-        same = compare_tensors(embedding, head, files) == Difference.NONE
-    if not same:
-        raise ConversionError(
-            f"{folder}: tie_word_embeddings is true in {_CONFIG}, but lm_head.weight differs from model.embed_tokens.weight; "
-            "set it to false if the model is not tied, or remove lm_head.weight if it is"
-        )
-
-
-def _some(names: Iterable[str]) -> str:
+def shorten(names: Iterable[str]) -> str:
+    """Return the first five names, and how many more there are."""
     names = list(names)
     return ", ".join(f"{n:.200}" for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

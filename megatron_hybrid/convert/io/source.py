@@ -1,40 +1,40 @@
-"""Reading a stored tensor a block of rows at a time, wherever its parts lie.
+"""Tensors that lie in files, read a block of rows at a time.
 
-Plain reads, not memory maps: a mapped file's pages count as resident memory, a 15 GB checkpoint's would all stay. torch is
-imported where values are cast, not before: most conversions move bytes, and are done by the time it would be there.
+Files are read with `pread`, not mapped: pages of a mapped file count as resident memory, and all 15 GB of a checkpoint would
+stay resident. torch is imported only to cast values, because most conversions only move bytes.
 """
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from megatron_hybrid.checkpoint.format import boxes_of_range
+from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.safetensors_header import ITEM_BYTES, StoredTensor
+from megatron_hybrid.convert.io.header import ITEM_BYTES, StoredTensor
 
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-"""What weights may be stored as. Conversions keep F64 as F32."""
+"""Types in which weights may be stored. Conversions keep F64 as F32."""
 BLOCK_BYTES = 4 << 20
-"""Read, cast, hashed and written at once: small enough to stay in a processor's cache from one to the next."""
-_MAX_BOXES = 4096
-"""Parts of one tensor; far more than there are ranks, few enough to compare all with all."""
+"""Size of a block that is read, cast, hashed and written. It fits in a processor's cache between these steps."""
+_MAX_SLICES = 4096
+"""Most slices per tensor: far more than there are ranks, few enough to compare each with each."""
 
 
 class OpenFiles:
-    """The files being read, a few at a time, and the memory they are read into."""
+    """A few open files, and reusable memory to read them into."""
 
-    def __init__(self, limit: int = 32):
+    def __init__(self, limit: int = 32) -> None:
         self._limit = limit
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._buffers = [bytearray(), bytearray(), bytearray()]
 
     def buffer(self, nbytes: int) -> memoryview:
-        """Memory for a block, used again two blocks later: fresh memory would cost a page fault every 4 KiB."""
+        """Return memory for a block. It is reused two blocks later; fresh memory would cost a page fault every 4 KiB."""
         memory = self._buffers.pop(0)
         if len(memory) < nbytes:
             memory = bytearray(nbytes)
@@ -42,6 +42,7 @@ class OpenFiles:
         return memoryview(memory)[:nbytes]
 
     def descriptor(self, path: Path) -> int:
+        """Return a file descriptor, which is valid until `limit` other files are opened."""
         if path not in self._open:
             if len(self._open) >= self._limit:
                 os.close(self._open.popitem(last=False)[1])
@@ -63,131 +64,149 @@ class OpenFiles:
             done += count
 
     def close(self) -> None:
+        """Close all files."""
         while self._open:
             os.close(self._open.popitem()[1])
 
     def __enter__(self) -> "OpenFiles":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
 @dataclass(frozen=True)
-class StoredBox:
-    """Rows [row, row + rows) and columns [column, column + columns) of a tensor, row-major from byte `at` of a file."""
+class FileSlice:
+    """A slice of a tensor seen as [rows, columns], stored row-major from byte `begin` of a file."""
 
     path: Path
-    at: int
-    row: int
-    rows: int
-    column: int
-    columns: int
+    begin: int
+    slice: TensorSlice
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First row, and first row past the slice."""
+        return self.slice.offset[0], self.slice.end[0]
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """First column, and first column past the slice."""
+        return self.slice.offset[1], self.slice.end[1]
 
 
-def flattened_range(box: StoredBox, item: int, start: int, stop: int) -> list[StoredBox]:
-    """Elements [start, stop) of the flattened box, which alone lie at `box.at`."""
-    parts, at = [], box.at
-    for row, column, rows, columns in boxes_of_range(start, stop, box.columns):
-        parts.append(StoredBox(box.path, at, box.row + row, rows, box.column + column, columns))
-        at += rows * columns * item
-    return parts
+def as_matrix(part: TensorSlice) -> TensorSlice:
+    """Return a slice of a tensor with one or two dimensions as a slice of [rows, columns]."""
+    return part if len(part.shape) == 2 else TensorSlice((*part.offset, 0), (*part.shape, 1))
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor seen as [rows, columns]: dimension 0, and all the others flattened."""
+    """A tensor in files. It is read as [rows, columns]: dimension 0, and all others flattened."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    boxes: tuple[StoredBox, ...]
+    slices: tuple[FileSlice, ...]
 
     @property
     def rows(self) -> int:
+        """Length of dimension 0."""
         return self.shape[0]
 
     @property
     def columns(self) -> int:
+        """Values per row."""
         return prod(self.shape[1:])
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def contiguous(self) -> bool:
-        """Whether every box has whole rows."""
-        return all(box.columns == self.columns for box in self.boxes)
+        """Whether every slice has whole rows."""
+        return all(part.slice.shape[1] == self.columns for part in self.slices)
 
     def check(self) -> "TensorSource":
-        """The boxes cover the tensor, each part once.
+        """Check that the slices cover the tensor and do not overlap, and return the source.
 
         Raises:
-            ConversionError: names the tensor.
+            ConversionError: they do not; names the tensor.
         """
-        if len(self.boxes) > _MAX_BOXES:
-            raise ConversionError(f"{self.name}: stored in {len(self.boxes)} parts; at most {_MAX_BOXES} are read")
-        boxes = sorted(self.boxes, key=lambda b: (b.row, b.column))
-        for index, box in enumerate(boxes):
-            if box.row + box.rows > self.rows or box.column + box.columns > self.columns:
+        if len(self.slices) > _MAX_SLICES:
+            raise ConversionError(f"{self.name}: stored in {len(self.slices)} parts; at most {_MAX_SLICES} are read")
+        slices = sorted((part.slice for part in self.slices), key=lambda part: part.offset)
+        for index, part in enumerate(slices):
+            if part.end[0] > self.rows or part.end[1] > self.columns:
                 raise ConversionError(f"{self.name}: a part of it lies outside its shape {self.shape}")
-            for other in boxes[index + 1 :]:
-                if other.row >= box.row + box.rows:
+            for other in slices[index + 1 :]:
+                if other.offset[0] >= part.end[0]:
                     break
-                if other.column < box.column + box.columns and box.column < other.column + other.columns:
+                if part.intersection(other):
                     raise ConversionError(f"{self.name}: two of its parts overlap")
-        held, needed = sum(b.rows * b.columns for b in boxes), prod(self.shape)
+        held, needed = sum(part.numel for part in slices), prod(self.shape)
         if held != needed:
             raise ConversionError(f"{self.name}: its parts hold {held} of {needed} values")
         return self
 
     def blocks(self, files: OpenFiles, limit: int = BLOCK_BYTES) -> Iterator[memoryview]:
-        """The tensor's bytes in order, in pieces of whole rows of about `limit` bytes; one is good until the next but one."""
+        """Yield the tensor's bytes in order, whole rows of about `limit` bytes at a time.
+
+        A block is valid until the next but one.
+        """
         row_bytes = self.columns * ITEM_BYTES[self.dtype]
         step = max(1, limit // max(1, row_bytes))
         for first in range(0, self.rows, step):
             yield self._read_rows(files, first, min(first + step, self.rows))
 
     def _read_rows(self, files: OpenFiles, first: int, last: int) -> memoryview:
+        width = self.columns * ITEM_BYTES[self.dtype]
+        block = files.buffer((last - first) * width)
+        wanted = TensorSlice((first, 0), (last - first, self.columns))
+        for part in self.slices:
+            if shared := part.slice.intersection(wanted):
+                self._read_slice(files, part, shared, block, first)
+        return block
+
+    def _read_slice(
+        self, files: OpenFiles, part: FileSlice, shared: TensorSlice, block: memoryview, first: int
+    ) -> None:
+        """Read the rows `shared` of a slice into a block that begins at row `first`."""
         item = ITEM_BYTES[self.dtype]
-        width = self.columns * item
-        whole = files.buffer((last - first) * width)
-        for box in self.boxes:
-            lo, hi = max(first, box.row), min(last, box.row + box.rows)
-            if lo >= hi:
-                continue
-            box_width = box.columns * item
-            at = box.at + (lo - box.row) * box_width
-            if box.columns == self.columns:
-                files.read_into(box.path, at, whole[(lo - first) * width : (hi - first) * width])
-                continue
-            part = np.empty((hi - lo, box_width), np.uint8)
-            files.read_into(box.path, at, memoryview(part).cast("B"))
-            target = np.frombuffer(whole, np.uint8).reshape(last - first, width)
-            target[lo - first : hi - first, box.column * item : box.column * item + box_width] = part
-        return whole
+        rows, width = shared.shape[0], self.columns * item
+        part_width = shared.shape[1] * item
+        at, row = part.begin + (shared.offset[0] - part.slice.offset[0]) * part_width, shared.offset[0] - first
+        if part_width == width:
+            files.read_into(part.path, at, block[row * width : (row + rows) * width])
+            return
+        values = np.empty((rows, part_width), np.uint8)
+        files.read_into(part.path, at, memoryview(values).cast("B"))
+        target = np.frombuffer(block, np.uint8).reshape(-1, width)
+        begin = shared.offset[1] * item
+        target[row : row + rows, begin : begin + part_width] = values
 
 
-def stacked(name: str, parts: list[StoredTensor], shape: tuple[int, ...], first: int = 0) -> TensorSource:
-    """Rows [first, first + shape[0]) of the parts laid one after another along dimension 0, as a tensor of `shape`.
+def stacked(name: str, parts: Sequence[StoredTensor], shape: tuple[int, ...], first: int = 0) -> TensorSource:
+    """Return rows [first, first + shape[0]) of tensors that are concatenated along dimension 0, as a tensor of `shape`.
 
-    The parts' bytes a row must be those of `shape`; the parts may be of any number of rows.
+    A row of each part has as many bytes as one of `shape`; the parts may have any number of rows.
     """
     columns = prod(shape[1:])
     row_bytes = columns * ITEM_BYTES[parts[0].dtype]
-    boxes, at = [], 0
+    wanted = TensorSlice((first, 0), (shape[0], columns))
+    slices, at = [], 0
     for part in parts:
-        rows = part.shape[0]
-        lo, hi = max(first, at), min(first + shape[0], at + rows)
-        if lo < hi:
-            boxes.append(StoredBox(part.path, part.begin + (lo - at) * row_bytes, lo - first, hi - lo, 0, columns))
-        at += rows
-    return TensorSource(name, parts[0].dtype, shape, tuple(boxes)).check()
+        held = TensorSlice((at, 0), (part.shape[0], columns))
+        if shared := held.intersection(wanted):
+            begin = part.begin + (shared.offset[0] - at) * row_bytes
+            slices.append(FileSlice(part.path, begin, shared.relative_to(wanted.offset)))
+        at += part.shape[0]
+    return TensorSource(name, parts[0].dtype, shape, tuple(slices)).check()
 
 
 def cast(block: memoryview, dtype: str, to: str) -> memoryview:
-    """A block's values in another type."""
+    """Return a block's values in another type."""
     if dtype == to:
         return block
     import torch
