@@ -23,6 +23,7 @@ from typing import Any
 from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.base.lfs import refuse_lfs_pointer
+from megatron_hybrid.config.renames import rename_saved
 
 FORMAT = "megatron_hybrid/1"
 INDEX = "index.json"
@@ -240,6 +241,7 @@ def _parse_index(path: Path) -> Index:
     index = Index(data["model"], data["run"], data["state"], data["files"], tensors_from_json(data["tensors"]))
     if not all(isinstance(part, dict) for part in (index.model, index.run, index.state)):
         raise TypeError("model, run and state must be objects")
+    index.run = rename_saved(index.run)
     return index
 
 

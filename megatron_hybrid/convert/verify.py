@@ -18,7 +18,7 @@ from megatron_hybrid.convert.io.header import ITEM_BYTES, StoredTensor
 from megatron_hybrid.convert.io.source import BLOCK_BYTES, OpenFiles, TensorSource
 
 Progress = Callable[[int], None]
-_NO_EFFECT = {"eos_token_id", "pad_token_id", "init_std", "a_init_range", "dt_init_range", "dt_init_floor"}
+_NO_EFFECT = {"eos_token_id", "pad_token_id", "init_std", "a_init_range", "dt_init_range", "dt_init_floor", "backend"}
 """Fields of ModelConfig and its sections that do not change what trained weights compute."""
 
 
