@@ -13,7 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
 from megatron_hybrid.checkpoint.collect import Collector, OptimizerShard
-from megatron_hybrid.checkpoint.writer import SavedShard
+from megatron_hybrid.checkpoint.writer import SlicedTensor
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
@@ -264,7 +264,7 @@ class MegatronCollector(Collector):
         self.optimizer.set_fp8_parameters()
         self.optimizer.renew_copies()
 
-    def shards(self) -> Iterator[SavedShard]:
+    def shards(self) -> Iterator[SlicedTensor]:
         """What this rank saves, once all ranks have the newest parameters."""
         self.optimizer.gather_parameters()
         yield from super().shards()

@@ -6,6 +6,7 @@ from typing import Any
 from megatron_hybrid.arch.model import LAYER_KINDS, ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.format import Index
+from megatron_hybrid.convert.hf.base import Architecture
 
 _CARD = """---
 library_name: transformers
@@ -34,25 +35,28 @@ limits before publishing them.
 """
 
 
-def model_card(model: ModelConfig, config: dict[str, Any], index: Index, has_tokenizer: bool) -> str:
-    """What is known of the model, in Hugging Face's form; what is not known is left for its author."""
+def model_card(
+    model: ModelConfig, architecture: Architecture, config: dict[str, Any], index: Index, has_tokenizer: bool
+) -> str:
+    """Return a model card in Hugging Face's form. What is not known is left to its author.
+
+    Args:
+        config: the export's config.json.
+        index: index of the checkpoint.
+    """
     counts = Counter(LAYER_KINDS[kind] for kind in model.layers)
-    step = index.state.get("step") if isinstance(index.state, dict) else None
+    step = index.state.get("step")
     rows = {
         "layers": f"`{model.layer_pattern}`",
         "attention heads": f"{model.num_attention_heads} of {model.attention_head_dim}, {model.kv_heads} for keys and values",
         "rotary embedding": f"theta {model.rope_theta:,.0f}{_scaling(model)}" if model.rope_theta else "none",
         "weights": config["dtype"],
         "embeddings": "tied" if model.tie_embeddings else "untied",
+        **architecture.card_rows(model),
     }
-    if model.gdn and "G" in model.layers:
-        gdn = model.gdn
-        rows["Gated DeltaNet"] = (
-            f"{gdn.num_key_heads} key heads of {gdn.key_head_dim}, {gdn.num_value_heads} value heads of {gdn.value_head_dim}"
-        )
     return _CARD.format(
-        model_type=config["model_type"],
-        title=config["architectures"][0],
+        model_type=architecture.model_type,
+        title=architecture.class_name,
         parameters=sum(spec.numel for spec in model_tensors(model).values()),
         layers=model.num_layers,
         kinds=", ".join(f"{count} {name}" for name, count in counts.items()),

@@ -1,6 +1,6 @@
-"""Looking into a folder that came from elsewhere: only its own regular files, only JSON that means one thing.
+"""Access to folders of unknown origin: only their own regular files, only unambiguous JSON.
 
-A snapshot of the Hugging Face cache holds links to `../../blobs/HASH`; these files count as the folder's own.
+A snapshot of the Hugging Face cache holds links to `../../blobs/HASH`. These files count as the folder's own.
 """
 
 import json
@@ -14,16 +14,16 @@ from megatron_hybrid.base.lfs import refuse_lfs_pointer
 from megatron_hybrid.convert.errors import ConversionError
 
 MAX_JSON_BYTES = 16 << 20
-"""A model of 100,000 tensors has an index of about 10 MB; more is no index but an attempt on our memory."""
+"""The index of a model with 100,000 tensors has about 10 MB. A larger file is an attempt to exhaust memory."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """The path of a file that lies in `folder` itself.
+    """Return the path of a file in `folder` itself.
 
     Raises:
-        ConversionError: a path instead of a name, no such file, a link out of the folder, or a device or a pipe.
-        LfsPointerError: a Git LFS pointer.
+        ConversionError: a path instead of a name, no such file, a link out of the folder, a device, a pipe, or a Git LFS
+            pointer.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConversionError(
@@ -47,33 +47,33 @@ def regular_file(folder: Path, name: str) -> Path:
 
 
 def _is_cached_blob(folder: Path, real: Path) -> bool:
-    """Return whether `folder` is (in) REPOSITORY/snapshots/REVISION of the Hugging Face cache, and `real` in its blobs."""
+    """Return whether `folder` is in REPOSITORY/snapshots/REVISION of a Hugging Face cache, and `real` in its blobs."""
     return any(parent.name == "snapshots" and real.parent == parent.parent / "blobs" for parent in folder.parents)
 
 
 def has_file(folder: Path, name: str) -> bool:
-    """Whether the folder lists this name, whatever it is."""
+    """Return whether the folder has an entry of this name, of any kind."""
     return os.path.lexists(folder / name)
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """An object of a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        ConversionError: as `parse_json`, or larger than `limit` bytes.
+        ConversionError: as `parse_json`, or the file is larger than `limit` bytes.
     """
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ConversionError(f"{path}: larger than {limit >> 20} MiB; that is no such file of a model")
+        raise ConversionError(f"{path}: larger than {limit >> 20} MiB; no model has such a file")
     return parse_json(data, str(path))
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """An object from UTF-8 JSON.
+    """Parse UTF-8 JSON that is an object.
 
     Raises:
-        ConversionError: not JSON, not an object, or a key that occurs twice.
+        ConversionError: not JSON, not an object, or a key occurs twice.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Unpickling what torch.distributed.checkpoint pickles, and nothing else, without running any of it.
+"""Unpickler for the pickles of torch.distributed.checkpoint that runs no code of theirs.
 
-A pickle is a program; loading one as usual runs whatever it names. Here a pickle can name only the stand-ins below: plain
-records, tuples and text of this module. Nothing of torch, of the standard library or of anyone's package is imported, called
-or built, so a hostile file can at worst be refused. Before that, its opcodes are walked once without executing them, which
-bounds what it may allocate.
+A pickle is a program, and loading one normally runs what it names. Here a pickle can name only the stand-ins below: plain
+records, tuples and text of this module. Nothing of torch, the standard library or another package is imported, called or
+built, so a hostile file can at worst be refused. Its opcodes are first scanned without running them, which bounds the memory
+that they can allocate.
 """
 
 import io
@@ -24,9 +24,9 @@ _STORAGES = {
 
 
 class Record:
-    """Stands in for a class: keeps what the pickle says of an object and does nothing."""
+    """Stand-in for a class: keeps the state of an object and does nothing."""
 
-    def __init__(self, *arguments: Any):
+    def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:
@@ -36,31 +36,41 @@ class Record:
             self.state = state
 
 
-class Chunk(Record):
+class ChunkStorageMetadata(Record):
+    """Stand-in for torch's class: a slice of a tensor."""
+
     offsets: Any = None
     sizes: Any = None
 
 
-class Tensor(Record):
+class TensorStorageMetadata(Record):
+    """Stand-in for torch's class: a tensor and its slices."""
+
     properties: Any = None
     size: Any = None
     chunks: Any = None
 
 
-class BytesEntry(Record):
-    pass
+class BytesStorageMetadata(Record):
+    """Stand-in for torch's class: an entry that is not a tensor."""
 
 
-class Properties(Record):
+class TensorProperties(Record):
+    """Stand-in for torch's class: dtype and layout of a tensor."""
+
     state: Any = ()
 
 
-class Index(Record):
+class MetadataIndex(Record):
+    """Stand-in for torch's class: name and offset of a slice."""
+
     fqn: Any = None
     offset: Any = None
 
 
-class Storage(Record):
+class StorageInfo(Record):
+    """Stand-in for torch's class: the bytes of a file that hold a slice."""
+
     relative_path: Any = None
     offset: Any = None
     length: Any = None
@@ -68,55 +78,57 @@ class Storage(Record):
 
 
 class Metadata(Record):
+    """Stand-in for torch's class: the directory of a checkpoint."""
+
     state_dict_metadata: Any = None
     storage_data: Any = None
 
 
 class _First:
-    """Stands in for a function or a type: its first argument. (A class, since a pickle may set a function's defaults.)"""
+    """Stand-in for a function or a type: its first argument. It is a class, because a pickle can set a function's defaults."""
 
-    def __new__(cls, value: Any = None, *_: Any) -> Any:
+    def __new__(cls, value: Any = None, *unused: Any) -> Any:
         return value
 
     def __setstate__(self, state: Any) -> None: ...
 
 
 class _Size(_First):
-    """torch.Size: the tuple that it is made of."""
+    """Stand-in for torch.Size: the tuple it is built from."""
 
-    def __new__(cls, values: Any = (), *_: Any) -> Any:
+    def __new__(cls, values: Any = (), *unused: Any) -> Any:
         return values
 
 
 class _Text(_First):
-    """pathlib's paths."""
+    """Stand-in for pathlib's paths: their text."""
 
     def __new__(cls, *parts: Any) -> Any:
         return "/".join(p for p in parts if isinstance(p, str))
 
 
 class Rebuilt(_First):
-    """torch._utils._rebuild_tensor_v2: what the tensor would be made of."""
+    """Stand-in for torch._utils._rebuild_tensor_v2: its arguments."""
 
-    def __new__(cls, storage: Any = None, offset: Any = None, size: Any = None, stride: Any = None, *_: Any) -> Any:
+    def __new__(
+        cls, storage: Any = None, offset: Any = None, size: Any = None, stride: Any = None, *unused: Any
+    ) -> Any:
         return ("tensor", storage, offset, size, stride)
 
 
-_METADATA_MODULE, _FILESYSTEM_MODULE = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-)
+_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+_FILESYSTEM_MODULE = "torch.distributed.checkpoint.filesystem"
 METADATA_NAMES: dict[tuple[str, str], Any] = {
     (_METADATA_MODULE, "Metadata"): Metadata,
-    (_METADATA_MODULE, "TensorStorageMetadata"): Tensor,
-    (_METADATA_MODULE, "BytesStorageMetadata"): BytesEntry,
-    (_METADATA_MODULE, "ChunkStorageMetadata"): Chunk,
-    (_METADATA_MODULE, "TensorProperties"): Properties,
-    (_METADATA_MODULE, "MetadataIndex"): Index,
+    (_METADATA_MODULE, "TensorStorageMetadata"): TensorStorageMetadata,
+    (_METADATA_MODULE, "BytesStorageMetadata"): BytesStorageMetadata,
+    (_METADATA_MODULE, "ChunkStorageMetadata"): ChunkStorageMetadata,
+    (_METADATA_MODULE, "TensorProperties"): TensorProperties,
+    (_METADATA_MODULE, "MetadataIndex"): MetadataIndex,
     (_METADATA_MODULE, "StorageMeta"): Record,
     (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"): _First,
-    (_FILESYSTEM_MODULE, "_StorageInfo"): Storage,
-    ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): Storage,
+    (_FILESYSTEM_MODULE, "_StorageInfo"): StorageInfo,
+    ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): StorageInfo,
     ("torch", "Size"): _Size,
     ("torch.serialization", "_get_layout"): _First,
     ("pathlib", "PosixPath"): _Text,
@@ -131,7 +143,7 @@ ENTRY_NAMES: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, names: dict[tuple[str, str], Any], where: str):
+    def __init__(self, data: bytes, names: dict[tuple[str, str], Any], where: str) -> None:
         super().__init__(io.BytesIO(data))
         self._names, self._where = names, where
 
@@ -150,10 +162,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def restricted_load(data: bytes, names: dict[tuple[str, str], Any], where: str) -> Any:
-    """Unpickle what is made of `names` alone.
+    """Unpickle objects that are built only from `names`.
 
     Raises:
-        ConversionError: anything else, or damage.
+        ConversionError: the pickle names anything else, or it is damaged.
     """
     try:
         memo = 0
@@ -167,5 +179,5 @@ def restricted_load(data: bytes, names: dict[tuple[str, str], Any], where: str) 
         return _Unpickler(data, names, where).load()
     except ConversionError:
         raise
-    except Exception as error:  # noqa: BLE001 - a damaged pickle can fail in any way, and none of them is ours to tell apart
+    except Exception as error:  # noqa: BLE001 - a damaged pickle can fail in any way, and all of them mean the same
         raise ConversionError(f"{where}: damaged ({type(error).__name__}: {str(error)[:200]})") from None

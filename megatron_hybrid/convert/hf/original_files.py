@@ -1,6 +1,6 @@
-"""Files of a model next to its weights and config.json: tokenizer, chat templates, generation_config.json.
+"""Files next to a model's weights and config.json: tokenizer, chat templates, generation_config.json.
 
-A conversion to ours keeps them in the checkpoint's `original/` folder (checkpoint/origin.py), byte for byte.
+An import keeps them in the checkpoint's `original/` folder (checkpoint/origin.py), byte for byte.
 """
 
 from pathlib import Path
@@ -8,21 +8,21 @@ from typing import Any
 
 from megatron_hybrid.checkpoint.origin import FOLDER
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.folder import has_file, read_json, regular_file
+from megatron_hybrid.convert.io.folder import has_file, read_json, regular_file
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
-"""At least one of these is a tokenizer."""
+"""A folder with a tokenizer has at least one of these."""
 _TEMPLATES = "additional_chat_templates"
 GENERATION_CONFIG = "generation_config.json"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """The tokenizer files of a folder, by their name in it."""
+    """Return the tokenizer files of a folder, by their name in it."""
     found = {name: regular_file(folder, name) for name in TOKENIZER_FILES if has_file(folder, name)}
     templates = folder / _TEMPLATES
     if templates.is_dir() and not templates.is_symlink():
@@ -32,10 +32,10 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 
 
 def given_tokenizer(folder: Path) -> dict[str, Path]:
-    """The tokenizer files of the folder that `--tokenizer` names.
+    """Return the tokenizer files of the folder that `--tokenizer` names.
 
     Raises:
-        ConversionError: no tokenizer is there.
+        ConversionError: the folder has no tokenizer.
     """
     found = tokenizer_files(folder)
     if not found.keys() & set(_TOKENIZERS):
@@ -44,7 +44,7 @@ def given_tokenizer(folder: Path) -> dict[str, Path]:
 
 
 def original_files(folder: Path) -> dict[str, Path]:
-    """The files of a Hugging Face folder that a checkpoint keeps.
+    """Return the files of a Hugging Face folder that a checkpoint keeps.
 
     Raises:
         ConversionError: generation_config.json is damaged.
@@ -57,19 +57,19 @@ def original_files(folder: Path) -> dict[str, Path]:
 
 
 def kept_files(checkpoint: Path) -> dict[str, Path]:
-    """The files that a checkpoint of ours keeps; none where it was not converted from a Hugging Face folder."""
+    """Return the files that a checkpoint keeps. There are none if it was not converted from a Hugging Face folder."""
     folder = checkpoint / FOLDER
     return original_files(folder) if folder.is_dir() and not folder.is_symlink() else {}
 
 
 def left_out(folder: Path, taken: set[str]) -> list[str]:
-    """Names in a Hugging Face folder that a conversion does not take along."""
+    """Return the names in a Hugging Face folder that an import does not use."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     return sorted(names - taken - {_TEMPLATES, *(Path(name).parts[0] for name in taken)})
 
 
 def generation_config(config: dict[str, Any], kept: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The generation_config.json of an export, and remarks for the user.
+    """Return the generation_config.json of an export, and notes for the user.
 
     Args:
         config: the export's config.json.
@@ -87,6 +87,6 @@ def generation_config(config: dict[str, Any], kept: Path | None) -> tuple[dict[s
     if ends is not None and missing:
         result["eos_token_id"] = [*missing, *listed]
         notes.append(
-            f"{GENERATION_CONFIG}: eos_token_id {ends!r:.100} of the original model, and {missing} of this one"
+            f"{GENERATION_CONFIG}: eos_token_id {ends!r:.100} from the original model, and {missing} from this one"
         )
     return result, notes

@@ -1,18 +1,18 @@
-"""Comparison of tensors by their values, whatever types they are stored in."""
+"""Comparison of tensors by value, across the types they are stored in."""
 
 from enum import IntEnum
 
 import torch
 
-from megatron_hybrid.convert.safetensors_header import ITEM_BYTES
-from megatron_hybrid.convert.source import BLOCK_BYTES, TORCH_NAMES, OpenFiles, TensorSource
+from megatron_hybrid.convert.io.header import ITEM_BYTES
+from megatron_hybrid.convert.io.source import BLOCK_BYTES, TORCH_NAMES, OpenFiles, TensorSource
 
 TORCH_DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 _NARROW_FIRST = ("BF16", "F16", "F32", "F64")
 
 
 class Difference(IntEnum):
-    """How two tensors differ: not at all, by the rounding to the narrower of their types, or in their values."""
+    """Difference of two tensors: none, rounding to the narrower of their types, or values."""
 
     NONE = 0
     ROUNDING = 1
@@ -20,12 +20,12 @@ class Difference(IntEnum):
 
 
 def rows_limit(a: str, b: str) -> int:
-    """Return how many values of two types to read at once."""
+    """Return how many values to read at once from tensors of two types."""
     return BLOCK_BYTES // max(ITEM_BYTES[a], ITEM_BYTES[b])
 
 
 def compare_blocks(a: memoryview, a_dtype: str, b: memoryview, b_dtype: str) -> Difference:
-    """Compare two blocks of as many values."""
+    """Compare two blocks with the same number of values."""
     x, y = (torch.frombuffer(block, dtype=TORCH_DTYPES[dtype]) for block, dtype in ((a, a_dtype), (b, b_dtype)))
     if a_dtype == b_dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
         return Difference.NONE
@@ -39,7 +39,7 @@ def compare_blocks(a: memoryview, a_dtype: str, b: memoryview, b_dtype: str) -> 
 
 
 def compare_tensors(a: TensorSource, b: TensorSource, files: OpenFiles) -> Difference:
-    """Compare two tensors of one shape."""
+    """Compare two tensors of the same shape."""
     limit = rows_limit(a.dtype, b.dtype)
     blocks = (t.blocks(files, limit * ITEM_BYTES[t.dtype]) for t in (a, b))
     return max((compare_blocks(x, a.dtype, y, b.dtype) for x, y in zip(*blocks, strict=True)), default=Difference.NONE)

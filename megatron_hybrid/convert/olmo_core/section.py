@@ -1,9 +1,9 @@
-"""Objects of OLMo-core's config.json, read so that no field is overlooked."""
+"""Objects in OLMo-core's config.json, read so that no field is overlooked."""
 
 from typing import Any
 
 _ANY = object()
-"""A field that has no effect on what the weights compute."""
+"""Marks a field without effect on what the weights compute."""
 _NORM = {
     "name": ("rms", "fused_rms", "cute_rms"),
     "elementwise_affine": (True, None),
@@ -39,19 +39,22 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "fla": {"name": ("GatedDeltaNet",), "dtype": _ANY},
     "fla_layer_kwargs": {"use_gate": (True,), "use_short_conv": (True,), "mode": _ANY, "conv_bias": (False,)},
 }  # fmt: skip
-"""Fields whose values do not matter, or must be one of these. What a default would be must be written, not guessed: `bias`."""
-_MUST_BE_SAID = {"bias"}
+"""Fields whose values do not matter, or must be one of these."""
+_NO_DEFAULT = {"bias"}
+"""Fields that must be there, because their defaults differ between versions."""
 
 
 class Section:
-    """One object of the file: what is read from it, and complaints about the rest.
+    """One object of the file. Fields that are not read are problems.
 
     Args:
-        data: the object. kind: which of the table's. where: its name in complaints.
-        problems: complaints are added to it; nothing is raised.
+        data: the object.
+        kind: its entry in the table of fields.
+        where: its name in problems.
+        problems: problems are added to it; nothing is raised.
     """
 
-    def __init__(self, data: object, kind: str, where: str, problems: list[str]):
+    def __init__(self, data: object, kind: str, where: str, problems: list[str]) -> None:
         self.where, self.problems = where, problems
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}
         if not isinstance(data, dict):
@@ -59,7 +62,7 @@ class Section:
         self.read = {"_CLASS_"}
         for name, values in _FIELDS[kind].items():
             self.read.add(name)
-            if values is _ANY or (name not in self.data and name not in _MUST_BE_SAID):
+            if values is _ANY or (name not in self.data and name not in _NO_DEFAULT):
                 continue
             if self.data.get(name) not in values:
                 problems.append(
@@ -67,7 +70,7 @@ class Section:
                 )
 
     def get(self, name: str, kind: type | tuple[type, ...] = object, default: Any = None) -> Any:
-        """A field's value if it is of one of these types, else None and a complaint; `default=...`: it must be there."""
+        """Return a field's value if it has one of these types, or else None and add a problem. `default=...`: it must be there."""
         self.read.add(name)
         value = self.data.get(name)
         if value is None:
@@ -81,11 +84,11 @@ class Section:
         return value
 
     def section(self, name: str, kind: str) -> "Section":
-        """The object that a field holds."""
+        """Return the object that a field holds."""
         return Section(self.get(name), kind, f"{self.where}.{name}", self.problems)
 
     def done(self) -> None:
-        """Complain of what nobody has asked for."""
+        """Add a problem for each field that has not been read."""
         for name in sorted(self.data.keys() - self.read):
             if self.data[name] is not None:
                 self.problems.append(f"{self.where}: unknown field {name!r:.100} = {self.data[name]!r:.100}")

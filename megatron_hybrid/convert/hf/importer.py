@@ -1,34 +1,24 @@
-"""Hugging Face `olmo_hybrid` and `olmo3` to a checkpoint of ours."""
+"""Import of a Hugging Face folder into a checkpoint."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.checkpoint.origin import Origin
-from megatron_hybrid.convert.hf_reader import HuggingFaceFolder, open_huggingface
+from megatron_hybrid.convert.checkpoint_output import CONVERTED_STATE, MAX_FILE_BYTES, stored_dtype, write_index
+from megatron_hybrid.convert.hf.original_files import left_out, original_files
+from megatron_hybrid.convert.hf.reader import HuggingFaceFolder, open_huggingface
+from megatron_hybrid.convert.io.source import TensorSource
+from megatron_hybrid.convert.io.writer import OutputTensor
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files
-from megatron_hybrid.convert.original_files import left_out, original_files
-from megatron_hybrid.convert.our_files import CONVERTED_STATE, write_index
-from megatron_hybrid.convert.safetensors_writer import OutputTensor
-from megatron_hybrid.convert.source import TensorSource
-
-MAX_FILE_BYTES = 2_000_000_000
-"""Files of this size: enough of them for several ranks to share."""
 
 
-def our_dtype(spec: TensorSpec, stored: str, wanted: str | None) -> str:
-    """What a weight is kept as: as wanted, else as stored; what must be fp32, or was fp64, is fp32."""
-    return "F32" if spec.always_fp32 else wanted or ("F32" if stored == "F64" else stored)
-
-
-def outputs(sources: dict[str, TensorSource], specs: dict[str, TensorSpec], wanted: str | None) -> list[OutputTensor]:
-    """Every true tensor from its source."""
-    return [
-        OutputTensor(
-            name, our_dtype(spec, sources[name].dtype, wanted), spec.shape, lambda source=sources[name]: source
-        )  # type: ignore[misc]
-        for name, spec in specs.items()
-    ]
+def _outputs(
+    sources: dict[str, TensorSource], specs: dict[str, TensorSpec], dtype: str | None
+) -> Iterator[OutputTensor]:
+    for name, spec in specs.items():
+        source = sources[name]
+        yield OutputTensor(name, stored_dtype(spec, source.dtype, dtype), spec.shape, lambda found=source: found)  # type: ignore[misc]
 
 
 def from_huggingface(
@@ -38,17 +28,18 @@ def from_huggingface(
     eos_token_id: int | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Conversion:
-    """Plan the conversion of a Hugging Face folder to a checkpoint of ours; nothing is written yet.
+    """Plan the conversion of a Hugging Face folder to a checkpoint. Nothing is written yet.
 
     Args:
-        dtype: safetensors' name of the type to keep weights in (F32, BF16); None: as they are. A_log and dt_bias become F32,
+        dtype: type of the weights by its name in safetensors (F32, BF16); None: as they are. A_log and dt_bias become F32,
             which changes no value.
 
     Raises:
         ConversionError: as `open_huggingface`.
     """
     source = open_huggingface(folder, eos_token_id)
-    files = split_into_files(outputs(source.sources, model_tensors(source.model), dtype), max_file_bytes)
+    outputs = list(_outputs(source.sources, model_tensors(source.model), dtype))
+    files = split_into_files(outputs, max_file_bytes)
     origin = {"format": "huggingface", "config": source.config}
     originals = original_files(folder)
 
@@ -62,7 +53,7 @@ def from_huggingface(
 
 
 def _notes(folder: Path, source: HuggingFaceFolder, originals: dict[str, Path]) -> Iterator[str]:
-    """What the conversion changes or leaves out."""
+    """Yield what the conversion changes or leaves out."""
     if any(tensor.dtype == "F64" for tensor in source.sources.values()):
         yield "weights stored in fp64 are kept in fp32"
     if source.config.get("auto_map"):

@@ -1,4 +1,4 @@
-"""OLMo-core's config.json (3.0, and the older one with `fla_hybrid` blocks) to a ModelConfig, every field accounted for."""
+"""config.json of OLMo-core (3.0, and older versions with `fla_hybrid` blocks) to ModelConfig. Every field is accounted for."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from pydantic import ValidationError
 from megatron_hybrid.arch.model import ModelConfig, fold_pattern
 from megatron_hybrid.config.translate import translate
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.olmo_core_section import Section
+from megatron_hybrid.convert.olmo_core.section import Section
 
 
 def model_from_olmo_core(
     config: dict[str, Any], eos_token_id: int | None = None, pad_token_id: int | None = None
 ) -> ModelConfig:
-    """The model that an OLMo-core run's config.json describes.
+    """Return the model that an OLMo-core run's config.json describes.
 
     Raises:
         ConversionError: lists every field that is unknown, missing, or not representable.
@@ -37,7 +37,7 @@ def model_from_olmo_core(
     head.done()
     model.done()
     if not problems:
-        fields |= _together(layers, fields, problems)
+        fields |= _combine(layers, fields, problems)
     tokenizer = config.get("dataset", {}).get("tokenizer", {}) if isinstance(config.get("dataset"), dict) else {}
     tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
     fields["eos_token_id"] = eos_token_id if eos_token_id is not None else tokenizer.get("eos_token_id")
@@ -57,7 +57,7 @@ def model_from_olmo_core(
 
 
 def _blocks(model: Section, count: int) -> list[Section]:
-    """The configuration of each layer's block."""
+    """Return the configuration of each layer's block."""
     block, pattern, overrides = (
         model.get("block", dict, ...) or {},
         model.get("block_pattern", list),
@@ -79,7 +79,7 @@ def _blocks(model: Section, count: int) -> list[Section]:
 
 
 def _block(block: Section, index: int, count: int) -> dict[str, Any]:
-    """What one layer says: its kind, and every width and constant of it."""
+    """Return the kind of one layer, and its widths and constants."""
     name = block.get("name", str, "default")
     found: dict[str, Any] = {"norm_eps": _eps(block, "layer_norm")}
     feed_forward = block.section("feed_forward", "feed_forward")
@@ -130,7 +130,7 @@ def _gdn(mixer: Section) -> dict[str, Any]:
 
 
 def _old_gdn(block: Section, attention: Any) -> dict[str, Any]:
-    """fla's own layer in a wrapper: as many heads as the attention's, the rest among its keyword arguments."""
+    """Read fla's own layer in a wrapper. It has as many heads as the attention; the rest is in its keyword arguments."""
     fla = block.section("fla", "fla")
     arguments = fla.section("fla_layer_kwargs", "fla_layer_kwargs")
     heads = attention.get("n_heads") if isinstance(attention, dict) else None
@@ -170,7 +170,7 @@ def _attention(mixer: Section, index: int, count: int) -> dict[str, Any]:
 
 
 def _rope_scaling(scaling: Section) -> dict[str, Any] | None:
-    """Fields of RopeScalingConfig, with OLMo-core's defaults. Its attention factor is always the paper's."""
+    """Return fields of RopeScalingConfig, with OLMo-core's defaults. Its attention factor is always the paper's."""
     kind = str(scaling.data.get("_CLASS_", "")).rpartition(".")[2]
     if kind != "YaRNRoPEScalingConfig":
         scaling.problems.append(f"{scaling.where} is {kind!r:.100}; only YaRNRoPEScalingConfig can be represented")
@@ -186,7 +186,7 @@ def _rope_scaling(scaling: Section) -> dict[str, Any] | None:
 
 
 def _window(mixer: Section, index: int, count: int) -> int | None:
-    """Tokens that layer `index` sees; None: all."""
+    """Return how many tokens layer `index` sees, or None for all."""
     if mixer.get("sliding_window", dict) is None:
         return None
     window = mixer.section("sliding_window", "sliding_window")
@@ -210,8 +210,8 @@ def _eps(section: Section, name: str) -> Any:
     return eps
 
 
-def _together(layers: list[dict[str, Any]], fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """One value for all layers, where our configuration has one."""
+def _combine(layers: list[dict[str, Any]], fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return the fields that ModelConfig has once for all layers. Adds a problem if layers differ."""
 
     def same(name: str, default: Any = None) -> Any:
         values = {layer[name] for layer in layers if layer.get(name) is not None}
