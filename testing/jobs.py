@@ -14,11 +14,13 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import CheckpointConfig, RunConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.zero import ZeroConfig
+from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.process_groups import leave_groups
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
-from megatron_hybrid.precision.fp8_parameters import held_in_fp8
-from megatron_hybrid.train.engines.megatron import Engine, MegatronEngine
+from megatron_hybrid.precision.fp8_parameters import is_fp8_param
+from megatron_hybrid.train.engines.base import Engine
+from megatron_hybrid.train.engines.megatron import MegatronEngine
 
 SEQUENCE_LENGTH = 32
 
@@ -49,14 +51,14 @@ def named_parameters(engine: Engine) -> list[tuple]:
 
 def values_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     """A copy of a parameter, as a plain tensor."""
-    return parameter.dequantize() if held_in_fp8(parameter) else parameter.detach().clone()
+    return parameter.dequantize() if is_fp8_param(parameter) else parameter.detach().clone()
 
 
 def same_casts(engine: Engine, checkpoint: str) -> bool:
     """Whether the bytes of all weights held in FP8 are Transformer Engine's cast of the checkpoint's whole weights."""
     with CheckpointReader(checkpoint) as reader:
         for _, parameter, pieces in named_parameters(engine):
-            if not held_in_fp8(parameter):
+            if not is_fp8_param(parameter):
                 continue
             values = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             for piece in pieces:
@@ -66,14 +68,11 @@ def same_casts(engine: Engine, checkpoint: str) -> bool:
     return True
 
 
-def batches_of(engine: Engine, samples: torch.Tensor, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """This rank's micro-batches of samples [n, s + 1]."""
+def batches_of(engine: Engine, samples: torch.Tensor, micro_batch_size: int) -> list[Batch]:
+    """Return this rank's micro-batches of samples [n, s + 1]."""
     rank, ranks = engine.groups.dp.rank(), engine.groups.dp.size()
     mine = samples.view(-1, ranks, micro_batch_size, samples.shape[1])[:, rank]
-    return [
-        {"tokens": m[:, :-1], "labels": m[:, 1:], "loss_mask": torch.ones_like(m[:, 1:], dtype=torch.float32)}
-        for m in mine
-    ]
+    return [Batch.of_samples(m) for m in mine]
 
 
 def samples_of_step(step: int, count: int, vocab_size: int, sequence_length: int = SEQUENCE_LENGTH) -> torch.Tensor:
@@ -129,7 +128,7 @@ def curve(
     if save:
         path = manager.save(steps, {"updates": engine.optimizer.updates}, {})
         manager.close()
-        held = any(held_in_fp8(p) for _, p, _ in named_parameters(engine))
+        held = any(is_fp8_param(p) for _, p, _ in named_parameters(engine))
         casts = same_casts(engine, path) if held and steps - 1 not in skipped else None
     parameters = {name: values_of(p) for name, p, _ in named_parameters(engine)}
     updates = engine.optimizer.updates
@@ -148,9 +147,9 @@ def curve_from_masters(**arguments) -> dict:
     """As `curve`, with every matrix saved and loaded as its master weights: what is done with weights held in FP8."""
     from megatron_hybrid.train.optimizers import megatron as optimizer
 
-    optimizer.held_in_fp8 = lambda parameter: parameter.dim() == 2
-    optimizer.forget_last_cast = lambda parameters: None
-    optimizer.casting_rows_alone = nullcontext
+    optimizer.is_fp8_param = lambda parameter: parameter.dim() == 2
+    optimizer.reset_amax = lambda parameters: None
+    optimizer.rowwise_casts_only = nullcontext
     return curve(**arguments)
 
 

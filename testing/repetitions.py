@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.process_groups import leave_groups
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
@@ -93,9 +94,9 @@ class Watch:
         return watched
 
     @staticmethod
-    def _batches(batches: list[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _batches(batches: list[Batch]) -> Iterator[tuple[str, torch.Tensor]]:
         for number, batch in enumerate(batches):
-            yield from ((f"{number}.{name}", tensor) for name, tensor in batch.items())
+            yield from ((f"{number}.{name}", tensor) for name, tensor in batch.tensors().items())
 
     def _after_forward_backward(self, losses) -> None:
         self.after_schedule()

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"base", "arch", "config"},
     "distributed": {"base", "config"},
     "launch": {"base", "config", "distributed"},
-    "precision": {"base", "config"},
+    "precision": {"base", "arch", "config"},
     "mixers": {"base", "arch", "distributed", "precision"},
     "model": {"base", "arch", "config", "distributed", "mixers", "precision"},
     "spec": {"base", "arch", "distributed", "mixers", "model"},
@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("base", "arch", "config", "distributed", "launch", "precision", "mixers", "model", "checkpoint"),
         *("data", "observe", "planner"),
     },
-    "profiling": {"base", "arch", "config", "distributed", "launch", "precision", "train"},
+    "profiling": {"base", "arch", "config", "data", "distributed", "launch", "precision", "train"},
     "convert": {"base", "arch", "config", "distributed", "checkpoint", "data"},
 }
 # Libraries that only these rooms import. (train has no business with a kernel: the model calls them.)

@@ -10,7 +10,8 @@ from math import prod
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_hybrid.checkpoint.format import STATES, boxes_of_range, state_name
+from megatron_hybrid.arch.optimizers.spec import MASTER
+from megatron_hybrid.checkpoint.format import boxes_of_range, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import SavedShard
 from megatron_hybrid.model.param_layout import ParamLayout, Piece
@@ -19,7 +20,7 @@ from megatron_hybrid.precision.fp8_state import Fp8State
 
 @dataclass
 class OptimizerShard:
-    """Adam's state of a flattened range [start, stop) of a parameter on this rank; `master` is None where the parameter
+    """Optimizer state of a flattened range [start, stop) of a parameter on this rank; `master` is None where the parameter
     itself is fp32."""
 
     start: int
@@ -153,7 +154,7 @@ class Collector:
                 data.view(piece.shape) if whole else data,
                 None if whole else (lo, hi),
             )
-            if state == "master" and self.from_master(parameter):
+            if state == MASTER and self.from_master(parameter):
                 yield from _as_boxes(replace(saved, name=piece.tensor.name, data=saved.data.to(parameter.dtype)))
                 if parameter.dtype == torch.float32:  # the weight is its own master
                     continue
@@ -171,17 +172,17 @@ class Collector:
 
     def load_optimizer(self, reader: CheckpointReader) -> None:
         """Fill this rank's optimizer state: moments and master weights; and the scales of FP8."""
-        self._load_states(reader, STATES)
+        self._load_states(reader)
         self.fp8.restore(lambda name: reader.read(name) if name in reader.index.tensors else None)
         self.set_parameters()
 
     def load_masters(self, reader: CheckpointReader) -> None:
         """Fill the fp32 master weights alone, from the checkpoint's or else from its weights; moments stay as they are."""
-        self._load_states(reader, ("master",))
+        self._load_states(reader, (MASTER,))
         self.set_parameters()
 
     @torch.no_grad()
-    def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...]) -> None:
+    def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...] | None = None) -> None:
         # only the rows that this rank's range touches are read
         for _, parameter, pieces in self.parameters:
             shard = self.optimizer_shards.get(parameter)
@@ -191,7 +192,7 @@ class Collector:
             width = prod(shape[1:])
             first, last = shard.start // width, -(-shard.stop // width)
             for state, flat in shard.states.items():
-                if state not in wanted:
+                if wanted is not None and state not in wanted:
                     continue
                 rows = torch.zeros(last - first, *shape[1:], dtype=flat.dtype)
                 for piece in pieces:
@@ -208,7 +209,7 @@ class Collector:
             return
         box = ((piece.offset[0] + lo - at, *piece.offset[1:]), (hi - lo, *piece.shape[1:]))
         has_state = state_name(state, piece.tensor.name) in reader.index.tensors
-        source = state if has_state or state != "master" else None  # an fp32 checkpoint's weight is its own master
+        source = state if has_state or state != MASTER else None  # an fp32 checkpoint's weight is its own master
         data = reader.read(piece.tensor.name, box, state=source)
         target = rows.narrow(0, lo - first, hi - lo)
         for dim in range(1, len(piece.shape)):

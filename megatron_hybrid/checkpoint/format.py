@@ -25,8 +25,6 @@ from megatron_hybrid.base.lfs import refuse_lfs_pointer
 
 FORMAT = "megatron_hybrid/1"
 INDEX = "index.json"
-STATES = ("master", "exp_avg", "exp_avg_sq")
-"""Optimizer state of a tensor: fp32 master weight (where the model's is not fp32 itself) and Adam's two moments."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 
 

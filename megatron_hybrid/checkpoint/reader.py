@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from megatron_hybrid.arch.optimizers.spec import MASTER
 from megatron_hybrid.checkpoint.format import CheckpointError, Shard, read_index, state_name
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -44,7 +45,8 @@ class CheckpointReader:
         self._files.clear()
 
     def has_optimizer(self) -> bool:
-        return any(name.startswith("optimizer.exp_avg/") for name in self.index.tensors)
+        master = state_name(MASTER, "")
+        return any(name.startswith("optimizer.") and not name.startswith(master) for name in self.index.tensors)
 
     def _entry(self, shard: Shard):
         if shard.file not in self._files:

@@ -12,7 +12,7 @@ import torch
 from megatron.core.fp8_utils import is_float8tensor
 
 
-def held_in_fp8(parameter: torch.nn.Parameter) -> bool:
+def is_fp8_param(parameter: torch.nn.Parameter) -> bool:
     """Whether a parameter is one of these; false wherever Transformer Engine is not installed."""
     return is_float8tensor(parameter)
 
@@ -20,10 +20,10 @@ def held_in_fp8(parameter: torch.nn.Parameter) -> bool:
 def initial_values(parameter: torch.nn.Parameter) -> torch.Tensor:
     """What initial values are to be written to, of the parameter's shape: itself, or the copy in its nominal dtype, in host memory,
     that one in FP8 has until the optimizer is built."""
-    return parameter.get_high_precision_init_val() if held_in_fp8(parameter) else parameter
+    return parameter.get_high_precision_init_val() if is_fp8_param(parameter) else parameter
 
 
-def forget_last_cast(parameters: Iterable[torch.nn.Parameter]) -> None:
+def reset_amax(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Before a cast that is not an update's: delayed scaling takes the largest value of all casts since the last forward pass, and
     the first one was of memory that nothing had been written to."""
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
@@ -35,7 +35,7 @@ def forget_last_cast(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 @contextmanager
-def casting_rows_alone() -> Iterator[None]:
+def rowwise_casts_only() -> Iterator[None]:
     """For the optimizer's casts. Transformer Engine 2.20 has each range of flattened fp32 weights cast by a quantizer that also writes
     its transpose, of one column, which nothing reads: on an H100 61 of a step's 780 ms, four layers of the 7B."""
     from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer

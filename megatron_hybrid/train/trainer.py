@@ -25,7 +25,7 @@ from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.observe.sinks import check_sinks
 from megatron_hybrid.planner.memory import expected
 from megatron_hybrid.train.data_check import open_data
-from megatron_hybrid.train.engines.megatron import build_engine
+from megatron_hybrid.train.engines.build import build_engine
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.schedules import learning_rate
 from megatron_hybrid.train.skip_step import SkipStep
