@@ -26,6 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"base", "arch", "config", "distributed", "mixers", "precision"},
     "spec": {"base", "arch", "distributed", "mixers", "model"},
     "checkpoint": {"base", "arch", "config", "distributed", "model", "precision"},
+    "inference": {"base", "arch", "config", "data", "distributed", "launch", "model", "checkpoint"},
+    "evaluation": {"base", "config", "data", "distributed", "inference"},
     "train": {
         *("base", "arch", "config", "distributed", "launch", "precision", "mixers", "model", "checkpoint"),
         *("data", "observe", "planner"),
