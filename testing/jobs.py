@@ -184,7 +184,7 @@ def pretrain_run(config: dict) -> dict:
     groups = start_distributed(Launch.from_environment(), run.parallel, run.train.seed)
     with Trainer(run, Launch.from_environment(), groups) as trainer:
         progress = asdict(trainer.run())
-        return {"progress": progress, "window": trainer.skip.state_dict()} | everything(trainer.engine)
+        return {"progress": progress, "window": trainer.state_dict()["skip_step"]} | everything(trainer.engine)
 
 
 def everything(engine: Engine) -> dict:

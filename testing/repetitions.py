@@ -150,9 +150,9 @@ def run_once(config: dict, after_schedule: Callable[[], None] | None = None) -> 
     run, launch = RunConfig(**config), Launch.from_environment()
     groups = start_distributed(launch, run.parallel, run.train.seed, quiet=True)
     quiet = redirect_stdout(io.StringIO())  # hundreds of runs would fill the log
-    with quiet, Interrupt() as interrupt, Trainer(run, launch, groups) as trainer:
+    with quiet, Interrupt() as interrupt, Trainer(run, launch, groups, interrupt) as trainer:
         watch = Watch(trainer, after_schedule)
-        trainer.run(interrupt)
+        trainer.run()
         record = watch.finish()
     dist.barrier()
     leave_groups()
