@@ -25,7 +25,7 @@ class Checkpoints(Callback):
             config.checkpoint,
             run_dir / "checkpoints",
             run.engine.collector(),
-            config.model.model_dump(mode="json"),
+            config.model.architecture(),
             config.model_dump(mode="json"),
         )
         self._load(run)

@@ -46,7 +46,7 @@ def wrap_data_parallel(
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
         bucket_size=parallel.bucket_size,
-        fp8_param_gather=precision.fp8_parameters,
+        fp8_param_gather=precision.fp8_param_gather,
         check_for_nan_in_grad=False,  # the trainer checks the gradient norm and skips the step
     )
     return [
@@ -87,7 +87,7 @@ class Optimizer:
             params_dtype=DTYPES[train.dtype],
             use_distributed_optimizer=parallel.distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,
-            fp8_recipe=precision.linear.removeprefix("fp8_") if precision.linear and self.in_fp8 else None,
+            fp8_recipe=precision.fp8_recipe if self.in_fp8 else None,
             **self.spec.megatron_fields(settings),
             **offload_options(settings.offload_fraction),
         )
