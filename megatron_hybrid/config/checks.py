@@ -4,6 +4,7 @@ from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING
 
+from megatron_hybrid.arch.fp8_recipes import RECOMMENDED
 from megatron_hybrid.arch.padding import PaddedSizes
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, join
@@ -132,11 +133,11 @@ def _check_overlap(run: "RunConfig", problems: Problems) -> None:
         problems.add(
             field, "true is Transformer Engine's; set model.backend to auto or transformer_engine, or this to false"
         )
-    if run.precision.fp8_recipe == "blockwise":
+    if (recipe := run.precision.recipe) is not None and not recipe.user_buffers:
         problems.add(
             field,
-            "true cannot exchange blockwise FP8, whose scales are separate tensors; set precision.fp8_recipe to tensorwise, or "
-            "this to false",
+            f"true cannot exchange {recipe.name} FP8, whose scales are separate tensors; set precision.fp8_recipe to "
+            f"{RECOMMENDED.name}, or this to false",
         )
 
 

@@ -62,8 +62,9 @@ class MegatronEngine:
 
         Gradients of a skipped step are discarded.
         """
-        if self._update_pending and self.precision.fp8_recipe == "delayed":
-            self.optimizer.set_fp8_parameters()  # the step before was skipped, yet its scales are newer than the cast
+        recipe = self.precision.recipe
+        if self._update_pending and recipe is not None and recipe.scales_from_past_steps:
+            self.optimizer.set_fp8_parameters()  # the last step was skipped, but its scales are newer than the cast
         self._update_pending = True
         for chunk in self.wrapped:
             chunk.train()
