@@ -23,7 +23,9 @@ def initial_values(parameter: torch.nn.Parameter) -> torch.Tensor:
 
     The copy has the parameter's shape and nominal dtype and is in host memory.
     """
-    copy: torch.Tensor = parameter.get_high_precision_init_val() if is_fp8_param(parameter) else parameter
+    if not is_fp8_param(parameter):
+        return parameter
+    copy: torch.Tensor = parameter.get_high_precision_init_val()  # type: ignore[attr-defined] # Transformer Engine's class
     return copy
 
 

@@ -1,6 +1,6 @@
 """megatron-core's data parallel wrappers and optimizer, with the state that checkpoints need."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
@@ -37,7 +37,7 @@ from megatron_hybrid.train.optimizers.state import set_step_count, state_of, ste
 
 
 def wrap_data_parallel(
-    chunks: list[torch.nn.Module], parallel: ParallelConfig, precision: PrecisionConfig
+    chunks: Sequence[Any], parallel: ParallelConfig, precision: PrecisionConfig
 ) -> list[DistributedDataParallel]:
     """Wrap each model chunk in megatron-core's DDP, with gradients stored and reduced in fp32."""
     config = DistributedDataParallelConfig(

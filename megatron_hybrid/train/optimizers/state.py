@@ -13,7 +13,7 @@ from megatron_hybrid.arch.optimizers.spec import OptimizerSpec
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, spec: OptimizerSpec) -> dict[str, Any]:
     """Return the state of a parameter. Before the first step, create zeros, as the optimizer itself would."""
-    state = optimizer.state[parameter]
+    state: dict[str, Any] = optimizer.state[parameter]
     if spec.states[0] not in state:
         state.update({name: torch.zeros_like(parameter.detach()) for name in spec.states})
         if _is_torch(optimizer) or _is_deepspeed(optimizer):

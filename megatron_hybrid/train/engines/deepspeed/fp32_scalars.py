@@ -36,7 +36,9 @@ class Fp32Scalars:
         ]
         decay = 0.0 if "gdn_scalars" in settings.no_decay else settings.weight_decay
         arguments = dict(lr=settings.lr, weight_decay=decay, **spec.torch_arguments(settings))
-        self.optimizer = resolve(spec.torch_class)(self.parameters, **arguments) if self.parameters else None
+        self.optimizer: torch.optim.Optimizer | None = None
+        if self.parameters:
+            self.optimizer = resolve(spec.torch_class)(self.parameters, **arguments)
 
     @staticmethod
     def _take_out(module: nn.Module, name: str) -> nn.Parameter:
@@ -53,7 +55,8 @@ class Fp32Scalars:
         flat = torch.cat([_gradient(p).view(-1) for p in self.parameters])
         dist.all_reduce(flat, group=self.groups.dp)
         flat /= self.groups.dp.size()
-        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+        parts = torch.split(flat, [p.numel() for p in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
             _gradient(parameter).copy_(part.view_as(parameter))
 
     @torch.no_grad()
@@ -84,6 +87,8 @@ class Fp32Scalars:
 
     def shards(self) -> dict[nn.Parameter, OptimizerShard]:
         """Return each scalar and its optimizer state, whole."""
+        if self.optimizer is None:
+            return {}
         found = {}
         for parameter in self.parameters:
             state = state_of(self.optimizer, parameter, self.spec)

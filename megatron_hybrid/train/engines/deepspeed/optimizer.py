@@ -93,7 +93,7 @@ class ZeroOptimizer:
             norm = combine_grad_norm_groups(zero._get_norm_groups())
         else:
             norm = zero.scaled_global_norm()
-        return (float(norm) ** 2 + self.scalars.squared_norm()) ** 0.5
+        return float((float(norm) ** 2 + self.scalars.squared_norm()) ** 0.5)
 
     def step(self, lr: float, gradient_norm: float) -> None:
         """Clip by the given norm, then update."""

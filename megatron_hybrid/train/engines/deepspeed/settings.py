@@ -2,6 +2,7 @@
 
 import logging
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -36,8 +37,7 @@ def import_deepspeed(zero: ZeroConfig) -> ModuleType:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_cuda() else "cpu")  # read on import
     device = torch.cuda.current_device() if has_cuda() else 0
     os.environ.setdefault("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(device)))
-    import deepspeed
-
+    deepspeed = import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # on CPU ranks it would spend minutes compiling collectives over shared memory; gloo has collectives
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -80,7 +80,8 @@ class Mpu:
     """Tensor and data parallel groups under the names that DeepSpeed uses ("model parallel" is tensor parallel)."""
 
     def __init__(self, groups: ProcessGroupCollection) -> None:
-        self._tensor, self._data = groups.tp, groups.dp
+        self._tensor: dist.ProcessGroup = groups.tp
+        self._data: dist.ProcessGroup = groups.dp
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self._tensor
