@@ -126,6 +126,11 @@ def test_rooms_import_only_whom_they_may():
     assert not offences("megatron_hybrid", wrong)
 
 
+def test_one_callback_alone_imports_the_planner():
+    found = offences("megatron_hybrid/train", lambda _, name: is_within(name, "megatron_hybrid.planner"))
+    assert {line.partition(":")[0] for line in found} == {"megatron_hybrid/train/callbacks/expected_memory.py"}
+
+
 @pytest.mark.parametrize("library", ONLY)
 def test_libraries_stay_in_their_rooms(library):
     def wrong(path: Path, name: str) -> bool:

@@ -1,6 +1,6 @@
 """The training loop. Every rank runs it. Everything but the steps themselves is done by callbacks (train/callbacks/)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from megatron_hybrid.launch.start import start_distributed
 from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.observe.sinks import check_sinks
 from megatron_hybrid.train.callbacks import default_callbacks
-from megatron_hybrid.train.callbacks.base import StepOutcome
+from megatron_hybrid.train.callbacks.base import Callback, StepOutcome
 from megatron_hybrid.train.data_check import open_data
 from megatron_hybrid.train.engines.build import build_engine
 from megatron_hybrid.train.interrupt import Interrupt
@@ -69,10 +69,16 @@ class Trainer:
 
     Args:
         interrupt: receives signals that ask the run to stop; None: the process handles signals itself.
+        callbacks: further callbacks. Their hooks are called before those of the default callbacks.
     """
 
     def __init__(
-        self, config: RunConfig, launch: Launch, groups: ProcessGroupCollection, interrupt: Interrupt | None = None
+        self,
+        config: RunConfig,
+        launch: Launch,
+        groups: ProcessGroupCollection,
+        interrupt: Interrupt | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.launch, self.groups = config, launch, groups
         self.progress, self.stop = Progress(), False
@@ -82,7 +88,7 @@ class Trainer:
         self.engine = build_engine(config, groups)
         self.loader = self._make_loader(training, config.data.num_workers)
         validation_loader = self._make_loader(validation, num_workers=0) if validation else None
-        self.callbacks = default_callbacks(config, validation_loader, interrupt)
+        self.callbacks = [*callbacks, *default_callbacks(config, validation_loader, interrupt)]
         for callback in self.callbacks:
             callback.setup(self)
         self._write_config()

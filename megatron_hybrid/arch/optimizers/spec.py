@@ -31,6 +31,10 @@ class OptimizerSpec:
     """Dotted name of torch's implementation, which DeepSpeed runs on the device."""
     host_class: str | None
     """Dotted name of the implementation that DeepSpeed runs in host memory; None: not available."""
+    distributed: bool = True
+    """Whether megatron-core's distributed optimizer supports it."""
+    counts_steps: bool = True
+    """Whether it counts its steps, for bias correction."""
 
     def torch_arguments(self, settings: Settings) -> dict[str, Any]:
         """Return the hyperparameters of `torch_class` and `host_class`, besides the learning rate and weight decay."""

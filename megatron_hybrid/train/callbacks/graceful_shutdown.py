@@ -18,7 +18,7 @@ class GracefulShutdown(Callback):
         self.interrupt.begin_step(run.progress.step)
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
-        run.stop = self.interrupt.agreed(run.progress.step)
+        run.stop |= self.interrupt.agreed(run.progress.step)
 
     def finish(self, run: Run) -> None:
         self.interrupt.settle()

@@ -16,7 +16,7 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, spec: Op
     state: dict[str, Any] = optimizer.state[parameter]
     if spec.states[0] not in state:
         state.update({name: torch.zeros_like(parameter.detach()) for name in spec.states})
-        if _is_torch(optimizer) or _is_deepspeed(optimizer):
+        if spec.counts_steps and (_is_torch(optimizer) or _is_deepspeed(optimizer)):
             state["step"] = _new_count(optimizer, parameter, 0)
     return state
 
@@ -35,7 +35,8 @@ def set_step_count(optimizers: list[torch.optim.Optimizer], count: int) -> None:
     for optimizer in optimizers:
         if _is_torch(optimizer) or _is_deepspeed(optimizer):
             for parameter, state in optimizer.state.items():
-                state["step"] = _new_count(optimizer, parameter, count)
+                if "step" in state:
+                    state["step"] = _new_count(optimizer, parameter, count)
         elif count:
             for group in optimizer.param_groups:
                 group["step"] = count
