@@ -23,11 +23,8 @@ NOT_YET = {
     "megatron_hybrid/mixers",
     "megatron_hybrid/model",
     "testing",
-    "tools",
     "megatron_hybrid/planner",
-    "megatron_hybrid/precision",
     "megatron_hybrid/spec",
-    "megatron_hybrid/train",
 }
 
 

@@ -1,6 +1,8 @@
 """Checks of the parallel layout against model, data, training and precision."""
 
+from megatron_hybrid.arch.fp8_recipes import RECOMMENDED
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.arch.padding import PaddedSizes
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, join
@@ -92,11 +94,22 @@ def check_overlap(
         problems.add(
             field, "true is Transformer Engine's; set model.backend to auto or transformer_engine, or this to false"
         )
-    if precision.fp8_recipe == "blockwise":
+    if (recipe := precision.recipe) is not None and not recipe.user_buffers:
         problems.add(
             field,
-            "true cannot exchange blockwise FP8, whose scales are separate tensors; set precision.fp8_recipe to tensorwise, or "
-            "this to false",
+            f"true cannot exchange {recipe.name} FP8, whose scales are separate tensors; set precision.fp8_recipe to "
+            f"{RECOMMENDED.name}, or this to false",
+        )
+
+
+def check_optimizer(train: TrainConfig, parallel: ParallelConfig, problems: Problems) -> None:
+    """Check that the distributed optimizer supports train.optimizer.name."""
+    name, sharded = train.optimizer.name, parallel.distributed_optimizer and train.engine == "megatron"
+    if sharded and not OPTIMIZERS[name].distributed:
+        able = " or ".join(other for other, spec in OPTIMIZERS.items() if spec.distributed)
+        problems.add(
+            "train.optimizer.name",
+            f"{name} does not run with parallel.distributed_optimizer; set that to false, or this to {able}",
         )
 
 

@@ -1,7 +1,7 @@
 """Checks of FP8 against model, data, training and layout."""
 
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.arch.padding import FP8_ALIGNMENT, PaddedSizes, round_up
+from megatron_hybrid.arch.padding import PaddedSizes, round_up
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.config.data import DataConfig
@@ -64,43 +64,44 @@ def check_fp8_sizes(
     precision: PrecisionConfig,
     problems: Problems,
 ) -> None:
-    """Check that rows and columns of every FP8 GEMM on a rank are multiples of 16."""
-    if not precision.fp8:
+    """Check that rows and columns of every FP8 GEMM on a rank are multiples of the recipe's alignment."""
+    if precision.recipe is None:
         return
-    _check_widths(model, parallel.tensor_parallel_size, problems)
+    unit = precision.recipe.alignment
+    _check_widths(model, unit, parallel.tensor_parallel_size, problems)
     context = parallel.context_parallel_size
     shared = context * (parallel.tensor_parallel_size if parallel.sequence_parallel_on else 1)
     tokens = data.sequence_length * train.micro_batch_size
-    if tokens % (FP8_ALIGNMENT * shared):
+    if tokens % (unit * shared):
         kinds = "context and sequence" if context > 1 else "sequence"
         words = "tokens per micro-batch" + (f" over {shared} {kinds} parallel ranks" if shared > 1 else "")
-        best = nearest.multiple(data.sequence_length, FP8_ALIGNMENT * shared)
+        best = nearest.multiple(data.sequence_length, unit * shared)
         problems.add(
             "data.sequence_length",
-            f"{data.sequence_length} makes {tokens} {words}, and FP8 needs a multiple of {FP8_ALIGNMENT} on each; the nearest is "
+            f"{data.sequence_length} makes {tokens} {words}, and FP8 needs a multiple of {unit} on each; the nearest is "
             f"{best}",
         )
 
 
-def _check_widths(model: ModelConfig, ranks: int, problems: Problems) -> None:
-    sizes, unit = PaddedSizes.of(model, ranks), FP8_ALIGNMENT
+def _check_widths(model: ModelConfig, unit: int, ranks: int, problems: Problems) -> None:
+    sizes = PaddedSizes.of(model, ranks)
     if model.hidden_size % unit:
-        _add_width(problems, "model.hidden_size", model.hidden_size, 1)
+        _add_width(problems, "model.hidden_size", model.hidden_size, unit, 1)
     if model.ffn_hidden_size % (unit * ranks) and model.ffn_hidden_size % ranks == 0:
-        _add_width(problems, "model.ffn_hidden_size", model.ffn_hidden_size, ranks)
+        _add_width(problems, "model.ffn_hidden_size", model.ffn_hidden_size, unit, ranks)
     if set(model.layers) & {"A", "W"}:
         width = sizes.num_attention_heads * model.attention_head_dim
         if width % (unit * ranks):
-            _add_head_dim(problems, "model.head_dim", model.attention_head_dim, width // ranks)
+            _add_head_dim(problems, "model.head_dim", model.attention_head_dim, unit, width // ranks)
     if "G" in model.layers and model.gdn is not None:
         width = sizes.gdn_value_heads * model.gdn.value_head_dim
         if width % (unit * ranks):
-            _add_head_dim(problems, "model.gdn.value_head_dim", model.gdn.value_head_dim, width // ranks)
+            _add_head_dim(problems, "model.gdn.value_head_dim", model.gdn.value_head_dim, unit, width // ranks)
 
 
-def _add_width(problems: Problems, field: str, value: int, ranks: int) -> None:
-    unit = FP8_ALIGNMENT * ranks
-    words = f"{FP8_ALIGNMENT} x tensor_parallel_size {ranks} = {unit}" if ranks > 1 else str(unit)
+def _add_width(problems: Problems, field: str, value: int, alignment: int, ranks: int) -> None:
+    unit = alignment * ranks
+    words = f"{alignment} x tensor_parallel_size {ranks} = {unit}" if ranks > 1 else str(unit)
     problems.add(
         field,
         f"{value} is not a multiple of {words}, as FP8 needs; the nearest is {nearest.multiple(value, unit)}, or set "
@@ -108,9 +109,9 @@ def _add_width(problems: Problems, field: str, value: int, ranks: int) -> None:
     )
 
 
-def _add_head_dim(problems: Problems, field: str, value: int, width: int) -> None:
+def _add_head_dim(problems: Problems, field: str, value: int, alignment: int, width: int) -> None:
     problems.add(
         field,
-        f"{value} makes the heads of a rank {width} wide, and FP8 needs a multiple of {FP8_ALIGNMENT}; the nearest that always fits "
-        f"is {round_up(value, FP8_ALIGNMENT)}, or set precision.fp8_recipe to null",
+        f"{value} makes the heads of a rank {width} wide, and FP8 needs a multiple of {alignment}; the nearest that always fits "
+        f"is {round_up(value, alignment)}, or set precision.fp8_recipe to null",
     )

@@ -12,6 +12,7 @@ from megatron_hybrid.config.engine_checks import check_engine
 from megatron_hybrid.config.layout_checks import (
     check_context_parallel,
     check_offload,
+    check_optimizer,
     check_overlap,
     check_stages,
     check_tensor_parallel,
@@ -53,6 +54,7 @@ class RunConfig(Section):
         check_tensor_parallel(model, data, parallel, problems)
         check_context_parallel(model, data, parallel, problems)
         check_overlap(model, train, parallel, precision, problems)
+        check_optimizer(train, parallel, problems)
         check_offload(train, parallel, precision, problems)
         check_stages(model, parallel, problems)
         check_data(model, data, train, problems)

@@ -75,11 +75,6 @@ def thin(columns: Sequence[Sequence[float]], most: int = MOST_POINTS) -> list[li
     return [[_mean(column[i : i + size]) for i in range(0, len(column), size)] for column in columns]
 
 
-def plot_file(metrics: Path | str, image: Path | str, title: str | None = None) -> None:
-    """Draw the curve of a metrics.jsonl."""
-    draw(Curve.read(metrics), image, title)
-
-
 def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
     """Write a curve as a PNG. The image is written to a temporary file first, so that viewers never see half an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
