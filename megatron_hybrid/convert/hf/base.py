@@ -37,6 +37,11 @@ class Architecture(ABC):
     def default_layer_types(self, count: int) -> list[str]:
         """Return the `layer_types` that transformers takes if config.json has none."""
 
+    def read_layer_types(self, fields: Fields, count: int) -> Any:
+        """Return the type of each layer as config.json gives it, or transformers' default. The caller checks it."""
+        types = fields.config.get("layer_types")
+        return self.default_layer_types(count) if types is None else types
+
     @abstractmethod
     def read(self, fields: Fields, layer_types: Sequence[str]) -> dict[str, Any]:
         """Return the fields of ModelConfig that only this architecture has. Problems are added to `fields`."""

@@ -12,6 +12,7 @@ from megatron_hybrid.convert.hf.rope import RopeForms
 LINEAR, FULL = "linear_attention", "full_attention"
 OUTPUT_NORM_EPS = 1e-5
 """Epsilon of the gated output norm. transformers fixes it; config.json has no field for it."""
+_INDICES = "fla_hybrid_attention_indices"
 _HUGE = 1 << 31
 
 
@@ -89,7 +90,8 @@ class OlmoHybrid(Architecture):
     layer_types = {LINEAR: "G", FULL: "A"}
     fields = FieldTable(
         converted={
-            entry.theirs: f"gdn.{entry.ours}" for entry in (*_GATED_DELTA_NET, *_RANGES[0], *_RANGES[1], _FLOOR)
+            _INDICES: "layer_pattern",
+            **{entry.theirs: f"gdn.{entry.ours}" for entry in (*_GATED_DELTA_NET, *_RANGES[0], *_RANGES[1], _FLOOR)},
         },
         required={"linear_use_gate": (True,)},
         ignored={"sliding_window": "this architecture has no sliding window layers"},
@@ -120,6 +122,19 @@ class OlmoHybrid(Architecture):
         """Return full attention in every fourth layer, or in the last of fewer than four."""
         types = [FULL if index % 4 == 3 else LINEAR for index in range(count)]
         return types if FULL in types else [*types[:-1], FULL]
+
+    def read_layer_types(self, fields: Fields, count: int) -> Any:
+        """Return the type of each layer. Older files list the full attention layers in `fla_hybrid_attention_indices`."""
+        indices = fields.config.get(_INDICES)
+        stated = fields.config.get("layer_types")
+        if stated is None and isinstance(indices, list) and all(type(index) is int for index in indices):
+            full = set(indices)
+            return [FULL if index in full else LINEAR for index in range(count)]
+        types = super().read_layer_types(fields, count)
+        full_layers = [index for index, name in enumerate(types) if name == FULL] if isinstance(types, list) else []
+        if indices is not None and indices != full_layers:
+            fields.problems.append(f"{_INDICES} does not say the same as layer_types")
+        return types
 
     def read(self, fields: Fields, layer_types: Sequence[str]) -> dict[str, Any]:
         """Return the section of the Gated DeltaNet layers."""
