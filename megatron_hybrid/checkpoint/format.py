@@ -117,7 +117,7 @@ class Index:
     run: dict[str, Any]
     """Configuration of the run, for the record, and the origin of its weights (checkpoint/origin.py)."""
     state: dict[str, Any]
-    """What the trainer resumes from: step, samples consumed, window of the skip-step, ..."""
+    """State that the trainer resumes from: step, samples consumed, window of the skip-step, ..."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """{file: {"bytes": int, "sha256": str}}"""
     tensors: dict[str, TensorEntry] = field(default_factory=dict)

@@ -35,7 +35,7 @@ def test_every_range_of_a_parameter_meets_its_slice_where_indexing_says(shape, a
 
 
 def parameter_shapes(model: ModelConfig, tp: int) -> dict[str, tuple[int, ...]]:
-    """Local parameter shapes of one G and one A layer, as the modules make them."""
+    """Return the local parameter shapes of one G and one A layer."""
     layout = ParamLayout(model, 0, tp)
     widths, d, h, sizes = PackedWidths.of(model, tp), model.attention_head_dim, model.hidden_size, layout.sizes
     q, kv = sizes.num_attention_heads * d // tp, sizes.num_key_value_heads * d // tp

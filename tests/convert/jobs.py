@@ -1,4 +1,4 @@
-"""What the conversion tests run on ranks."""
+"""Functions that the conversion tests run on ranks."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoints as OLMo-core writes them, made here with random weights."""
+"""Checkpoints in OLMo-core's format, with random weights."""
 
 import json
 import warnings
@@ -20,7 +20,7 @@ def to_ours(source, target, *options) -> int:
 
 
 def olmo_core_config(model: ModelConfig, old: bool = False) -> dict:
-    """What OLMo-core's ConfigSaver writes for this model."""
+    """Return the configuration that OLMo-core's ConfigSaver writes for this model."""
     rope = dict(name="default", theta=model.rope_theta, full_precision=True, scaling=None) if model.rope_theta else None
     attention = dict(
         name="default", n_heads=model.num_attention_heads, bias=False, rope=rope, qk_norm=NORM, backend="flash_2", type="attention"
@@ -72,7 +72,7 @@ def olmo_core_config(model: ModelConfig, old: bool = False) -> dict:
 
 
 def olmo_core_state(model: ModelConfig, old: bool = False, optimizer: bool = False) -> dict:
-    """A state dict with OLMo-core's names and random weights."""
+    """Return a state dict with OLMo-core's names and random weights."""
     tensors = true_tensors_of(transformers_model(model), model)
     state: dict = {"model": {}}
     moments: dict = {}

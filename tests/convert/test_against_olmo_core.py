@@ -1,4 +1,4 @@
-"""OLMo-core itself beside ours: checkpoints that it writes, and its logits."""
+"""Comparison with OLMo-core itself: checkpoints that it writes, and its logits."""
 
 import json
 import sys

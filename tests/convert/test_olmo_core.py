@@ -145,7 +145,7 @@ def test_missing_and_unknown_tensors(tmp_path, capsys):
 
 
 def test_released_shapes_are_understood():
-    """The two 7B models as OLMo-core describes them."""
+    """Return OLMo-core's configurations of the two 7B models."""
     from megatron_hybrid.config.presets import olmo3_7b, olmo_hybrid_7b
 
     for preset in (olmo_hybrid_7b(), olmo3_7b()):

@@ -1,4 +1,4 @@
-"""Memory stays bounded however large the model, and ranks that share a conversion write the same bytes."""
+"""Memory is bounded for any model size, and ranks that share a conversion write the same bytes."""
 
 import json
 import os
