@@ -11,8 +11,9 @@ from math import prod
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_hybrid.arch.optimizers.spec import MASTER
 from megatron_hybrid.arch.tensor_slice import TensorSlice
-from megatron_hybrid.checkpoint.format import STATES, slices_of_range, state_name
+from megatron_hybrid.checkpoint.format import slices_of_range, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import SlicedTensor
 from megatron_hybrid.model.param_layout import ParamLayout, Piece
@@ -21,7 +22,7 @@ from megatron_hybrid.precision.fp8_state import Fp8State
 
 @dataclass
 class OptimizerShard:
-    """Adam's state for the flattened range [start, stop) of a parameter on this rank. An fp32 parameter has no `master`."""
+    """Optimizer state of the flattened range [start, stop) of a parameter on this rank. An fp32 parameter has no `master`."""
 
     start: int
     stop: int
@@ -106,7 +107,7 @@ class Collector:
         self.layout, self.groups = layout, groups
         self.optimizer_shards, self.optimizer_sharded = optimizer_shards, optimizer_sharded
         self.parameters = list(layout.parameters(chunks))
-        self.fp8 = Fp8State(chunks)
+        self.fp8 = Fp8State(list(chunks))
 
     def from_master(self, parameter: torch.nn.Parameter) -> bool:
         """Return whether a parameter's weights are saved and loaded through its master."""
@@ -158,7 +159,7 @@ class Collector:
                 data.view(piece.shape) if whole else data,
                 None if whole else (start, stop),
             )
-            if state == "master" and self.from_master(parameter):
+            if state == MASTER and self.from_master(parameter):
                 yield from _without_range(replace(saved, name=piece.tensor.name, data=saved.data.to(parameter.dtype)))
                 if parameter.dtype == torch.float32:  # the weight is its own master
                     continue
@@ -176,17 +177,17 @@ class Collector:
 
     def load_optimizer(self, reader: CheckpointReader) -> None:
         """Fill this rank's optimizer state (moments and master weights) and the scales of FP8."""
-        self._load_states(reader, STATES)
+        self._load_states(reader)
         self.fp8.restore(lambda name: reader.read(name) if name in reader.index.tensors else None)
         self.set_parameters()
 
     def load_masters(self, reader: CheckpointReader) -> None:
         """Fill the fp32 master weights from the checkpoint's masters, or else from its weights. Moments are not changed."""
-        self._load_states(reader, ("master",))
+        self._load_states(reader, (MASTER,))
         self.set_parameters()
 
     @torch.no_grad()
-    def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...]) -> None:
+    def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...] | None = None) -> None:
         # only the rows that this rank's range touches are read
         for _, parameter, pieces in self.parameters:
             shard = self.optimizer_shards.get(parameter)
@@ -196,7 +197,7 @@ class Collector:
             width = prod(shape[1:])
             first, last = shard.start // width, -(-shard.stop // width)
             for state, flat in shard.states.items():
-                if state not in wanted:
+                if wanted is not None and state not in wanted:
                     continue
                 rows = torch.zeros(last - first, *shape[1:], dtype=flat.dtype)
                 for piece in pieces:
@@ -214,6 +215,6 @@ class Collector:
         inner = shared.relative_to(local.offset)
         wanted = TensorSlice(tuple(a + b for a, b in zip(piece.offset, inner.offset, strict=True)), inner.shape)
         has_state = state_name(state, piece.tensor.name) in reader.index.tensors
-        source = state if has_state or state != "master" else None  # an fp32 checkpoint's weight is its own master
+        source = state if has_state or state != MASTER else None  # an fp32 checkpoint's weight is its own master
         data = reader.read(piece.tensor.name, wanted, state=source)
         shared.relative_to((first, *(0,) * (len(shared.offset) - 1))).narrow(rows).copy_(data)

@@ -27,8 +27,6 @@ from megatron_hybrid.config.renames import rename_saved
 
 FORMAT = "megatron_hybrid/1"
 INDEX = "index.json"
-STATES = ("master", "exp_avg", "exp_avg_sq")
-"""Optimizer states of a tensor: the fp32 master weight, unless the weight itself is fp32, and Adam's two moments."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.optimizers.spec import MASTER
 from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.base.errors import ConfigError
@@ -66,8 +67,9 @@ class CheckpointReader:
             raise CheckpointError(f"{where}: {error!s:.500}") from None
 
     def has_optimizer(self) -> bool:
-        """Return whether the checkpoint holds Adam's moments."""
-        return any(name.startswith(state_name("exp_avg", "")) for name in self.index.tensors)
+        """Return whether the checkpoint holds states of an optimizer besides the master weights."""
+        master = state_name(MASTER, "")
+        return any(name.startswith("optimizer.") and not name.startswith(master) for name in self.index.tensors)
 
     def check_tensors(self) -> None:
         """Check that the checkpoint holds the tensors of its model, in their shapes, and no others.
@@ -100,7 +102,7 @@ class CheckpointReader:
 
     def most_precise(self, name: str) -> str:
         """Return the name of a weight's fp32 master if there is one, else the weight's. The weight is a rounded copy of it."""
-        master = state_name("master", name)
+        master = state_name(MASTER, name)
         return master if master in self.index.tensors else name
 
     def local_tensors(self, rank: int) -> "dict[str, torch.Tensor]":
