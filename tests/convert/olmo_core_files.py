@@ -8,7 +8,7 @@ import torch
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
-from megatron_hybrid.convert.olmo_core.importer import olmo_core_names
+from megatron_hybrid.convert.olmo_core.names import olmo_core_names
 from testing.peers import transformers_model, true_tensors_of
 from tools import convert_from_olmo_core
 
@@ -77,9 +77,9 @@ def olmo_core_state(model: ModelConfig, old: bool = False, optimizer: bool = Fal
     state: dict = {"model": {}}
     moments: dict = {}
     generator = torch.Generator().manual_seed(2)
-    for name, spec in model_tensors(model).items():
+    for name in model_tensors(model):
         key = olmo_core_names(name)[-1 if old else 0]
-        tensor = tensors[name].unsqueeze(1) if spec.kind == "conv" else tensors[name]
+        tensor = tensors[name].unsqueeze(1) if name.endswith("_conv.weight") else tensors[name]
         state["model"][key] = tensor.clone()
         for part in ("exp_avg", "exp_avg_sq"):
             moments[f"state.{key}.{part}"] = torch.rand(tensor.shape, generator=generator)
