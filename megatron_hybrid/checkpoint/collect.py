@@ -4,7 +4,7 @@ Parameters are mapped to true tensors by their pieces (model/param_layout.py). I
 them saves them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -98,7 +98,7 @@ class Collector:
 
     def __init__(
         self,
-        chunks: Iterable[torch.nn.Module],
+        chunks: Sequence[torch.nn.Module],
         layout: ParamLayout,
         groups: ProcessGroupCollection,
         optimizer_shards: dict[torch.nn.Parameter, OptimizerShard],

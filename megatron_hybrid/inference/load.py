@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.checkpoint.collect import Collector
@@ -66,10 +65,7 @@ def load_model(path: str, dtype: str = "fp32") -> LoadedModel:
     torch.set_num_threads(os.cpu_count() or 1)  # unlike the ranks of a run, this process has the machine to itself
     groups = start_distributed(Launch(0, 0, 1), parallel, seed=0, quiet=True)
     with CheckpointReader(folder) as reader:
-        try:
-            config = ModelConfig(**reader.index.model)
-        except (ValidationError, TypeError) as error:
-            raise CheckpointError(f"{folder}: the model in its index is damaged: {error}") from error
+        config = reader.model
         (network,) = build_model(config, parallel, PrecisionConfig(), dtype, sequence_length=1, groups=groups)
         layout = ParamLayout(config, 0, 1)
         Collector([network], layout, groups, {}, optimizer_sharded=False).load_weights(reader)
