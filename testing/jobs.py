@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.checkpoint import CheckpointConfig
@@ -63,7 +64,7 @@ def same_casts(engine: Engine, checkpoint: str) -> bool:
                 continue
             values = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             for piece in pieces:
-                piece.view(values).copy_(reader.read(piece.tensor.name, (piece.offset, piece.shape)))
+                piece.view(values).copy_(reader.read(piece.tensor.name, TensorSlice(piece.offset, piece.shape)))
             if not torch.equal(parameter._get_quantizer().copy()(values).dequantize(), parameter.dequantize()):
                 return False
     return True

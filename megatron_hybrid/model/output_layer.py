@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from hybrid_kernels.linear_cross_entropy import linear_cross_entropy
+from megatron_hybrid.distributed.collectives import vocab_parallel
 
 
 class TokenLosses(NamedTuple):
@@ -72,7 +73,7 @@ class OutputLayer(ColumnParallelLinear):
             weight,
             labels.contiguous(),
             loss_mask.contiguous(),
-            group=group if group.size() > 1 else None,
+            vocab_parallel=vocab_parallel(group),
             grad_weight_buffer=buffer,
             **loss_options,
         )

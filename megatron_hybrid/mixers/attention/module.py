@@ -18,6 +18,7 @@ from megatron_hybrid.arch.model import ModelConfig, RopeScalingConfig
 from megatron_hybrid.arch.padding import padded_groups
 from megatron_hybrid.arch.tensors import attention_tensors
 from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.distributed.collectives import all_reduce_sum
 from megatron_hybrid.distributed.context_parallel import HeadExchange
 from megatron_hybrid.mixers.mixer import Mixer
 from megatron_hybrid.mixers.tensor_slices import TensorSlices, attention_pieces
@@ -132,7 +133,7 @@ class SelfAttention(Mixer):
             head_dim=d,
             true_widths=(sizes.heads * d, sizes.groups * d),
             eps=sizes.norm_eps,
-            group=tp if tp.size() > 1 else None,
+            all_reduce=all_reduce_sum(tp),
         )
         self.q_norm_weight, self.k_norm_weight = self._norm_weight(q_width), self._norm_weight(kv_width)
         self.exchange = HeadExchange(self.cp_group, self.heads, self.groups)

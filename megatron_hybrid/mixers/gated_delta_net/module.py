@@ -4,7 +4,7 @@
 
 Heads are shared over the tensor parallel ranks; each rank's slice of every weight is whole heads. Tokens are shared over the
 context parallel ranks, which pass on states and what the convolution looks back on. The mathematics is in
-`hybrid_kernels`; which backend of it runs is its dispatch's choice.
+`hybrid_kernels`, whose dispatch chooses the backend.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,17 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.conv_gates import explain as explain_conv_gates
 from hybrid_kernels.dispatch import Choice
-from hybrid_kernels.gated_delta_rule import explain as explain_gated_delta_rule
-from hybrid_kernels.gated_delta_rule import gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import explain as explain_gated_rmsnorm
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from megatron_hybrid.arch.model import GatedDeltaNetConfig
 from megatron_hybrid.arch.padding import FP8_ALIGNMENT, PackedWidths
 from megatron_hybrid.arch.tensors import gdn_tensors
 from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.distributed.context_parallel import with_halo
+from megatron_hybrid.distributed.state_passing import (
+    explain_gated_delta_rule_of_slices,
+    gated_delta_rule_of_slices,
+)
 from megatron_hybrid.mixers.mixer import Mixer
 from megatron_hybrid.mixers.recompute import between_linears
 from megatron_hybrid.mixers.tensor_slices import TensorSlices, gdn_pieces
@@ -169,17 +172,19 @@ class GatedDeltaNet(Mixer):
         return between_linears(self._mix, packed, self.out_proj, self.recompute and self.training)
 
     def _mix(self, packed_sbw: torch.Tensor) -> torch.Tensor:
-        # conv_gates hands the gate out, too: slicing it here would cost a gradient as wide as in_proj once more
+        packed_sbw, halo_sbw = with_halo(packed_sbw, self.gdn.conv_kernel_size - 1, self.cp_group)
+        # conv_gates returns the gate as well: slicing it here would cost one more gradient as wide as in_proj's output
         q, k, v, g, beta, gate = conv_gates(
             packed_sbw,
             self.conv_weight,
             self.A_log,
             self.dt_bias,
             **self._sizes(),
-            group=self.cp_group,
+            allow_negative_eigenvalues=self.gdn.allow_negative_eigenvalues,
+            halo_sbw=halo_sbw,
             return_gate=True,
         )
-        o, _ = gated_delta_rule(q, k, v, g, beta, group=self.cp_group)
+        o = gated_delta_rule_of_slices(q, k, v, g, beta, group=self.cp_group)
         weight = self.o_norm_weight
         if not self.config.sequence_parallel:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
@@ -192,7 +197,6 @@ class GatedDeltaNet(Mixer):
             num_value_heads=widths.a,
             key_head_dim=gdn.key_head_dim,
             value_head_dim=gdn.value_head_dim,
-            allow_negative_eigenvalues=gdn.allow_negative_eigenvalues,
         )
 
     def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
@@ -205,6 +209,6 @@ class GatedDeltaNet(Mixer):
         packed = like.expand(s, b, widths.total)
         return [
             explain_conv_gates(packed, self.conv_weight, **self._sizes()),
-            explain_gated_delta_rule(q, q, v, gates, gates, group=self.cp_group),
+            explain_gated_delta_rule_of_slices(q, q, v, gates, gates, group=self.cp_group),
             explain_gated_rmsnorm(v, packed[..., : widths.gate], self.o_norm_weight),
         ]

@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.arch.optimizers.spec import MASTER
 from megatron_hybrid.checkpoint.collect import Collector, OptimizerShard
-from megatron_hybrid.checkpoint.writer import SavedShard
+from megatron_hybrid.checkpoint.writer import SlicedTensor
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
@@ -239,7 +239,7 @@ class MegatronCollector(Collector):
         self.optimizer.set_fp8_parameters()
         self.optimizer.refresh_copies()
 
-    def shards(self) -> Iterator[SavedShard]:
+    def shards(self) -> Iterator[SlicedTensor]:
         """Yield this rank's shards, after all ranks have the updated parameters."""
         self.optimizer.gather_parameters()
         yield from super().shards()
