@@ -1,4 +1,4 @@
-"""Mean loss and perplexity over a dataset: `python tools/evaluate.py runs/tiny data/tiny_validation`."""
+"""Print mean loss and perplexity over a data set: `python tools/evaluate.py runs/tiny data/tiny_validation`."""
 
 import json
 import math
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument(
         "--check", choices=["auto", "full", "sample", "none"], default="auto", help="as data.check of a run"
     )
-    parser.add_argument("--sequence-length", type=positive, help="tokens a sample has (default: the run's)")
+    parser.add_argument("--sequence-length", type=positive, help="tokens per sample (default: the run's)")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse()
@@ -40,7 +40,7 @@ def main() -> None:
         perplexity = math.exp(loss) if loss < 700 else None  # larger than a double
         result = {"loss": loss, "perplexity": perplexity, "tokens": tokens, "step": model.step}
         shown = "over 1e304" if perplexity is None else f"{perplexity:.4f}"
-        text = f"loss {loss:.5f} nats a token, perplexity {shown}, over {tokens:,} tokens"
+        text = f"loss {loss:.5f} nats per token, perplexity {shown}, over {tokens:,} tokens"
         print(json.dumps(result) if arguments.json else text)
         stop_distributed()
 

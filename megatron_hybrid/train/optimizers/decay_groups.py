@@ -13,9 +13,8 @@ def exempt_from_decay(
     layout: ParamLayout, chunks: Sequence[torch.nn.Module], no_decay: set[str]
 ) -> set[torch.nn.Parameter]:
     """Return the parameters of the groups `no_decay`, the same on every tensor parallel rank."""
-    first = ParamLayout(
-        layout.model, 0, layout.ranks
-    )  # on another rank a parameter may be padding only, without pieces
+    # on other ranks a parameter may consist of padding only, without pieces
+    first = ParamLayout(layout.model, 0, layout.ranks)
     return {
         parameter
         for _, parameter, pieces in first.parameters(chunks)
