@@ -1,6 +1,5 @@
 """The network: what its layers are and how wide. Layout (who holds which part) is not said here."""
 
-import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,9 +7,14 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from megatron_hybrid.arch.blocks import Block, Blocks
+from megatron_hybrid.arch.model_fields import ModelFields, RopeScalingConfig
+from megatron_hybrid.arch.registry import default_blocks
 from megatron_hybrid.base import nearest
-from megatron_hybrid.base.errors import ConfigError, Problems, shown
+from megatron_hybrid.base.errors import Problems, shown
 from megatron_hybrid.base.section import Section
+
+__all__ = ["ModelConfig", "RopeScalingConfig"]
 
 LayerKind = Literal["G", "A", "W"]
 LAYER_KINDS = {"G": "Gated DeltaNet", "A": "attention", "W": "sliding-window attention"}
@@ -121,40 +125,7 @@ class GatedDeltaNetConfig(Section):
         return self.num_value_heads * self.value_head_dim
 
 
-class RopeScalingConfig(Section):
-    """YaRN (arXiv 2309.00071): stretches the rotary embedding of A layers to longer sequences, as in OLMo 3.
-
-    W layers keep the plain rotary embedding. Fields are those of transformers' `rope_parameters`.
-    """
-
-    rope_type: Literal["yarn"] = "yarn"
-    factor: float = Field(ge=1)
-    """Longest sequence divided by original_max_position_embeddings."""
-    original_max_position_embeddings: PositiveInt
-    """Sequence length before the extension."""
-    attention_factor: PositiveFloat | None = None
-    """Multiplies the rotated queries and keys. None: 0.1 ln(factor) + 1."""
-    beta_fast: PositiveFloat = 32.0
-    """Dimensions that turn at least this often over the original length keep their frequency."""
-    beta_slow: PositiveFloat = 1.0
-    """Dimensions that turn at most this often are slowed down by the whole factor."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "RopeScalingConfig":
-        if self.beta_slow > self.beta_fast:
-            raise ConfigError.at(
-                "beta_slow",
-                f"{self.beta_slow} is above beta_fast = {self.beta_fast}; give at most that, such as 1.0",
-            )
-        return self
-
-    @property
-    def effective_attention_factor(self) -> float:
-        """attention_factor, or its default."""
-        return self.attention_factor if self.attention_factor is not None else 0.1 * math.log(self.factor) + 1.0
-
-
-class ModelConfig(Section):
+class ModelConfig(ModelFields):
     """A decoder of G (pre-norm) and A / W (post-norm, QK norm over the whole projection) layers, each with a SwiGLU."""
 
     layer_pattern: str
@@ -247,9 +218,11 @@ class ModelConfig(Section):
         return len(self.layers)
 
     @property
-    def kv_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
+    def blocks_by_symbol(self) -> Blocks:
+        """The blocks that layer_pattern uses, in the order of their first layers."""
+        known = default_blocks()
+        return {symbol: known[symbol] for symbol in dict.fromkeys(self.layers)}
 
-    @property
-    def attention_head_dim(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+    def block(self, index: int) -> Block:
+        """Return the block of layer `index`, from 0."""
+        return self.blocks_by_symbol[self.layers[index]]
