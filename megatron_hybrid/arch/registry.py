@@ -5,10 +5,11 @@ A plug-in, named by a run's `plugins`, calls `register` when it is imported.
 
 from importlib import import_module
 
-from megatron_hybrid.arch.blocks import Blocks
+from megatron_hybrid.arch.blocks import Block, Blocks
 from megatron_hybrid.arch.mixer import MixerSpec
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, UserError
+from megatron_hybrid.base.section import Section
 
 BUILT_IN = ("megatron_hybrid.mixers.gated_delta_net.spec", "megatron_hybrid.mixers.attention.spec")
 """Imported on first use, by name, so that arch imports no mixer."""
@@ -64,3 +65,13 @@ def mixer_spec(name: str) -> MixerSpec:
 def default_blocks() -> Blocks:
     """Return the blocks that all mixers bring, by layer_pattern symbol."""
     return {symbol: block for spec in mixer_specs() for symbol, block in spec.blocks.items()}
+
+
+def first_blocks() -> dict[str, Block]:
+    """Return the first block that each mixer brings, by the mixer's name."""
+    return {spec.name: next(iter(spec.blocks.values())) for spec in mixer_specs()}
+
+
+def section_classes() -> dict[str, type[Section]]:
+    """Return the sections that mixers add to `model`, by name."""
+    return {spec.prefix: spec.config_class for spec in mixer_specs() if spec.config_class is not None}

@@ -1,11 +1,12 @@
 """Mixer spec of Gated DeltaNet: everything about it that needs no torch."""
 
 from megatron_hybrid.arch.blocks import Block
-from megatron_hybrid.arch.mixer import HeadGroups, MixerSpec
-from megatron_hybrid.arch.model import GatedDeltaNetConfig
+from megatron_hybrid.arch.mixer import HeadGroups, Layout, MixerSpec
 from megatron_hybrid.arch.model_fields import ModelFields
 from megatron_hybrid.arch.packing import FP8_ALIGNMENT, NORMAL, ONES, Initializer, PackedParameter, TensorSpec
 from megatron_hybrid.arch.registry import register
+from megatron_hybrid.base.errors import Problems
+from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 
 SCALARS = "gdn_scalars"
 """Decay group of A_log and dt_bias."""
@@ -51,6 +52,7 @@ class GatedDeltaNet(MixerSpec):
     blocks = {"G": Block(mixer=name, title="Gated DeltaNet", norm="pre", output_gate=True)}
     input_linear, output_linear = "in_proj", "out_proj"
     supports = frozenset({"context_parallel", "fp8"})
+    init_fields = ("a_init_range", "dt_init_range", "dt_init_floor")
 
     def parameters(self, model: ModelFields, block: Block) -> tuple[PackedParameter, ...]:
         return parameters(sizes(model), model.hidden_size)
@@ -58,11 +60,29 @@ class GatedDeltaNet(MixerSpec):
     def head_groups(self, model: ModelFields, block: Block) -> HeadGroups:
         gdn = sizes(model)
         heads = (("Gated DeltaNet key", gdn.num_key_heads), ("Gated DeltaNet value", gdn.num_value_heads))
-        return HeadGroups(gdn.num_key_heads, "model.gdn.num_key_heads", "Gated DeltaNet key heads", heads)
+        return HeadGroups(
+            count=gdn.num_key_heads,
+            field="model.gdn.num_key_heads",
+            title="Gated DeltaNet key heads",
+            heads=heads,
+            width_field="model.gdn.value_head_dim",
+            width=gdn.value_head_dim,
+        )
 
     def flops(self, model: ModelFields, block: Block, sequence_length: int) -> int:
         gdn = sizes(model)
         return DELTA_RULE_FLOPS * gdn.num_value_heads * gdn.key_head_dim * gdn.value_head_dim
+
+    def check_layout(self, model: ModelFields, block: Block, symbol: str, layout: Layout) -> Problems:
+        problems, ranks = Problems(), layout.context_parallel_size
+        back, tokens = sizes(model).conv_kernel_size - 1, layout.sequence_length // ranks
+        if ranks > 1 and tokens < back:
+            problems.add(
+                "parallel.context_parallel_size",
+                f"{ranks} leaves {tokens} tokens of a sequence on each rank, and Gated DeltaNet's convolution looks back on "
+                f"{back}; the largest that fits is {max(1, layout.sequence_length // back)}",
+            )
+        return problems
 
 
 register(GatedDeltaNet())
