@@ -133,5 +133,5 @@ def layout_problems(spec: MixerSpec, model: ModelFields, block: Block, symbol: s
     if layout.context_parallel_size > 1 and "context_parallel" not in spec.supports:
         problems.add("parallel.context_parallel_size", f"{layout.context_parallel_size}: {title}; set it to 1")
     if layout.fp8 and "fp8" not in spec.supports:
-        problems.add("precision.linear", f"{title}; set it to null")
+        problems.add("precision.fp8_recipe", f"{title}; set it to null")
     return problems

@@ -10,13 +10,13 @@ from pydantic_core import InitErrorDetails
 
 from megatron_hybrid.arch.blocks import Block, Blocks, complete_blocks
 from megatron_hybrid.arch.mixer import block_problems
-from megatron_hybrid.arch.model_fields import ModelFields, RopeScalingConfig
+from megatron_hybrid.arch.model_fields import Backend, ModelFields, RopeScalingConfig
 from megatron_hybrid.arch.patterns import expand_pattern, fold_pattern
 from megatron_hybrid.arch.registry import default_blocks, first_blocks, mixer_spec, section_classes
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, join, shown
 
-__all__ = ["ModelConfig", "RopeScalingConfig", "fold_pattern"]
+__all__ = ["Backend", "ModelConfig", "RopeScalingConfig", "fold_pattern"]
 
 LayerKind = str  # TEMPORARY: until the planner is generic
 LAYER_KINDS = {"G": "Gated DeltaNet", "A": "attention", "W": "sliding-window attention"}
@@ -119,6 +119,10 @@ class ModelConfig(ModelFields):
 
     def __hash__(self) -> int:
         return hash((self.layer_pattern, self.hidden_size, self.vocab_size))  # blocks are a dict, which has no hash
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the fields that define the model, as checkpoints store them: all but the backend."""
+        return self.model_dump(mode="json", exclude={"backend"})
 
     @classmethod
     def fields(cls) -> dict[str, FieldInfo]:

@@ -10,6 +10,8 @@ from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.base.section import Section
 
+Backend = Literal["auto", "transformer_engine", "local"]
+
 
 class RopeScalingConfig(Section):
     """YaRN (arXiv 2309.00071): stretches the rotary embedding of A layers to longer sequences, as in OLMo 3.
@@ -74,6 +76,10 @@ class ModelFields(Section):
     init_std: PositiveFloat = 0.02
     eos_token_id: int | None = Field(None, ge=0)
     pad_token_id: int | None = Field(None, ge=0)
+    backend: Backend = "auto"
+    """Modules of linears, norms and attention. It is not part of the architecture: any backend loads any checkpoint. local:
+    megatron-core's linears and PyTorch's attention, on any device. auto: Transformer Engine in bf16 on a GPU if it is installed,
+    else local."""
 
     @property
     def kv_heads(self) -> int:

@@ -77,8 +77,8 @@ class Setting:
             plan.element,
             1 / plan.tp if split else 1.0,
             split,
-            plan.precision.linear is not None,
-            plan.precision.attention is not None,
+            plan.precision.fp8_recipe is not None,
+            plan.precision.fp8_attention,
             plan.transformer_engine,
             *((plan.cp, plan.slice_length, plan.dummies) if plan.cp > 1 else ()),
         )

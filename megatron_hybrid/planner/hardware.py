@@ -125,7 +125,11 @@ def load(name_or_path: str) -> Hardware:
 
 def _hardware(data: Mapping[str, Any]) -> Hardware:
     def rates(name: str) -> dict[str, dict[str, Rate]]:
-        return {form: {way: _rate_in(**rate) for way, rate in ways.items()} for form, ways in data[name].items()}
+        # files of earlier versions name the recipes fp8_tensorwise, ...
+        return {
+            form.removeprefix("fp8_"): {way: _rate_in(**rate) for way, rate in ways.items()}
+            for form, ways in data[name].items()
+        }
 
     tables = {way: {float(rows): float(s) for rows, s in row.items()} for way, row in data["delta_rule"].items()}
     links = {where: {op: _link_in(**link) for op, link in data[where].items()} for where in ("node", "across")}

@@ -35,9 +35,13 @@ class Layers:
 
     def host(self, way: str) -> float:
         """Seconds that Python needs for one layer."""
-        again = {"none": 0.0, "selective": 0.5, "full": 1.0}[self.plan.parallel.recompute] if way == "backward" else 0.0
+        again = (
+            {"none": 0.0, "selective": 0.5, "full": 1.0}[self.plan.parallel.recompute_granularity]
+            if way == "backward"
+            else 0.0
+        )
         collectives = self._waits(way)
-        if way == "backward" and self.plan.parallel.recompute == "full":
+        if way == "backward" and self.plan.parallel.recompute_granularity == "full":
             collectives += self._waits("forward")
         seconds = self.hardware.host_layer * (1 + again) + self.hardware.host_collective * collectives
         return seconds * self.hardware.factor("host")
@@ -48,7 +52,7 @@ class Layers:
         plan = self.plan
         if plan.tp == 1:
             return 0
-        scales = 2 if plan.precision.linear == "fp8_tensorwise" else 0
+        scales = 2 if plan.precision.fp8_recipe == "tensorwise" else 0
         if plan.parallel.tp_comm_overlap:
             return scales
         if not plan.parallel.sequence_parallel_on:
@@ -66,7 +70,7 @@ class Layers:
         total: Parts = Counter()
         total.update(self._mixer(kind, way))
         total.update(self._around(kind, way, fp8))
-        recompute = self.plan.parallel.recompute
+        recompute = self.plan.parallel.recompute_granularity
         if way == "backward" and recompute == "full":
             total.update(self._layer(kind, "forward", fp8))
         elif way == "backward" and recompute == "selective":
@@ -100,7 +104,7 @@ class Layers:
             return parts
         window = plan.model.sliding_window if kind == "W" else None
         flops = attention_flops(plan.sequence_length, plan.micro_batch_size, w.q * plan.dummies / plan.cp, way, window)
-        rate = self.hardware.attention["fp8" if plan.precision.attention else "bf16"][way]
+        rate = self.hardware.attention["fp8" if plan.precision.fp8_attention else "bf16"][way]
         parts["attention"] = rate.seconds(flops) * self.compute
         parts["glue"] = self._glue("qk_norm_rope", way)
         if plan.cp > 1:  # q, k, v and the output to other ranks or back
@@ -123,7 +127,7 @@ class Layers:
         return parts
 
     def _linear(self, n: float, k: float, way: str, fp8: bool) -> float:
-        precision, m = self.plan.precision.linear if fp8 else None, self.plan.tokens
+        precision, m = self.plan.precision.fp8_recipe if fp8 else None, self.plan.tokens
         rate: Rate = self.hardware.linear[precision or "bf16"][way]
         return rate.seconds(linear_flops(m, n, k, way), linear_bytes(m, n, k, way)) * self.compute
 

@@ -111,7 +111,7 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
 
 
 def _saved(plan: Plan, kind: LayerKind, widths: Widths, of: Setting) -> float:
-    return layer_bytes(kind, widths, of, plan.parallel.recompute).saved
+    return layer_bytes(kind, widths, of, plan.parallel.recompute_granularity).saved
 
 
 def _ends(plan: Plan, chunk: Chunk, in_flight: int, of: Setting) -> float:
@@ -123,7 +123,7 @@ def _backward(plan: Plan, chunk: Chunk, of: Setting) -> float:
     """The most that a chunk's backward pass needs beyond all that is kept: later layers have freed theirs by then."""
     most, freed = 0.0, 0.0
     for kind in reversed(chunk.kinds):
-        layer = layer_bytes(kind, plan.widths, of, plan.parallel.recompute)
+        layer = layer_bytes(kind, plan.widths, of, plan.parallel.recompute_granularity)
         most = max(most, layer.transient * plan.tokens - freed)
         freed += layer.saved * plan.tokens
     if chunk.embedding:  # its gradient comes whole, in the weight's dtype
@@ -139,19 +139,22 @@ def _matrices(plan: Plan, kind: LayerKind) -> dict[str, float]:
 def _fp8_weights(plan: Plan, chunks: tuple[Chunk, ...], in_flight: tuple[int, ...]) -> float:
     """A cast of each matrix and its transpose; beside weights that are held in FP8, their transposes alone. Kept over the
     micro-batches of a step, or else made by each micro-batch's forward pass and kept for its backward pass."""
-    if plan.precision.linear is None:
+    if plan.precision.fp8_recipe is None:
         return 0.0
-    low, high = plan.precision.bf16_layers_at_start, plan.model.num_layers - plan.precision.bf16_layers_at_end
-    copies = 1 if plan.precision.fp8_parameters else 2
+    low, high = (
+        plan.precision.num_layers_at_start_in_bf16,
+        plan.model.num_layers - plan.precision.num_layers_at_end_in_bf16,
+    )
+    copies = 1 if plan.precision.fp8_param_gather else 2
     layers = [
         (copies * sum(_matrices(plan, kind).values()), count)
         for chunk, count in zip(chunks, in_flight, strict=True)
         for index, kind in enumerate(chunk.kinds, chunk.first_layer)
         if low <= index < high
     ]
-    if plan.precision.cache_weights:
+    if plan.precision.cache_fp8_weights:
         return sum(size for size, _ in layers)
-    if plan.parallel.recompute == "full":
+    if plan.parallel.recompute_granularity == "full":
         return max((size for size, _ in layers), default=0.0)
     return sum(size * count for size, count in layers)
 
@@ -177,8 +180,8 @@ def _exchange_buffers(plan: Plan) -> float:
     """
     if not plan.parallel.tp_comm_overlap:
         return 0.0
-    some_in_bf16 = plan.precision.bf16_layers_at_start + plan.precision.bf16_layers_at_end > 0
-    formats = [1 if plan.precision.linear else plan.element, *([plan.element] if some_in_bf16 else [])]
+    some_in_bf16 = plan.precision.num_layers_at_start_in_bf16 + plan.precision.num_layers_at_end_in_bf16 > 0
+    formats = [1 if plan.precision.fp8_recipe else plan.element, *([plan.element] if some_in_bf16 else [])]
     scattering = plan.element * (2 + 2 * (2 * plan.tp - 1) / plan.tp)
     return plan.tokens * plan.widths.hidden * sum(8 * gathered + scattering for gathered in formats)
 

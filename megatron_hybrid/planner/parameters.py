@@ -94,9 +94,9 @@ def chunk_parameters(plan: Plan, chunk: Chunk) -> tuple[Parameter, ...]:
 def _held_in_fp8(plan: Plan, chunk: Chunk) -> tuple[bool, ...]:
     """Of each layer, whether its matrices are held in FP8; empty where none's are."""
     precision = plan.precision
-    if not precision.fp8_parameters:
+    if not precision.fp8_param_gather:
         return ()
-    low, high = precision.bf16_layers_at_start, plan.model.num_layers - precision.bf16_layers_at_end
+    low, high = precision.num_layers_at_start_in_bf16, plan.model.num_layers - precision.num_layers_at_end_in_bf16
     return tuple(low <= layer < high for layer, _ in enumerate(chunk.kinds, chunk.first_layer))
 
 

@@ -98,7 +98,7 @@ class Plan:
     @property
     def transformer_engine(self) -> bool:
         """Whether a GPU would build the layers from Transformer Engine's parts."""
-        return self.dtype == "bf16" and self.precision.parts != "local"
+        return self.dtype == "bf16" and self.model.backend != "local"
 
     @cached_property
     def chunks(self) -> tuple["Chunk", ...]:
@@ -131,7 +131,7 @@ class Plan:
         parts = [f"{name}{size}" for name, size in sizes if size > 1]
         if self.tp > 1 and not self.parallel.sequence_parallel_on:
             parts.append("no-SP")
-        parts += [f"DP{self.dp}", f"mbs{self.micro_batch_size}", f"recompute-{self.parallel.recompute}"]
+        parts += [f"DP{self.dp}", f"mbs{self.micro_batch_size}", f"recompute-{self.parallel.recompute_granularity}"]
         if not self.parallel.distributed_optimizer:
             parts.append("plain-optimizer")
         return " ".join(parts)

@@ -52,7 +52,9 @@ def _fit(points: Sequence[Point], work: Callable[[Point], tuple[float, ...]]) ->
     for form, way in dict.fromkeys((p["format"], p["pass"]) for p in points):
         mine = [p for p in points if (p["format"], p["pass"]) == (form, way) and p["seconds"] > 0]
         columns = list(zip(*(work(p) for p in mine)))
-        fitted.setdefault(form, {})[way] = Rate(*nonnegative(columns, [p["seconds"] for p in mine]))
+        fitted.setdefault(form.removeprefix("fp8_"), {})[way] = Rate(
+            *nonnegative(columns, [p["seconds"] for p in mine])
+        )
     return fitted
 
 

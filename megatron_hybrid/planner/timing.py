@@ -87,7 +87,7 @@ class Clock:
 
     def _of(self, plan: Plan) -> Layers:
         key = (plan.tp, plan.cp, plan.parallel.sequence_parallel_on, plan.parallel.tp_comm_overlap, plan.micro_batch_size,
-               plan.parallel.recompute, plan.precision, plan.dtype, plan.sequence_length, plan.model.layer_pattern,
+               plan.parallel.recompute_granularity, plan.precision, plan.dtype, plan.sequence_length, plan.model.layer_pattern,
                plan.model.hidden_size)  # fmt: skip
         if key not in self._layers:
             self._layers[key] = Layers(plan, self.hardware)
@@ -102,7 +102,7 @@ class Clock:
     def _chunk(self, plan: Plan, chunk: Chunk, layers: Layers, way: str) -> Parts:
         """Of one micro-batch through a virtual stage, its transfers included."""
         key = chunk.kinds, chunk.embedding, chunk.head, way, plan.pp > 1, plan.world_size > self.hardware.gpus_per_node
-        if plan.precision.bf16_layers_at_start or plan.precision.bf16_layers_at_end:
+        if plan.precision.num_layers_at_start_in_bf16 or plan.precision.num_layers_at_end_in_bf16:
             key += (chunk.first_layer,)
         if key not in layers.chunks:
             layers.chunks[key] = self._new_chunk(plan, chunk, layers, way)
@@ -110,7 +110,10 @@ class Clock:
 
     def _new_chunk(self, plan: Plan, chunk: Chunk, layers: Layers, way: str) -> Parts:
         total: Parts = Counter()
-        precise = plan.precision.bf16_layers_at_start, plan.model.num_layers - plan.precision.bf16_layers_at_end
+        precise = (
+            plan.precision.num_layers_at_start_in_bf16,
+            plan.model.num_layers - plan.precision.num_layers_at_end_in_bf16,
+        )
         counts: Counter[tuple[LayerKind, bool]] = Counter(
             (kind, precise[0] <= i < precise[1]) for i, kind in enumerate(chunk.kinds, chunk.first_layer)
         )

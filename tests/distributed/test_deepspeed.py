@@ -54,8 +54,8 @@ CURVES = {
     **{f"ZeRO {stage}, TP2, DP2": (4, layout(2), {"stage": stage}) for stage in (1, 2, 3)},
     "ZeRO 2, state in host memory": (2, layout(), {"stage": 2, "offload_optimizer": "cpu"}),
     "ZeRO 3, all in host memory": (2, layout(), {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}),
-    "ZeRO 3, one rank, full recompute": (1, layout(recompute="full"), {"stage": 3}),
-    "ZeRO 3, one rank, selective recompute": (1, layout(recompute="selective"), {"stage": 3}),
+    "ZeRO 3, one rank, full recompute": (1, layout(recompute_granularity="full"), {"stage": 3}),
+    "ZeRO 3, one rank, selective recompute": (1, layout(recompute_granularity="selective"), {"stage": 3}),
     "ZeRO 1, TP2, no sequence parallelism": (2, layout(2, sequence_parallel=False), {"stage": 1}),
     "ZeRO 3, TP4, padded heads": (4, layout(4), {"stage": 3}),
 }

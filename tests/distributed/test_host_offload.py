@@ -160,7 +160,7 @@ def loaded(fraction: float, path: str) -> dict:
     """Parameters and optimizer state of a run that has just loaded a checkpoint, and its copies of fp32 parameters."""
     from megatron_hybrid.arch.model import ModelConfig
     from megatron_hybrid.checkpoint.manager import CheckpointManager
-    from megatron_hybrid.config.run import CheckpointConfig
+    from megatron_hybrid.config.checkpoint import CheckpointConfig
 
     engine = jobs.make_engine(MODEL, layout(), settings(fraction, "bf16"))
     model = ModelConfig(**MODEL).model_dump(mode="json")

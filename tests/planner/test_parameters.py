@@ -98,11 +98,11 @@ def test_the_7b_is_exact():
 
 
 def test_weights_held_in_fp8_take_a_byte():
-    # 7B widths, GGGA, on an H100: what buffers and optimizer of a run with precision.fp8_parameters really took
+    # 7B widths, GGGA, on an H100: what buffers and optimizer of a run with precision.fp8_param_gather really took
     model = olmo_hybrid_7b().model_copy(update=dict(layer_pattern="GGGA"))
     measured = {0: (2_374_159_616, 6_413_095_936, 19_239_283_872), 1: (2_589_691_136, 6_413_095_936, 19_239_283_872)}
     for start, expected in measured.items():
-        precision = PrecisionConfig(linear="fp8_tensorwise", fp8_parameters=True, bf16_layers_at_start=start)
+        precision = PrecisionConfig(fp8_recipe="tensorwise", fp8_param_gather=True, num_layers_at_start_in_bf16=start)
         state = rank_state(replace(plan_of(model, layout(), 1), precision=precision), 0)
         assert (state.weights, state.gradients, state.optimizer) == expected
     shared = replace(plan_of(model, layout(2), 4), precision=precision)

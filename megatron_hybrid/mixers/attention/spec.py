@@ -83,7 +83,7 @@ class Attention(MixerSpec):
         elif layout.fp8_attention and model.attention_head_dim != FP8_HEAD_DIM:
             reason = f"needs model.head_dim = {FP8_HEAD_DIM} on Hopper, and it is {model.attention_head_dim}"
         if reason:
-            problems.add("precision.attention", f"fp8 {reason}; set it to null")
+            problems.add("precision.fp8_attention", f"true {reason}; set it to false")
         return problems
 
     def _check_context(self, model: ModelFields, layout: Layout, problems: Problems) -> None:
