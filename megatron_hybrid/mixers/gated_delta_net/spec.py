@@ -10,6 +10,8 @@ from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 
 SCALARS = "gdn_scalars"
 """Decay group of A_log and dt_bias."""
+FP32_PARAMETERS = ("A_log", "dt_bias")
+"""Half precision would move the decay rates (Megatron-LM issue 3634)."""
 DELTA_RULE_FLOPS = 8
 """Per state entry and token, in the recurrent form: decay, read, write, read out."""
 
@@ -21,16 +23,18 @@ def parameters(gdn: GatedDeltaNetConfig, hidden_size: int) -> tuple[PackedParame
     projections = tuple(TensorSpec(f"{name}_proj.weight", (width, hidden_size)) for name, width in widths.items())
     taps = gdn.conv_kernel_size
     convolutions = tuple(TensorSpec(f"{n}_conv.weight", (widths[n], taps), NORMAL, "convolution") for n in "qkv")
-    a_log = TensorSpec("A_log", (heads,), Initializer("log_of_uniform", gdn.a_init_range), SCALARS, always_fp32=True)
-    dt = Initializer("inverse_softplus_of_log_uniform", (*gdn.dt_init_range, gdn.dt_init_floor))
-    dt_bias = TensorSpec("dt_bias", (heads,), dt, SCALARS, always_fp32=True)
+    a_init = Initializer("log_of_uniform", gdn.a_init_range)
+    dt_init = Initializer("inverse_softplus_of_log_uniform", (*gdn.dt_init_range, gdn.dt_init_floor))
+    scalars = (
+        TensorSpec(name, (heads,), init, SCALARS, always_fp32=True)
+        for name, init in zip(FP32_PARAMETERS, (a_init, dt_init), strict=True)
+    )
     o_norm = TensorSpec("o_norm.weight", (gdn.value_head_dim,), ONES, "norm")
     o_proj = TensorSpec("o_proj.weight", (hidden_size, value))
     return (
         PackedParameter("in_proj.weight", projections, "rows", groups, alignment=FP8_ALIGNMENT, is_gemm=True),
         PackedParameter("conv_weight", convolutions, "rows", groups),
-        PackedParameter("A_log", (a_log,), "rows", groups),
-        PackedParameter("dt_bias", (dt_bias,), "rows", groups),
+        *(PackedParameter(scalar.name, (scalar,), "rows", groups) for scalar in scalars),
         PackedParameter("o_norm_weight", (o_norm,)),
         PackedParameter("out_proj.weight", (o_proj,), "columns", groups, is_gemm=True),
     )
