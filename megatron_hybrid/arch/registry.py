@@ -3,6 +3,7 @@
 A plug-in, named by a run's `plugins`, calls `register` when it is imported.
 """
 
+from collections.abc import Iterable
 from importlib import import_module
 
 from megatron_hybrid.arch.blocks import Block, Blocks
@@ -37,6 +38,21 @@ def register(spec: MixerSpec) -> None:
                 "in one of them"
             )
     _specs[spec.name] = spec
+
+
+def import_plugins(names: Iterable[str]) -> None:
+    """Import the modules that a run names in `plugins`, which register what they bring.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    for index, name in enumerate(names):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ConfigError.at(
+                f"plugins.{index}", f"{name} cannot be imported: {error}; install it, or add its folder to PYTHONPATH"
+            ) from error
 
 
 def mixer_specs() -> tuple[MixerSpec, ...]:

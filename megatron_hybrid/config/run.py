@@ -20,6 +20,9 @@ class RunConfig(Section):
 
     run_dir: str = Field(min_length=1)
     """Folder of everything the run writes: config.yaml, metrics.jsonl, loss.png, tensorboard/, checkpoints/."""
+    plugins: tuple[str, ...] = Field((), strict=False)
+    """Modules to import before the configuration is validated, such as `my_package.my_mixer`. They register mixers
+    (docs/development/extending.md)."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -29,6 +32,14 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     preflight: PreflightConfig = PreflightConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _import_plugins(cls, data: Any) -> Any:
+        names = data.get("plugins") if isinstance(data, Mapping) else None
+        if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+            import_plugins(names)
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
