@@ -1,10 +1,12 @@
 """Mixer spec of softmax attention: everything about it that needs no torch."""
 
 from megatron_hybrid.arch.blocks import Block
+from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
 from megatron_hybrid.arch.mixer import HeadGroups, MixerSpec
 from megatron_hybrid.arch.model_fields import ModelFields
 from megatron_hybrid.arch.packing import ONES, PackedParameter, TensorSpec
 from megatron_hybrid.arch.registry import register
+from megatron_hybrid.mixers.attention import costs
 
 
 def parameters(heads: int, groups: int, head_dim: int, hidden_size: int) -> tuple[PackedParameter, ...]:
@@ -52,6 +54,12 @@ class Attention(MixerSpec):
         window = model.sliding_window if block.sliding_window else None
         window = min(window or sequence_length, sequence_length)
         return 2 * q * window * (2 * sequence_length - window) // sequence_length
+
+    def operations(self, shard: Shard) -> list[Operation]:
+        return costs.operations(shard)
+
+    def work(self, shard: Shard, direction: Direction) -> list[Work]:
+        return costs.work(shard, direction)
 
 
 register(Attention())

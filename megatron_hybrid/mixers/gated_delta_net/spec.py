@@ -1,11 +1,13 @@
 """Mixer spec of Gated DeltaNet: everything about it that needs no torch."""
 
 from megatron_hybrid.arch.blocks import Block
+from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
 from megatron_hybrid.arch.mixer import HeadGroups, MixerSpec
 from megatron_hybrid.arch.model import GatedDeltaNetConfig
 from megatron_hybrid.arch.model_fields import ModelFields
 from megatron_hybrid.arch.packing import FP8_ALIGNMENT, NORMAL, ONES, Initializer, PackedParameter, TensorSpec
 from megatron_hybrid.arch.registry import register
+from megatron_hybrid.mixers.gated_delta_net import costs
 
 SCALARS = "gdn_scalars"
 """Decay group of A_log and dt_bias."""
@@ -63,6 +65,12 @@ class GatedDeltaNet(MixerSpec):
     def flops(self, model: ModelFields, block: Block, sequence_length: int) -> int:
         gdn = sizes(model)
         return DELTA_RULE_FLOPS * gdn.num_value_heads * gdn.key_head_dim * gdn.value_head_dim
+
+    def operations(self, shard: Shard) -> list[Operation]:
+        return costs.operations(shard)
+
+    def work(self, shard: Shard, direction: Direction) -> list[Work]:
+        return costs.work(shard, direction)
 
 
 register(GatedDeltaNet())
