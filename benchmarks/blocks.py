@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 SEQUENCE = 8192
-FORMATS = {"bf16": {}, "FP8 tensorwise": {"linear": "fp8_tensorwise"}, "FP8 blockwise": {"linear": "fp8_blockwise"}}
+FORMATS = {"bf16": {}, "FP8 tensorwise": {"fp8_recipe": "tensorwise"}, "FP8 blockwise": {"fp8_recipe": "blockwise"}}
 BLOCKS = {"Gated DeltaNet": ("G", 1.5), "attention": ("*", None)}
 PEER = "megatron-core 0.19.2"
 
@@ -36,7 +36,7 @@ def our_stack(model, parallel, precision, groups, symbol: str):
     from megatron_hybrid.model.megatron_config import transformer_config
     from megatron_hybrid.model.parts import choose_parts
 
-    parts, _ = choose_parts(precision, "bf16")
+    parts, _ = choose_parts(model.backend, precision, "bf16")
     config = transformer_config(model, parallel, precision, "bf16")
     return HybridLayers(
         config,

@@ -23,7 +23,7 @@ from statistics import fmean, stdev
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 MODEL = (
-    "{preset: olmo_hybrid_tiny, layer_pattern: GGGA*2, hidden_size: 1024, ffn_hidden_size: 2816, num_attention_heads: 8, "
+    "{base_preset: olmo_hybrid_tiny, layer_pattern: GGGA*2, hidden_size: 1024, ffn_hidden_size: 2816, num_attention_heads: 8, "
     "gdn: {num_key_heads: 8, num_value_heads: 8, key_head_dim: 96, value_head_dim: 192}}"
 )
 LAST = 50
@@ -69,7 +69,9 @@ def train(name: str, seed: int, data: Path, folder: Path, steps: int, sequence: 
         "logging.tensorboard=false",
     ]
     if linear != "bf16":
-        overrides.append(f"precision={{linear: {linear}{', attention: fp8' if attention else ''}}}")
+        overrides.append(
+            f"precision={{fp8_recipe: {linear.removeprefix('fp8_')}{', fp8_attention: true' if attention else ''}}}"
+        )
     environment = os.environ | {"OMP_NUM_THREADS": "2"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "tools/pretrain.py", "examples/configs/pretrain_hybrid_tiny.yaml", *overrides]

@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from report import bounded, row, write  # noqa: E402
 
 from megatron_hybrid.config.presets import expand  # noqa: E402
+from megatron_hybrid.config.renames import rename_saved  # noqa: E402
 from megatron_hybrid.config.run import RunConfig  # noqa: E402
 from megatron_hybrid.planner.hardware import load  # noqa: E402
 from megatron_hybrid.planner.measured import GROUPS, fitted, grouped  # noqa: E402
@@ -29,7 +30,8 @@ MEMORY_GOALS, TIME_GOALS = (0.05, 0.10), (0.20, 0.10)
 
 def predicted(case: dict, clock: Clock) -> dict:
     """A measured case with its prediction."""
-    config = RunConfig.model_validate(case["config"] | {"model": expand(case["config"]["model"])})
+    saved = rename_saved(case["config"])
+    config = RunConfig.model_validate(saved | {"model": expand(saved["model"])})
     plan = Plan.of(config, case["world"])
     memory = fullest(plan)
     step = grouped(clock.step(plan, played=True))
@@ -55,7 +57,7 @@ def by_layer(case: dict) -> None:
     plan = case["plan"]
     _, *layers, head = case["saved_by_layer"]
     for kind in dict.fromkeys(plan.model.layers):
-        table = layer_bytes(kind, plan.widths, Setting.of(plan), plan.parallel.recompute).saved
+        table = layer_bytes(kind, plan.widths, Setting.of(plan), plan.parallel.recompute_granularity).saved
         seen = [size / plan.tokens for size, k in zip(layers, plan.model.layers) if k == kind]
         print(
             f"    {kind}: {mean(seen):,.0f} bytes a token (from {min(seen):,.0f} to {max(seen):,.0f}), table {table:,.0f}"

@@ -45,7 +45,7 @@ class Case:
         replicas = self.world // math.prod(degrees)
         return {
             "run_dir": "runs/none",
-            "model": {"preset": "olmo_hybrid_7b", "layer_pattern": self.pattern},
+            "model": {"base_preset": "olmo_hybrid_7b", "layer_pattern": self.pattern},
             "data": {"train": [{"path": "none"}], "sequence_length": self.sequence},
             "train": {
                 "steps": 1,
@@ -62,45 +62,47 @@ def _split(tp=1, pp=1, vpp=1, **more) -> dict:
 
 
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
-FP8, DELAYED = dict(linear="fp8_tensorwise"), dict(linear="fp8_delayed", attention="fp8")
-BLOCKWISE = dict(linear="fp8_blockwise", cache_weights=False)
+FP8, DELAYED = dict(fp8_recipe="tensorwise"), dict(fp8_recipe="delayed", fp8_attention=True)
+BLOCKWISE = dict(fp8_recipe="blockwise", cache_fp8_weights=False)
 CASES = [
     Case("8 layers"),
-    Case("8 layers, micro-batch 2, selective", micro_batch=2, held_out=True, parallel=_split(recompute="selective")),
-    Case("8 layers, micro-batch 2, full", micro_batch=2, parallel=_split(recompute="full")),
+    Case("8 layers, micro-batch 2, selective", micro_batch=2, held_out=True, parallel=_split(recompute_granularity="selective")),
+    Case("8 layers, micro-batch 2, full", micro_batch=2, parallel=_split(recompute_granularity="full")),
     Case("4 layers, sequence 16384", pattern="GGGA", sequence=16384, held_out=True),
     Case("8 layers, sequence 2048, micro-batch 4", sequence=2048, micro_batch=4),
     Case("4 layers, sequence 32768, selective", pattern="GGGA", sequence=32768, microbatches=1, held_out=True,
-         parallel=_split(recompute="selective")),
+         parallel=_split(recompute_granularity="selective")),
     Case("4 layers of Gated DeltaNet", pattern="G*4", held_out=True),
     Case("4 layers of attention", pattern="A*4"),
     Case("8 layers, sequence 256: launches alone", sequence=256),
     Case("8 layers, FP8", precision=FP8),
     Case("8 layers, micro-batch 2, FP8 delayed, attention too, selective", micro_batch=2, held_out=True,
-         parallel=_split(recompute="selective"), precision=DELAYED),
+         parallel=_split(recompute_granularity="selective"), precision=DELAYED),
     Case("8 layers, FP8 blockwise, weights not kept", precision=BLOCKWISE, held_out=True),
     Case("TP2", 2, parallel=_split(2)),
     Case("TP2, 12 layers, micro-batch 2, selective", 2, "GGGA*3", micro_batch=2, held_out=True,
-         parallel=_split(2, recompute="selective")),
+         parallel=_split(2, recompute_granularity="selective")),
     Case("TP2, no sequence parallelism", 2, parallel=_split(2, sequence_parallel=False)),
     Case("TP2, sequence 32768", 2, "GGGA", 32768, microbatches=1, held_out=True, parallel=_split(2)),
     Case("TP2, FP8", 2, held_out=True, parallel=_split(2), precision=FP8),
     Case("PP2, 16 layers", 2, "GGGA*4", microbatches=4, gigabytes=141, parallel=_split(1, 2)),
     Case("PP2, VPP2, 16 layers", 2, "GGGA*4", microbatches=4, held_out=True, gigabytes=141, parallel=_split(1, 2, 2)),
     Case("PP2, uneven, full", 2, "GGGA*4", microbatches=4, held_out=True, gigabytes=141,
-         parallel=_split(1, 2, pipeline_split=[9, 7], recompute="full")),
+         parallel=_split(1, 2, pipeline_split=[9, 7], recompute_granularity="full")),
     Case("DP2, overlapped", 2, parallel=_split(**OVERLAP)),
     Case("DP2, 12 layers, sequence 4096, micro-batch 2, plain optimizer, full", 2, "GGGA*3", 4096, 2, held_out=True,
-         gigabytes=141, parallel=_split(distributed_optimizer=False, recompute="full")),
+         gigabytes=141, parallel=_split(distributed_optimizer=False, recompute_granularity="full")),
     # one and the same job under every layout that fits two H200s: the planner's ranking
     Case("7B, TP2", 2, WHOLE, microbatches=4, gigabytes=141, parallel=_split(2)),
     Case("7B, TP2, selective, micro-batch 2", 2, WHOLE, micro_batch=2, held_out=True, gigabytes=141,
-         parallel=_split(2, recompute="selective")),
+         parallel=_split(2, recompute_granularity="selective")),
     Case("7B, TP2, full, micro-batch 4", 2, WHOLE, micro_batch=4, microbatches=1, held_out=True, gigabytes=141,
-         parallel=_split(2, recompute="full")),
+         parallel=_split(2, recompute_granularity="full")),
     Case("7B, PP2", 2, WHOLE, microbatches=4, gigabytes=141, held_out=True, parallel=_split(1, 2)),
-    Case("7B, PP2, VPP4, selective", 2, WHOLE, microbatches=4, gigabytes=141, parallel=_split(1, 2, 4, recompute="selective")),
-    Case("7B, DP2, overlapped, full", 2, WHOLE, gigabytes=141, held_out=True, parallel=_split(recompute="full", **OVERLAP)),
+    Case("7B, PP2, VPP4, selective", 2, WHOLE, microbatches=4, gigabytes=141,
+         parallel=_split(1, 2, 4, recompute_granularity="selective")),
+    Case("7B, DP2, overlapped, full", 2, WHOLE, gigabytes=141, held_out=True,
+         parallel=_split(recompute_granularity="full", **OVERLAP)),
 ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def train(steps: int, gpus: int, folder: Path) -> Path:
         "train.schedule.warmup_steps=8",
         "checkpoint={interval: null}",
         "parallel={overlap_grad_reduce: true, overlap_param_gather: true}",
-        "precision.linear=fp8_tensorwise",
+        "precision.fp8_recipe=tensorwise",
         "logging.plot_interval=0",
         "logging.tensorboard=false",
     ]

@@ -24,11 +24,11 @@ SEQUENCE = 8192
 PEAK_TFLOPS = 989  # dense bf16, also for FP8
 FORMATS = {
     "bf16": {},
-    "FP8 tensorwise": {"linear": "fp8_tensorwise"},
-    "FP8 tensorwise, parameters": {"linear": "fp8_tensorwise", "fp8_parameters": True},
-    "FP8 tensorwise, attention": {"linear": "fp8_tensorwise", "attention": "fp8"},
-    "FP8 delayed, attention": {"linear": "fp8_delayed", "attention": "fp8"},
-    "FP8 blockwise": {"linear": "fp8_blockwise"},
+    "FP8 tensorwise": {"fp8_recipe": "tensorwise"},
+    "FP8 tensorwise, parameters": {"fp8_recipe": "tensorwise", "fp8_param_gather": True},
+    "FP8 tensorwise, attention": {"fp8_recipe": "tensorwise", "fp8_attention": True},
+    "FP8 delayed, attention": {"fp8_recipe": "delayed", "fp8_attention": True},
+    "FP8 blockwise": {"fp8_recipe": "blockwise"},
 }
 GOALS = {"bf16": 11500, "FP8": 15500}  # tokens a second and GPU, of the whole model on H200
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -129,7 +129,7 @@ def run_case(model, parallel: dict, precision: dict, groups, args) -> dict:
     from megatron_hybrid.train.engines.megatron import MegatronEngine
 
     train = TrainConfig(steps=1, global_batch_size=args.sequences, micro_batch_size=args.micro, dtype="bf16")
-    config = ParallelConfig(**parallel, recompute=args.recompute)
+    config = ParallelConfig(**parallel, recompute_granularity=args.recompute)
     torch.cuda.reset_peak_memory_stats()
     engine = MegatronEngine(
         model, train, config, SEQUENCE, groups, precision=PrecisionConfig(**precision), fill=fill_at_random
@@ -172,7 +172,7 @@ def planner_case(case: str, found: dict, parallel: dict, precision: dict, args) 
     """As planner_memory.py writes one."""
     from planner_memory import WHOLE, Case
 
-    world, parallel = dist.get_world_size(), parallel | {"recompute": args.recompute}
+    world, parallel = dist.get_world_size(), parallel | {"recompute_granularity": args.recompute}
     sizes = (WHOLE, SEQUENCE, args.micro, found["microbatches"])
     config = Case(case, world, *sizes, parallel=parallel, precision=precision).config()
     measured = {"seconds": found["seconds"], "peak_bytes": found["bytes"], "reserved_bytes": found["reserved"]}

@@ -86,7 +86,7 @@ def run_config(engine: str, share: float, parts: str = "auto") -> dict:
     zero = {"stage": 3, "offload_optimizer": "cpu", "offload_fraction": share} if deepspeed else {}
     return dict(
         run_dir="unused",
-        model=olmo_hybrid_7b().model_dump(),
+        model=olmo_hybrid_7b().model_dump() | {"backend": parts},
         data={"train": [{"path": "unused"}], "sequence_length": SEQUENCE},
         train={
             "steps": 1,
@@ -94,8 +94,7 @@ def run_config(engine: str, share: float, parts: str = "auto") -> dict:
             "engine": engine,
             "optimizer": {} if deepspeed else {"offload_fraction": share},
         },
-        parallel={"recompute": "full"},
-        precision={"parts": parts},
+        parallel={"recompute_granularity": "full"},
         zero=zero,
     )
 
@@ -159,7 +158,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8], help="of a step")
     parser.add_argument("--steps", type=int, default=2, help="timed, after one that is not")
-    parser.add_argument("--parts", default="auto", help="precision.parts: whose linears, norms and attention")
+    parser.add_argument("--parts", default="auto", help="model.backend: whose linears, norms and attention")
     parser.add_argument("--plan", action="store_true", help="print the arithmetic, run nothing")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args, _ = parser.parse_known_args()

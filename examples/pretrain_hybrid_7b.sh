@@ -35,8 +35,8 @@ overrides=(
 )
 case ${PRECISION:-} in # bf16, or the format of the linear layers
     '') ;;
-    bf16 | fp32) overrides+=("train.dtype=$PRECISION" precision.linear=null) ;;
-    *) overrides+=("precision.linear=$PRECISION") ;; # fp8_delayed, fp8_tensorwise, fp8_blockwise
+    bf16 | fp32) overrides+=("train.dtype=$PRECISION" precision.fp8_recipe=null) ;;
+    *) overrides+=("precision.fp8_recipe=${PRECISION#fp8_}") ;; # fp8_delayed, fp8_tensorwise, fp8_blockwise
 esac
 gpus=${GPUS_PER_NODE:-${SLURM_GPUS_PER_NODE:-}}
 ranks=(${gpus:+--gpus "${gpus##*:}"})

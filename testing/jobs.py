@@ -9,9 +9,10 @@ import torch
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.config.checkpoint import CheckpointConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
-from megatron_hybrid.config.run import CheckpointConfig, RunConfig
+from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.zero import ZeroConfig
 from megatron_hybrid.distributed.process_groups import leave_groups

@@ -3,7 +3,7 @@
 
 python tools/convert_from_hf.py Olmo-Hybrid-7B checkpoints/olmo-hybrid-7b
 mpirun -n 4 python tools/convert_from_hf.py Olmo-Hybrid-7B checkpoints/olmo-hybrid-7b --dtype bf16
-python tools/pretrain.py config.yaml checkpoint.load=checkpoints/olmo-hybrid-7b
+python tools/pretrain.py config.yaml checkpoint.init_from=checkpoints/olmo-hybrid-7b
 """
 
 import argparse

@@ -26,7 +26,7 @@ def main() -> None:
     add("--sequence-length", type=positive, help="default: the run's")
     add("--global-batch-size", type=positive, help="sequences a step; default: the run's")
     formats = ("bf16", "fp8", "fp8_tensorwise", "fp8_delayed", "fp8_blockwise")
-    add("--precision", choices=formats, help="of matrix products; default: the run's, or bf16")
+    add("--precision", choices=formats, help="of the GEMMs; default: the run's, or bf16")
     add("--recompute", choices=("auto", "none", "selective", "full"), default="auto")
     add("--top", type=positive, default=10, help="lines of the table")
     add("--json", action="store_true", help="the table, with every part, as JSON")

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -16,6 +16,7 @@ from megatron_hybrid.base.section import Section
 
 __all__ = ["ModelConfig", "RopeScalingConfig"]
 
+Backend = Literal["auto", "transformer_engine", "local"]
 LayerKind = Literal["G", "A", "W"]
 LAYER_KINDS = {"G": "Gated DeltaNet", "A": "attention", "W": "sliding-window attention"}
 MAX_LAYERS = 4096
@@ -152,6 +153,10 @@ class ModelConfig(ModelFields):
     init_std: PositiveFloat = 0.02
     eos_token_id: int | None = Field(None, ge=0)
     pad_token_id: int | None = Field(None, ge=0)
+    backend: Backend = "auto"
+    """Modules of linears, norms and attention. It is not part of the architecture: any backend loads any checkpoint. local:
+    megatron-core's linears and PyTorch's attention, on any device. auto: Transformer Engine in bf16 on a GPU if it is installed,
+    else local."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
@@ -207,6 +212,10 @@ class ModelConfig(ModelFields):
                 f"{self.attention_head_dim} is odd, and rotary embedding turns pairs; the nearest is "
                 f"{self.attention_head_dim + 1}, or set rope_theta to null",
             )
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the fields that define the model, as checkpoints store them: all but the backend."""
+        return self.model_dump(mode="json", exclude={"backend"})
 
     @property
     def layers(self) -> tuple[LayerKind, ...]:

@@ -24,25 +24,22 @@ def complete_checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.name)
 
 
-def find_checkpoint(load: str, root: Path) -> Path | None:
-    """Where to start from: `auto`, `none`, or a folder (of a checkpoint, or of a run or its checkpoints: the newest).
+def find_checkpoint(name: str, field: str) -> Path:
+    """Return a checkpoint's folder, or the newest checkpoint if the folder is a run or its checkpoints.
+
+    Args:
+        field: configuration field that names the folder.
 
     Raises:
-        CheckpointError: a named folder that is none of these.
+        CheckpointError: the folder holds no complete checkpoint.
     """
-    if load == "none":
-        return None
-    if load == "auto":
-        return next(reversed(complete_checkpoints(root)), None)
-    folder = Path(load)
+    folder = Path(name)
     if (folder / INDEX).is_file():
         return folder
     for place in (folder, folder / "checkpoints"):
         if found := complete_checkpoints(place):
             return found[-1]
-    raise CheckpointError(
-        f"checkpoint.load = {load}: no complete checkpoint there; give a folder with an {INDEX}, auto, or none"
-    )
+    raise CheckpointError(f"{field}: {name}: no complete checkpoint there; give a folder with an {INDEX}")
 
 
 def check_same_tensors(folder: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
@@ -54,7 +51,8 @@ def check_same_tensors(folder: Path, theirs: ModelConfig, mine: ModelConfig) -> 
     if model_tensors(mine) == model_tensors(theirs):
         return
     ours, other = (
-        m.model_dump() | {"layer_pattern": "".join(m.layers), "head_dim": m.attention_head_dim} for m in (mine, theirs)
+        m.architecture() | {"layer_pattern": "".join(m.layers), "head_dim": m.attention_head_dim}
+        for m in (mine, theirs)
     )
     field = next(name for name, value in ours.items() if other[name] != value)
     raise CheckpointError(f"{folder}: model.{field} is {other[field]!r} there and {ours[field]!r} in this run")

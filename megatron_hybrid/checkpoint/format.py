@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.base.lfs import refuse_lfs_pointer
+from megatron_hybrid.config.renames import rename_saved
 
 FORMAT = "megatron_hybrid/1"
 INDEX = "index.json"
@@ -178,6 +179,7 @@ def read_index(folder: Path) -> Index:
         sizes = {name: (facts["bytes"], facts["sha256"]) for name, facts in index.files.items()}
         if not all(isinstance(part, dict) for part in (index.model, index.run, index.state)):
             raise TypeError("model, run and state are objects")
+        index.run = rename_saved(index.run)
     except CheckpointError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:

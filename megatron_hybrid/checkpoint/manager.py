@@ -15,7 +15,7 @@ from megatron_hybrid.checkpoint.format import Index
 from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, write_rank
-from megatron_hybrid.config.run import CheckpointConfig
+from megatron_hybrid.config.checkpoint import CheckpointConfig
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -128,15 +128,15 @@ def _check_overlap(run: "RunConfig", problems: Problems) -> None:
     field = "parallel.tp_comm_overlap"
     if run.train.dtype == "fp32":
         problems.add(field, "true is Transformer Engine's, which needs train.dtype bf16; set that, or this to false")
-    if run.precision.parts == "local":
+    if run.model.backend == "local":
         problems.add(
-            field, "true is Transformer Engine's; set precision.parts to auto or transformer_engine, or this to false"
+            field, "true is Transformer Engine's; set model.backend to auto or transformer_engine, or this to false"
         )
-    if run.precision.linear == "fp8_blockwise":
+    if run.precision.fp8_recipe == "blockwise":
         problems.add(
             field,
-            "true cannot exchange fp8_blockwise: its scales do not travel with the values; set precision.linear to "
-            "fp8_tensorwise, or this to false",
+            "true cannot exchange blockwise FP8, whose scales are separate tensors; set precision.fp8_recipe to tensorwise, or "
+            "this to false",
         )
 
 
@@ -157,11 +157,11 @@ def _check_offload(run: "RunConfig", problems: Problems) -> None:
             f"{fraction:g} needs parallel.distributed_optimizer, the one that hands Adam what it keeps; set that to true, or this "
             "to 0.0",
         )
-    if run.precision.fp8_parameters:
+    if run.precision.fp8_param_gather:
         problems.add(
             field,
             f"{fraction:g} cannot keep masters of weights held in FP8: they are copied back as bf16, not cast; set "
-            "precision.fp8_parameters to false, or this to 0.0",
+            "precision.fp8_param_gather to false, or this to 0.0",
         )
 
 

@@ -19,20 +19,28 @@ def check_precision(run: "RunConfig", problems: Problems) -> None:
     if not precision.fp8:
         return
     if run.train.dtype == "fp32":
-        problems.add("precision.linear", f"{precision.linear} needs train.dtype bf16; set that, or this to null")
-    if precision.fp8_parameters and not run.parallel.distributed_optimizer:
         problems.add(
-            "precision.fp8_parameters",
+            "precision.fp8_recipe", f"{precision.fp8_recipe} needs train.dtype bf16; set that, or this to null"
+        )
+    if run.model.backend == "local":
+        problems.add(
+            "precision.fp8_recipe",
+            f"{precision.fp8_recipe} needs Transformer Engine; set model.backend to auto, or this to null",
+        )
+    if precision.fp8_param_gather and not run.parallel.distributed_optimizer:
+        problems.add(
+            "precision.fp8_param_gather",
             "true needs parallel.distributed_optimizer, the one that casts its fp32 weights to FP8; set that to true, or this to "
             "false",
         )
     _check_widths(run, problems)
     _check_attention(run, problems)
-    layers, model = precision.bf16_layers_at_start + precision.bf16_layers_at_end, run.model
+    layers, model = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16, run.model
     if layers >= model.num_layers:
         problems.add(
-            "precision.bf16_layers_at_start",
-            f"with bf16_layers_at_end, {layers} of {model.num_layers} layers are in bf16; lower them, or set linear to null",
+            "precision.num_layers_at_start_in_bf16",
+            f"with num_layers_at_end_in_bf16, {layers} of {model.num_layers} layers are in bf16; lower them, or set fp8_recipe to "
+            "null",
         )
 
 
@@ -71,7 +79,7 @@ def _add(problems: Problems, field: str, value: int, ranks: int) -> None:
     problems.add(
         field,
         f"{value} is not a multiple of {words}, as FP8 needs; the nearest is {nearest.multiple(value, unit)}, or set "
-        "precision.linear to null",
+        "precision.fp8_recipe to null",
     )
 
 
@@ -79,12 +87,12 @@ def _heads(problems: Problems, field: str, value: int, width: int) -> None:
     problems.add(
         field,
         f"{value} makes a rank's heads {width} wide, and FP8 takes multiples of {FP8_ALIGNMENT}; the nearest that always fits "
-        f"is {round_up(value, FP8_ALIGNMENT)}, or set precision.linear to null",
+        f"is {round_up(value, FP8_ALIGNMENT)}, or set precision.fp8_recipe to null",
     )
 
 
 def _check_attention(run: "RunConfig", problems: Problems) -> None:
-    if not run.precision.attention:
+    if not run.precision.fp8_attention:
         return
     model = run.model
     reason = None
@@ -95,4 +103,4 @@ def _check_attention(run: "RunConfig", problems: Problems) -> None:
     elif model.attention_head_dim != ATTENTION_HEAD_DIM:
         reason = f"needs model.head_dim = {ATTENTION_HEAD_DIM} on Hopper, and it is {model.attention_head_dim}"
     if reason:
-        problems.add("precision.attention", f"fp8 {reason}; set it to null")
+        problems.add("precision.fp8_attention", f"true {reason}; set it to false")

@@ -9,10 +9,11 @@ from pydantic import ValidationError
 from megatron_hybrid.base import nearest, yaml_text
 from megatron_hybrid.base.errors import ConfigError, Problems, join, shown
 from megatron_hybrid.config import presets
+from megatron_hybrid.config.renames import StartingPoint, rename_fields, rename_override
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.translate import field_at, translate
 
-_PRESET_KEYS = (["model"], ["model", "preset"], ["model", "of"])
+_PRESET_KEYS = (["model"], ["model", "base_preset"], ["model", "of"])
 
 
 def load_run(path_or_preset: str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -27,8 +28,10 @@ def load_run(path_or_preset: str | None, overrides: Sequence[str] = ()) -> RunCo
     Raises:
         ConfigError: lists every wrong field with its remedy.
     """
-    data = _read(path_or_preset)
-    assignments = [_parse(override) for override in overrides]
+    data, assignments = rename_fields(_read(path_or_preset))
+    given = [assignment for override in overrides for assignment in rename_override(*_parse(override))]
+    start = StartingPoint(given)
+    assignments += [*start.assignments(data.get("checkpoint")), *start.others]
     data["model"] = _as_preset(data.get("model"))
     for keys, value in assignments:
         if keys in _PRESET_KEYS:
@@ -115,7 +118,7 @@ def _parse(override: str) -> tuple[list[str], object]:
 
 
 def _as_preset(model: object) -> object:
-    return {"preset": model} if isinstance(model, str) else model
+    return {"base_preset": model} if isinstance(model, str) else model
 
 
 def _assign(data: dict[str, Any], keys: list[str], value: object) -> None:

@@ -19,8 +19,8 @@ class ParallelConfig(Section):
     sequence_parallel: bool | None = None
     """Share the norms' and residual's tokens over the tensor parallel ranks. None: where tensor_parallel_size > 1."""
     tp_comm_overlap: bool = False
-    """Exchange tokens between the tensor parallel ranks piece by piece while the pieces that are there are multiplied. Needs
-    sequence parallelism, Transformer Engine's parts in bf16, fp8_delayed or fp8_tensorwise, and the ranks in one node."""
+    """Overlap tensor parallel all-gathers and reduce-scatters with GEMMs. It needs sequence parallelism, Transformer Engine with bf16
+    or the FP8 recipes delayed or tensorwise, and all tensor parallel ranks in one node."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share the tokens of each sequence, for long ones: Gated DeltaNet passes states on, attention exchanges tokens for
     heads. Parameters, gradients and the optimizer are treated as by data parallel ranks. data.sequence_length must be a multiple (of
@@ -41,9 +41,9 @@ class ParallelConfig(Section):
     """Gather updated parameters while the next forward pass already runs. Needs both settings above."""
     bucket_size: PositiveInt | None = None
     """Parameters whose gradients, or new values, are communicated at once when overlapped; None: megatron-core's choice."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping: nothing; what lies between the linears of Gated DeltaNet mixers
-    and MLPs, large and cheap; all."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """selective: recompute the operations between the projections of Gated DeltaNet mixers and MLPs, whose outputs are large and
+    cheap; full: recompute whole layers."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":

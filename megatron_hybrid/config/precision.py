@@ -1,4 +1,4 @@
-"""In which format matrix products and attention run, and from whose parts the layers are built."""
+"""FP8 recipes of GEMMs and attention."""
 
 from typing import Literal
 
@@ -9,59 +9,61 @@ from megatron_hybrid.base.section import Section
 
 
 class PrecisionConfig(Section):
-    """FP8 on Hopper. Residual stream, norms, the delta rule, embedding and logits stay in train.dtype; so do parameters, unless
-    fp8_parameters is set."""
+    """FP8 training with Transformer Engine.
 
-    parts: Literal["auto", "transformer_engine", "local"] = "auto"
-    """Linears, norms and attention: Transformer Engine's, or megatron-core's own with torch's attention (any device).
-    auto: Transformer Engine's on a GPU in bf16 where it is installed; the run says which and why."""
-    linear: Literal["fp8_delayed", "fp8_tensorwise", "fp8_blockwise"] | None = None
-    """Matrix products of the mixers' projections and the MLPs; None: in train.dtype. delayed: scales from past steps;
-    tensorwise: from the tensor at hand; blockwise: 1 x 128 and 128 x 128 blocks."""
-    attention: Literal["fp8"] | None = None
-    """Softmax attention; None: in train.dtype. fp8 scales from past steps, the only way Hopper trains it."""
-    bf16_layers_at_start: NonNegativeInt = 0
-    """Layers whose linears stay in bf16."""
-    bf16_layers_at_end: NonNegativeInt = 0
-    amax_history: PositiveInt = 1024
-    """Steps that scales from past steps look back on."""
-    cache_weights: bool = True
-    """Keep the FP8 copies of the weights, two bytes a parameter, over the micro-batches of a step. false: every micro-batch makes
-    its own and keeps them until its backward pass, which saves memory under full recompute alone."""
-    fp8_parameters: bool = False
-    """Hold the weights of FP8 linears in FP8 alone: data parallel ranks gather one byte a parameter, not two, and nothing is
-    cast in the forward pass. Their true values are the optimizer's fp32 ones, which checkpoints hold."""
+    The residual stream, norms, the delta rule, the embedding and the logits stay in train.dtype. So do the parameters, unless
+    fp8_param_gather is set.
+    """
+
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = None
+    """Recipe of the GEMMs in mixer projections and MLPs. None: train.dtype. delayed: scales from past steps; tensorwise: scales of
+    the current tensor; blockwise: scales per 1 x 128 and 128 x 128 block."""
+    fp8_attention: bool = False
+    """Run softmax attention in FP8 with delayed scaling, the only recipe that supports it on Hopper."""
+    num_layers_at_start_in_bf16: NonNegativeInt = 0
+    """First layers whose GEMMs stay in bf16."""
+    num_layers_at_end_in_bf16: NonNegativeInt = 0
+    """Last layers whose GEMMs stay in bf16."""
+    fp8_amax_history_len: PositiveInt = 1024
+    """Length of the amax history of delayed scaling, in steps."""
+    cache_fp8_weights: bool = True
+    """Keep the FP8 copies of the weights, two bytes per parameter, for all micro-batches of a step. false: every micro-batch casts
+    the weights again and keeps the copies until its backward pass. This saves memory only with full recompute."""
+    fp8_param_gather: bool = False
+    """Hold the weights of FP8 GEMMs in FP8 only. Data parallel ranks all-gather one byte per parameter instead of two, and the
+    forward pass casts no weights. The optimizer holds the fp32 values, which checkpoints store."""
 
     @model_validator(mode="after")
     def _check(self) -> "PrecisionConfig":
         problems = Problems()
-        if self.linear and self.parts == "local":
-            problems.add("linear", f"{self.linear} is Transformer Engine's; set parts to auto, or linear to null")
-        if self.attention and not self.linear:
+        if self.fp8_attention and not self.fp8_recipe:
             problems.add(
-                "attention",
-                "fp8 needs FP8 linears beside it, whose backward pass keeps its scales; set linear to fp8_tensorwise, or "
-                "attention to null",
+                "fp8_attention",
+                "true needs FP8 GEMMs, whose backward pass keeps its scales; set fp8_recipe to tensorwise, or this to false",
             )
-        if self.linear is None or self.linear == "fp8_delayed":
-            for field in ("bf16_layers_at_start", "bf16_layers_at_end"):
+        if self.fp8_recipe is None or self.fp8_recipe == "delayed":
+            for field in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
                 if count := getattr(self, field):
-                    remedy = "set linear to fp8_tensorwise, or this to 0"
-                    problems.add(field, f"{count} has no meaning with linear = {self.linear or 'null'}; {remedy}")
-        if self.fp8_parameters:
-            self._check_fp8_parameters(problems)
+                    remedy = "set fp8_recipe to tensorwise, or this to 0"
+                    problems.add(
+                        field, f"{count} has no meaning with fp8_recipe = {self.fp8_recipe or 'null'}; {remedy}"
+                    )
+        if self.fp8_param_gather:
+            self._check_fp8_param_gather(problems)
         problems.raise_if_any()
         return self
 
-    def _check_fp8_parameters(self, problems: Problems) -> None:
-        if not self.linear:
-            remedy = "set linear to fp8_tensorwise, or this to false"
-            problems.add("fp8_parameters", f"true needs FP8 linears, whose weights it is about; {remedy}")
-        if not self.cache_weights:
-            remedy = "set it to true, or fp8_parameters to false"
-            problems.add("cache_weights", f"false has no meaning with fp8_parameters: no weight is ever cast; {remedy}")
+    def _check_fp8_param_gather(self, problems: Problems) -> None:
+        if not self.fp8_recipe:
+            remedy = "set fp8_recipe to tensorwise, or this to false"
+            problems.add("fp8_param_gather", f"true needs FP8 GEMMs, whose weights it holds; {remedy}")
+        if not self.cache_fp8_weights:
+            remedy = "set it to true, or fp8_param_gather to false"
+            problems.add(
+                "cache_fp8_weights", f"false has no meaning with fp8_param_gather: no weight is cast; {remedy}"
+            )
 
     @property
     def fp8(self) -> bool:
-        """Whether anything runs in FP8."""
-        return self.linear is not None
+        """True if anything runs in FP8."""
+        return self.fp8_recipe is not None

@@ -1,4 +1,4 @@
-"""Models by name. A run says `model: olmo_hybrid_7b`, or `model: {preset: olmo_hybrid_7b, layer_pattern: GGGA*4}`."""
+"""Models by name. A run says `model: olmo_hybrid_7b`, or `model: {base_preset: olmo_hybrid_7b, layer_pattern: GGGA*4}`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -91,7 +91,7 @@ SIZED: Mapping[str, Callable[[], ModelConfig]] = {
 """Presets of their own size."""
 
 UNSIZED: Mapping[str, Callable[[str], ModelConfig]] = {"pure_gdn": pure_gdn, "pure_attention": pure_attention}
-"""Presets of another's size: `{preset: pure_gdn, of: olmo_hybrid_7b}`."""
+"""Presets of another's size: `{base_preset: pure_gdn, of: olmo_hybrid_7b}`."""
 
 
 def _changed(base: ModelConfig, **fields: object) -> ModelConfig:
@@ -116,7 +116,7 @@ def preset(name: str, of: str | None = None) -> ModelConfig:
     """
     if isinstance(name, str) and name in UNSIZED:
         if of is None:
-            example = f"{{preset: {name}, of: olmo_hybrid_7b}}"
+            example = f"{{base_preset: {name}, of: olmo_hybrid_7b}}"
             raise ConfigError.at(
                 "model.of",
                 f"is missing; say whose size {name} takes: {example}",
@@ -126,7 +126,7 @@ def preset(name: str, of: str | None = None) -> ModelConfig:
         names = [*SIZED, *UNSIZED]
         best = nearest.word(shown(name), names)
         raise ConfigError.at(
-            "model.preset",
+            "model.base_preset",
             f"{shown(name)} is not one of {', '.join(names)}; the nearest is {best}",
         )
     if of is not None:
@@ -146,16 +146,16 @@ def expand(model: object) -> object:
         ConfigError: as `preset`.
     """
     if isinstance(model, str):
-        model = {"preset": model}
-    if not isinstance(model, dict) or not {"preset", "of"} & set(model):
+        model = {"base_preset": model}
+    if not isinstance(model, dict) or not {"base_preset", "of"} & set(model):
         return model
-    if "preset" not in model:
+    if "base_preset" not in model:
         raise ConfigError.at(
             "model.of",
-            "needs a preset beside it; write {preset: pure_gdn, of: ...}, or remove it",
+            "needs a preset whose size to take; write {base_preset: pure_gdn, of: ...}, or remove it",
         )
-    changes = {key: value for key, value in model.items() if key not in ("preset", "of")}
-    return _overlay(preset(model["preset"], model.get("of")).model_dump(mode="json"), changes)
+    changes = {key: value for key, value in model.items() if key not in ("base_preset", "of")}
+    return _overlay(preset(model["base_preset"], model.get("of")).model_dump(mode="json"), changes)
 
 
 def _overlay(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,6 @@ def _check_deepspeed(run: "RunConfig", problems: Problems) -> None:
         problems.add("parallel.tp_comm_overlap", "true is for train.engine = megatron; set that, or this to false")
     if run.precision.fp8:
         problems.add(
-            "precision.linear",
-            f"{run.precision.linear} needs megatron's fp32 gradient buffers; set train.engine to megatron, or this to null",
+            "precision.fp8_recipe",
+            f"{run.precision.fp8_recipe} needs megatron's fp32 gradient buffers; set train.engine to megatron, or this to null",
         )

@@ -48,7 +48,7 @@ def write_index(
     Raises:
         CheckpointError: it is not complete.
     """
-    index = Index(model.model_dump(mode="json"), {"converted_from": origin}, state)
+    index = Index(model.architecture(), {"converted_from": origin}, state)
     for name, tensors in files.items():
         index.files[name] = facts[name]
         for t in tensors:

@@ -131,7 +131,7 @@ def _coverage(ours: OurCheckpoint, verdict: Verdict) -> None:
 
 def _same_model(ours: OurCheckpoint, theirs: HuggingFaceFolder, verdict: Verdict) -> None:
     """Fields on which the result of the same weights depends."""
-    ignored = {"eos_token_id", "pad_token_id", "init_std"}
+    ignored = {"eos_token_id", "pad_token_id", "init_std", "backend"}
     a, b = (m.model_dump(mode="json", exclude=ignored) for m in (ours.model, theirs.model))
     for section, side in ((a, ours.model), (b, theirs.model)):
         gdn = section.get("gdn")

@@ -63,7 +63,7 @@ def start_overlap(
     os.environ.setdefault("UB_TIMEOUT", str(120 * LONGEST_WAIT_MINUTES))
     mode = base.UserBufferQuantizationMode
     modes = [mode.FP8 if precision.fp8 else mode.NONE]
-    if precision.bf16_layers_at_start or precision.bf16_layers_at_end:
+    if precision.num_layers_at_start_in_bf16 or precision.num_layers_at_end_in_bf16:
         modes.append(mode.NONE)
     methods = METHODS if precision.fp8 else METHODS | GRADIENT_METHODS
     base.initialize_ub(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.base.errors import UserError
-from megatron_hybrid.config.run import PreflightConfig
+from megatron_hybrid.config.preflight import PreflightConfig
 from megatron_hybrid.distributed.bandwidth import all_reduce_gb_s, between_gb_s
 from megatron_hybrid.distributed.device import has_cuda, node_name
 from megatron_hybrid.launch import node_checks

@@ -15,7 +15,7 @@ from megatron_hybrid.model.parts import LOCAL, Parts, choose_parts
 from megatron_hybrid.precision.attention_probe import probe_attention
 
 Row = tuple[str, str, str, str, str]
-_FORMATS = {"fp8_delayed": "delayed", "fp8_tensorwise": "current", "fp8_blockwise": "blockwise"}
+_SCALING = {"delayed": "delayed", "tensorwise": "current", "blockwise": "blockwise"}
 
 
 def format_table(
@@ -36,14 +36,14 @@ def format_table(
     Raises:
         ConfigError: FP8 attention that does not run, or is wrong, on this machine.
     """
-    parts, reason = choose_parts(precision, dtype)
+    parts, reason = choose_parts(chunks[0].model.backend, precision, dtype)
     rows: list[Row] = [("layers", "part", "format", "backend", "why")]
     rows += _linears(chunks, parts, reason, precision, dtype)
     rows += _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size)
     rows += _head(chunks, dtype, sequence_length // _context_ranks(chunks), batch_size)
     rows.append((_stage(chunks), "norms", dtype, parts.name, reason))
     if chunks[0].config.tp_comm_overlap:
-        sent = precision.linear or dtype
+        sent = f"fp8 {precision.fp8_recipe}" if precision.fp8_recipe else dtype
         rows.append((_stage(chunks), "TP communication", sent, "Transformer Engine's user buffers", WORDS))
     rows.append(("all", "optimizer", "fp32", optimizer, "the fastest installed"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
@@ -77,19 +77,25 @@ def _linears(chunks, parts: Parts, reason: str, precision: PrecisionConfig, dtyp
         apex = " with Apex's weight gradients" if parts is LOCAL and apex_weight_gradients() else ""
         yield _stage(chunks), what, dtype, parts.name + apex, reason
         return
-    layers, start = _layers(chunks), precision.bf16_layers_at_start
-    end = chunks[0].model.num_layers - precision.bf16_layers_at_end
+    layers, start = _layers(chunks), precision.num_layers_at_start_in_bf16
+    end = chunks[0].model.num_layers - precision.num_layers_at_end_in_bf16
     for plain in ([i for i in layers if i < start], [i for i in layers if i >= end]):
         if plain:
-            yield _ranges(plain), what, dtype, parts.name, "precision.bf16_layers_at_start / _end"
+            yield (
+                _ranges(plain),
+                what,
+                dtype,
+                parts.name,
+                "precision.num_layers_at_start_in_bf16 / num_layers_at_end_in_bf16",
+            )
     fp8 = [i for i in layers if start <= i < end]
     if not fp8:
         return
-    scaling = _FORMATS[precision.linear]
+    scaling = _SCALING[precision.fp8_recipe]
     name = f"fp8 e4m3 (gradients e5m2), {scaling} scaling" if scaling != "blockwise" else "fp8 e4m3, blockwise scaling"
-    held, why = "", f"precision.linear = {precision.linear}"
-    if precision.fp8_parameters:
-        held, why = ", weights held in fp8", f"{why}, fp8_parameters = true"
+    held, why = "", f"precision.fp8_recipe = {precision.fp8_recipe}"
+    if precision.fp8_param_gather:
+        held, why = ", weights held in fp8", f"{why}, fp8_param_gather = true"
     yield _ranges(fp8), what, name + held, parts.name, why
 
 
@@ -124,10 +130,10 @@ def _attention(mixer: SelfAttention, parts, reason, precision, dtype, sequence_l
     if parts is LOCAL:
         return "A", "attention", dtype, "torch's scaled_dot_product_attention", reason
     sizes = (sequence_length, batch_size, exchange.heads, exchange.groups, mixer.head_dim)
-    fp8 = mixer.another_core_attention(parts.attention) if precision.attention else None
+    fp8 = mixer.another_core_attention(parts.attention) if precision.fp8_attention else None
     with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
         found = probe_attention(fp8, mixer.another_core_attention(parts.plain_attention), *sizes)
     if fp8 is None:
         return "A", "attention", dtype, found.backend, reason
-    why = f"precision.attention = fp8; differs from {dtype} by {found.error:.2g}, as it should"
+    why = f"precision.fp8_attention = true; differs from {dtype} by {found.error:.2g}, as it should"
     return "A", "attention", "fp8, delayed scaling", found.backend, why

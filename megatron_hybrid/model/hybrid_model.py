@@ -136,7 +136,7 @@ def build_model(
     Raises:
         ConfigError: a format or parts that cannot run here.
     """
-    parts, _ = choose_parts(precision, dtype)
+    parts, _ = choose_parts(model.backend, precision, dtype)
     chunks = []
     for stage in range(parallel.virtual_pipeline_parallel_size):
         vp_stage = stage if parallel.virtual_pipeline_parallel_size > 1 else None

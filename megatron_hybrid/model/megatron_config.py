@@ -34,17 +34,17 @@ def hybrid_layer_pattern(model: ModelConfig, parallel: ParallelConfig) -> str:
 def _fp8(precision: PrecisionConfig) -> dict:
     if not precision.fp8:
         return {}
-    start, end = precision.bf16_layers_at_start, precision.bf16_layers_at_end
+    start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
     return dict(
         fp8="hybrid",
-        fp8_recipe=precision.linear.removeprefix("fp8_"),
-        fp8_amax_history_len=precision.amax_history,
+        fp8_recipe=precision.fp8_recipe,
+        fp8_amax_history_len=precision.fp8_amax_history_len,
         fp8_amax_compute_algo="max",
         first_last_layers_bf16=bool(start or end),
         num_layers_at_start_in_bf16=start,
         num_layers_at_end_in_bf16=end,
-        disable_parameter_transpose_cache=not precision.cache_weights,
-        fp8_param=precision.fp8_parameters,  # HybridStack builds its layers in FP8 by this
+        disable_parameter_transpose_cache=not precision.cache_fp8_weights,
+        fp8_param=precision.fp8_param_gather,  # HybridStack builds its layers in FP8 by this
     )
 
 
@@ -69,7 +69,7 @@ def transformer_config(
         "none": {},
         "selective": dict(recompute_granularity="selective", recompute_modules=[]),
         "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-    }[parallel.recompute]
+    }[parallel.recompute_granularity]
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

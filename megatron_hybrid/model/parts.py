@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
+from megatron_hybrid.arch.model import Backend
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.distributed.device import has_cuda
@@ -43,7 +44,7 @@ LOCAL = Parts(
 )
 
 
-def choose_parts(precision: PrecisionConfig, dtype: str) -> tuple[Parts, str]:
+def choose_parts(backend: Backend, precision: PrecisionConfig, dtype: str) -> tuple[Parts, str]:
     """The parts of a run, and why.
 
     Raises:
@@ -56,22 +57,22 @@ def choose_parts(precision: PrecisionConfig, dtype: str) -> tuple[Parts, str]:
         (dtype == "fp32", "train.dtype is fp32, which Transformer Engine multiplies in TF32"),
     ]
     obstacle = next((reason for there, reason in obstacles if there), None)
-    if precision.parts == "local":
-        return LOCAL, "precision.parts = local"
+    if backend == "local":
+        return LOCAL, "model.backend = local"
     if obstacle is None:
         from megatron_hybrid.model.te_parts import transformer_engine_parts
 
         check_support(precision)
-        reason = "precision.parts = transformer_engine" if precision.parts != "auto" else "bf16 on a GPU"
+        reason = "model.backend = transformer_engine" if backend != "auto" else "bf16 on a GPU"
         return transformer_engine_parts(precision), reason
-    if precision.parts == "transformer_engine":
-        raise ConfigError.at("precision.parts", f"transformer_engine cannot run: {obstacle}; set it to auto")
+    if backend == "transformer_engine":
+        raise ConfigError.at("model.backend", f"transformer_engine cannot run: {obstacle}; set it to auto")
     if precision.fp8:
-        raise ConfigError.at("precision.linear", f"{precision.linear} cannot run: {obstacle}; set it to null")
+        raise ConfigError.at("precision.fp8_recipe", f"{precision.fp8_recipe} cannot run: {obstacle}; set it to null")
     return LOCAL, obstacle
 
 
-def require_transformer_engine(field: str, precision: PrecisionConfig, dtype: str) -> None:
+def require_transformer_engine(field: str, backend: Backend, precision: PrecisionConfig, dtype: str) -> None:
     """Check that the layers of a run are built from Transformer Engine's modules.
 
     Args:
@@ -80,7 +81,7 @@ def require_transformer_engine(field: str, precision: PrecisionConfig, dtype: st
     Raises:
         ConfigError: they are not; the message says why.
     """
-    parts, reason = choose_parts(precision, dtype)
+    parts, reason = choose_parts(backend, precision, dtype)
     if parts is LOCAL:
         raise ConfigError.at(
             field, f"true needs Transformer Engine's modules, which cannot run: {reason}; set it to false"

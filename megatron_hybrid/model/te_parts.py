@@ -93,7 +93,7 @@ class FusedSwiGLU(SwiGLU):
 
 def transformer_engine_parts(precision: PrecisionConfig) -> Parts:
     """Parts whose linears follow the FP8 context they run in."""
-    attention = Fp8Attention if precision.attention == "fp8" else TEDotProductAttention
+    attention = Fp8Attention if precision.fp8_attention else TEDotProductAttention
     return Parts(
         "Transformer Engine",
         ColumnLinear,

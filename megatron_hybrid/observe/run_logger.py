@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_hybrid.config.run import LoggingConfig
+from megatron_hybrid.config.logging import LoggingConfig
 from megatron_hybrid.observe.console import make_console
 from megatron_hybrid.observe.metrics import MetricsWriter, plain
 from megatron_hybrid.observe.plot import Curve, draw

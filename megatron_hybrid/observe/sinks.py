@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_hybrid.base.errors import UserError
-from megatron_hybrid.config.run import LoggingConfig
+from megatron_hybrid.config.logging import LoggingConfig
 
 
 class Sink(Protocol):

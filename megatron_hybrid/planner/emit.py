@@ -45,7 +45,7 @@ def base_run(
             option = "--" + key.split(".")[1].replace("_", "-")
             raise ConfigError.at(key, f"is missing; give {option}, or a run's YAML file that has it")
     if precision is not None:
-        overrides.append(f"precision.linear={_FORMATS.get(precision, precision)}")
+        overrides.append(f"precision.fp8_recipe={_RECIPES.get(precision, precision.removeprefix('fp8_'))}")
     run = _load(data, overrides)
     if run.train.engine != "megatron":
         raise ConfigError.at(
@@ -69,7 +69,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bool]:
     return read, isinstance(parallel, dict) and bool(parallel.get("tp_comm_overlap"))
 
 
-_FORMATS = {"bf16": "null", "fp8": "fp8_tensorwise"}
+_RECIPES = {"bf16": "null", "fp8": "tensorwise"}
 
 
 def _absent(data: dict[str, Any], key: str) -> bool:

@@ -26,6 +26,9 @@ RENAMED = {
     "host_step": "host_seconds_per_step",
     "reserve": "reserved_bytes",
     "memory": "memory_bytes",
+    "fp8_tensorwise": "tensorwise",
+    "fp8_delayed": "delayed",
+    "fp8_blockwise": "blockwise",
 }
 """Earlier names of keys in hardware files, which still load."""
 
@@ -142,11 +145,16 @@ def load(name_or_path: str) -> Hardware:
         )
     data = yaml_text.read(read_text("gpu", path), str(path))
     try:
-        return _hardware({RENAMED.get(key, key): value for key, value in data.items()})  # type: ignore[union-attr]
+        return _hardware(_renamed(data))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError.at(
             str(path), f"is not a hardware file ({error!r}); compare it with {FOLDER / 'h100-80gb.yaml'}"
         ) from None
+
+
+def _renamed(data: Any) -> Any:
+    """Return a file's data with today's keys, on all levels."""
+    return {RENAMED.get(key, key): _renamed(value) for key, value in data.items()} if isinstance(data, dict) else data
 
 
 def _hardware(data: Mapping[str, Any]) -> Hardware:

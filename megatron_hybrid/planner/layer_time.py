@@ -47,7 +47,7 @@ class LayerTimes:
 
     def host(self, direction: Direction) -> float:
         """Return the time in which Python launches one layer."""
-        recompute = self.plan.parallel.recompute
+        recompute = self.plan.parallel.recompute_granularity
         share = RECOMPUTED_SHARE[recompute] if direction == "backward" else 0.0
         collectives = self._host_collectives(direction)
         if direction == "backward" and recompute == "full":
@@ -64,7 +64,7 @@ class LayerTimes:
         plan = self.plan
         if plan.tp == 1:
             return 0
-        scales = 2 if plan.gemm_format == "fp8_tensorwise" else 0  # all-reduces of the exchanged tensors' amax
+        scales = 2 if plan.gemm_format == "tensorwise" else 0  # all-reduces of the exchanged tensors' amax
         if plan.parallel.tp_comm_overlap:
             return scales
         if not plan.parallel.sequence_parallel_on:
@@ -87,7 +87,7 @@ class LayerTimes:
         total: Parts = Counter()
         total.update(self._between_linears(mixer, direction))
         total.update(self._around(shard, (mixer, mlp), direction, fp8))
-        recompute = self.plan.parallel.recompute
+        recompute = self.plan.parallel.recompute_granularity
         if direction == "backward" and recompute == "full":
             total.update(self._layer(shard, "forward", fp8))
         elif direction == "backward" and recompute == "selective":

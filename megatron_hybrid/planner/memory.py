@@ -123,7 +123,7 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
 
 
 def _layer(plan: Plan, shard: Shard) -> LayerBytes:
-    return layer_bytes(shard, plan.parallel.recompute)
+    return layer_bytes(shard, plan.parallel.recompute_granularity)
 
 
 def _backward(plan: Plan, chunk: Chunk, layers: dict[str, LayerBytes]) -> float:
@@ -150,9 +150,9 @@ def _fp8_weights(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) 
     There is a cast of each matrix and its transpose. Next to weights that are held in FP8 there is the transpose alone. Copies
     are kept over the micro-batches of a step, or else made by each forward pass and kept for its backward pass.
     """
-    if plan.precision.linear is None:
+    if plan.precision.fp8_recipe is None:
         return 0.0
-    copies = 1 if plan.precision.fp8_parameters else 2
+    copies = 1 if plan.precision.fp8_param_gather else 2
     sizes = {symbol: copies * sum(_gemm_weights(plan, symbol).values()) for symbol in plan.blocks}
     layers = [
         (sizes[symbol], count)
@@ -160,9 +160,9 @@ def _fp8_weights(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) 
         for index, symbol in enumerate(chunk.symbols, chunk.first_layer)
         if index in plan.fp8_layers
     ]
-    if plan.precision.cache_weights:
+    if plan.precision.cache_fp8_weights:
         return sum(size for size, _ in layers)
-    if plan.parallel.recompute == "full":
+    if plan.parallel.recompute_granularity == "full":
         return max((size for size, _ in layers), default=0)
     return sum(size * count for size, count in layers)
 
@@ -189,6 +189,6 @@ def _overlap_buffers(plan: Plan) -> float:
     if not plan.parallel.tp_comm_overlap:
         return 0.0
     some_in_bf16 = len(plan.fp8_layers) < plan.model.num_layers
-    formats = [1 if plan.precision.linear else plan.element, *([plan.element] if some_in_bf16 else [])]
+    formats = [1 if plan.precision.fp8_recipe else plan.element, *([plan.element] if some_in_bf16 else [])]
     scattering = plan.element * (2 + 2 * (2 * plan.tp - 1) / plan.tp)
     return plan.tokens * plan.model.hidden_size * sum(8 * gathered + scattering for gathered in formats)

@@ -44,7 +44,7 @@ class ChunkLayout:
     def of(cls, plan: Plan, chunk: Chunk) -> "ChunkLayout":
         """Return the layout of a chunk."""
         fp8: tuple[bool, ...] = ()
-        if plan.precision.fp8_parameters:
+        if plan.precision.fp8_param_gather:
             fp8 = tuple(layer in plan.fp8_layers for layer, _ in enumerate(chunk.symbols, chunk.first_layer))
         return cls(plan.model, plan.tp, chunk.symbols, chunk.embedding, chunk.head, plan.pp > 1, fp8)
 

@@ -89,22 +89,22 @@ class Plan:
     @property
     def transformer_engine(self) -> bool:
         """True if a GPU builds the layers from Transformer Engine's modules."""
-        return self.dtype == "bf16" and self.precision.parts != "local"
+        return self.dtype == "bf16" and self.model.backend != "local"
 
     @property
     def gemm_format(self) -> str:
         """Format in which the linears multiply: bf16 or an FP8 recipe."""
-        return self.precision.linear or "bf16"
+        return self.precision.fp8_recipe or "bf16"
 
     @property
     def attention_format(self) -> str:
         """Format in which softmax attention multiplies: bf16 or fp8."""
-        return self.precision.attention or "bf16"
+        return "fp8" if self.precision.fp8_attention else "bf16"
 
     @property
     def fp8_layers(self) -> range:
         """Layers whose linears multiply in FP8, if the run uses FP8."""
-        return range(self.precision.bf16_layers_at_start, self.model.num_layers - self.precision.bf16_layers_at_end)
+        return range(self.precision.num_layers_at_start_in_bf16, self.model.num_layers - self.precision.num_layers_at_end_in_bf16)
 
     @cached_property
     def chunks(self) -> tuple["Chunk", ...]:
@@ -147,8 +147,8 @@ class Plan:
             sequence_parallel=self.parallel.sequence_parallel_on,
             context_parallel_size=self.cp,
             transformer_engine=self.transformer_engine,
-            fp8=self.precision.linear is not None,
-            fp8_attention=self.precision.attention is not None,
+            fp8=self.precision.fp8_recipe is not None,
+            fp8_attention=self.precision.fp8_attention,
         )
 
     @property
@@ -158,7 +158,7 @@ class Plan:
         parts = [f"{name}{size}" for name, size in sizes if size > 1]
         if self.tp > 1 and not self.parallel.sequence_parallel_on:
             parts.append("no-SP")
-        parts += [f"DP{self.dp}", f"mbs{self.micro_batch_size}", f"recompute-{self.parallel.recompute}"]
+        parts += [f"DP{self.dp}", f"mbs{self.micro_batch_size}", f"recompute-{self.parallel.recompute_granularity}"]
         if not self.parallel.distributed_optimizer:
             parts.append("plain-optimizer")
         return " ".join(parts)

@@ -39,7 +39,7 @@ def table(answer: Answer, top: int) -> str:
         plan, step = candidate.plan, candidate.step
         sizes = (plan.tp, plan.cp, plan.pp, plan.vpp, plan.dp, plan.micro_batch_size)
         rows.append(
-            (f"{place}.", *map(str, sizes), plan.parallel.recompute, f"{candidate.need / GB:.1f}", f"{step.seconds:.3f}",
+            (f"{place}.", *map(str, sizes), plan.parallel.recompute_granularity, f"{candidate.need / GB:.1f}", f"{step.seconds:.3f}",
              f"{step.tokens_per_gpu:,.0f}", f"{step.mfu:.1%}", _where(step.parts))
         )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -54,7 +54,7 @@ def table(answer: Answer, top: int) -> str:
 
 def heading(job: Job) -> str:
     """What was asked."""
-    precision = job.precision.linear or job.dtype
+    precision = f"fp8_{job.precision.fp8_recipe}" if job.precision.fp8_recipe else job.dtype
     tokens = job.global_batch_size * job.sequence_length
     return (
         f"{job.model.num_layers} layers on {job.gpus} x {job.hardware.name}, {precision}: {job.global_batch_size} sequences of "

@@ -108,7 +108,7 @@ def degrees_of(plan: Plan) -> dict[str, Any]:
     """By the short names that --why takes."""
     return {
         "tp": plan.tp, "sp": plan.parallel.sequence_parallel_on, "cp": plan.cp, "pp": plan.pp, "vpp": plan.vpp, "dp": plan.dp,
-        "mbs": plan.micro_batch_size, "recompute": plan.parallel.recompute, "zero": plan.parallel.distributed_optimizer,
+        "mbs": plan.micro_batch_size, "recompute": plan.parallel.recompute_granularity, "zero": plan.parallel.distributed_optimizer,
     }  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def _parallel(job: Job, sizes: dict[str, int], sp: bool, recompute: str) -> Para
         distributed_optimizer=True,
         overlap_grad_reduce=shared,
         overlap_param_gather=shared,
-        recompute=recompute,
+        recompute_granularity=recompute,
     )
 
 

@@ -101,7 +101,7 @@ class StepPredictor:
 
     def _layer_times(self, plan: Plan) -> LayerTimes:
         key = (plan.tp, plan.cp, plan.parallel.sequence_parallel_on, plan.parallel.tp_comm_overlap, plan.micro_batch_size,
-               plan.parallel.recompute, plan.precision, plan.dtype, plan.sequence_length, plan.model)  # fmt: skip
+               plan.parallel.recompute_granularity, plan.precision, plan.dtype, plan.sequence_length, plan.model)  # fmt: skip
         if key not in self._layers:
             self._layers[key] = LayerTimes(plan, self.hardware)
         return self._layers[key]

@@ -42,14 +42,14 @@ def probe_attention(fp8, plain, s: int, b: int, heads: int, groups: int, head_di
             found = _run(fp8, q, k, v)
     except (ValueError, RuntimeError) as error:
         raise ConfigError.at(
-            "precision.attention",
-            f"fp8 does not run at {heads} heads of {head_dim} and {s} tokens here ({error!s:.120}); set it to null",
+            "precision.fp8_attention",
+            f"true does not run at {heads} heads of {head_dim} and {s} tokens here ({error!s:.120}); set it to false",
         ) from error
     difference = float((found - expected).norm() / expected.norm())
     if not difference <= LARGEST_ERROR:
         raise ConfigError.at(
-            "precision.attention",
-            f"fp8 errs by {difference:.2g} here, where {LARGEST_ERROR} is the most a right one does; set it to null",
+            "precision.fp8_attention",
+            f"true errs by {difference:.2g} here, where {LARGEST_ERROR} is the most a right one does; set it to false",
         )
     return AttentionProbe(_backend(), difference)
 

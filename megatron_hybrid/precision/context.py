@@ -11,7 +11,7 @@ def around_layers(precision: PrecisionConfig, config) -> AbstractContextManager:
     Delayed scaling updates its scales when the outermost context ends. FP8 attention is always delayed; beside linears that
     are not, only this context makes that once a pass and not once a layer.
     """
-    if not precision.attention:
+    if not precision.fp8_attention:
         return nullcontext()
     from megatron.core import parallel_state
     from transformer_engine.pytorch import fp8_autocast

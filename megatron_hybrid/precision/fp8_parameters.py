@@ -1,4 +1,4 @@
-"""Weights that are held in FP8 alone (precision.fp8_parameters): Transformer Engine's quantized parameters.
+"""Weights that are held in FP8 alone (precision.fp8_param_gather): Transformer Engine's quantized parameters.
 
 They cannot be read or written piece by piece. Initial values are written to a copy that Transformer Engine keeps beside them until
 the optimizer has taken its fp32 weights from it; from then on the optimizer casts those to FP8, after an update, after a

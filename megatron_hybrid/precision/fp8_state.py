@@ -60,7 +60,7 @@ class Fp8State:
                 for value in _VALUES:
                     target = getattr(module.fp8_meta[direction], value)
                     source = saved(f"{name}/{direction}.{value}")
-                    if source is None or source.shape != target.shape:  # precision.amax_history has changed
+                    if source is None or source.shape != target.shape:  # precision.fp8_amax_history_len has changed
                         continue
                     target.copy_(source)
 

@@ -23,7 +23,7 @@ from megatron_hybrid.arch.padding import PackedWidths, PaddedSizes
 from megatron_hybrid.distributed.device import has_cuda, local_device
 
 Point = dict[str, Any]
-FORMATS = ("bf16", "fp8_tensorwise", "fp8_delayed", "fp8_blockwise")
+FORMATS = ("bf16", "tensorwise", "delayed", "blockwise")
 MESSAGES = (2**16, 2**20, 2**24, 2**27, 2**29)  # bytes of a collective's whole tensor
 
 
@@ -136,9 +136,9 @@ def _fp8_context(form: str, **options) -> Callable[[], AbstractContextManager]:
     from transformer_engine.common import recipe
 
     recipes = {
-        "fp8_tensorwise": recipe.Float8CurrentScaling,
-        "fp8_delayed": recipe.DelayedScaling,
-        "fp8_blockwise": recipe.Float8BlockScaling,
+        "tensorwise": recipe.Float8CurrentScaling,
+        "delayed": recipe.DelayedScaling,
+        "blockwise": recipe.Float8BlockScaling,
     }
     scaling = recipes[form](**options)
     return lambda: te.fp8_autocast(enabled=True, fp8_recipe=scaling)
@@ -156,7 +156,7 @@ def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, 
 
         attention = te.DotProductAttention(heads, d, num_gqa_groups=groups, attn_mask_type="causal", qkv_format="sbhd")
 
-        context = nullcontext if form == "bf16" else _fp8_context("fp8_delayed", fp8_dpa=True)
+        context = nullcontext if form == "bf16" else _fp8_context("delayed", fp8_dpa=True)
 
         def forward() -> torch.Tensor:
             with context():

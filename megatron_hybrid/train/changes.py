@@ -18,6 +18,7 @@ NOT_COMPUTED = (
     "model.gdn.dt_init_floor",
     "model.eos_token_id",
     "model.pad_token_id",
+    "model.backend",
 )
 """Model fields that leave a trained model's outputs as they are. Their changes are reported, not refused."""
 _ABSENT = "(absent)"

@@ -61,12 +61,14 @@ class FileProblems:
 
     def _look_at_checkpoints(self) -> None:
         """Check what the run would start from, as the run itself does, but for its data."""
-        load = self.config.checkpoint.load
+        resume, init_from = self.config.checkpoint.resume, self.config.checkpoint.init_from
+        field, folder = ("checkpoint.resume", resume) if init_from is None else ("checkpoint.init_from", init_from)
         own = complete_checkpoints(Path(self.config.run_dir, "checkpoints"))
-        if not own and load not in ("auto", "none") and not os.path.exists(load):
-            self.absent.add("checkpoint.load", f"{load}: there is no such folder; give a checkpoint's, auto, or none")
+        if not own and folder not in ("auto", "none") and not os.path.exists(folder):
+            remedy = "give a checkpoint's, auto, or none" if init_from is None else "give a checkpoint's, or null"
+            self.absent.add(field, f"{folder}: there is no such folder; {remedy}")
         else:
-            self._try("checkpoint.load", lambda: check_start_point(self.config, choose_start(self.config), None))
+            self._try(field, lambda: check_start_point(self.config, choose_start(self.config), None))
 
     def _try(self, field: str, look: Callable[[], None]) -> None:
         try:

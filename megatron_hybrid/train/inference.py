@@ -73,8 +73,7 @@ def load_model(path: str, dtype: str = "fp32") -> LoadedModel:
     """
     if not Path(path).is_dir():
         raise CheckpointError(f"{path}: no such folder; give a checkpoint's folder, or a run's")
-    folder = find_checkpoint(os.path.abspath(path), Path(path))
-    assert folder is not None
+    folder = find_checkpoint(os.path.abspath(path), "checkpoint")
     parallel = ParallelConfig()
     torch.set_num_threads(os.cpu_count() or 1)  # alone on this machine, where ranks of a run share it
     groups = start_distributed(Launch(0, 0, 1), parallel, seed=0, quiet=True)

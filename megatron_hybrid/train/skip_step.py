@@ -85,7 +85,7 @@ class SkipStep:
             raise DivergedError(
                 f"loss or gradient norm was not finite in {self.nonfinite_steps} consecutive steps, the last of them step "
                 f"{step}; no update was made and nothing was saved since. Rewind to a checkpoint before the loss went wrong "
-                "(checkpoint.load=RUN/checkpoints/step-N) with other data or a lower train.optimizer.lr. "
+                "(checkpoint.resume=RUN/checkpoints/step-N) with other data or a lower train.optimizer.lr. "
                 "train.skip_step.max_nonfinite_steps sets the limit"
             )
 

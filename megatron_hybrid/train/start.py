@@ -50,38 +50,38 @@ class Start:
 def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Start:
     """Choose what a run starts from. Call it on one rank and tell the others.
 
-    A job that SLURM restarted resumes its newest checkpoint whatever `checkpoint.load` says: its earlier attempt has
-    carried that out.
+    A job that SLURM restarted always resumes its newest checkpoint: its earlier attempt has carried out what the `checkpoint`
+    section asks for.
 
     Raises:
-        RunFolderError: `checkpoint.load = none` in a folder with checkpoints.
-        CheckpointError: `checkpoint.load` names no complete checkpoint, or one that the run has set aside.
+        RunFolderError: `checkpoint.resume = none` in a folder with checkpoints.
+        CheckpointError: the named folder holds no complete checkpoint, or one that the run has set aside.
     """
-    load, run_dir = config.checkpoint.load, Path(config.run_dir)
+    resume, init_from, run_dir = config.checkpoint.resume, config.checkpoint.init_from, Path(config.run_dir)
     own = complete_checkpoints(run_dir / "checkpoints")
     restarted = int(env.get("SLURM_RESTART_COUNT") or 0) > 0
-    if own and (load == "auto" or restarted):
+    if own and restarted:
         return Start("resume", own[-1])
-    if load in ("auto", "none"):
-        if own:
-            raise RunFolderError(
-                f"checkpoint.load: none starts a new run, and {run_dir} holds {len(own)} checkpoints of an earlier one, the "
-                f"newest of step {checkpoint_step(own[-1])}; give another run_dir, or set checkpoint.load to auto to "
-                "continue the earlier run"
-            )
-        return Start("initial")
-    if own and not Path(load).resolve().is_relative_to(run_dir.resolve()):
-        return Start("resume", own[-1])  # where the run began; since then it has checkpoints of its own
-    named = find_checkpoint(load, run_dir / "checkpoints")
-    assert named is not None
+    if own and resume == "none":
+        raise RunFolderError(
+            f"checkpoint.resume: none starts a new run, and {run_dir} holds {len(own)} checkpoints of an earlier one, the "
+            f"newest of step {checkpoint_step(own[-1])}; give another run_dir, or set checkpoint.resume to auto to "
+            "continue the earlier run"
+        )
+    field, folder = ("resume", resume) if init_from is None else ("init_from", init_from)
+    if folder in ("auto", "none"):
+        return Start("resume", own[-1]) if own else Start("initial")
+    if own and not Path(folder).resolve().is_relative_to(run_dir.resolve()):
+        return Start("resume", own[-1])  # the run began there, and has its own checkpoints since then
+    named = find_checkpoint(folder, f"checkpoint.{field}")
     mine = next((folder for folder in own if folder.samefile(named)), None)
     if mine is None and own:
         raise CheckpointError(
-            f"checkpoint.load: {load} was set aside when the run was rewound; to continue from it, name it in a run with "
+            f"checkpoint.{field}: {folder} was set aside when the run was rewound; to continue from it, name it in a run with "
             "another run_dir"
         )
     if mine is None:
-        return Start("checkpoint", named, config.checkpoint.weights_only)
+        return Start("checkpoint", named, weights_only=init_from is not None)
     return Start("resume" if mine == own[-1] else "rewind", mine)
 
 
@@ -125,7 +125,7 @@ def _check_work_left(config: RunConfig, folder: Path, step: int) -> None:
     if step >= config.train.steps:
         raise RunFolderError(
             f"train.steps: {config.train.steps} leaves nothing to train: {folder} is of step {step}. Give more steps; or, to "
-            "take only the weights of another run, set checkpoint.weights_only to true"
+            "take only the weights of another run, name it in checkpoint.init_from"
         )
 
 

@@ -98,7 +98,7 @@ class Trainer:
             config.checkpoint,
             self.run_dir / "checkpoints",
             self.engine.collector(),
-            config.model.model_dump(mode="json"),
+            config.model.architecture(),
             config.model_dump(mode="json"),
         )
         self._load()

@@ -13,7 +13,7 @@ from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, box
 from megatron_hybrid.checkpoint.manager import CheckpointManager, remove_checkpoint, remove_remains
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, file_sha256, finish, write_rank
-from megatron_hybrid.config.run import CheckpointConfig
+from megatron_hybrid.config.checkpoint import CheckpointConfig
 
 STATE = {"step": 7}
 
@@ -150,17 +150,16 @@ def test_reading_what_is_not_there(checkpoint):
 
 def test_finding_where_to_start(tmp_path):
     root = tmp_path / "run" / "checkpoints"
-    assert find_checkpoint("auto", root) is None
+    assert complete_checkpoints(root) == []
     one = [[SavedShard("w", (2,), (0,), (2,), torch.zeros(2))]]
     first, second = write(root, 5, one), write(root, 10, one)
     (root / ".saving-step-00000015").mkdir()
     (root / "step-00000020").mkdir()  # no index: not complete
-    assert find_checkpoint("auto", root) == second
-    assert find_checkpoint("none", root) is None
-    assert find_checkpoint(str(first), root) == first
-    assert find_checkpoint(str(tmp_path / "run"), root) == second
-    with pytest.raises(CheckpointError, match="no complete checkpoint there"):
-        find_checkpoint(str(tmp_path / "elsewhere"), root)
+    assert complete_checkpoints(root) == [first, second]
+    assert find_checkpoint(str(first), "checkpoint.resume") == first
+    assert find_checkpoint(str(tmp_path / "run"), "checkpoint.resume") == second
+    with pytest.raises(CheckpointError, match="checkpoint.init_from: .*no complete checkpoint there"):
+        find_checkpoint(str(tmp_path / "elsewhere"), "checkpoint.init_from")
 
 
 def test_what_is_kept(tmp_path):

@@ -18,10 +18,10 @@ WRONG: list[Case] = [
     ),
     ([*OVERLAP, "train.dtype=fp32"], "parallel.tp_comm_overlap", "needs train.dtype bf16", "or this to false"),
     (
-        [*OVERLAP, "precision.parts=local"],
+        [*OVERLAP, "model.backend=local"],
         "parallel.tp_comm_overlap",
         "Transformer Engine's",
-        "precision.parts to auto",
+        "model.backend to auto",
     ),
     (
         [*OVERLAP, "parallel.tensor_parallel_size=16"],
@@ -30,10 +30,10 @@ WRONG: list[Case] = [
         "set that to 8",
     ),
     (
-        [*OVERLAP, "precision.linear=fp8_blockwise", "model.gdn.value_head_dim=64"],
+        [*OVERLAP, "precision.fp8_recipe=blockwise", "model.gdn.value_head_dim=64"],
         "parallel.tp_comm_overlap",
-        "cannot exchange fp8_blockwise",
-        "fp8_tensorwise, or this to false",
+        "cannot exchange blockwise FP8",
+        "to tensorwise, or this to false",
     ),
     ([*OVERLAP, *ZERO], "parallel.tp_comm_overlap", "is for train.engine = megatron", "or this to false"),
     (VPP[1:], "parallel.virtual_pipeline_parallel_size", "needs pipeline_parallel_size > 1", "set it to 1"),
@@ -198,12 +198,12 @@ def test_names_what_does_not_fit_the_ranks(
         (8, ["parallel={tensor_parallel_size: 2, pipeline_parallel_size: 2, context_parallel_size: 2}"]),
         (8, ["parallel.context_parallel_size=8", "model.layer_pattern=G*8"]),  # no attention, no limit of heads
         (4, OVERLAP),
-        (4, [*OVERLAP, "parallel.recompute=full", *VPP]),
+        (4, [*OVERLAP, "parallel.recompute_granularity=full", *VPP]),
         (2, [*VPP, "train.global_batch_size=4"]),
         (2, [*VPP, RAMP % (4, 4)]),
         (2, ["parallel={pipeline_parallel_size: 2, pipeline_split: [1, 7]}"]),
         (1, ["train.schedule={decay_steps: 1000}"]),  # the first part of a longer schedule
-        (1, ["model={preset: olmo_hybrid_tiny, layer_pattern: A*2, gdn: null}"]),
+        (1, ["model={base_preset: olmo_hybrid_tiny, layer_pattern: A*2, gdn: null}"]),
         (1, ["model.sliding_window=256", "model.layer_pattern=WA"]),
         (2, ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=false", "data.sequence_length=255"]),
         (2, [*ZERO, "parallel.tensor_parallel_size=2", "zero={stage: 3, offload_parameters: cpu}"]),

@@ -43,7 +43,7 @@ def problem_of(*overrides: str) -> str:
 
 @pytest.mark.parametrize(("name", "of"), NAMES)
 def test_every_preset_round_trips(name: str, of: str | None, tmp_path: Path) -> None:
-    run = load_run(None, [*BASE, f"model.preset={name}", *([f"model.of={of}"] if of else [])])
+    run = load_run(None, [*BASE, f"model.base_preset={name}", *([f"model.of={of}"] if of else [])])
     assert run.model == presets.preset(name, of)
     assert load_text(tmp_path, dump_run(run)) == run
 
@@ -171,12 +171,14 @@ def test_preset_by_name_and_with_changes(tmp_path: Path) -> None:
     rest = "run_dir: r\ntrain: {steps: 9, global_batch_size: 1}\ndata: {sequence_length: 8, train: [{path: a}]}\n"
     plain = load_text(tmp_path, "model: olmo_hybrid_7b\n" + rest)
     assert plain.model == presets.olmo_hybrid_7b()
-    text = "model: {preset: olmo_hybrid_7b, layer_pattern: GGGA*4, gdn: {key_head_dim: 64}}\n" + rest
+    text = "model: {base_preset: olmo_hybrid_7b, layer_pattern: GGGA*4, gdn: {key_head_dim: 64}}\n" + rest
     changed = load_text(tmp_path, text).model
     assert changed.num_layers == 16
     assert changed.gdn is not None and (changed.gdn.key_head_dim, changed.gdn.value_head_dim) == (64, 192)
     assert changed.hidden_size == 3840
-    pure = load_text(tmp_path, "model: {preset: pure_gdn, of: olmo_hybrid_7b, ffn_hidden_size: 512}\n" + rest).model
+    pure = load_text(
+        tmp_path, "model: {base_preset: pure_gdn, of: olmo_hybrid_7b, ffn_hidden_size: 512}\n" + rest
+    ).model
     assert pure.layer_pattern == "G*32" and pure.ffn_hidden_size == 512
 
 
@@ -200,14 +202,14 @@ def test_overrides_of_every_kind(tmp_path: Path) -> None:
             "train.optimizer.lr=1e-5", "train.optimizer.betas=[0.8, 0.9]", "train.optimizer.betas.1=0.99",
             "train.eval_interval=null", "data.train.0.weight=2", "data.train.1.path=more", "data.train.1.weight=3",
             "train.batch_ramp={start: 4, increment: 4, samples: 100}", "train.batch_ramp.samples=200",
-            "--checkpoint.load=none", "run_dir=runs/a=b", "parallel.pipeline_split=[3, 5]", "train.steps=1_000",
+            "--checkpoint.resume=none", "run_dir=runs/a=b", "parallel.pipeline_split=[3, 5]", "train.steps=1_000",
         ],
     )  # fmt: skip
     assert run.train.optimizer.lr == 1e-5 and run.train.optimizer.betas == (0.8, 0.99)
     assert run.train.eval_interval is None and run.train.steps == 1000
     assert [(s.path, s.weight) for s in run.data.train] == [("data/tiny_train", 2.0), ("more", 3.0)]
     assert run.train.batch_ramp is not None and run.train.batch_ramp.samples == 200
-    assert run.checkpoint.load == "none" and run.run_dir == "runs/a=b" and run.parallel.pipeline_split == (3, 5)
+    assert run.checkpoint.resume == "none" and run.run_dir == "runs/a=b" and run.parallel.pipeline_split == (3, 5)
 
 
 def test_an_entry_of_a_default_list_and_of_none() -> None:

@@ -48,15 +48,25 @@ WRONG: list[Case] = [
     (["train.schedule.kind=cosin"], "train.schedule.kind", "one of cosine, linear, wsd, constant", "nearest is cosine"),
     (["train.dtype=bfloat16"], "train.dtype", "is not one of fp32, bf16", "the nearest is bf16"),
     (["train.dtype=float32"], "train.dtype", "'float32' is not one of", "the nearest is fp32"),
-    (["parallel.recompute=selectiv"], "parallel.recompute", "not one of none, selective", "nearest is selective"),
-    (["parallel.recompute=null"], "parallel.recompute", "null is not one of", "the nearest is none"),
+    (
+        ["parallel.recompute_granularity=selectiv"],
+        "parallel.recompute_granularity",
+        "not one of none, selective",
+        "nearest is selective",
+    ),
+    (
+        ["parallel.recompute_granularity=null"],
+        "parallel.recompute_granularity",
+        "null is not one of",
+        "the nearest is none",
+    ),
     (["data.train.0.dtype=int16"], "data.train.0.dtype", "is not one of uint16, uint32, or null", "nearest is uint16"),
     (["model.gdn.conv_kernel_size=3"], "model.gdn.conv_kernel_size", "3 is not one of 4", "the nearest is 4"),
     (["train.optimizer.no_decay=[embedings]"], "train.optimizer.no_decay.0", "not one of", "nearest is embedding"),
-    (["model.preset=olmo_hybrid_7"], "model.preset", "is not one of", "the nearest is olmo_hybrid_7b"),
-    (["model=pure_gdn"], "model.of", "is missing", "{preset: pure_gdn, of: olmo_hybrid_7b}"),
-    (["model={preset: pure_gdn, of: olmo_hybrid_7}"], "model.of", "with a size", "is olmo_hybrid_7b"),
-    (["model={preset: olmo3_7b, of: olmo_hybrid_7b}"], "model.of", "olmo3_7b has its own size", "remove it"),
+    (["model.base_preset=olmo_hybrid_7"], "model.base_preset", "is not one of", "the nearest is olmo_hybrid_7b"),
+    (["model=pure_gdn"], "model.of", "is missing", "{base_preset: pure_gdn, of: olmo_hybrid_7b}"),
+    (["model={base_preset: pure_gdn, of: olmo_hybrid_7}"], "model.of", "with a size", "is olmo_hybrid_7b"),
+    (["model={base_preset: olmo3_7b, of: olmo_hybrid_7b}"], "model.of", "olmo3_7b has its own size", "remove it"),
     (["model.of=olmo3_7b"], "model.of", "is for pure_gdn and pure_attention", "remove it"),
     # bounds
     (["train.steps=0"], "train.steps", "0 must be greater than 0", "the nearest is 1"),
@@ -91,7 +101,7 @@ def test_every_wrong_field_is_listed() -> None:
 def test_whatever_is_written_gives_a_run_or_a_remedy() -> None:
     values = ["0", "1", "-1", "3", "256", "99999999999999999999", "1e9", "1e-5", ".nan", ".inf", "true", "null", "abc"]
     values += ["[1, 2]", "[]", "{}", "{a: 1}", "[[1]]", "[null]", "[0.5, 0.5]", "WA", "olmo3_7b", "pure_gdn", "''"]
-    paths = [*field_paths(RunConfig), "data.train.0", "data.train.0.path", "model.preset", "model.of", "x"]
+    paths = [*field_paths(RunConfig), "data.train.0", "data.train.0.path", "model.base_preset", "model.of", "x"]
     draw = random.Random(0)
     for _ in range(400):
         overrides = [f"{draw.choice(paths)}={draw.choice(values)}" for _ in range(draw.randint(1, 3))]

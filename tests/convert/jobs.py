@@ -6,7 +6,7 @@ import torch
 
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.config.run import CheckpointConfig
+from megatron_hybrid.config.checkpoint import CheckpointConfig
 from megatron_hybrid.distributed.context_parallel import slice_of_sequences
 from testing.jobs import make_engine
 

@@ -147,7 +147,7 @@ def test_layouts_train_alike(parallel, ranks):
     settings = dict(train=dict(steps=3, global_batch_size=4, micro_batch_size=2, dtype="fp32"), steps=3)
     (alone,) = ranks.run(jobs.curve, 1, model=model, parallel={}, **settings)
     (plain,) = ranks.run(jobs.curve, 1, model=model | dict(rope_scaling=None), parallel={}, **settings)
-    shared = ranks.run(jobs.curve, 4, model=model, parallel=parallel | dict(recompute="full"), **settings)
+    shared = ranks.run(jobs.curve, 4, model=model, parallel=parallel | dict(recompute_granularity="full"), **settings)
     losses = torch.tensor([run["losses"] for run in (alone, shared[0], plain)])
     norms = torch.tensor([run["norms"] for run in (alone, shared[0], plain)])
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-5, atol=0)

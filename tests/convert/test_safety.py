@@ -196,7 +196,7 @@ def test_interrupted_conversion_goes_on(folder, monkeypatch, capsys):
     assert convert_to_hf.main([str(ours), str(folder.parent / "whole"), "--quiet", "--max-shard-size", "6KB"]) == 0
     for path in target.iterdir():
         assert path.read_bytes() == (folder.parent / "whole" / path.name).read_bytes()
-    assert find_checkpoint(str(ours), folder) == ours
+    assert find_checkpoint(str(ours), "checkpoint.resume") == ours
 
 
 def test_a_changed_source_starts_anew(folder, monkeypatch):

@@ -201,7 +201,7 @@ def test_the_tool_checks_everything_and_training_finds_its_verdicts(tmp_path, mo
     monkeypatch.setattr(validate, "FULL_BELOW_BYTES", 0)
     tokens = write_raw(tmp_path / "a.npy", np.zeros(900, int))
     config = tmp_path / "run.yaml"
-    model = {"preset": "olmo_hybrid_tiny", "layer_pattern": "GA"}
+    model = {"base_preset": "olmo_hybrid_tiny", "layer_pattern": "GA"}
     sections = {"run_dir": str(tmp_path / "run"), "model": model, "train": {"steps": 1, "global_batch_size": 1}}
     config.write_text(json.dumps(sections | {"data": {"train": [{"path": tokens}], "sequence_length": 16}}))
     monkeypatch.setattr("sys.argv", ["check_data.py", str(config)])

@@ -13,7 +13,8 @@ import torch
 
 from megatron_hybrid.convert.verify import verify
 from testing import jobs
-from tests.distributed.test_same_curve import LR, MODEL, STEPS, TRAIN, assert_same, layout, slow_unless
+from testing.layouts import LR, MODEL, STEPS, TRAIN, assert_same, layout
+from tests.distributed.test_same_curve import slow_unless
 
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-4}
@@ -160,7 +161,7 @@ def loaded(fraction: float, path: str) -> dict:
     """Parameters and optimizer state of a run that has just loaded a checkpoint, and its copies of fp32 parameters."""
     from megatron_hybrid.arch.model import ModelConfig
     from megatron_hybrid.checkpoint.manager import CheckpointManager
-    from megatron_hybrid.config.run import CheckpointConfig
+    from megatron_hybrid.config.checkpoint import CheckpointConfig
 
     engine = jobs.make_engine(MODEL, layout(), settings(fraction, "bf16"))
     model = ModelConfig(**MODEL).model_dump(mode="json")

@@ -50,8 +50,8 @@ class Mode(enum.Enum):
     ("precision", "modes"),
     [
         ({}, [Mode.NONE]),
-        (dict(linear="fp8_tensorwise"), [Mode.FP8]),
-        (dict(linear="fp8_tensorwise", bf16_layers_at_end=1), [Mode.FP8, Mode.NONE]),
+        (dict(fp8_recipe="tensorwise"), [Mode.FP8]),
+        (dict(fp8_recipe="tensorwise", num_layers_at_end_in_bf16=1), [Mode.FP8, Mode.NONE]),
     ],
 )
 def test_buffers_hold_a_micro_batch_in_the_layers_formats(precision, modes, monkeypatch):

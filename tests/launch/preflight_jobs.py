@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.config.parallel import ParallelConfig
-from megatron_hybrid.config.run import PreflightConfig
+from megatron_hybrid.config.preflight import PreflightConfig
 from megatron_hybrid.distributed import bandwidth
 from megatron_hybrid.launch import node_checks, preflight
 from megatron_hybrid.launch.environment import Launch

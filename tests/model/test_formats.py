@@ -81,7 +81,7 @@ def stage(*layers: int) -> SimpleNamespace:
     ],
 )
 def test_rows_of_fp8_linears_name_the_layers_of_the_stage(chunks, plain, fp8):
-    precision = PrecisionConfig(linear="fp8_tensorwise", bf16_layers_at_start=2, bf16_layers_at_end=1)
+    precision = PrecisionConfig(fp8_recipe="tensorwise", num_layers_at_start_in_bf16=2, num_layers_at_end_in_bf16=1)
     rows = list(formats._linears(chunks, LOCAL, "", precision, "bf16"))
     assert [row[0] for row in rows if row[2] == "bf16"] == plain
     assert [row[0] for row in rows if row[2].startswith("fp8")] == fp8
@@ -89,44 +89,44 @@ def test_rows_of_fp8_linears_name_the_layers_of_the_stage(chunks, plain, fp8):
 
 
 def test_the_table_tells_of_weights_held_in_fp8():
-    precision = PrecisionConfig(linear="fp8_tensorwise", fp8_parameters=True, bf16_layers_at_end=1)
+    precision = PrecisionConfig(fp8_recipe="tensorwise", fp8_param_gather=True, num_layers_at_end_in_bf16=1)
     plain, fp8 = formats._linears([stage(*range(8))], LOCAL, "", precision, "bf16")
     assert plain[:3] == ("7", "projections, MLP", "bf16")
     assert fp8[:2] == ("0-6", "projections, MLP")
     assert fp8[2].endswith("weights held in fp8")
-    assert fp8[4] == "precision.linear = fp8_tensorwise, fp8_parameters = true"
+    assert fp8[4] == "precision.fp8_recipe = tensorwise, fp8_param_gather = true"
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "cuda", "field", "why"),
+    ("backend", "recipe", "dtype", "cuda", "field", "why"),
     [
-        (dict(parts="transformer_engine"), "bf16", False, "precision.parts", "no CUDA device is visible"),
-        (dict(linear="fp8_delayed"), "bf16", False, "precision.linear", "no CUDA device is visible"),
-        (dict(parts="transformer_engine"), "bf16", True, "precision.parts", "is not installed"),
-        (dict(linear="fp8_tensorwise"), "bf16", True, "precision.linear", "is not installed"),
+        ("transformer_engine", None, "bf16", False, "model.backend", "no CUDA device is visible"),
+        ("auto", "delayed", "bf16", False, "precision.fp8_recipe", "no CUDA device is visible"),
+        ("transformer_engine", None, "bf16", True, "model.backend", "is not installed"),
+        ("auto", "tensorwise", "bf16", True, "precision.fp8_recipe", "is not installed"),
     ],
 )
-def test_what_cannot_run_here_is_an_error(precision, dtype, cuda, field, why, monkeypatch):
+def test_what_cannot_run_here_is_an_error(backend, recipe, dtype, cuda, field, why, monkeypatch):
     monkeypatch.setattr(parts_module, "has_cuda", lambda: cuda)
     monkeypatch.setattr(parts_module, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        choose_parts(PrecisionConfig(**precision), dtype)
+        choose_parts(backend, PrecisionConfig(fp8_recipe=recipe), dtype)
     assert [name for name, _ in caught.value.problems] == [field]
     assert why in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "cuda", "installed", "why"),
+    ("backend", "dtype", "cuda", "installed", "why"),
     [
-        ({}, "bf16", False, True, "no CUDA device is visible"),
-        ({}, "bf16", True, False, "Transformer Engine is not installed"),
-        ({}, "fp32", True, True, "train.dtype is fp32"),
-        (dict(parts="local"), "bf16", True, True, "precision.parts = local"),
+        ("auto", "bf16", False, True, "no CUDA device is visible"),
+        ("auto", "bf16", True, False, "Transformer Engine is not installed"),
+        ("auto", "fp32", True, True, "train.dtype is fp32"),
+        ("local", "bf16", True, True, "model.backend = local"),
     ],
 )
-def test_local_parts_come_with_a_reason(precision, dtype, cuda, installed, why, monkeypatch):
+def test_local_parts_come_with_a_reason(backend, dtype, cuda, installed, why, monkeypatch):
     monkeypatch.setattr(parts_module, "has_cuda", lambda: cuda)
     monkeypatch.setattr(parts_module, "find_spec", lambda name: object() if installed else None)
-    parts, reason = choose_parts(PrecisionConfig(**precision), dtype)
+    parts, reason = choose_parts(backend, PrecisionConfig(), dtype)
     assert parts is LOCAL
     assert why in reason

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_hybrid.config.run import LoggingConfig
+from megatron_hybrid.config.logging import LoggingConfig
 from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.observe import run_logger as module
 from megatron_hybrid.observe.metrics import read_metrics
@@ -157,7 +157,9 @@ def test_wandb(tmp_path, monkeypatch):
         with RunLogger(config, tmp_path, 0, **common) as logger:
             train(logger, start + 1, 4)
     inits = [c[1] for c in calls if c[0] == "init"]
-    assert [i["id"] for i in inits] == [None, "abc123", None], "a run that is new or rewound does not join the one before"
+    assert [i["id"] for i in inits] == [None, "abc123", None], (
+        "a run that is new or rewound does not join the one before"
+    )
     assert inits[0]["project"] == "mine"
     assert inits[0]["config"] == {"a": 1} and inits[0]["resume"] == "allow"
     logs = [c[1] for c in calls if c[0] == "log"]

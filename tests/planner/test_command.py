@@ -9,7 +9,6 @@ import pytest
 
 from megatron_hybrid.base.errors import BAD_INPUT, ConfigError, UserError
 from megatron_hybrid.config.load import dump_run, load_run
-from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.planner import measured, report
 from megatron_hybrid.planner.command import Question, answer
 from megatron_hybrid.planner.hardware import load
@@ -70,7 +69,7 @@ def test_emitted_runs_load_and_pass_the_trainers_checks(tmp_path):
         assert run.parallel.tensor_parallel_size == best["tp"] and run.train.micro_batch_size == best["mbs"]
     assert run.data.sequence_length == 64 and run.data.train[0].path == "data/train"
     kept = load_run(str(tmp_path / "2.yaml"))
-    assert kept.precision.linear == "fp8_tensorwise" and kept.data.train[0].path == "data/olmo_mix/*.npy"
+    assert kept.precision.fp8_recipe == "tensorwise" and kept.data.train[0].path == "data/olmo_mix/*.npy"
 
 
 def test_overlapped_tensor_parallelism_is_kept_where_it_fits(tmp_path):
@@ -196,6 +195,6 @@ def test_a_candidate_is_measured_through_the_real_engine(tiny):
 
 def test_a_run_that_fails_says_its_last_words(tiny):
     run, candidate = tiny
-    broken = run.model_copy(update={"precision": PrecisionConfig(parts="transformer_engine")})
+    broken = run.model_copy(update={"model": run.model.model_copy(update={"backend": "transformer_engine"})})
     with pytest.raises(UserError, match="could not be measured:(.|\\n)*transformer_engine cannot run"):
         measured.measure(broken, candidate, steps=2)

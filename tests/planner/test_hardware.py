@@ -18,7 +18,7 @@ def test_what_ships_reads_back(name, tmp_path):
     (tmp_path / "copy.yaml").write_text(dump(hardware))
     assert dump(load(str(tmp_path / "copy.yaml"))) == dump(hardware)
     assert hardware.measured and 4e10 < hardware.memory < 3e11
-    for form in ("bf16", "fp8_tensorwise", "fp8_delayed", "fp8_blockwise"):
+    for form in ("bf16", "tensorwise", "delayed", "blockwise"):
         assert set(hardware.linear[form]) == {"forward", "backward"}
 
 

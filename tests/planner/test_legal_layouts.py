@@ -23,8 +23,8 @@ ASK = Question("olmo_hybrid_tiny", 8, sequence_length=64, global_batch_size=8)
     [
         ["train.batch_ramp={start: 8, increment: 8, samples: 100}"],
         ["train.batch_ramp={start: 4, increment: 4, samples: 100}", "train.micro_batch_size=16"],
-        ["precision.linear=fp8_tensorwise", "precision.fp8_parameters=true"],
-        ["precision.linear=fp8_blockwise"],
+        ["precision.fp8_recipe=tensorwise", "precision.fp8_param_gather=true"],
+        ["precision.fp8_recipe=blockwise"],
         ["train.optimizer.offload_fraction=0.5"],
         ["train.dtype=fp32"],
         ["model.layer_pattern=GGGAGGA"],

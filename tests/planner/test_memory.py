@@ -134,7 +134,7 @@ def test_dummy_heads_are_told():
 
 def test_weights_held_in_fp8_save_two_bytes_and_leave_a_transpose():
     cast, held = (
-        fullest(replace(plan(2), precision=PrecisionConfig(linear="fp8_tensorwise", fp8_parameters=on)))
+        fullest(replace(plan(2), precision=PrecisionConfig(fp8_recipe="tensorwise", fp8_param_gather=on)))
         for on in (False, True)
     )
     assert cast.fp8_weights == 2 * held.fp8_weights
@@ -178,6 +178,6 @@ def test_buffers_of_overlapped_tensor_parallelism_by_hand():
     for tp, pieces in ((2, 10 + 2 * 3 / 2), (8, 10 + 2 * 15 / 8)):
         without, overlapped = (rank_memory(plan(tp, tp_comm_overlap=on), 0).total for on in (False, True))
         assert overlapped - without == pytest.approx(2 * one * pieces)
-    fp8 = replace(plan(2, tp_comm_overlap=True), precision=PrecisionConfig(linear="fp8_tensorwise"))
+    fp8 = replace(plan(2, tp_comm_overlap=True), precision=PrecisionConfig(fp8_recipe="tensorwise"))
     without = replace(fp8, parallel=plan(2).parallel)
     assert rank_memory(fp8, 0).total - rank_memory(without, 0).total == pytest.approx(one * (8 + 2 * 2 + 2 * 3))

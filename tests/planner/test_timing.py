@@ -37,7 +37,7 @@ def test_overlap_hides_the_data_parallel_communication():
 
 
 def test_recomputation_costs_time_and_no_mfu_is_claimed_for_it():
-    none, selective, full = (CLOCK.step(plan(recompute=r)) for r in ("none", "selective", "full"))
+    none, selective, full = (CLOCK.step(plan(recompute_granularity=r)) for r in ("none", "selective", "full"))
     assert none.seconds < selective.seconds < full.seconds
     assert full.parts["products"] / none.parts["products"] == pytest.approx(4 / 3, rel=0.05)
     assert none.mfu * none.seconds == pytest.approx(full.mfu * full.seconds)
@@ -63,7 +63,7 @@ def test_playing_the_schedule_agrees_with_the_closed_form():
 
 def test_fp8_speeds_up_products_alone():
     fp8 = plan()
-    fp8 = type(fp8)(**{**vars_of(fp8), "precision": PrecisionConfig(linear="fp8_tensorwise")})
+    fp8 = type(fp8)(**{**vars_of(fp8), "precision": PrecisionConfig(fp8_recipe="tensorwise")})
     bf16 = CLOCK.step(plan())
     assert CLOCK.step(fp8).parts["products"] < 0.8 * bf16.parts["products"]
     assert CLOCK.step(fp8).parts["delta rule"] == bf16.parts["delta rule"]
@@ -72,16 +72,16 @@ def test_fp8_speeds_up_products_alone():
 def test_launches_of_a_layer_count_the_collectives_that_are_left():
     """parallel.tp_comm_overlap takes the exchanges into the products; tensorwise FP8's scales are all-reduced all the same."""
 
-    def host(linear=None, **parallel) -> float:
-        one = replace(plan(**parallel), precision=PrecisionConfig(linear=linear))
+    def host(recipe=None, **parallel) -> float:
+        one = replace(plan(**parallel), precision=PrecisionConfig(fp8_recipe=recipe))
         return Layers(one, CLOCK.hardware).host("forward") - CLOCK.hardware.host_layer
 
     one = CLOCK.hardware.host_collective
     assert host() == 0
     assert host(tp=4) == pytest.approx(4 * one)
-    assert host("fp8_tensorwise", tp=4) == pytest.approx(6 * one)
-    assert host("fp8_tensorwise", tp=4, tp_comm_overlap=True) == pytest.approx(2 * one)
-    assert host(tp=4, tp_comm_overlap=True) == host("fp8_delayed", tp=4, tp_comm_overlap=True) == 0
+    assert host("tensorwise", tp=4) == pytest.approx(6 * one)
+    assert host("tensorwise", tp=4, tp_comm_overlap=True) == pytest.approx(2 * one)
+    assert host(tp=4, tp_comm_overlap=True) == host("delayed", tp=4, tp_comm_overlap=True) == 0
 
 
 def vars_of(one) -> dict:

@@ -47,7 +47,7 @@ def test_all_is_well_and_nothing_is_made(run, tmp_path):
             "data.validation.0.path: /no/such/prefix.idx and /no/such/prefix.bin: no such",
         ),
         ("data.train.0.path=/no/such/*.npy", "data.train.0.path: /no/such/*.npy: no such file: nothing matches"),
-        ("checkpoint.load=/no/such/run", "checkpoint.load: /no/such/run: there is no such folder"),
+        ("checkpoint.resume=/no/such/run", "checkpoint.resume: /no/such/run: there is no such folder"),
     ],
 )
 def test_what_is_not_on_this_machine_is_said_or_refused(run, override, says):
@@ -75,7 +75,7 @@ def test_files_that_are_there_and_wrong_are_errors_wherever(run, tmp_path):
         "data.train.0.path": [(f"{tmp_path}/{name}", says) for name, says in (
             ("odd.npy", "truncated at byte 3"), ("short.npy", "2 tokens do not make one sample"), ("half", "half.idx: no such file"),
             ("dangling.npy", "cannot be read"), ("empty", "no such file"))],
-        "checkpoint.load": [(tmp_path / "empty", "no complete checkpoint there"), (tmp_path / "damaged", "damaged"),
+        "checkpoint.resume": [(tmp_path / "empty", "no complete checkpoint there"), (tmp_path / "damaged", "damaged"),
                             (other, "model.layer_pattern is 'GA' there")],
         "run_dir": [(tmp_path / "odd.npy", "is a file"), ("/proc/run", "cannot be made or written")],
     }  # fmt: skip
@@ -90,18 +90,18 @@ def test_every_problem_is_told_at_once(run):
     overrides = [
         "data.train.0.path=/no/a.npy",
         "data.validation.0.path=/no/b.npy",
-        "checkpoint.load=/no/c",
+        "checkpoint.resume=/no/c",
         "run_dir=/proc/run",
     ]
     with pytest.raises(ConfigError) as refused:
         check_files(run(*overrides), 4, required=True)
-    names = ["run_dir", "data.train.0.path", "data.validation.0.path", "checkpoint.load"]
+    names = ["run_dir", "data.train.0.path", "data.validation.0.path", "checkpoint.resume"]
     assert [field for field, _ in refused.value.problems] == names
 
 
 def test_the_checkpoint_that_would_be_resumed_is_of_this_model(run, tmp_path):
     checkpoint(tmp_path / "run" / "checkpoints" / "step-00000003", run("model.layer_pattern=GA").model)
-    with pytest.raises(ConfigError, match="checkpoint.load: .*step-00000003: model.layer_pattern is 'GA' there"):
+    with pytest.raises(ConfigError, match="checkpoint.resume: .*step-00000003: model.layer_pattern is 'GA' there"):
         check_files(run(), 4, required=False)
 
 

@@ -10,8 +10,9 @@ import pytest
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.checkpoint.format import CheckpointError
+from megatron_hybrid.config.checkpoint import CheckpointConfig
 from megatron_hybrid.config.load import load_run
-from megatron_hybrid.config.run import CheckpointConfig, RunConfig
+from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.build import build_train_and_validation
 from megatron_hybrid.data.fingerprint import data_identity
@@ -65,7 +66,7 @@ def steps(run_dir) -> list[int]:
 
 
 def test_a_fresh_start_in_a_used_folder_is_refused(saved):
-    run = changed(saved, checkpoint={"load": "none"})
+    run = changed(saved, checkpoint={"resume": "none"})
     with pytest.raises(
         RunFolderError, match="holds 3 checkpoints of an earlier one, the newest of step 6; give another"
     ):
@@ -76,20 +77,20 @@ def test_a_fresh_start_in_a_used_folder_is_refused(saved):
 
 def test_a_run_is_rewound_to_an_earlier_checkpoint(ranks, saved, tmp_path):
     first = tmp_path / "run" / "checkpoints" / "step-00000002"
-    again = changed(saved, checkpoint={"load": str(first), "keep_last": 2}).model_dump()
+    again = changed(saved, checkpoint={"resume": str(first), "keep_last": 2}).model_dump()
     (result,) = ranks.run(jobs.pretrain_run, 1, config=again)
     assert result["progress"]["step"] == 7
     assert steps(tmp_path / "run") == [6, 7], "keep_last counts the new line only"
     aside = tmp_path / "run" / "checkpoints" / "set-aside-1"
     assert sorted(p.name for p in aside.iterdir()) == ["metrics.jsonl", "step-00000004", "step-00000006"]
     assert [line["step"] for line in metrics(saved)] == [1, 2, 3, 4, 5, 6, 7]
-    back = changed(saved, checkpoint={"load": str(aside / "step-00000006")})
+    back = changed(saved, checkpoint={"resume": str(aside / "step-00000006")})
     with pytest.raises(CheckpointError, match="was set aside when the run was rewound"):
         choose_start(back, {})
 
 
 def test_a_restarted_job_does_not_rewind_again(saved, tmp_path):
-    run = changed(saved, checkpoint={"load": str(tmp_path / "run" / "checkpoints" / "step-00000002")})
+    run = changed(saved, checkpoint={"resume": str(tmp_path / "run" / "checkpoints" / "step-00000002")})
     assert choose_start(run, {}).kind == "rewind"
     assert choose_start(run, {"SLURM_RESTART_COUNT": "2"}).folder.name == "step-00000006"
 
@@ -103,7 +104,7 @@ def test_what_is_set_aside_never_replaces_anything(saved, tmp_path):
 
 
 def test_a_stage_resumes_its_own_checkpoints_even_if_the_first_stage_is_gone(saved, tmp_path):
-    stage = changed(saved, run_dir=str(tmp_path / "stage"), checkpoint={"load": saved["run_dir"], "weights_only": True})
+    stage = changed(saved, run_dir=str(tmp_path / "stage"), checkpoint={"init_from": saved["run_dir"]})
     start = choose_start(stage, {})
     assert (start.kind, start.folder.name, start.weights_only) == ("checkpoint", "step-00000006", True)
     shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "stage" / "checkpoints")
@@ -113,18 +114,29 @@ def test_a_stage_resumes_its_own_checkpoints_even_if_the_first_stage_is_gone(sav
 def test_nothing_left_to_train_is_an_error(saved, tmp_path):
     for run in (
         RunConfig(**saved),
-        changed(saved, run_dir=str(tmp_path / "next"), train={"steps": 3}, checkpoint={"load": saved["run_dir"]}),
+        changed(saved, run_dir=str(tmp_path / "next"), train={"steps": 3}, checkpoint={"resume": saved["run_dir"]}),
     ):
         with pytest.raises(RunFolderError, match=r"train.steps: \d leaves nothing to train: .* is of step 6"):
             compare(run)
 
 
-@pytest.mark.parametrize("load", ["auto", "none"])
-def test_weights_only_needs_a_checkpoint(load):
+def test_two_checkpoints_to_start_from_are_an_error():
     with pytest.raises(ValueError) as caught:
-        CheckpointConfig(weights_only=True, load=load)
+        CheckpointConfig(init_from="a", resume="b")
     (error,) = caught.value.errors()
-    assert isinstance(error["ctx"]["error"], ConfigError) and f"load is {load}" in str(error["ctx"]["error"])
+    assert isinstance(error["ctx"]["error"], ConfigError) and "resume is b" in str(error["ctx"]["error"])
+    assert CheckpointConfig(init_from="a", resume="none").init_from == "a"
+
+
+def test_weights_of_another_run_do_not_replace_a_runs_own_checkpoints(saved, tmp_path):
+    stage = changed(saved, checkpoint={"init_from": str(tmp_path / "elsewhere")})
+    assert choose_start(stage, {}).kind == "resume"
+    fresh = changed(saved, checkpoint={"init_from": str(tmp_path / "elsewhere"), "resume": "none"})
+    with pytest.raises(RunFolderError, match="checkpoint.resume: none starts a new run"):
+        choose_start(fresh, {})
+    absent = changed(saved, run_dir=str(tmp_path / "new"), checkpoint={"init_from": str(tmp_path / "elsewhere")})
+    with pytest.raises(CheckpointError, match="checkpoint.init_from: .*no complete checkpoint there"):
+        choose_start(absent, {})
 
 
 def test_changes_that_only_steer_the_run_are_reported(saved):
@@ -213,6 +225,27 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_its_configuration(sav
     ]
     with pytest.raises(CheckpointError, match="data.seed: 1234 -> 9"):
         compare(changed(saved, data={"seed": 9}))
+
+
+def test_a_checkpoint_with_old_names_of_fields_is_read(saved, tmp_path):
+    index = tmp_path / "run" / "checkpoints" / "step-00000006" / "index.json"
+    content = json.loads(index.read_text())
+    run, precision = content["run"], content["run"]["precision"]
+    run["parallel"]["recompute"] = run["parallel"].pop("recompute_granularity")
+    run["checkpoint"] |= {"load": run["checkpoint"].pop("resume"), "weights_only": False}
+    del run["checkpoint"]["init_from"]
+    precision |= {"parts": run["model"].pop("backend"), "linear": precision.pop("fp8_recipe")}
+    precision |= {"attention": None, "amax_history": precision.pop("fp8_amax_history_len")}
+    del precision["fp8_attention"]
+    index.write_text(json.dumps(content))
+    assert compare(changed(saved)) == ["changed since step-00000006: train.steps 6 -> 7"]
+
+
+def test_another_backend_is_the_same_model(saved, tmp_path):
+    index = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "index.json").read_text())
+    assert "backend" not in index["model"]
+    lines = compare(changed(saved, model={"backend": "local"}))
+    assert "changed since step-00000006: model.backend 'auto' -> 'local'" in lines
 
 
 def test_tokens_accumulate_over_sequence_lengths(ranks, saved):

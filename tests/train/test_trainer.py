@@ -125,7 +125,7 @@ def test_a_new_stage_starts_from_anothers_weights_alone(dtype, ranks, config, tm
     second = first | {
         "run_dir": str(tmp_path / "stage2"),
         "train": first["train"] | {"steps": 3, "optimizer": dict(lr=1e-9)},
-        "checkpoint": dict(interval=3, load=first["run_dir"], weights_only=True),
+        "checkpoint": dict(interval=3, init_from=first["run_dir"]),
     }
     (two, _) = ranks.run(jobs.pretrain_run, 2, config=second)
     assert two["progress"]["step"] == 3 and metrics(second)[0]["step"] == 1

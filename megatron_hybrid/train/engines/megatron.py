@@ -100,7 +100,7 @@ class MegatronEngine:
         self.groups, self.parallel, self.precision, self.sequence_length = groups, parallel, precision, sequence_length
         self.dtype = train.dtype
         if parallel.tp_comm_overlap:
-            require_transformer_engine("parallel.tp_comm_overlap", precision, train.dtype)
+            require_transformer_engine("parallel.tp_comm_overlap", model.backend, precision, train.dtype)
             tokens = sequence_length // groups.cp.size() * train.micro_batch_size
             start_overlap(precision, train.dtype, tokens, model.hidden_size, groups.tp)
         self.chunks = build_model(model, parallel, precision, train.dtype, sequence_length, groups)
@@ -114,7 +114,7 @@ class MegatronEngine:
 
     def forward_backward(self, batches: list[Batch]) -> Losses:
         """Mean losses over the global batch; its gradients are ready when this returns."""
-        if self.pending and self.precision.linear == "fp8_delayed":
+        if self.pending and self.precision.fp8_recipe == "delayed":
             self.optimizer.set_fp8_parameters()  # the step before was skipped, yet its scales are newer than the cast
         self.pending = True
         for chunk in self.wrapped:

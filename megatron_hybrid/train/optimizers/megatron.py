@@ -40,7 +40,7 @@ def wrap_data_parallel(chunks, parallel: ParallelConfig, precision: PrecisionCon
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.distributed_optimizer,
         bucket_size=parallel.bucket_size,
-        fp8_param_gather=precision.fp8_parameters,
+        fp8_param_gather=precision.fp8_param_gather,
         check_for_nan_in_grad=False,  # the trainer looks at the gradient norm, and skips the step
     )
     return [
@@ -94,7 +94,7 @@ class Optimizer:
             params_dtype=DTYPES[train.dtype],
             use_distributed_optimizer=parallel.distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,
-            fp8_recipe=precision.linear.removeprefix("fp8_") if precision.linear and self.in_fp8 else None,
+            fp8_recipe=precision.fp8_recipe if self.in_fp8 else None,
             **offload_options(adam.offload_fraction),
         )
         no_decay = ParamWithNamePredicate(name="no_decay", fn=lambda parameter, name: parameter in exempt)

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = dict(
     layer_pattern="GGGA",
     hidden_size=256,
@@ -54,15 +54,17 @@ def layout(tp=1, pp=1, vpp=1, cp=1, **more) -> dict:
 
 
 FORMATS = {
-    "fp8 delayed": dict(linear="fp8_delayed"),
-    "fp8 tensorwise": dict(linear="fp8_tensorwise"),
-    "fp8 blockwise": dict(linear="fp8_blockwise"),
-    "fp8 delayed, attention": dict(linear="fp8_delayed", attention="fp8"),
-    "fp8 tensorwise, attention": dict(linear="fp8_tensorwise", attention="fp8"),
-    "fp8 tensorwise, ends in bf16": dict(linear="fp8_tensorwise", bf16_layers_at_start=1, bf16_layers_at_end=1),
+    "fp8 delayed": dict(fp8_recipe="delayed"),
+    "fp8 tensorwise": dict(fp8_recipe="tensorwise"),
+    "fp8 blockwise": dict(fp8_recipe="blockwise"),
+    "fp8 delayed, attention": dict(fp8_recipe="delayed", fp8_attention=True),
+    "fp8 tensorwise, attention": dict(fp8_recipe="tensorwise", fp8_attention=True),
+    "fp8 tensorwise, ends in bf16": dict(
+        fp8_recipe="tensorwise", num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1
+    ),
 }
 HELD = {f"{name}, parameters": name for name in FORMATS}  # a format with weights in FP8 alone -> without
-FORMATS |= {held: FORMATS[name] | dict(fp8_parameters=True) for held, name in HELD.items()}
+FORMATS |= {held: FORMATS[name] | dict(fp8_param_gather=True) for held, name in HELD.items()}
 RESUMED = [
     "bf16",
     "fp8 delayed, attention",
@@ -112,8 +114,8 @@ OVERLAPPED = {  # name: (parallel, precision), at TP2
     "fp8 delayed": ({}, FORMATS["fp8 delayed"]),
     "fp8 tensorwise": ({}, FORMATS["fp8 tensorwise"]),
     "fp8 tensorwise, ends in bf16": ({}, FORMATS["fp8 tensorwise, ends in bf16"]),
-    "bf16, selective recompute": (dict(recompute="selective"), {}),
-    "bf16, full recompute": (dict(recompute="full"), {}),
+    "bf16, selective recompute": (dict(recompute_granularity="selective"), {}),
+    "bf16, full recompute": (dict(recompute_granularity="full"), {}),
 }
 FP8_FORMATS = (
     "fp8 delayed",
@@ -129,7 +131,7 @@ IN_FP32 = {"fp32": job(), "fp32, wide": job(**WIDE), "fp32, deep": job(**DEEP), 
 
 
 def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Sequence[int] = ()) -> dict[str, dict]:
-    """Results of the jobs (tests/gpu/curves.py), from one launch of that many ranks, on those GPUs if they are named."""
+    """Results of the jobs (testing/gpu_curves.py), from one launch of that many ranks, on those GPUs if they are named."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -146,7 +148,7 @@ def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Seq
             "--nproc-per-node",
             str(ranks),
             "-m",
-            "tests.gpu.curves",
+            "testing.gpu_curves",
         ]
         command = [sys.executable, *launch, str(folder / "jobs.json"), str(folder / "results.json")]
         process = subprocess.Popen(
@@ -191,17 +193,17 @@ def on_cpu() -> dict[str, dict]:
 
 def on_one_gpu(folder: Path, gpus: Sequence[int] = (), names: Collection[str] = ()) -> dict[str, dict]:
     """Every format, or these `names`, some of them also saved in `folder` and resumed; each job on one of `gpus`."""
-    jobs = IN_FP32 | {"bf16, local": job(dtype="bf16", precision=dict(parts="local"))}
+    jobs = IN_FP32 | {"bf16, local": job(dtype="bf16", model=dict(backend="local"))}
     if find_spec("transformer_engine"):
         for name, precision in {"bf16": {}, **FORMATS}.items():
             jobs[name] = job(dtype="bf16", precision=precision, **_resumed(name, folder))
         for name in chain(*SKIPPED.items()):
             fmt, two = name.removeprefix("skipped, "), [STEPS // 2 - 2, STEPS // 2 - 1]
             jobs[name] = job(dtype="bf16", precision=FORMATS[fmt], skipped=two, **_resumed(fmt, folder / "skipped"))
-        recompute = layout(recompute="full")
+        recompute = layout(recompute_granularity="full")
         for name in ("fp8 tensorwise", "fp8 tensorwise, attention"):
             jobs[f"{name}, full recompute"] = job(recompute, "bf16", FORMATS[name])
-        jobs["bf16, selective recompute"] = job(layout(recompute="selective"), "bf16")
+        jobs["bf16, selective recompute"] = job(layout(recompute_granularity="selective"), "bf16")
         jobs["bf16, YaRN"] = job(dtype="bf16", **YARN)
     for name, (base, share) in OFFLOADED.items():
         if base in jobs:

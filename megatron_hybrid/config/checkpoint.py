@@ -1,0 +1,59 @@
+"""Checkpoints: when to save, which to keep, where to start."""
+
+from pydantic import Field, PositiveInt, model_validator
+
+from megatron_hybrid.base import nearest
+from megatron_hybrid.base.errors import ConfigError
+from megatron_hybrid.base.section import Section
+
+
+class CheckpointConfig(Section):
+    """When to save checkpoints, which to keep, and where to start."""
+
+    interval: PositiveInt | None = 1000
+    """Steps between checkpoints. None: save only after the last step."""
+    keep_last: PositiveInt | None = 2
+    """Number of the run's newest checkpoints to keep. None: all."""
+    keep_every: PositiveInt | None = None
+    """Keep checkpoints whose step is a multiple of this permanently. It must be a multiple of interval."""
+    async_save: bool = False
+    """Write checkpoints in the background while training continues."""
+    resume: str = Field("auto", min_length=1)
+    """Checkpoint to continue from, with the optimizer's state and the position in the data. `auto`: the run's newest complete
+    checkpoint, or a new run if it has none. `none`: a new run; an error if run_dir has checkpoints. A folder: that checkpoint.
+    A run that began from another run's checkpoint resumes its own. An earlier checkpoint of the run itself rewinds the run:
+    later checkpoints are set aside, not deleted."""
+    init_from: str | None = Field(None, min_length=1)
+    """Folder of another run's checkpoint. A new run takes its weights only, and has its own schedule, data and moments. Once the
+    run has checkpoints, it resumes the newest of them."""
+    allow_changes: tuple[str, ...] = Field((), strict=False)
+    """Fields of `data` and `model` that may differ from those of the run that saved the checkpoint: `[data.seed]`, or
+    `[data, model.rope_theta]`. Other changes that repeat or skip samples, or that change the model, are errors."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointConfig":
+        if self.init_from is not None and self.resume not in ("auto", "none"):
+            raise ConfigError.at(
+                "init_from",
+                f"{self.init_from} is a second checkpoint to start from: resume is {self.resume}; set resume to auto, or this to null",
+            )
+        for name in self.allow_changes:
+            if name.partition(".")[0] not in ("data", "model"):
+                raise ConfigError.at(
+                    "allow_changes",
+                    f"{name} is no field of data or model; other fields may change without it: leave it out",
+                )
+        if self.keep_every is None:
+            return self
+        if self.interval is None:
+            raise ConfigError.at(
+                "keep_every",
+                f"{self.keep_every} has nothing to keep while interval is null; set it to null too",
+            )
+        if self.keep_every % self.interval:
+            best = nearest.multiple(self.keep_every, self.interval)
+            raise ConfigError.at(
+                "keep_every",
+                f"{self.keep_every} is not a multiple of checkpoint.interval = {self.interval}; the nearest is {best}",
+            )
+        return self
