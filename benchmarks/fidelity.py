@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def main() -> None:
     from report import bounded, write
 
+    from testing.fidelity import CASES, compare
     from testing.ranks import RankPool
-    from tests.model.test_fidelity import CASES, compare
 
     pool, rows = RankPool(), []
     for name in CASES:

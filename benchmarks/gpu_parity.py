@@ -21,7 +21,7 @@ def main() -> None:
     from kernel_timing import write_gpu
     from report import bounded
 
-    from tests.gpu import jobs
+    from testing import gpu_jobs as jobs
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--layouts", nargs="?", const="")
@@ -93,7 +93,7 @@ def main() -> None:
 
 def on_two(gpus: list[int], only: str) -> tuple[dict, dict]:
     """What two GPUs find: layouts, and pairs without and with overlapped exchanges where Transformer Engine is there."""
-    from tests.gpu import jobs
+    from testing import gpu_jobs as jobs
 
     pairs = jobs.overlapped(gpus) if find_spec("transformer_engine") and re.search(only, "TP2, overlapped") else {}
     return jobs.on_several(2, gpus, only), pairs

@@ -18,7 +18,7 @@ STEPS = 20
 @contextlib.contextmanager
 def srun(folder: Path):
     """As `launchers`: srun with and without PMIx, on two nodes and one; nothing where SLURM's daemons are missing."""
-    from tests.slurm.cluster import DAEMONS, Cluster, find_daemon
+    from testing.slurm_cluster import DAEMONS, Cluster, find_daemon
 
     if not all(map(find_daemon, DAEMONS)):
         yield {}
@@ -41,7 +41,7 @@ def srun(folder: Path):
 def main() -> None:
     from report import bounded, write
 
-    from tests.launch.launchers import curve, launchers, write_run
+    from testing.launchers import curve, launchers, write_run
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

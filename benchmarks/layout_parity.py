@@ -16,17 +16,8 @@ def main() -> None:
     from report import bounded, write
 
     from testing import jobs
+    from testing.layouts import DEEP, LAYOUTS, MODEL, SHALLOW, TOLERANCE, TRAIN, layout, relative_difference
     from testing.ranks import RankPool
-    from tests.distributed.test_same_curve import (
-        DEEP,
-        LAYOUTS,
-        MODEL,
-        SHALLOW,
-        TOLERANCE,
-        TRAIN,
-        layout,
-        relative_difference,
-    )
 
     pool = RankPool()
 

@@ -21,8 +21,8 @@ def parameter_rows() -> list[dict]:
 
     from megatron_hybrid.config.presets import olmo_hybrid_7b
     from megatron_hybrid.planner.parameters import dummy_head_parameters, rank_parameters
-    from tests.config.test_presets import transformers_count
-    from tests.planner.test_parameters import layout, plan_of
+    from testing.peers import transformers_count
+    from testing.planner_cases import layout, plan_of
 
     model, rows = olmo_hybrid_7b(), []
     theirs = transformers_count(model)
@@ -39,9 +39,9 @@ def state_rows() -> list[dict]:
     from report import bounded
 
     from megatron_hybrid.planner.parameters import rank_state
+    from testing import planner_jobs as jobs
+    from testing.planner_cases import CASES, plan_of
     from testing.ranks import RankPool
-    from tests.planner import jobs
-    from tests.planner.test_parameters import CASES, plan_of
 
     pool, rows = RankPool(), []
     for name, (count, model, parallel, dtype) in CASES.items():

@@ -21,9 +21,9 @@ def main() -> None:
     from report import bounded, write
 
     from testing import jobs
+    from testing.layouts import MODEL, TRAIN, layout, relative_difference
     from testing.ranks import RankPool
-    from tests.distributed.test_deepspeed import MODEL, run, values_that_differ
-    from tests.distributed.test_same_curve import TRAIN, layout, relative_difference
+    from testing.zero import run, values_that_differ
 
     pool, rows = RankPool(), []
     (expected,) = pool.run(jobs.curve, 1, model=MODEL, parallel=layout(), train=TRAIN, **CURVE)

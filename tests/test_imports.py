@@ -143,9 +143,14 @@ def test_kernels_know_nothing_of_megatron():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "a package `kernels` would shadow Hugging Face's"
 
 
-@pytest.mark.parametrize("folder", ["megatron_hybrid", "kernels", "tools"])
-def test_nothing_imports_tests_or_tools(folder):  # but benchmarks, which record the figures that tests only bound
+@pytest.mark.parametrize("folder", ["megatron_hybrid", "kernels", "tools", "testing", "benchmarks", "examples"])
+def test_nothing_imports_tests_or_tools(folder):
     assert not offences(folder, lambda _, name: is_within(name, "tests") or is_within(name, "tools"))
+
+
+@pytest.mark.parametrize("folder", ["megatron_hybrid", "kernels", "tools", "examples"])
+def test_only_tests_and_benchmarks_import_the_shared_harnesses(folder):
+    assert not offences(folder, lambda _, name: is_within(name, "testing"))
 
 
 def test_nothing_loads_a_pickle():

@@ -1,9 +1,11 @@
 """Train with megatron.training, as Megatron-LM's pretrain_gpt.py and pretrain_hybrid.py do, on its mock data. See README.md."""
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from megatron.core import mpu
+from megatron.core.datasets import utils as dataset_utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
@@ -66,7 +68,17 @@ def forward_step(iterator, model):
     return losses, partial(loss_of, x["loss_mask"])
 
 
+def use_compiled_helpers() -> None:
+    """Skip the `make` that megatron.training runs (megatron/training/initialize.py:178) where there is no makefile.
+
+    The megatron-core wheel holds the compiled dataset helpers and no makefile. A Megatron-LM checkout compiles as usual.
+    """
+    if not Path(dataset_utils.__file__).with_name("Makefile").exists():
+        dataset_utils.compile_helpers = lambda: None
+
+
 if __name__ == "__main__":
+    use_compiled_helpers()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
     model = (hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args)(args)
     config = pretrain_cfg_container_from_args(args, model)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megatron_hybrid.arch.blocks import Block, Blocks
+from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
 from megatron_hybrid.arch.model_fields import ModelFields
 from megatron_hybrid.arch.packing import PackedParameter, round_up
 from megatron_hybrid.base.errors import Problems, join, shown
@@ -88,6 +89,14 @@ class MixerSpec(ABC):
     @abstractmethod
     def flops(self, model: ModelFields, block: Block, sequence_length: int) -> int:
         """Return forward FLOPs per token besides the GEMMs of its linears."""
+
+    @abstractmethod
+    def operations(self, shard: Shard) -> list[Operation]:
+        """Return its operations, first to last, with the norms of the block: activation memory for the planner."""
+
+    @abstractmethod
+    def work(self, shard: Shard, direction: Direction) -> list[Work]:
+        """Return the work of one pass, without the norms of the block: time for the planner."""
 
     def check(self, model: ModelFields, block: Block, symbol: str) -> Problems:
         """Return what is wrong with a model whose layer_pattern has this block. Fields are relative to `model`."""

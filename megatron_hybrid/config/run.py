@@ -1,8 +1,12 @@
 """A whole run: every section, and the checks that need more than one of them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.registry import import_plugins
 from megatron_hybrid.base.section import Section
 from megatron_hybrid.config import checks
 from megatron_hybrid.config.checkpoint import CheckpointConfig

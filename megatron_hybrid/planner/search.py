@@ -14,7 +14,7 @@ from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.memory import Memory, fullest
 from megatron_hybrid.planner.plan import Plan
-from megatron_hybrid.planner.timing import Clock, StepTime
+from megatron_hybrid.planner.timing import StepPredictor, StepTime
 
 GB = 1e9
 PLAYED = 40
@@ -114,25 +114,25 @@ def degrees_of(plan: Plan) -> dict[str, Any]:
 
 def search(job: Job) -> Answer:
     """Enumerate, reject, predict, rank."""
-    clock, found, rejected = Clock(job.hardware), [], []
+    clock, found, rejected = StepPredictor(job.hardware), [], []
     for degrees, outcome in _layouts(job):
         if isinstance(outcome, str):
             rejected.append(Rejection(degrees, outcome))
             continue
         memory = fullest(outcome)
         need = device_bytes(memory, job.hardware)
-        if need > job.hardware.memory:
+        if need > job.hardware.memory_bytes:
             rejected.append(Rejection(degrees, _too_large(memory, need, job.hardware)))
             continue
         found.append(Candidate(outcome, memory, clock.step(outcome), need))
     found.sort(key=_slowness)
-    top = [replace(c, step=clock.step(c.plan, played=True)) for c in found[:PLAYED]]
+    top = [replace(c, step=clock.step(c.plan, simulated=True)) for c in found[:PLAYED]]
     return Answer(job, tuple(sorted(top, key=_slowness) + found[PLAYED:]), tuple(rejected))
 
 
 def device_bytes(memory: Memory, hardware: Hardware) -> float:
     """What a device must have free for it."""
-    return memory.total * hardware.factor("memory") * (1 + hardware.fragmentation) + hardware.reserve
+    return memory.total * hardware.factor("memory") * (1 + hardware.fragmentation) + hardware.reserved_bytes
 
 
 def _slowness(candidate: Candidate) -> tuple[float, float]:
@@ -142,7 +142,7 @@ def _slowness(candidate: Candidate) -> tuple[float, float]:
 def _too_large(memory: Memory, need: float, hardware: Hardware) -> str:
     parts = sorted(memory.parts().items(), key=lambda part: -part[1])[:2]
     most = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts)
-    return f"needs {need / GB:.1f} GB of {hardware.memory / GB:.1f} ({most})"
+    return f"needs {need / GB:.1f} GB of {hardware.memory_bytes / GB:.1f} ({most})"
 
 
 def _layouts(job: Job) -> Iterator[tuple[dict[str, Any], Plan | str]]:

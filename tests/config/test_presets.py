@@ -13,6 +13,7 @@ from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.config import presets
 from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
+from testing.peers import transformers_count
 
 SMALL = ModelConfig(
     layer_pattern="GGA,WG",
@@ -54,38 +55,6 @@ def test_olmo3_7b() -> None:
     model = presets.olmo3_7b()
     assert model.layers == tuple("WWWA" * 8)
     assert count_parameters(model) == pytest.approx(7.3e9, rel=1e-3)
-
-
-def transformers_count(model: ModelConfig) -> int:
-    """Parameters of transformers' model, made on the meta device."""
-    import torch
-    from transformers import AutoModelForCausalLM, Olmo3Config, OlmoHybridConfig
-
-    kinds = {"G": "linear_attention", "A": "full_attention", "W": "sliding_attention"}
-    shared = dict(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.kv_heads,
-        layer_types=[kinds[kind] for kind in model.layers],
-        tie_word_embeddings=model.tie_embeddings,
-        pad_token_id=None,
-    )
-    config: OlmoHybridConfig | Olmo3Config
-    if model.gdn is not None:
-        config = OlmoHybridConfig(
-            **shared,
-            linear_num_key_heads=model.gdn.num_key_heads,
-            linear_num_value_heads=model.gdn.num_value_heads,
-            linear_key_head_dim=model.gdn.key_head_dim,
-            linear_value_head_dim=model.gdn.value_head_dim,
-        )
-    else:
-        config = Olmo3Config(**shared)
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 @pytest.mark.slow  # transformers takes seconds to import

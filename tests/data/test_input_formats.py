@@ -19,7 +19,7 @@ from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.preprocess import preprocess
 from megatron_hybrid.data.records import ReadOptions, Skipped
 from megatron_hybrid.data.sources import open_source
-from tests.config.test_lfs import POINTER
+from tests.base.test_lfs import POINTER
 from tests.data.files import write_indexed
 
 LINES = b'{"text": "alpha"}\n{"text": "beta"}\n'

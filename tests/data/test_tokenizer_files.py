@@ -12,7 +12,7 @@ from tokenizers import decoders as tokenizer_decoders
 
 from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.tokenizer import load_tokenizer
-from tests.config.test_lfs import POINTER
+from tests.base.test_lfs import POINTER
 
 EOS = "<|endoftext|>"
 IM_START = {"content": "<|im_start|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

@@ -9,32 +9,16 @@ import torch
 
 from megatron_hybrid.convert.verify import verify
 from testing import jobs
+from testing.layouts import LR, MODEL, SAVED, SHALLOW, STEPS, TRAIN, assert_same, layout
+from testing.zero import run, values_that_differ
 from tests.convert import jobs as convert_jobs
 from tests.convert.test_huggingface import to_theirs
-from tests.distributed.test_same_curve import (
-    LR,
-    MODEL,
-    SAVED,
-    SHALLOW,
-    STEPS,
-    TRAIN,
-    assert_same,
-    few_micro_batches,
-    layout,
-    slow_unless,
-)
+from tests.distributed.test_same_curve import slow_unless
 
 if find_spec("deepspeed") is None:
     pytest.skip("no DeepSpeed here: HYBRID_EXTRAS=dev,deepspeed source tools/env.sh", allow_module_level=True)
 
 ZERO = TRAIN | {"engine": "deepspeed"}
-
-
-def run(ranks, count: int, zero: dict, parallel: dict | None = None, train: dict | None = None, **more) -> list[dict]:
-    parallel = parallel or layout()
-    train = few_micro_batches(count, parallel) | {"engine": "deepspeed"} | (train or {})
-    common = dict(model=MODEL, parallel=parallel, train=train, zero=zero)
-    return ranks.run(jobs.curve, count, **common | {"steps": STEPS, "lr": LR} | more)
 
 
 @pytest.fixture(scope="module")
@@ -161,17 +145,6 @@ RESUMED = {
     "ZeRO 3, bf16": ({"stage": 3}, {"dtype": "bf16"}),
     "ZeRO 3, all in host memory": ({"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}, {}),
 }
-
-
-def values_that_differ(straight: list[dict], first: list[dict], second: list[dict]) -> int:
-    """How many losses, norms and parameters a run in two parts, saved and loaded between, has otherwise than one in one go."""
-    count = 0
-    for one, a, b in zip(straight, first, second, strict=True):
-        for what in ("losses", "norms"):
-            count += sum(x != y for x, y in zip(one[what], a[what] + b[what], strict=True))
-        assert one["parameters"].keys() == b["parameters"].keys()
-        count += sum(int((one["parameters"][name] != value).sum()) for name, value in b["parameters"].items())
-    return count
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_unless(name == "ZeRO 3, bf16")) for name in RESUMED])

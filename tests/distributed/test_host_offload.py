@@ -13,7 +13,8 @@ import torch
 
 from megatron_hybrid.convert.verify import verify
 from testing import jobs
-from tests.distributed.test_same_curve import LR, MODEL, STEPS, TRAIN, assert_same, layout, slow_unless
+from testing.layouts import LR, MODEL, STEPS, TRAIN, assert_same, layout
+from tests.distributed.test_same_curve import slow_unless
 
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-4}

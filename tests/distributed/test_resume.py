@@ -8,17 +8,9 @@ import torch
 
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from testing import jobs
-from tests.distributed.test_same_curve import (
-    DEEP,
-    MODEL,
-    SAVED,
-    TRAIN,
-    assert_same,
-    layout,
-    run,
-    slow_unless,
-)
+from testing.layouts import DEEP, MODEL, SAVED, TRAIN, assert_same, layout, run
 from tests.distributed.test_same_curve import one_rank as one_rank  # noqa: F401 - a fixture
+from tests.distributed.test_same_curve import slow_unless
 
 SAME = {
     "one rank": (1, layout(), {}),

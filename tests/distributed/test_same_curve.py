@@ -5,73 +5,20 @@ layout and resuming under another. All against one rank, fp32.
 import pytest
 
 from testing import jobs
-from testing.models import hybrid
-
-SHALLOW, DEEP = "GGGA", "GGGA*2"  # gloo is slow: the deep model only where the pipeline needs its layers
-MODEL = hybrid(SHALLOW, 48, 6, 8, key_heads=3, num_key_value_heads=3, head_dim=8)
-TRAIN = dict(
-    steps=20,
-    global_batch_size=8,
-    micro_batch_size=2,
-    dtype="fp32",
-    # Adam divides by the root of the second moment: a small eps turns rounding into a visible difference
-    optimizer=dict(eps=1e-2),
+from testing.layouts import (
+    DEEP,
+    LAYOUTS,
+    LR,
+    MODEL,
+    SHALLOW,
+    STEPS,
+    TOLERANCE,
+    assert_same,
+    few_micro_batches,
+    layout,
+    relative_difference,
+    run,
 )
-TOLERANCE = 1e-5
-STEPS, SAVED, LR = 8, 4, 1e-2
-"""How long a curve is, after which step those that go on elsewhere are saved, and a rate at which so few steps tell."""
-
-
-def layout(tp=1, pp=1, vpp=1, cp=1, **more) -> dict:
-    sizes = dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp)
-    return sizes | dict(context_parallel_size=cp) | more
-
-
-LAYOUTS = {
-    # name: (ranks, layout)
-    "one rank, plain optimizer": (1, layout(distributed_optimizer=False)),
-    "one rank, selective recompute": (1, layout(recompute_granularity="selective")),
-    "one rank, full recompute": (1, layout(recompute_granularity="full")),
-    "DP2": (2, layout()),
-    "DP2, plain optimizer": (2, layout(distributed_optimizer=False)),
-    "DP2, overlapped": (2, layout(overlap_grad_reduce=True, overlap_param_gather=True)),
-    "DP2, overlapped in many buckets": (
-        2,
-        layout(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=10_000),
-    ),
-    "TP2": (2, layout(2)),
-    "TP2, no sequence parallelism": (2, layout(2, sequence_parallel=False)),
-    "PP2": (2, layout(pp=2)),
-    "PP2, uneven": (2, layout(pp=2, pipeline_split=[3, 1])),
-    "PP2, VPP2": (2, layout(pp=2, vpp=2)),
-    "PP2, VPP2, exchanges waited for": (2, layout(pp=2, vpp=2, overlap_p2p_comm=False)),
-    "TP4, padded heads": (4, layout(4)),
-    "TP4, padded heads, no sequence parallelism, full recompute": (
-        4,
-        layout(4, sequence_parallel=False, recompute_granularity="full"),
-    ),
-    "PP4": (4, layout(pp=4)),
-    "PP4, VPP2": (4, layout(pp=4, vpp=2)),
-    "TP2, DP2": (4, layout(2)),
-    "TP2, DP2, plain optimizer": (4, layout(2, distributed_optimizer=False)),
-    "TP2, PP2": (4, layout(2, 2)),
-    "TP2, PP2, VPP2, selective recompute": (4, layout(2, 2, 2, recompute_granularity="selective")),
-    "PP2, VPP2, DP2, overlapped": (4, layout(pp=2, vpp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
-    "DP4": (4, layout()),
-    # three key/value heads: over two context parallel ranks or more, some are exchanged as dummies
-    "CP2": (2, layout(cp=2)),
-    "CP2, plain optimizer": (2, layout(cp=2, distributed_optimizer=False)),
-    "CP2, selective recompute": (2, layout(cp=2, recompute_granularity="selective")),
-    "CP2, full recompute": (2, layout(cp=2, recompute_granularity="full")),
-    "CP4": (4, layout(cp=4)),
-    "CP2, TP2": (4, layout(2, cp=2)),
-    "CP2, TP2, no sequence parallelism": (4, layout(2, cp=2, sequence_parallel=False)),
-    "CP2, PP2": (4, layout(pp=2, cp=2)),
-    "CP2, PP2, VPP2": (4, layout(pp=2, vpp=2, cp=2)),
-    "CP2, DP2": (4, layout(cp=2)),
-    "CP2, DP2, overlapped": (4, layout(cp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
-}
-
 
 QUICK = (
     "one rank, selective recompute",
@@ -87,30 +34,6 @@ QUICK = (
 
 def slow_unless(quick: bool) -> list:
     return [] if quick else [pytest.mark.slow]
-
-
-def relative_difference(found: list[float], expected: list[float]) -> float:
-    assert len(found) == len(expected)
-    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
-
-
-def assert_same(found: dict, expected: dict, tolerance: float = TOLERANCE) -> None:
-    for what in ("losses", "norms"):
-        difference = relative_difference(found[what], expected[what])
-        assert difference < tolerance, f"{what} differ by {difference:.1e}: {found[what]} {expected[what]}"
-
-
-def few_micro_batches(count: int, parallel: dict) -> dict:
-    """TRAIN with two micro-batches a step, not four, where slices of one model fill all ranks and no pipeline needs more:
-    each costs as many exchanges over gloo, and the curve is that of one rank's four.
-    """
-    slices = parallel["tensor_parallel_size"] * parallel["context_parallel_size"]
-    return TRAIN | ({"micro_batch_size": 4} if count == slices > 1 else {})
-
-
-def run(ranks, count: int, pattern: str, parallel: dict, **more) -> list[dict]:
-    model, train = MODEL | {"layer_pattern": pattern}, few_micro_batches(count, parallel)
-    return ranks.run(jobs.curve, count, **dict(model=model, parallel=parallel, train=train, steps=STEPS, lr=LR) | more)
 
 
 @pytest.fixture(scope="module")

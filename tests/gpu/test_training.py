@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from tests.gpu import jobs
+from testing import gpu_jobs as jobs
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hybrid.launch.environment import Launch, LaunchError, first_host, free_port, master_port
-from tests.launch.launchers import MPIRUN, curve, launchers, write_run
+from testing.launchers import MPIRUN, curve, launchers, write_run
 
 
 @pytest.fixture(autouse=True)

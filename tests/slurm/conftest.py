@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from testing.models import SMALLEST
-from tests.slurm.cluster import DAEMONS, Cluster, find_daemon, wait_for
+from testing.slurm_cluster import DAEMONS, Cluster, find_daemon, wait_for
 
 SCRIPT = "examples/pretrain_hybrid_7b.sh"
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from megatron_hybrid.checkpoint.folders import complete_checkpoints
-from tests.slurm.cluster import NODES, wait_for
+from testing.slurm_cluster import NODES, wait_for
 from tests.slurm.conftest import SCRIPT
 
 FOR_EVER, AFTERWARDS = 100_000, 20  # steps: slurmctld looks at time limits every 30 s, and the run must not end before

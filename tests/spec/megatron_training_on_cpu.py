@@ -27,10 +27,8 @@ def main() -> None:
     torch.cuda.memory_stats = lambda device=None: defaultdict(int)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(torch.cuda, name, lambda device=None: 0)
-    import megatron.core.datasets.utils
     from megatron.training import training
 
-    megatron.core.datasets.utils.compile_helpers = lambda: None  # the wheel has them compiled, and no makefile
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     training.set_jit_fusion_options = lambda **_: None
     training.report_memory = lambda *_, **__: None

@@ -1,11 +1,13 @@
 """Mixer spec of softmax attention: everything about it that needs no torch."""
 
 from megatron_hybrid.arch.blocks import Block
+from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
 from megatron_hybrid.arch.mixer import HeadGroups, Layout, MixerSpec
 from megatron_hybrid.arch.model_fields import ModelFields
 from megatron_hybrid.arch.packing import ONES, PackedParameter, TensorSpec, round_up
 from megatron_hybrid.arch.registry import register
 from megatron_hybrid.base.errors import Problems
+from megatron_hybrid.mixers.attention import costs
 
 FP8_HEAD_DIM = 128
 """Of FP8 attention on Hopper."""
@@ -109,6 +111,12 @@ class Attention(MixerSpec):
         heads = -(-groups_of_rank(model, layout) // layout.context_parallel_size)
         heads *= model.num_attention_heads // model.kv_heads
         return f"which attends with {heads} heads over whole sequences"
+
+    def operations(self, shard: Shard) -> list[Operation]:
+        return costs.operations(shard)
+
+    def work(self, shard: Shard, direction: Direction) -> list[Work]:
+        return costs.work(shard, direction)
 
 
 def groups_of_rank(model: ModelFields, layout: Layout) -> int:

@@ -1,11 +1,13 @@
 """Mixer spec of Gated DeltaNet: everything about it that needs no torch."""
 
 from megatron_hybrid.arch.blocks import Block
+from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
 from megatron_hybrid.arch.mixer import HeadGroups, Layout, MixerSpec
 from megatron_hybrid.arch.model_fields import ModelFields
 from megatron_hybrid.arch.packing import FP8_ALIGNMENT, NORMAL, ONES, Initializer, PackedParameter, TensorSpec
 from megatron_hybrid.arch.registry import register
 from megatron_hybrid.base.errors import Problems
+from megatron_hybrid.mixers.gated_delta_net import costs
 from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 
 SCALARS = "gdn_scalars"
@@ -87,6 +89,12 @@ class GatedDeltaNet(MixerSpec):
                 f"{back}; the largest that fits is {max(1, layout.sequence_length // back)}",
             )
         return problems
+
+    def operations(self, shard: Shard) -> list[Operation]:
+        return costs.operations(shard)
+
+    def work(self, shard: Shard, direction: Direction) -> list[Work]:
+        return costs.work(shard, direction)
 
 
 register(GatedDeltaNet())

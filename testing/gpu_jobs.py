@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 MODEL = dict(
     layer_pattern="GGGA",
     hidden_size=256,
@@ -131,7 +131,7 @@ IN_FP32 = {"fp32": job(), "fp32, wide": job(**WIDE), "fp32, deep": job(**DEEP), 
 
 
 def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Sequence[int] = ()) -> dict[str, dict]:
-    """Results of the jobs (tests/gpu/curves.py), from one launch of that many ranks, on those GPUs if they are named."""
+    """Results of the jobs (testing/gpu_curves.py), from one launch of that many ranks, on those GPUs if they are named."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -148,7 +148,7 @@ def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Seq
             "--nproc-per-node",
             str(ranks),
             "-m",
-            "tests.gpu.curves",
+            "testing.gpu_curves",
         ]
         command = [sys.executable, *launch, str(folder / "jobs.json"), str(folder / "results.json")]
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Runs jobs on the ranks of one launch, one after the other: python -m tests.gpu.curves JOBS.json RESULTS.json
+"""Runs jobs on the ranks of one launch, one after the other: python -m testing.gpu_curves JOBS.json RESULTS.json
 
 JOBS: {name: arguments of testing.jobs.curve}. RESULTS: {name: {"losses", "norms"}}; of a job with `resume` (a folder), which saves
 halfway and is built anew, also "resumed" (losses), "same_parameters" and "same_casts" (testing.jobs.same_casts; null where it does

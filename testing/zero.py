@@ -1,0 +1,22 @@
+"""Run curves with DeepSpeed's engine and compare what it saves."""
+
+from testing import jobs
+from testing.layouts import LR, MODEL, STEPS, few_micro_batches, layout
+
+
+def run(ranks, count: int, zero: dict, parallel: dict | None = None, train: dict | None = None, **more) -> list[dict]:
+    parallel = parallel or layout()
+    train = few_micro_batches(count, parallel) | {"engine": "deepspeed"} | (train or {})
+    common = dict(model=MODEL, parallel=parallel, train=train, zero=zero)
+    return ranks.run(jobs.curve, count, **common | {"steps": STEPS, "lr": LR} | more)
+
+
+def values_that_differ(straight: list[dict], first: list[dict], second: list[dict]) -> int:
+    """How many losses, norms and parameters a run in two parts, saved and loaded between, has otherwise than one in one go."""
+    count = 0
+    for one, a, b in zip(straight, first, second, strict=True):
+        for what in ("losses", "norms"):
+            count += sum(x != y for x, y in zip(one[what], a[what] + b[what], strict=True))
+        assert one["parameters"].keys() == b["parameters"].keys()
+        count += sum(int((one["parameters"][name] != value).sum()) for name, value in b["parameters"].items())
+    return count
