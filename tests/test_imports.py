@@ -138,6 +138,23 @@ def test_rooms_that_do_without_torch(room):
         assert not offences(f"megatron_hybrid/{room}", lambda _, name: any(is_within(name, lib) for lib in NO_TORCH))
 
 
+@pytest.mark.parametrize("file", ["config", "costs", "spec"])
+def test_a_mixers_description_needs_no_torch(file):
+    def wrong(path: Path, name: str) -> bool:
+        if path.stem != file:
+            return False
+        own = ".".join(path.relative_to(ROOT).parts[:-1])
+        known = is_within(name, own) or any(is_within(name, f"megatron_hybrid.{room}") for room in ("base", "arch"))
+        parent = is_within(own, name)  # `from a.b import c` names a.b as well
+        return (
+            is_within(name, "megatron_hybrid")
+            and not (known or parent)
+            or any(is_within(name, library) for library in NO_TORCH)
+        )
+
+    assert not offences("megatron_hybrid/mixers", wrong)
+
+
 def test_kernels_know_nothing_of_megatron():
     assert not offences("kernels", lambda _, name: is_within(name, "megatron") or is_within(name, "megatron_hybrid"))
     assert not (ROOT / "kernels" / "__init__.py").exists(), "a package `kernels` would shadow Hugging Face's"

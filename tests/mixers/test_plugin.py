@@ -16,7 +16,8 @@ from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.describe import describe
 from megatron_hybrid.config.load import dump_run, load_run
-from megatron_hybrid.planner.command import Question as Request, answer
+from megatron_hybrid.planner.command import Question as Request
+from megatron_hybrid.planner.command import answer
 from tests.mixers import plugin_jobs
 
 MODEL = dict(
@@ -124,13 +125,19 @@ def test_the_planner_plans_it(package, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["model.leaky=null"], "model.leaky: is missing, and layer_pattern has T layers; give leaky.num_heads and head_dim"),
+        (
+            ["model.leaky=null"],
+            "model.leaky: is missing, and layer_pattern has T layers; give leaky.num_heads and head_dim",
+        ),
         (["model.leaky.num_head=1"], "model.leaky.num_head: there is no such field; did you mean num_heads?"),
         (
             ["parallel.context_parallel_size=2"],
             "parallel.context_parallel_size: 2: leaky average (layer_pattern's T) does not support it; set it to 1",
         ),
-        (["parallel.tensor_parallel_size=4"], "parallel.tensor_parallel_size: 4 exceeds the 3 leaky heads (model.leaky.num_heads)"),
+        (
+            ["parallel.tensor_parallel_size=4"],
+            "parallel.tensor_parallel_size: 4 exceeds the 3 leaky heads (model.leaky.num_heads)",
+        ),
         (["model.blocks.T.norm=post"], "model.blocks.T.norm: post is not implemented for leaky; set it to pre"),
         (["plugins=[leaky, lekay]"], "plugins.1: lekay cannot be imported"),
     ],

@@ -117,7 +117,7 @@ class SelfAttention(Mixer):
             tp_comm_buffer_name="qkv",
             **linear,
         )
-        self.norm = dict(
+        self.norm: dict[str, Any] = dict(
             head_dim=d,
             true_widths=(sizes.heads * d, sizes.groups * d),
             eps=sizes.norm_eps,
@@ -152,7 +152,8 @@ class SelfAttention(Mixer):
 
     def another_core_attention(self, kind: type) -> torch.nn.Module:
         """Return another attention of this layer's sizes."""
-        return kind(**self.core_arguments)
+        attention: torch.nn.Module = kind(**self.core_arguments)
+        return attention
 
     def forward(
         self,
@@ -202,7 +203,8 @@ class SelfAttention(Mixer):
             for x, n in ((q, self.exchange.heads), (k, self.exchange.groups), (v, self.exchange.groups))
         )
         context = self.core_attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal)
-        return self.linear_proj(self.exchange.to_tokens(context))
+        y_sbh, _ = self.linear_proj(self.exchange.to_tokens(context))
+        return y_sbh, None
 
     def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
         width = len(self.q_norm_weight) + 2 * len(self.k_norm_weight)

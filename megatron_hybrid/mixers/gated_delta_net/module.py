@@ -105,7 +105,7 @@ class GatedDeltaNet(Mixer):
         self.A_log, self.dt_bias = self.new_parameter("A_log"), self.new_parameter("dt_bias")
         self.o_norm_weight = self.new_parameter("o_norm_weight")
         # it serves every rank's heads: its gradient is summed over the ranks, once per step together with the other norms'
-        self.o_norm_weight.sequence_parallel = config.sequence_parallel
+        self.o_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.finish()
 
     def _check_fp8(self) -> None:
@@ -136,7 +136,7 @@ class GatedDeltaNet(Mixer):
         sequence_len_offset: object = None,
         *,
         inference_params: object = None,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mix hidden_states [s, b, h]: this rank's tokens under sequence and context parallelism.
 
         Rotary embeddings are for the model's attention layers. This mixer does not need them.
