@@ -104,7 +104,9 @@ class Plan:
     @property
     def fp8_layers(self) -> range:
         """Layers whose linears multiply in FP8, if the run uses FP8."""
-        return range(self.precision.num_layers_at_start_in_bf16, self.model.num_layers - self.precision.num_layers_at_end_in_bf16)
+        return range(
+            self.precision.num_layers_at_start_in_bf16, self.model.num_layers - self.precision.num_layers_at_end_in_bf16
+        )
 
     @cached_property
     def chunks(self) -> tuple["Chunk", ...]:
