@@ -43,7 +43,7 @@ def generate(folder: Path, preset: str) -> None:
     pools = {"BF16": noise.bfloat16().view(torch.uint8).numpy(), "F32": noise.view(torch.uint8).numpy()}
     tensors = []
     for name, spec in model_tensors(model).items():
-        shape = (spec.shape[0], 1, spec.shape[1]) if spec.kind == "conv" else spec.shape
+        shape = (spec.shape[0], 1, spec.shape[1]) if spec.decay_group == "convolution" else spec.shape
         dtype = "F32" if spec.always_fp32 else "BF16"
         tensors.append(OutputTensor(huggingface_name(model, name), dtype, shape, lambda: None))  # type: ignore[arg-type,return-value]
     folder.mkdir(parents=True)

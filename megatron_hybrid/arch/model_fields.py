@@ -1,12 +1,16 @@
 """The fields of a model that are not one mixer's own, and the sizes that follow from them."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.base.section import Section
+
+Backend = Literal["auto", "transformer_engine", "local"]
 
 
 class RopeScalingConfig(Section):
@@ -46,7 +50,10 @@ class ModelFields(Section):
     """Sizes of a model, as mixers see them. `ModelConfig` adds the mixers' own sections and all checks."""
 
     layer_pattern: str
-    """Symbols G, A, W in groups: `GGGA*8` is 32 layers, an attention layer after every three of Gated DeltaNet."""
+    """Symbols of blocks in groups: `GGGA*8` is 32 layers, an attention layer after every three of Gated DeltaNet."""
+    blocks: Mapping[str, Block] = {}
+    """Blocks of layer_pattern symbols: changes to those that mixers bring, and new ones. A new symbol begins with its mixer's first
+    block."""
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     vocab_size: PositiveInt
@@ -63,10 +70,16 @@ class ModelFields(Section):
     sliding_window: PositiveInt | None = None
     """Tokens a W layer sees, itself included."""
     norm_eps: PositiveFloat = 1e-6
+    zero_centered_norm: bool = False
+    """Norms multiply by 1 + weight."""
     tie_embeddings: bool = False
     init_std: PositiveFloat = 0.02
     eos_token_id: int | None = Field(None, ge=0)
     pad_token_id: int | None = Field(None, ge=0)
+    backend: Backend = "auto"
+    """Modules of linears, norms and attention. It is not part of the architecture: any backend loads any checkpoint. local:
+    megatron-core's linears and PyTorch's attention, on any device. auto: Transformer Engine in bf16 on a GPU if it is installed,
+    else local."""
 
     @property
     def kv_heads(self) -> int:

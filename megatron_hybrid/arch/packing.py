@@ -116,13 +116,16 @@ class PackedParameter:
         size = self.padded_size(tensor, ranks)
         return size if self.split == "replicated" else size // ranks
 
+    def rank_sizes(self, ranks: int) -> tuple[int, ...]:
+        """Return one rank's extent of each tensor along the split dimension, padding included."""
+        return tuple(self.rank_size(tensor, ranks) for tensor in self.tensors)
+
     def rank_shape(self, ranks: int) -> tuple[int, ...]:
         """Return the shape of the parameter on every rank."""
         first = self.tensors[0]
         if self.split == "columns":
             return first.shape[0], self.rank_size(first, ranks)
-        rows = sum(self.rank_size(tensor, ranks) for tensor in self.tensors)
-        return round_up(rows, self.alignment), *first.shape[1:]
+        return round_up(sum(self.rank_sizes(ranks)), self.alignment), *first.shape[1:]
 
     def rank_numel(self, ranks: int) -> int:
         """Return the elements of the parameter on every rank, padding included."""

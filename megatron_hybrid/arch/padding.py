@@ -5,15 +5,10 @@ checkpoints do not hold them. Dummy vocabulary rows are masked out of the softma
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_hybrid.arch.model import GatedDeltaNetConfig, ModelConfig
-
-FP8_ALIGNMENT = 16  # widths of FP8 matrices; also keeps bf16 rows 16-byte aligned for Hopper's fast kernels
-
-
-def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least n."""
-    return -(-n // multiple) * multiple
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.packing import FP8_ALIGNMENT, round_up
 
 
 def padded_groups(groups: int, members: int, tensor_parallel_size: int) -> tuple[int, int]:
@@ -42,8 +37,8 @@ class PaddedSizes:
         tp = tensor_parallel_size
         kv, heads = padded_groups(model.kv_heads, model.num_attention_heads, tp)
         gdn_key, gdn_value = 0, 0
-        if model.gdn:
-            gdn_key, gdn_value = padded_groups(model.gdn.num_key_heads, model.gdn.num_value_heads, tp)
+        if gdn := model.section("gdn"):
+            gdn_key, gdn_value = padded_groups(gdn.num_key_heads, gdn.num_value_heads, tp)  # type: ignore[attr-defined]
         return cls(
             tensor_parallel_size=tp,
             num_attention_heads=heads,
@@ -70,11 +65,10 @@ class PackedWidths:
     @classmethod
     def of(cls, model: ModelConfig, tensor_parallel_size: int) -> "PackedWidths":
         """Return the widths of `model`, which has Gated DeltaNet layers."""
-        assert model.gdn is not None, "asked of a model without Gated DeltaNet layers"
-        return cls.of_mixer(model.gdn, tensor_parallel_size)
+        return cls.of_mixer(model.section("gdn"), tensor_parallel_size)
 
     @classmethod
-    def of_mixer(cls, gdn: GatedDeltaNetConfig, tensor_parallel_size: int) -> "PackedWidths":
+    def of_mixer(cls, gdn: Any, tensor_parallel_size: int) -> "PackedWidths":
         """Return the widths of a mixer."""
         padded = padded_groups(gdn.num_key_heads, gdn.num_value_heads, tensor_parallel_size)
         key_heads, heads = (count // tensor_parallel_size for count in padded)

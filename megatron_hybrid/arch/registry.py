@@ -3,12 +3,14 @@
 A plug-in, named by a run's `plugins`, calls `register` when it is imported.
 """
 
+from collections.abc import Iterable
 from importlib import import_module
 
-from megatron_hybrid.arch.blocks import Blocks
+from megatron_hybrid.arch.blocks import Block, Blocks
 from megatron_hybrid.arch.mixer import MixerSpec
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, UserError
+from megatron_hybrid.base.section import Section
 
 BUILT_IN = ("megatron_hybrid.mixers.gated_delta_net.spec", "megatron_hybrid.mixers.attention.spec")
 """Imported on first use, by name, so that arch imports no mixer."""
@@ -38,6 +40,21 @@ def register(spec: MixerSpec) -> None:
     _specs[spec.name] = spec
 
 
+def import_plugins(names: Iterable[str]) -> None:
+    """Import the modules that a run names in `plugins`, which register what they bring.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    for index, name in enumerate(names):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ConfigError.at(
+                f"plugins.{index}", f"{name} cannot be imported: {error}; install it, or add its folder to PYTHONPATH"
+            ) from error
+
+
 def mixer_specs() -> tuple[MixerSpec, ...]:
     """Return all registered mixers, built-in ones first."""
     for name in BUILT_IN:
@@ -64,3 +81,13 @@ def mixer_spec(name: str) -> MixerSpec:
 def default_blocks() -> Blocks:
     """Return the blocks that all mixers bring, by layer_pattern symbol."""
     return {symbol: block for spec in mixer_specs() for symbol, block in spec.blocks.items()}
+
+
+def first_blocks() -> dict[str, Block]:
+    """Return the first block that each mixer brings, by the mixer's name."""
+    return {spec.name: next(iter(spec.blocks.values())) for spec in mixer_specs()}
+
+
+def section_classes() -> dict[str, type[Section]]:
+    """Return the sections that mixers add to `model`, by name."""
+    return {spec.prefix: spec.config_class for spec in mixer_specs() if spec.config_class is not None}

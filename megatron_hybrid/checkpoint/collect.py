@@ -10,10 +10,11 @@ from math import prod
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_hybrid.arch.packing import PackedSlice
 from megatron_hybrid.checkpoint.format import STATES, boxes_of_range, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import SavedShard
-from megatron_hybrid.model.param_layout import ParamLayout, Piece
+from megatron_hybrid.model.param_layout import ParamLayout
 from megatron_hybrid.precision.fp8_state import Fp8State
 
 
@@ -34,32 +35,32 @@ def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _elements_before(piece: Piece, shape: tuple[int, ...], flat: int) -> int:
+def _elements_before(piece: PackedSlice, shape: tuple[int, ...], flat: int) -> int:
     """How many of the piece's elements come before element `flat` of the flattened parameter of this shape."""
     width = prod(shape[1:])
     row, rest = divmod(flat, width)
-    first, rows = piece.local_offset[0], piece.shape[0]
-    columns_at, columns = (piece.local_offset[1], piece.shape[1]) if len(shape) > 1 else (0, 1)
+    first, rows = piece.target.offset[0], piece.source.shape[0]
+    columns_at, columns = (piece.target.offset[1], piece.source.shape[1]) if len(shape) > 1 else (0, 1)
     before = min(max(row - first, 0), rows) * columns
     return before + (min(max(rest - columns_at, 0), columns) if first <= row < first + rows else 0)
 
 
-def range_of_piece(piece: Piece, shape: tuple[int, ...], start: int, stop: int) -> tuple[int, int]:
+def range_of_piece(piece: PackedSlice, shape: tuple[int, ...], start: int, stop: int) -> tuple[int, int]:
     """The part of a flattened range of a parameter that belongs to the piece, as a range of the flattened piece."""
     return _elements_before(piece, shape, start), _elements_before(piece, shape, stop)
 
 
-def _select(piece: Piece, shape: tuple[int, ...], start: int, flat: torch.Tensor) -> torch.Tensor:
+def _select(piece: PackedSlice, shape: tuple[int, ...], start: int, flat: torch.Tensor) -> torch.Tensor:
     """The piece's elements of `flat`, which is the parameter's flattened range from `start`; a view where it can be."""
-    if len(shape) == 1 or piece.shape[1:] == shape[1:]:
+    if len(shape) == 1 or piece.source.shape[1:] == shape[1:]:
         width = prod(shape[1:])
-        lo = max(piece.local_offset[0] * width - start, 0)
-        hi = max((piece.local_offset[0] + piece.shape[0]) * width - start, 0)
+        lo = max(piece.target.offset[0] * width - start, 0)
+        hi = max((piece.target.offset[0] + piece.source.shape[0]) * width - start, 0)
         return flat[lo:hi]
     at = torch.arange(start, start + flat.numel(), device=flat.device)
     row, column = at // shape[1], at % shape[1]
-    mine = (row >= piece.local_offset[0]) & (row < piece.local_offset[0] + piece.shape[0])
-    mine &= (column >= piece.local_offset[1]) & (column < piece.local_offset[1] + piece.shape[1])
+    mine = (row >= piece.target.offset[0]) & (row < piece.target.offset[0] + piece.source.shape[0])
+    mine &= (column >= piece.target.offset[1]) & (column < piece.target.offset[1] + piece.source.shape[1])
     return flat[mine]
 
 
@@ -109,7 +110,7 @@ class Collector:
     def set_parameters(self) -> None:
         """After masters are loaded: set those parameters to them, on all ranks."""
 
-    def _writes(self, turn: int, name: str, piece: Piece, shared_out: bool) -> tuple[bool, bool]:
+    def _writes(self, turn: int, name: str, piece: PackedSlice, shared_out: bool) -> tuple[bool, bool]:
         """Whether this rank saves (the weight, the optimizer state) of a piece."""
         dp, tp = self.groups.dp_cp, self.groups.tp  # context parallel ranks hold the same parameters, too
         tied_copy = name == "output_layer.weight" and self.layout.model.tie_embeddings
@@ -128,7 +129,11 @@ class Collector:
                 weight, state = self._writes(turn, name, piece, shared_out)
                 if weight and not self.from_master(parameter):
                     yield SavedShard(
-                        piece.tensor.name, piece.tensor.shape, piece.offset, piece.shape, piece.view(parameter.detach())
+                        piece.tensor.name,
+                        piece.tensor.shape,
+                        piece.source.offset,
+                        piece.source.shape,
+                        piece.target.narrow(parameter.detach()),
                     )
                 if state and shard:
                     yield from self._state_shards(parameter, piece)
@@ -137,20 +142,20 @@ class Collector:
                 shape = tuple(tensor.shape)
                 yield SavedShard(name, shape, (0,) * len(shape), shape, tensor)
 
-    def _state_shards(self, parameter: torch.nn.Parameter, piece: Piece) -> Iterator[SavedShard]:
+    def _state_shards(self, parameter: torch.nn.Parameter, piece: PackedSlice) -> Iterator[SavedShard]:
         shard, shape = self.optimizer_shards[parameter], full_shape(parameter)
         lo, hi = range_of_piece(piece, shape, shard.start, shard.stop)
         if lo == hi:
             return
-        whole = hi - lo == prod(piece.shape)
+        whole = hi - lo == prod(piece.source.shape)
         for state, flat in shard.states.items():
             data = _select(piece, shape, shard.start, flat)
             saved = SavedShard(
                 state_name(state, piece.tensor.name),
                 piece.tensor.shape,
-                piece.offset,
-                piece.shape,
-                data.view(piece.shape) if whole else data,
+                piece.source.offset,
+                piece.source.shape,
+                data.view(piece.source.shape) if whole else data,
                 None if whole else (lo, hi),
             )
             if state == "master" and self.from_master(parameter):
@@ -167,7 +172,9 @@ class Collector:
                 continue
             parameter.zero_()
             for piece in pieces:
-                piece.view(parameter).copy_(reader.read(piece.tensor.name, (piece.offset, piece.shape)))
+                piece.target.narrow(parameter).copy_(
+                    reader.read(piece.tensor.name, (piece.source.offset, piece.source.shape))
+                )
 
     def load_optimizer(self, reader: CheckpointReader) -> None:
         """Fill this rank's optimizer state: moments and master weights; and the scales of FP8."""
@@ -200,17 +207,17 @@ class Collector:
                 flat.copy_(rows.view(-1)[begin : begin + flat.numel()])
 
     @staticmethod
-    def _read_rows(reader: CheckpointReader, piece: Piece, state: str, first: int, rows: torch.Tensor) -> None:
+    def _read_rows(reader: CheckpointReader, piece: PackedSlice, state: str, first: int, rows: torch.Tensor) -> None:
         """Fill `rows`, the parameter's rows from `first`, with what the piece has there."""
-        at, length = piece.local_offset[0], piece.shape[0]
+        at, length = piece.target.offset[0], piece.source.shape[0]
         lo, hi = max(at, first), min(at + length, first + len(rows))
         if lo >= hi:
             return
-        box = ((piece.offset[0] + lo - at, *piece.offset[1:]), (hi - lo, *piece.shape[1:]))
+        box = ((piece.source.offset[0] + lo - at, *piece.source.offset[1:]), (hi - lo, *piece.source.shape[1:]))
         has_state = state_name(state, piece.tensor.name) in reader.index.tensors
         source = state if has_state or state != "master" else None  # an fp32 checkpoint's weight is its own master
         data = reader.read(piece.tensor.name, box, state=source)
         target = rows.narrow(0, lo - first, hi - lo)
-        for dim in range(1, len(piece.shape)):
-            target = target.narrow(dim, piece.local_offset[dim], piece.shape[dim])
+        for dim in range(1, len(piece.source.shape)):
+            target = target.narrow(dim, piece.target.offset[dim], piece.source.shape[dim])
         target.copy_(data)

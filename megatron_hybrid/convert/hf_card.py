@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from megatron_hybrid.arch.model import LAYER_KINDS, ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.format import Index
 
@@ -36,7 +36,7 @@ limits before publishing them.
 
 def model_card(model: ModelConfig, config: dict[str, Any], index: Index, has_tokenizer: bool) -> str:
     """What is known of the model, in Hugging Face's form; what is not known is left for its author."""
-    counts = Counter(LAYER_KINDS[kind] for kind in model.layers)
+    counts = Counter(model.known_blocks[symbol].title for symbol in model.layers)
     step = index.state.get("step") if isinstance(index.state, dict) else None
     rows = {
         "layers": f"`{model.layer_pattern}`",

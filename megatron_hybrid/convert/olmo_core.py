@@ -150,7 +150,7 @@ def _weight_keys(stored: TorchCheckpoint, model: ModelConfig) -> dict[str, str]:
 
 def _check(stored: TorchCheckpoint, key: str, spec: TensorSpec) -> None:
     tensor = stored.tensors[key]
-    shape = (spec.shape[0], 1, spec.shape[1]) if spec.kind == "conv" else spec.shape
+    shape = (spec.shape[0], 1, spec.shape[1]) if spec.decay_group == "convolution" else spec.shape
     if tensor.shape != shape or tensor.dtype not in TORCH_NAMES:
         raise ConversionError(
             f"{stored.folder}: {key} is {tensor.dtype} {list(tensor.shape)}, and {list(shape)} by config.json"

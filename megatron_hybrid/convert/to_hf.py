@@ -82,7 +82,7 @@ def to_huggingface(
 
 
 def _output(source: TensorSource, spec: TensorSpec, name: str, dtype: str | None, all_dtype: bool) -> OutputTensor:
-    shape = (spec.shape[0], 1, spec.shape[1]) if spec.kind == "conv" else spec.shape
+    shape = (spec.shape[0], 1, spec.shape[1]) if spec.decay_group == "convolution" else spec.shape
     keep = spec.always_fp32 and not all_dtype
     shaped = TensorSource(source.name, source.dtype, shape, source.boxes)
     return OutputTensor(name, "F32" if keep else dtype or source.dtype, shape, lambda: shaped)

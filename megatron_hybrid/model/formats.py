@@ -3,16 +3,14 @@
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
-import torch
-
 from hybrid_kernels.linear_cross_entropy import explain as explain_linear_cross_entropy
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.distributed.tp_comm_overlap import WORDS
-from megatron_hybrid.mixers.attention.module import SelfAttention
-from megatron_hybrid.mixers.gated_delta_net.module import GatedDeltaNet
+from megatron_hybrid.mixers.backend import Backend
+from megatron_hybrid.mixers.mixer import FormatQuery, Mixer, full_reason
+from megatron_hybrid.model.backends.choose import choose_backend
+from megatron_hybrid.model.backends.local import LOCAL
 from megatron_hybrid.model.megatron_config import apex_weight_gradients
-from megatron_hybrid.model.parts import LOCAL, Parts, choose_parts
-from megatron_hybrid.precision.attention_probe import probe_attention
 
 Row = tuple[str, str, str, str, str]
 _SCALING = {"delayed": "delayed", "tensorwise": "current", "blockwise": "blockwise"}
@@ -36,12 +34,13 @@ def format_table(
     Raises:
         ConfigError: FP8 attention that does not run, or is wrong, on this machine.
     """
-    parts, reason = choose_parts(chunks[0].model.backend, precision, dtype)
+    backend, reason = choose_backend(chunks[0].model.backend, precision, dtype)
     rows: list[Row] = [("layers", "part", "format", "backend", "why")]
-    rows += _linears(chunks, parts, reason, precision, dtype)
-    rows += _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size)
+    rows += _linears(chunks, backend, reason, precision, dtype)
+    query = FormatQuery(sequence_length, batch_size, dtype, precision.fp8_attention, backend, reason)
+    rows += _mixers(chunks, query)
     rows += _head(chunks, dtype, sequence_length // _context_ranks(chunks), batch_size)
-    rows.append((_stage(chunks), "norms", dtype, parts.name, reason))
+    rows.append((_stage(chunks), "norms", dtype, backend.name, reason))
     if chunks[0].config.tp_comm_overlap:
         sent = f"fp8 {precision.fp8_recipe}" if precision.fp8_recipe else dtype
         rows.append((_stage(chunks), "TP communication", sent, "Transformer Engine's user buffers", WORDS))
@@ -71,11 +70,11 @@ def _ranges(layers: Iterable[int]) -> str:
     return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True))
 
 
-def _linears(chunks, parts: Parts, reason: str, precision: PrecisionConfig, dtype: str) -> Iterator[Row]:
+def _linears(chunks, backend: Backend, reason: str, precision: PrecisionConfig, dtype: str) -> Iterator[Row]:
     what = "projections, MLP"
     if not precision.fp8:
-        apex = " with Apex's weight gradients" if parts is LOCAL and apex_weight_gradients() else ""
-        yield _stage(chunks), what, dtype, parts.name + apex, reason
+        apex = " with Apex's weight gradients" if backend is LOCAL and apex_weight_gradients() else ""
+        yield _stage(chunks), what, dtype, backend.name + apex, reason
         return
     layers, start = _layers(chunks), precision.num_layers_at_start_in_bf16
     end = chunks[0].model.num_layers - precision.num_layers_at_end_in_bf16
@@ -85,7 +84,7 @@ def _linears(chunks, parts: Parts, reason: str, precision: PrecisionConfig, dtyp
                 _ranges(plain),
                 what,
                 dtype,
-                parts.name,
+                backend.name,
                 "precision.num_layers_at_start_in_bf16 / num_layers_at_end_in_bf16",
             )
     fp8 = [i for i in layers if start <= i < end]
@@ -96,22 +95,19 @@ def _linears(chunks, parts: Parts, reason: str, precision: PrecisionConfig, dtyp
     held, why = "", f"precision.fp8_recipe = {precision.fp8_recipe}"
     if precision.fp8_param_gather:
         held, why = ", weights held in fp8", f"{why}, fp8_param_gather = true"
-    yield _ranges(fp8), what, name + held, parts.name, why
+    yield _ranges(fp8), what, name + held, backend.name, why
 
 
-def _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size) -> Iterator[Row]:
-    modules = [module for chunk in chunks for module in chunk.modules()]
-    gdn = next((m for m in modules if isinstance(m, GatedDeltaNet)), None)
-    attention = next((m for m in modules if isinstance(m, SelfAttention)), None)
-    for symbol, mixer in (("G", gdn), ("A", attention)):
-        for choice in mixer.backends(sequence_length // _context_ranks(chunks), batch_size) if mixer else ():
-            yield symbol, choice.op, dtype, choice.backend, _why(choice)
-    if attention:
-        yield _attention(attention, parts, reason, precision, dtype, sequence_length, batch_size)
-
-
-def _why(choice) -> str:
-    return "; ".join([choice.reason, *(f"not {name}: {lack}" for name, lack in choice.rejected.items())])
+def _mixers(chunks, query: FormatQuery) -> Iterator[Row]:
+    """Yield the rows of each mixer in this stage, as its first layer reports them."""
+    model, found = chunks[0].model, dict[str, tuple[str, Mixer]]()
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            symbol = model.layers[layer.layer_number - 1]
+            found.setdefault(model.known_blocks[symbol].mixer, (symbol, layer.self_attention))
+    for symbol, mixer in found.values():
+        for row in mixer.formats(query):
+            yield symbol, *row
 
 
 def _head(chunks, dtype, sequence_length, batch_size) -> Iterator[Row]:
@@ -120,20 +116,4 @@ def _head(chunks, dtype, sequence_length, batch_size) -> Iterator[Row]:
         weight = last.shared_embedding_or_output_weight()
         hidden = weight.detach()[:1].expand(sequence_length * batch_size, -1)
         choice = explain_linear_cross_entropy(hidden, weight)
-        yield "last", choice.op, dtype, choice.backend, _why(choice)
-
-
-def _attention(mixer: SelfAttention, parts, reason, precision, dtype, sequence_length, batch_size) -> Row:
-    exchange = mixer.exchange
-    if exchange.ranks > 1:
-        reason += f"; {exchange.heads} heads of whole sequences on each of {exchange.ranks} context parallel ranks"
-    if parts is LOCAL:
-        return "A", "attention", dtype, "torch's scaled_dot_product_attention", reason
-    sizes = (sequence_length, batch_size, exchange.heads, exchange.groups, mixer.head_dim)
-    fp8 = mixer.another_core_attention(parts.attention) if precision.fp8_attention else None
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-        found = probe_attention(fp8, mixer.another_core_attention(parts.plain_attention), *sizes)
-    if fp8 is None:
-        return "A", "attention", dtype, found.backend, reason
-    why = f"precision.fp8_attention = true; differs from {dtype} by {found.error:.2g}, as it should"
-    return "A", "attention", "fp8, delayed scaling", found.backend, why
+        yield "last", choice.op, dtype, choice.backend, full_reason(choice)

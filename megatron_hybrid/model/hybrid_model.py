@@ -1,4 +1,4 @@
-"""The whole network: megatron-core's HybridModel with our layers, our final norm and our losses."""
+"""The whole network: megatron-core's HybridModel with our layers, final norm and losses."""
 
 import torch
 from megatron.core import parallel_state
@@ -7,15 +7,16 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_hybrid.arch.layer import outer_parameters
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.arch.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
-from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm
-from megatron_hybrid.model.layer_specs import stack_submodules
+from megatron_hybrid.mixers.backend import Backend
+from megatron_hybrid.model.backends.choose import choose_backend
+from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm, one_slot
+from megatron_hybrid.model.layer_specs import layer_specs
 from megatron_hybrid.model.megatron_config import hybrid_layer_pattern, transformer_config
 from megatron_hybrid.model.output_layer import Losses, OutputLayer
-from megatron_hybrid.model.parts import Parts, choose_parts
 from megatron_hybrid.precision.context import around_layers
 
 
@@ -39,7 +40,7 @@ class HybridLanguageModel(HybridModel):
         model: ModelConfig,
         parallel: ParallelConfig,
         precision: PrecisionConfig,
-        parts: Parts,
+        backend: Backend,
         dtype: str,
         sequence_length: int,
         pg_collection: ProcessGroupCollection,
@@ -48,13 +49,13 @@ class HybridLanguageModel(HybridModel):
         self.model, tied = model, model.tie_embeddings
         layers = ModuleSpec(
             module=HybridLayers,
-            params=dict(norm=parts.norm, precision=precision),
-            submodules=stack_submodules(model, parts),
+            params=dict(norm=backend.norm, precision=precision),
+            submodules=one_slot(layer_specs(model, backend)),
         )
         super().__init__(
             transformer_config(model, parallel, precision, dtype),
             layers,
-            PaddedSizes.of(model, parallel.tensor_parallel_size).vocab_size,
+            _padded_vocabulary(model, parallel.tensor_parallel_size),
             sequence_length,
             hybrid_layer_pattern=hybrid_layer_pattern(model, parallel),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -123,6 +124,11 @@ class HybridLanguageModel(HybridModel):
         return self.output_layer(x_sbh, weight=weight, labels=labels.t(), loss_mask=loss_mask.t(), **options)
 
 
+def _padded_vocabulary(model: ModelConfig, ranks: int) -> int:
+    table = outer_parameters(model)["embedding"]
+    return table.padded_size(table.tensors[0], ranks)
+
+
 def build_model(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -131,16 +137,18 @@ def build_model(
     sequence_length: int,
     groups: ProcessGroupCollection,
 ) -> list[HybridLanguageModel]:
-    """This rank's model chunks, one a virtual stage, on its device. Weights are not initialised (model/initialize.py).
+    """Return this rank's model chunks, one per virtual stage, on its device. Weights are not initialised (model/initialize.py).
 
     Raises:
-        ConfigError: a format or parts that cannot run here.
+        ConfigError: a format or backend that cannot run here.
     """
-    parts, _ = choose_parts(model.backend, precision, dtype)
+    backend, _ = choose_backend(model.backend, precision, dtype)
     chunks = []
     for stage in range(parallel.virtual_pipeline_parallel_size):
         vp_stage = stage if parallel.virtual_pipeline_parallel_size > 1 else None
         if vp_stage is not None:
             parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
-        chunks.append(HybridLanguageModel(model, parallel, precision, parts, dtype, sequence_length, groups, vp_stage))
+        chunks.append(
+            HybridLanguageModel(model, parallel, precision, backend, dtype, sequence_length, groups, vp_stage)
+        )
     return chunks

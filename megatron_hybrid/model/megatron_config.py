@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.arch.padding import PaddedSizes
+from megatron_hybrid.arch.packing import round_up
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.distributed.device import has_cuda
 from megatron_hybrid.distributed.tp_comm_overlap import scatters_gradients
+from megatron_hybrid.model.hybrid_stack import SLOT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -22,13 +23,8 @@ def apex_weight_gradients() -> bool:
 
 
 def hybrid_layer_pattern(model: ModelConfig, parallel: ParallelConfig) -> str:
-    """megatron-core's pattern: `G` a Gated DeltaNet layer, `*` attention (windowed or not), `|` between virtual stages."""
-    symbols = "".join("G" if kind == "G" else "*" for kind in model.layers)
-    stages, at = [], 0
-    for count in parallel.stage_layers(model.num_layers):
-        stages.append(symbols[at : at + count])
-        at += count
-    return "|".join(stages)
+    """Return megatron-core's pattern: every layer in the same slot (model/hybrid_stack.py), `|` between virtual stages."""
+    return "|".join(SLOT * count for count in parallel.stage_layers(model.num_layers))
 
 
 def _fp8(precision: PrecisionConfig) -> dict:
@@ -56,14 +52,15 @@ def transformer_config(
     Its context_parallel_size stays 1: it is what would have Transformer Engine's attention exchange keys on its own. What
     megatron-core itself divides by context parallel ranks (gradients, pipeline tensors, losses) it divides by their group's size.
     """
-    cuda, sizes = has_cuda(), PaddedSizes.of(model, parallel.tensor_parallel_size)
+    cuda = has_cuda()
+    groups = round_up(model.kv_heads, parallel.tensor_parallel_size)
     virtual = parallel.virtual_pipeline_parallel_size
     params_dtype = DTYPES[dtype]
     window = {}
-    if "W" in model.layers:
+    if any(block.sliding_window for block in model.blocks_by_symbol.values()):
         window = dict(
             window_size=(model.sliding_window - 1, 0),
-            window_attn_skip_freq=[int(kind == "W") for kind in model.layers],
+            window_attn_skip_freq=[int(model.known_blocks[symbol].sliding_window) for symbol in model.layers],
         )
     recompute = {
         "none": {},
@@ -74,8 +71,8 @@ def transformer_config(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=sizes.num_attention_heads,
-        num_query_groups=sizes.num_key_value_heads,
+        num_attention_heads=groups * (model.num_attention_heads // model.kv_heads),
+        num_query_groups=groups,
         kv_channels=model.attention_head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
@@ -95,9 +92,9 @@ def transformer_config(
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=dtype == "bf16",
-        perform_initialization=False,  # model/param_layout.py does it, the same under every layout
+        perform_initialization=False,  # model/initialize.py does it, the same under every layout
         use_cpu_initialization=not cuda,
-        gradient_accumulation_fusion=apex_weight_gradients(),  # Transformer Engine's parts have their own (te_parts.py)
+        gradient_accumulation_fusion=apex_weight_gradients(),  # Transformer Engine's modules have their own switch
         bias_activation_fusion=cuda,
         bias_dropout_fusion=cuda,
         masked_softmax_fusion=False,

@@ -3,7 +3,7 @@
 from megatron.core.optimizer import get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey
 
-from megatron_hybrid.mixers.gated_delta_net.module import ALWAYS_FP32
+from megatron_hybrid.mixers.gated_delta_net.spec import FP32_PARAMETERS
 
 
 def optimizer_config_overrides(config: OptimizerConfig) -> dict:
@@ -16,6 +16,6 @@ def optimizer_config_overrides(config: OptimizerConfig) -> dict:
     Example:
         >>> optimizer = get_megatron_optimizer(config, model_chunks, config_overrides=optimizer_config_overrides(config))
     """
-    scalars = ParamKey(name=tuple(f"*.{name}" for name in ALWAYS_FP32))
+    scalars = ParamKey(name=tuple(f"*.{name}" for name in FP32_PARAMETERS))
     # a value that differs from the standard group's makes another group; without decay, its schedule means nothing
     return {**get_standard_config_overrides(config), scalars: {"wd_mult": 0.0, "start_wd": 0.0, "end_wd": 0.0}}

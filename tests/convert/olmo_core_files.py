@@ -79,7 +79,7 @@ def olmo_core_state(model: ModelConfig, old: bool = False, optimizer: bool = Fal
     generator = torch.Generator().manual_seed(2)
     for name, spec in model_tensors(model).items():
         key = olmo_core_names(name)[-1 if old else 0]
-        tensor = tensors[name].unsqueeze(1) if spec.kind == "conv" else tensors[name]
+        tensor = tensors[name].unsqueeze(1) if spec.decay_group == "convolution" else tensors[name]
         state["model"][key] = tensor.clone()
         for part in ("exp_avg", "exp_avg_sq"):
             moments[f"state.{key}.{part}"] = torch.rand(tensor.shape, generator=generator)

@@ -53,7 +53,7 @@ def test_memory_is_bounded(tmp_path):
     specs = model_tensors(model)
     folder = tmp_path / "hf"
     folder.mkdir()
-    conv = {n: (s.shape[0], 1, s.shape[1]) for n, s in specs.items() if s.kind == "conv"}
+    conv = {n: (s.shape[0], 1, s.shape[1]) for n, s in specs.items() if s.decay_group == "convolution"}
     save_file(
         {huggingface_name(model, n): torch.zeros(conv.get(n, s.shape)) for n, s in specs.items()},
         folder / "model.safetensors",

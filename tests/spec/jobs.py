@@ -117,10 +117,10 @@ def padded(module) -> list[str]:
     """Parameters of mixers that hold anything outside their pieces."""
     wrong = []
     for name, mixer in module.named_modules():
-        for parameter, pieces in getattr(mixer, "pieces", {}).items():
+        for parameter in getattr(mixer, "packing", {}):
             rest = mixer.get_parameter(parameter).detach().clone()
-            for piece in pieces:
-                piece.view(rest).zero_()
+            for piece in mixer.slices(parameter):
+                piece.target.narrow(rest).zero_()
             if rest.any():
                 wrong.append(f"{name}.{parameter}")
     return wrong

@@ -2,11 +2,15 @@
 
 from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
-from megatron_hybrid.arch.mixer import HeadGroups, MixerSpec
+from megatron_hybrid.arch.mixer import HeadGroups, Layout, MixerSpec
 from megatron_hybrid.arch.model_fields import ModelFields
-from megatron_hybrid.arch.packing import ONES, PackedParameter, TensorSpec
+from megatron_hybrid.arch.packing import ONES, PackedParameter, TensorSpec, round_up
 from megatron_hybrid.arch.registry import register
+from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.mixers.attention import costs
+
+FP8_HEAD_DIM = 128
+"""Of FP8 attention on Hopper."""
 
 
 def parameters(heads: int, groups: int, head_dim: int, hidden_size: int) -> tuple[PackedParameter, ...]:
@@ -42,7 +46,14 @@ class Attention(MixerSpec):
     def head_groups(self, model: ModelFields, block: Block) -> HeadGroups:
         field = "num_attention_heads" if model.num_key_value_heads is None else "num_key_value_heads"
         heads = (("attention query", model.num_attention_heads), ("attention key/value", model.kv_heads))
-        return HeadGroups(model.kv_heads, f"model.{field}", "key/value heads", heads)
+        return HeadGroups(
+            count=model.kv_heads,
+            field=f"model.{field}",
+            title="key/value heads",
+            heads=heads,
+            width_field="model.head_dim",
+            width=model.attention_head_dim,
+        )
 
     def flops(self, model: ModelFields, block: Block, sequence_length: int) -> int:
         """Count scores and weighted values: 4 FLOPs per channel of q and token seen.
@@ -55,11 +66,62 @@ class Attention(MixerSpec):
         window = min(window or sequence_length, sequence_length)
         return 2 * q * window * (2 * sequence_length - window) // sequence_length
 
+    def check(self, model: ModelFields, block: Block, symbol: str) -> Problems:
+        problems = super().check(model, block, symbol)
+        if block.sliding_window and model.sliding_window is None:
+            problems.add(
+                "sliding_window",
+                f"is missing, and layer_pattern has {symbol} layers; give the number of tokens they see, such as 4096",
+            )
+        return problems
+
+    def check_layout(self, model: ModelFields, block: Block, symbol: str, layout: Layout) -> Problems:
+        problems = Problems()
+        self._check_context(model, layout, problems)
+        self._check_window(model, block, symbol, layout, problems)
+        reason = None
+        if layout.fp8_attention and block.sliding_window:
+            reason = f"has no sliding window, and layer_pattern has {symbol} layers"
+        elif layout.fp8_attention and model.attention_head_dim != FP8_HEAD_DIM:
+            reason = f"needs model.head_dim = {FP8_HEAD_DIM} on Hopper, and it is {model.attention_head_dim}"
+        if reason:
+            problems.add("precision.fp8_attention", f"true {reason}; set it to false")
+        return problems
+
+    def _check_context(self, model: ModelFields, layout: Layout, problems: Problems) -> None:
+        size, groups = layout.context_parallel_size, groups_of_rank(model, layout)
+        if size > max(1, groups):
+            tensor = layout.tensor_parallel_size
+            of = f" of each of {tensor} tensor parallel ranks" if tensor > 1 else ""
+            problems.add(
+                "parallel.context_parallel_size",
+                f"{size} exceeds the {groups} key/value heads{of}, which its ranks share; set it to {groups} at most",
+            )
+
+    def _check_window(self, model: ModelFields, block: Block, symbol: str, layout: Layout, problems: Problems) -> None:
+        window, sequence = model.sliding_window, layout.sequence_length
+        if block.sliding_window and window is not None and window > sequence:
+            problems.add(
+                "model.sliding_window",
+                f"{window} exceeds data.sequence_length = {sequence}, so {symbol} layers would be plain attention; give at most "
+                f"{sequence}, or write A for {symbol} in layer_pattern",
+            )
+
+    def context_note(self, model: ModelFields, block: Block, layout: Layout) -> str:
+        heads = -(-groups_of_rank(model, layout) // layout.context_parallel_size)
+        heads *= model.num_attention_heads // model.kv_heads
+        return f"which attends with {heads} heads over whole sequences"
+
     def operations(self, shard: Shard) -> list[Operation]:
         return costs.operations(shard)
 
     def work(self, shard: Shard, direction: Direction) -> list[Work]:
         return costs.work(shard, direction)
+
+
+def groups_of_rank(model: ModelFields, layout: Layout) -> int:
+    """Return the key/value heads of a tensor parallel rank, dummies included."""
+    return round_up(model.kv_heads, layout.tensor_parallel_size) // layout.tensor_parallel_size
 
 
 register(Attention())

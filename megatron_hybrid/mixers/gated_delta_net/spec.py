@@ -2,15 +2,18 @@
 
 from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
-from megatron_hybrid.arch.mixer import HeadGroups, MixerSpec
-from megatron_hybrid.arch.model import GatedDeltaNetConfig
+from megatron_hybrid.arch.mixer import HeadGroups, Layout, MixerSpec
 from megatron_hybrid.arch.model_fields import ModelFields
 from megatron_hybrid.arch.packing import FP8_ALIGNMENT, NORMAL, ONES, Initializer, PackedParameter, TensorSpec
 from megatron_hybrid.arch.registry import register
+from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.mixers.gated_delta_net import costs
+from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 
 SCALARS = "gdn_scalars"
 """Decay group of A_log and dt_bias."""
+FP32_PARAMETERS = ("A_log", "dt_bias")
+"""Half precision would move the decay rates (Megatron-LM issue 3634)."""
 DELTA_RULE_FLOPS = 8
 """Per state entry and token, in the recurrent form: decay, read, write, read out."""
 
@@ -22,16 +25,18 @@ def parameters(gdn: GatedDeltaNetConfig, hidden_size: int) -> tuple[PackedParame
     projections = tuple(TensorSpec(f"{name}_proj.weight", (width, hidden_size)) for name, width in widths.items())
     taps = gdn.conv_kernel_size
     convolutions = tuple(TensorSpec(f"{n}_conv.weight", (widths[n], taps), NORMAL, "convolution") for n in "qkv")
-    a_log = TensorSpec("A_log", (heads,), Initializer("log_of_uniform", gdn.a_init_range), SCALARS, always_fp32=True)
-    dt = Initializer("inverse_softplus_of_log_uniform", (*gdn.dt_init_range, gdn.dt_init_floor))
-    dt_bias = TensorSpec("dt_bias", (heads,), dt, SCALARS, always_fp32=True)
+    a_init = Initializer("log_of_uniform", gdn.a_init_range)
+    dt_init = Initializer("inverse_softplus_of_log_uniform", (*gdn.dt_init_range, gdn.dt_init_floor))
+    scalars = (
+        TensorSpec(name, (heads,), init, SCALARS, always_fp32=True)
+        for name, init in zip(FP32_PARAMETERS, (a_init, dt_init), strict=True)
+    )
     o_norm = TensorSpec("o_norm.weight", (gdn.value_head_dim,), ONES, "norm")
     o_proj = TensorSpec("o_proj.weight", (hidden_size, value))
     return (
         PackedParameter("in_proj.weight", projections, "rows", groups, alignment=FP8_ALIGNMENT, is_gemm=True),
         PackedParameter("conv_weight", convolutions, "rows", groups),
-        PackedParameter("A_log", (a_log,), "rows", groups),
-        PackedParameter("dt_bias", (dt_bias,), "rows", groups),
+        *(PackedParameter(scalar.name, (scalar,), "rows", groups) for scalar in scalars),
         PackedParameter("o_norm_weight", (o_norm,)),
         PackedParameter("out_proj.weight", (o_proj,), "columns", groups, is_gemm=True),
     )
@@ -53,6 +58,7 @@ class GatedDeltaNet(MixerSpec):
     blocks = {"G": Block(mixer=name, title="Gated DeltaNet", norm="pre", output_gate=True)}
     input_linear, output_linear = "in_proj", "out_proj"
     supports = frozenset({"context_parallel", "fp8"})
+    init_fields = ("a_init_range", "dt_init_range", "dt_init_floor")
 
     def parameters(self, model: ModelFields, block: Block) -> tuple[PackedParameter, ...]:
         return parameters(sizes(model), model.hidden_size)
@@ -60,11 +66,29 @@ class GatedDeltaNet(MixerSpec):
     def head_groups(self, model: ModelFields, block: Block) -> HeadGroups:
         gdn = sizes(model)
         heads = (("Gated DeltaNet key", gdn.num_key_heads), ("Gated DeltaNet value", gdn.num_value_heads))
-        return HeadGroups(gdn.num_key_heads, "model.gdn.num_key_heads", "Gated DeltaNet key heads", heads)
+        return HeadGroups(
+            count=gdn.num_key_heads,
+            field="model.gdn.num_key_heads",
+            title="Gated DeltaNet key heads",
+            heads=heads,
+            width_field="model.gdn.value_head_dim",
+            width=gdn.value_head_dim,
+        )
 
     def flops(self, model: ModelFields, block: Block, sequence_length: int) -> int:
         gdn = sizes(model)
         return DELTA_RULE_FLOPS * gdn.num_value_heads * gdn.key_head_dim * gdn.value_head_dim
+
+    def check_layout(self, model: ModelFields, block: Block, symbol: str, layout: Layout) -> Problems:
+        problems, ranks = Problems(), layout.context_parallel_size
+        back, tokens = sizes(model).conv_kernel_size - 1, layout.sequence_length // ranks
+        if ranks > 1 and tokens < back:
+            problems.add(
+                "parallel.context_parallel_size",
+                f"{ranks} leaves {tokens} tokens of a sequence on each rank, and Gated DeltaNet's convolution looks back on "
+                f"{back}; the largest that fits is {max(1, layout.sequence_length // back)}",
+            )
+        return problems
 
     def operations(self, shard: Shard) -> list[Operation]:
         return costs.operations(shard)

@@ -29,8 +29,6 @@ from megatron_hybrid.train.optimizers.host_offload import (
     updated_tensor,
 )
 
-_DECAY_GROUPS = {"embedding": "embedding", "norm": "norm", "A_log": "gdn_scalars", "dt_bias": "gdn_scalars"}
-
 
 def wrap_data_parallel(chunks, parallel: ParallelConfig, precision: PrecisionConfig) -> list[DistributedDataParallel]:
     """megatron-core's DDP around each model chunk: gradients in fp32, summed in fp32."""
@@ -54,8 +52,8 @@ def exempt_from_decay(layout: ParamLayout, chunks, no_decay: set[str]) -> set[to
     first = ParamLayout(layout.model, 0, layout.ranks)  # another rank's part may be padding alone, without pieces
     return {
         parameter
-        for _, parameter, pieces in first.parameters(chunks)
-        if _DECAY_GROUPS.get(pieces[0].tensor.kind) in no_decay
+        for _, parameter, slices in first.parameters(chunks)
+        if slices[0].tensor.decay_group in no_decay
     }
 
 

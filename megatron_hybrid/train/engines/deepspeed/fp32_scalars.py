@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_hybrid.checkpoint.collect import OptimizerShard
 from megatron_hybrid.config.train import OptimizerConfig
-from megatron_hybrid.mixers.gated_delta_net.module import ALWAYS_FP32, GatedDeltaNet
+from megatron_hybrid.mixers.mixer import Mixer
 
 
 class Fp32Scalars:
@@ -24,8 +24,8 @@ class Fp32Scalars:
         self.parameters = [
             self._take_out(module, name)
             for module in model.modules()
-            if isinstance(module, GatedDeltaNet)
-            for name in ALWAYS_FP32
+            if isinstance(module, Mixer)
+            for name in module.fp32_parameters
         ]
         decay = 0.0 if "gdn_scalars" in adam.no_decay else adam.weight_decay
         arguments = dict(lr=adam.lr, betas=adam.betas, eps=adam.eps, weight_decay=decay)

@@ -1,14 +1,14 @@
-"""Transformer Engine's linears, norm and attention as megatron-core wraps them, and its SwiGLU, for our layers.
+"""The backend for GPUs: Transformer Engine's linears, norm and attention as megatron-core wraps them, and its SwiGLU.
 
-Weight gradients go from the matrix product straight into DDP's fp32 buffer (`main_grad`). megatron-core's own switch for that
-would ask Apex's kernel of its output layer as well, so only these parts get it.
+The GEMM of a weight's gradient adds it directly to DDP's fp32 buffer (`main_grad`). megatron-core's own switch for that would
+require Apex's kernel in its output layer as well, so only these modules get it.
 """
 
 import copy
 
 import torch
 import transformer_engine.pytorch as te
-import transformer_engine_torch as kernels  # which te loads
+import transformer_engine_torch as kernels  # te loads it
 from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
@@ -19,8 +19,8 @@ from megatron.core.extensions.transformer_engine import (
 )
 
 from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.mixers.backend import Backend
 from megatron_hybrid.model.mlp import SwiGLU
-from megatron_hybrid.model.parts import Parts
 from megatron_hybrid.precision.recipes import attention_recipe
 
 
@@ -35,7 +35,7 @@ class ColumnLinear(TEColumnParallelLinear):
 
     def __init__(self, *args, config, **kwargs):
         super().__init__(*args, config=_into_main_grad(config), **kwargs)
-        # megatron-core asks for it of the one with a norm alone
+        # megatron-core sets it only for the linear with a norm
         self.ub_overlap_rs_dgrad = config.tp_comm_overlap and config.tp_comm_overlap_rs_dgrad
 
 
@@ -54,9 +54,9 @@ class RowLinear(TERowParallelLinear):
 
 
 class Fp8Attention(TEDotProductAttention):
-    """Attention in FP8 with delayed scaling, whatever recipe the linears around it have: the only one that trains on Hopper.
+    """Attention in FP8 with delayed scaling, the only recipe that trains on Hopper, whatever recipe the linears have.
 
-    Its scales are updated with the linears', when the outermost FP8 context ends (precision/context.py).
+    Its scales are updated together with the linears', when the outermost FP8 context ends (precision/context.py).
     """
 
     def __init__(self, config, *args, **kwargs):
@@ -70,7 +70,7 @@ class Fp8Attention(TEDotProductAttention):
 
 
 class _Activation(torch.autograd.Function):
-    """silu(gate) * up of [..., gate | up], its input kept."""
+    """silu(gate) * up of [..., gate | up]. It keeps its input."""
 
     @staticmethod
     def forward(ctx, gate_up):
@@ -84,23 +84,24 @@ class _Activation(torch.autograd.Function):
 
 
 class FusedSwiGLU(SwiGLU):
-    """The MLP with one kernel each way for its activation: what torch compiles moves twice as many bytes in the backward pass, and is
-    slower still once it has seen several shapes."""
+    """The MLP with one kernel each way for its activation.
+
+    torch.compile's backward kernel moves twice as many bytes, and is slower still once it has seen several shapes.
+    """
 
     def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return _Activation.apply(gate_up)
 
 
-def transformer_engine_parts(precision: PrecisionConfig) -> Parts:
-    """Parts whose linears follow the FP8 context they run in."""
-    attention = Fp8Attention if precision.fp8_attention else TEDotProductAttention
-    return Parts(
-        "Transformer Engine",
-        ColumnLinear,
-        NormColumnLinear,
-        RowLinear,
-        TENorm,
-        attention,
-        TEDotProductAttention,
-        FusedSwiGLU,
+def transformer_engine(precision: PrecisionConfig) -> Backend:
+    """Return modules whose linears follow the FP8 context they run in."""
+    return Backend(
+        name="Transformer Engine",
+        column_linear=ColumnLinear,
+        norm_column_linear=NormColumnLinear,
+        row_linear=RowLinear,
+        norm=TENorm,
+        attention=Fp8Attention if precision.fp8_attention else TEDotProductAttention,
+        plain_attention=TEDotProductAttention,
+        mlp=FusedSwiGLU,
     )
