@@ -16,6 +16,7 @@ from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.describe import describe
 from megatron_hybrid.config.load import dump_run, load_run
+from megatron_hybrid.planner.command import Question as Request, answer
 from tests.mixers import plugin_jobs
 
 MODEL = dict(
@@ -35,6 +36,7 @@ def package(tmp_path, monkeypatch) -> Path:
     """A folder with the package `leaky`, on the path of this process only."""
     shutil.copytree(Path(__file__).parent / "leaky", tmp_path / "packages" / "leaky")
     monkeypatch.syspath_prepend(tmp_path / "packages")
+    registry.mixer_specs()
     monkeypatch.setattr(registry, "_specs", dict(registry._specs))
     yield tmp_path / "packages"
     for name in [name for name in sys.modules if name.partition(".")[0] == "leaky"]:
@@ -43,17 +45,19 @@ def package(tmp_path, monkeypatch) -> Path:
 
 def run_config(folder: Path, name: str, steps: int = STEPS, **sections: dict) -> dict:
     tokens = folder / "tokens.npy"
-    np.save(tokens, np.random.default_rng(0).integers(0, MODEL["vocab_size"], 4000).astype(np.uint16))
+    learnable = np.cumsum(np.random.default_rng(0).integers(0, 3, 4000)) % MODEL["vocab_size"]
+    learnable.astype(np.uint16).tofile(tokens)
     train = dict(steps=steps, global_batch_size=4, dtype="fp32", optimizer={"lr": 1e-2}, schedule={"kind": "constant"})
     return dict(
         run_dir=str(folder / name),
         plugins=["leaky"],
         model=MODEL,
-        data=dict(train=[dict(path=str(tokens))], sequence_length=16, tokenizer=None),
+        data=dict(train=[dict(path=str(tokens))], sequence_length=16),
         train=train,
         logging=dict(tensorboard=False, plot_interval=0),
         preflight=dict(enabled=False),
-    ) | {key: value for key, value in sections.items()}
+        **sections,
+    )
 
 
 def losses(folder: Path, name: str) -> list[float]:
@@ -107,10 +111,14 @@ def test_it_is_counted_and_described(package, tmp_path):
     assert load_run(str(again)) == run
 
 
-def test_the_planner_plans_it(package, tmp_path, capsys):
-    from megatron_hybrid.planner.command import Question, answer  # noqa: F401
-
-    raise NotImplementedError
+def test_the_planner_plans_it(package, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(run_config(tmp_path, "run")))
+    request = Request(str(config), gpus=4, gpu="h200", emit=tmp_path / "planned.yaml")
+    text = answer(request)
+    print(text)
+    planned = load_run(str(request.emit))
+    assert planned.plugins == ("leaky",) and planned.model.leaky == load_run(str(config)).model.leaky
 
 
 @pytest.mark.parametrize(
