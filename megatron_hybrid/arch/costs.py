@@ -142,9 +142,7 @@ def row_linear(shard: Shard, name: str, inner: float, saved: float | None = None
     gathered = shard.element * shard.hidden if shard.sequence_parallel else 0.0
     casts = 2 * shard.hidden if shard.fp8 else 0.0
     kept = shard.linear_input * inner if saved is None else saved
-    return Operation(
-        name, kept, shard.element * inner, extra=gathered + casts, keeps_input=0.0 if shard.fp8 else kept
-    )
+    return Operation(name, kept, shard.element * inner, extra=gathered + casts, keeps_input=0.0 if shard.fp8 else kept)
 
 
 def norm(shard: Shard, name: str) -> Operation:

@@ -1,6 +1,5 @@
 """Seconds of a layer, the embedding and the head, by part, for one micro-batch forward or backward."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from megatron_hybrid.arch.costs import (
@@ -18,20 +17,11 @@ from megatron_hybrid.planner import network
 from megatron_hybrid.planner.activations import LOGITS_CHUNK_BYTES
 from megatron_hybrid.planner.block_costs import mlp_work, norm_work, residual_work
 from megatron_hybrid.planner.hardware import Hardware
+from megatron_hybrid.planner.parts import GEMMS, MEMORY_BOUND, TP, TP_HIDDEN, Parts
 from megatron_hybrid.planner.plan import Plan
 
-Parts = Counter[str]
-GEMMS, MEMORY_BOUND, LAUNCHES = "GEMMs", "memory-bound operations", "kernel launches"
-TP, TP_HIDDEN = "TP communication", "TP communication, hidden"
-DP, DP_HIDDEN = "DP communication", "DP communication, hidden"
-HIDDEN = (TP_HIDDEN, DP_HIDDEN)
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.5, "full": 1.0}
 """Share of a layer's forward kernels that the backward pass launches again."""
-
-
-def scaled(parts: Parts, count: float) -> Parts:
-    """Return every part times `count`."""
-    return Counter({name: seconds * count for name, seconds in parts.items()})
 
 
 class LayerTimes:
@@ -84,14 +74,14 @@ class LayerTimes:
 
     def _layer(self, shard: Shard, direction: Direction, fp8: bool) -> Parts:
         mixer, mlp = mixer_spec(shard.block.mixer).work(shard, direction), mlp_work(shard, direction)
-        total: Parts = Counter()
-        total.update(self._between_linears(mixer, direction))
-        total.update(self._around(shard, (mixer, mlp), direction, fp8))
+        total = Parts()
+        total.add(self._between_linears(mixer, direction))
+        total.add(self._around(shard, (mixer, mlp), direction, fp8))
         recompute = self.plan.parallel.recompute_granularity
         if direction == "backward" and recompute == "full":
-            total.update(self._layer(shard, "forward", fp8))
+            total.add(self._layer(shard, "forward", fp8))
         elif direction == "backward" and recompute == "selective":
-            total.update(self._recomputed(shard))
+            total.add(self._recomputed(shard))
         return total
 
     def _between_linears(self, work: Iterable[Work], direction: Direction) -> Parts:
@@ -99,17 +89,19 @@ class LayerTimes:
         for one in work:
             if not isinstance(one, Gemm) or one.parallel is None:
                 seconds.setdefault(one.part, []).append(self.seconds(one, direction))
-        return Counter({part: sum(times) for part, times in seconds.items()})
+        return Parts({part: sum(times) for part, times in seconds.items()})
 
     def _around(self, shard: Shard, sublayers: tuple[Sequence[Work], ...], direction: Direction, fp8: bool) -> Parts:
         """Return the time of linears with their collectives, of the MLP, norms and residual additions."""
-        parts: Parts = Counter()
+        parts = Parts()
         for work in sublayers:
-            linears = [(one, self.seconds(one, direction, fp8)) for one in work if isinstance(one, Gemm) and one.parallel]
+            linears = [
+                (one, self.seconds(one, direction, fp8)) for one in work if isinstance(one, Gemm) and one.parallel
+            ]
             parts[GEMMS] += sum(seconds for _, seconds in linears)
             self._add_collectives(direction, sum(s for one, s in linears if one.parallel == "column"), parts)
         _, mlp = sublayers
-        parts.update(self._between_linears(mlp, direction))
+        parts.add(self._between_linears(mlp, direction))
         norms = 2 if shard.block.norm == "peri" else 1
         norm, residual = (self.seconds(one, direction) for one in (norm_work(shard, direction), residual_work(shard)))
         parts[MEMORY_BOUND] += len(sublayers) * (norms * norm + residual)
@@ -117,12 +109,12 @@ class LayerTimes:
 
     def _recomputed(self, shard: Shard) -> Parts:
         """Return the time of selective recompute: a copy puts each result where its linear looks for it."""
-        spec, total = mixer_spec(shard.block.mixer), Counter[str]()
+        spec, total = mixer_spec(shard.block.mixer), Parts()
         sublayers = [mlp_work(shard, "forward")]
         if any(operation.recomputed for operation in spec.operations(shard)):
             sublayers.append(spec.work(shard, "forward"))
         for work in sublayers:
-            total.update(self._between_linears(work, "forward"))
+            total.add(self._between_linears(work, "forward"))
             for one in work:
                 if isinstance(one, Gemm) and one.parallel == "row":
                     total[MEMORY_BOUND] += self._move(2 * shard.element * one.k * one.m)
@@ -179,11 +171,11 @@ class LayerTimes:
         plan, h = self.plan, self.plan.model.hidden_size
         size, table = plan.element * plan.tokens * h, plan.vocab * h
         moved = 2 * size if direction == "forward" else 2 * size + table * (3 * plan.element + 8)
-        return Counter({MEMORY_BOUND: self._move(moved), TP: self._collective("all_reduce", size) / 2})
+        return Parts({MEMORY_BOUND: self._move(moved), TP: self._collective("all_reduce", size) / 2})
 
     def head(self, direction: Direction) -> Parts:
         """Return the time of final norm, output layer and losses. All three GEMMs are in the forward pass, chunk by chunk."""
-        plan, h, parts = self.plan, self.plan.model.hidden_size, Counter[str]()
+        plan, h, parts = self.plan, self.plan.model.hidden_size, Parts()
         m, vocab, table = plan.tokens, plan.vocab, plan.vocab * h
         if direction == "backward":  # scales the gradients by the loss's own
             parts[MEMORY_BOUND] = self._move(table * (16 + plan.element) + 3 * plan.element * m * h)

@@ -1,12 +1,12 @@
 """Peak memory of a rank's CUDA tensors, by part. Weights, gradients and optimizer state are exact; activations are estimated."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from megatron_hybrid.arch.costs import Shard
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.activations import LayerBytes, head_bytes, layer_bytes
-from megatron_hybrid.planner.parameters import packed_layer, padding_parameters
+from megatron_hybrid.planner.parameters import gemm_weights, padding_parameters
 from megatron_hybrid.planner.plan import Chunk, Plan
 from megatron_hybrid.planner.schedule import chunks_in_flight
 from megatron_hybrid.planner.state import per_parameter_bytes, rank_state
@@ -94,10 +94,10 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
     ends = logits = transient = 0.0
     for chunk, count in zip(chunks, flying, strict=True):
         for symbol in dict.fromkeys(chunk.symbols):
-            size, shard = layers[symbol].saved, plan.shards[symbol]
+            size, title = layers[symbol].saved, plan.blocks[symbol].title
             saved_tokens = chunk.symbols.count(symbol) * count * plan.tokens
-            activations[shard.block.title] = activations.get(shard.block.title, 0.0) + saved_tokens * size
-            padding += saved_tokens * (size - _layer(plan, replace(shard, padded=False)).saved)
+            activations[title] = activations.get(title, 0.0) + saved_tokens * size
+            padding += saved_tokens * (size - _layer(plan, plan.unpadded_shards[symbol]).saved)
         if chunk.embedding or chunk.head:
             ends += BATCH_BYTES * plan.tokens * count
         during = _backward(plan, chunk, layers)
@@ -138,12 +138,6 @@ def _backward(plan: Plan, chunk: Chunk, layers: dict[str, LayerBytes]) -> float:
     return most
 
 
-def _gemm_weights(plan: Plan, symbol: str) -> dict[str, int]:
-    """Return the elements on a rank of the weight of each linear of a layer, by the name of its first tensor."""
-    packed = packed_layer(plan.model, plan.blocks[symbol])
-    return {one.tensors[0].name: one.rank_numel(plan.tp) for one in packed if one.is_gemm}
-
-
 def _fp8_weights(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> float:
     """Return the bytes of FP8 copies of weights.
 
@@ -153,7 +147,9 @@ def _fp8_weights(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) 
     if plan.precision.fp8_recipe is None:
         return 0.0
     copies = 1 if plan.precision.fp8_param_gather else 2
-    sizes = {symbol: copies * sum(_gemm_weights(plan, symbol).values()) for symbol in plan.blocks}
+    sizes = {
+        symbol: copies * sum(gemm_weights(plan.model, block, plan.tp).values()) for symbol, block in plan.blocks.items()
+    }
     layers = [
         (sizes[symbol], count)
         for chunk, count in zip(chunks, in_flight, strict=True)
@@ -176,7 +172,7 @@ def _dummy_weight_gradients(plan: Plan, chunks: Sequence[Chunk]) -> float:
     symbols = {symbol for chunk in chunks for symbol in chunk.symbols}
     sizes: dict[str, int] = {}
     for symbol in symbols:
-        sizes |= _gemm_weights(plan, symbol)
+        sizes.update(gemm_weights(plan.model, plan.blocks[symbol], plan.tp))
     return plan.element * (sum(sizes.values()) if plan.transformer_engine else max(sizes.values()))
 
 

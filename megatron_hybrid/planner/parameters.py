@@ -1,5 +1,6 @@
 """Parameters that a rank holds, as the trainer lays them out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -85,6 +86,12 @@ def rank_layer_parameters(model: ModelConfig, block: Block, tp: int, in_fp8: boo
         )
         for packed in packed_layer(model, block)
     )
+
+
+@lru_cache(maxsize=256)
+def gemm_weights(model: ModelConfig, block: Block, tp: int) -> Mapping[str, int]:
+    """Return the elements on a rank of the weight of each linear of a layer, by the name of its first tensor."""
+    return {one.tensors[0].name: one.rank_numel(tp) for one in packed_layer(model, block) if one.is_gemm}
 
 
 def rank_parameters(plan: Plan, pipeline_rank: int) -> int:

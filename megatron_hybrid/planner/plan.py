@@ -1,6 +1,6 @@
 """Plan: a model and its batch under one layout, for which memory and step time are predicted."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from megatron_hybrid.arch.blocks import Block
@@ -101,10 +101,12 @@ class Plan:
         """Format in which softmax attention multiplies: bf16 or fp8."""
         return "fp8" if self.precision.fp8_attention else "bf16"
 
-    @property
+    @cached_property
     def fp8_layers(self) -> range:
         """Layers whose linears multiply in FP8, if the run uses FP8."""
-        return range(self.precision.num_layers_at_start_in_bf16, self.model.num_layers - self.precision.num_layers_at_end_in_bf16)
+        return range(
+            self.precision.num_layers_at_start_in_bf16, self.model.num_layers - self.precision.num_layers_at_end_in_bf16
+        )
 
     @cached_property
     def chunks(self) -> tuple["Chunk", ...]:
@@ -134,6 +136,11 @@ class Plan:
     def shards(self) -> dict[str, Shard]:
         """What a rank holds of a layer, by layer_pattern symbol."""
         return {symbol: self._shard(block) for symbol, block in self.blocks.items()}
+
+    @cached_property
+    def unpadded_shards(self) -> dict[str, Shard]:
+        """`shards` as if heads could be split anywhere."""
+        return {symbol: replace(shard, padded=False) for symbol, shard in self.shards.items()}
 
     def _shard(self, block: Block) -> Shard:
         return Shard(

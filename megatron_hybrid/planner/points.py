@@ -9,7 +9,7 @@ from megatron_hybrid.arch.costs import Direction, Gemm, MemoryWork, attention_fl
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.config.parallel import ParallelConfig
-from megatron_hybrid.planner.fit import nonnegative
+from megatron_hybrid.planner.fit import fit_nonnegative
 from megatron_hybrid.planner.hardware import RECURRENCE_STATE, RECURRENCE_TOKENS, Hardware, Link, Rate
 from megatron_hybrid.planner.network import hops, wire_bytes
 from megatron_hybrid.planner.plan import Plan
@@ -57,13 +57,14 @@ def _fit(points: Sequence[Point], work: Callable[[Point], tuple[float, ...]]) ->
     for form, direction in dict.fromkeys((p["format"], p["pass"]) for p in points):
         mine = [p for p in points if (p["format"], p["pass"]) == (form, direction) and p["seconds"] > 0]
         columns = list(zip(*(work(p) for p in mine)))
-        fitted.setdefault(form, {})[direction] = Rate(*nonnegative(columns, [p["seconds"] for p in mine]))
+        fitted.setdefault(form, {})[direction] = Rate(*fit_nonnegative(columns, [p["seconds"] for p in mine]))
     return fitted
 
 
 def memory_bytes_per_token(model: ModelConfig, operation: str, tp: int, direction: Direction) -> float:
     """Return the bytes per token that a memory-bound operation of the model's mixers moves on a rank, in bf16."""
-    return next(work.bytes for work in _memory_work(model, tp, direction) if work.operation == operation)
+    found = {work.operation: work.bytes for work in _memory_work(model, tp, direction)}
+    return found[operation]
 
 
 def _memory_work(model: ModelConfig, tp: int, direction: Direction) -> Iterator[MemoryWork]:
@@ -76,8 +77,9 @@ def _memory_work(model: ModelConfig, tp: int, direction: Direction) -> Iterator[
 
 def _efficiency(points: Sequence[Point], model: ModelConfig, copy: float) -> float:
     """Return the share of the copy rate: bytes of all points over the time of all."""
-    size = sum(p["tokens"] * memory_bytes_per_token(model, p["op"], p["degree"], p["pass"]) for p in points)
-    return size / sum(p["seconds"] for p in points) / copy
+    size: float = sum(p["tokens"] * memory_bytes_per_token(model, p["op"], p["degree"], p["pass"]) for p in points)
+    seconds: float = sum(p["seconds"] for p in points)
+    return size / seconds / copy
 
 
 def _recurrence_table(points: Sequence[Point]) -> dict[str, dict[float, float]]:
@@ -96,5 +98,5 @@ def _link(points: Sequence[Point]) -> Link:
         [hops(p["op"], p["ranks"]) for p in points],
         [wire_bytes(p["op"], p["ranks"], p["bytes"]) for p in points],
     ]
-    latency, per_byte = nonnegative(columns, [p["seconds"] for p in points])
+    latency, per_byte = fit_nonnegative(columns, [p["seconds"] for p in points])
     return Link(latency, 1 / per_byte if per_byte else float("inf"))

@@ -8,8 +8,9 @@ from megatron_hybrid.arch.costs import Direction
 from megatron_hybrid.arch.flops import training_flops_per_token
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.hardware import Hardware
-from megatron_hybrid.planner.layer_time import DP, DP_HIDDEN, HIDDEN, LAUNCHES, LayerTimes, Parts, scaled
+from megatron_hybrid.planner.layer_time import LayerTimes
 from megatron_hybrid.planner.parameters import rank_parameters
+from megatron_hybrid.planner.parts import BUBBLE, DP, DP_HIDDEN, HIDDEN, LAUNCHES, OPTIMIZER, PP, Parts
 from megatron_hybrid.planner.plan import Chunk, Plan
 from megatron_hybrid.planner.schedule import StageTimes, analytic_seconds, simulate
 from megatron_hybrid.planner.state import GRADIENT_BYTES, rank_state
@@ -72,17 +73,18 @@ class StepPredictor:
         """
         layers = self._layer_times(plan)
         passes = [[self._chunk(plan, chunk, layers, direction) for direction in DIRECTIONS] for chunk in plan.chunks]
-        times = StageTimes(*([_exposed(parts) for parts in direction] for direction in zip(*passes)))
+        forward, backward = ([parts.exposed for parts in direction] for direction in zip(*passes))
+        times = StageTimes(forward, backward)
         m, pp = plan.microbatches, plan.pp
         pipeline = simulate(times, pp, m).seconds if simulated else analytic_seconds(times, pp, m)
         busiest = max(range(pp), key=lambda rank: sum(times.forward[rank::pp]) + sum(times.backward[rank::pp]))
-        total: Parts = Counter()
+        total = Parts()
         for chunk in passes[busiest::pp]:
             for parts in chunk:
-                total.update(scaled(parts, m))
-        total["bubble"] = max(0.0, pipeline - _exposed(total))
+                total.add(parts.scaled(m))
+        total[BUBBLE] = max(0.0, pipeline - total.exposed)
         self._add_data_parallel(plan, busiest, times, total)
-        total["optimizer"] = self._optimizer_seconds(plan, busiest)
+        total[OPTIMIZER] = self._optimizer_seconds(plan, busiest)
         tokens = plan.global_batch_size * plan.sequence_length
         return StepTime(
             {part: s for part, s in total.items() if part not in HIDDEN and s > 1e-9},
@@ -124,20 +126,20 @@ class StepPredictor:
     def _new_chunk(
         self, plan: Plan, chunk: Chunk, layers: LayerTimes, direction: Direction, fp8: Sequence[bool]
     ) -> Parts:
-        total: Parts = Counter()
+        total = Parts()
         for (symbol, in_fp8), count in Counter(zip(chunk.symbols, fp8)).items():
-            total.update(scaled(layers.layer(symbol, direction, in_fp8), count))
-        total[LAUNCHES] = max(0.0, len(chunk.symbols) * layers.host(direction) - _exposed(total))
+            total.add(layers.layer(symbol, direction, in_fp8).scaled(count))
+        total[LAUNCHES] = max(0.0, len(chunk.symbols) * layers.host(direction) - total.exposed)
         if chunk.embedding:
-            total.update(layers.embedding(direction))
+            total.add(layers.embedding(direction))
         if chunk.head:
-            total.update(layers.head(direction))
+            total.add(layers.head(direction))
         if plan.pp > 1:
             group = network.groups(plan, self.hardware.gpus_per_node)["pp"]
-            size = plan.tokens * plan.model.hidden_size * plan.element
-            size /= plan.tp if plan.parallel.sequence_parallel_on else 1
+            whole = plan.tokens * plan.model.hidden_size * plan.element
+            size = whole / plan.tp if plan.parallel.sequence_parallel_on else whole
             one = network.seconds("p2p", size, group, self.hardware)
-            total["PP communication"] = one * self.hardware.factor("communication")
+            total[PP] = one * self.hardware.factor("communication")
         return total
 
     def _add_data_parallel(self, plan: Plan, rank: int, times: StageTimes, total: Parts) -> None:
@@ -162,8 +164,3 @@ class StepPredictor:
             hidden = min(cost * LARGEST_HIDDEN_SHARE, room)
             total[DP] += cost - hidden
             total[DP_HIDDEN] += hidden
-
-
-def _exposed(parts: Parts) -> float:
-    """Return the seconds that are not hidden behind others."""
-    return sum(seconds for part, seconds in parts.items() if part not in HIDDEN)

@@ -181,7 +181,7 @@ def delta_rule_points(model: ModelConfig, degree: int, sequence: int, batch: int
     v = torch.randn(batch, sequence, heads, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
     g = (-0.1 * torch.rand(batch, sequence, heads, device=device)).requires_grad_()
     beta = (2 * torch.rand(batch, sequence, heads, device=device)).requires_grad_()
-    sizes_ = {"op": "delta_rule", "sequence": sequence, "batch": batch, "heads": heads}
+    sizes_ = {"op": "recurrence", "sequence": sequence, "batch": batch, "heads": heads}
     sizes_ |= {"key_head_dim": gdn.key_head_dim, "value_head_dim": gdn.value_head_dim}
     yield from _both(sizes_, lambda: gated_delta_rule(q, k, v, g, beta)[0])
 
