@@ -14,7 +14,6 @@ from megatron_hybrid.model.hybrid_model import HybridLanguageModel
 from megatron_hybrid.model.megatron_config import apex_weight_gradients
 
 Row = tuple[str, str, str, str, str]
-_SCALING = {"delayed": "delayed", "tensorwise": "current", "blockwise": "blockwise"}
 
 
 def format_table(
@@ -74,8 +73,8 @@ def _ranges(layers: Iterable[int]) -> str:
 def _linears(
     chunks: Sequence[HybridLanguageModel], backend: Backend, reason: str, precision: PrecisionConfig, dtype: str
 ) -> Iterator[Row]:
-    what = "projections, MLP"
-    if not precision.fp8:
+    what, recipe = "projections, MLP", precision.recipe
+    if recipe is None:
         apex = " with Apex's weight gradients" if backend is LOCAL and apex_weight_gradients() else ""
         yield _stage(chunks), what, dtype, backend.name + apex, reason
         return
@@ -93,12 +92,10 @@ def _linears(
     fp8 = [i for i in layers if start <= i < end]
     if not fp8:
         return
-    scaling = _SCALING[precision.fp8_recipe]
-    name = f"fp8 e4m3 (gradients e5m2), {scaling} scaling" if scaling != "blockwise" else "fp8 e4m3, blockwise scaling"
-    held, why = "", f"precision.fp8_recipe = {precision.fp8_recipe}"
+    held, why = "", f"precision.fp8_recipe = {recipe.name}"
     if precision.fp8_param_gather:
         held, why = ", weights held in fp8", f"{why}, fp8_param_gather = true"
-    yield _ranges(fp8), what, name + held, backend.name, why
+    yield _ranges(fp8), what, recipe.description + held, backend.name, why
 
 
 def _mixers(chunks: Sequence[HybridLanguageModel], query: FormatQuery) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from megatron_hybrid.model.backends.choose import choose_backend
 from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm, one_slot
 from megatron_hybrid.model.layer_specs import layer_specs
 from megatron_hybrid.model.megatron_config import hybrid_layer_pattern, transformer_config
-from megatron_hybrid.model.output_layer import Losses, OutputLayer
+from megatron_hybrid.model.output_layer import OutputLayer, TokenLosses
 from megatron_hybrid.precision.context import around_layers
 
 
@@ -110,8 +110,8 @@ class HybridLanguageModel(HybridModel):
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
         z_loss: float = 0.0,
-    ) -> torch.Tensor | Losses:
-        """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the Losses (z_loss is the weight
+    ) -> torch.Tensor | TokenLosses:
+        """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the TokenLosses (z_loss is the weight
         of the z-loss), means over these tokens. On a stage that is not the last: hidden states [s, b, h], of this rank's tokens.
         Under context parallelism s is this rank's slice of every sequence (distributed/context_parallel.py).
 
@@ -123,7 +123,7 @@ class HybridLanguageModel(HybridModel):
         if not self.post_process:
             return x_sbh
         weight = self.shared_embedding_or_output_weight() if self.model.tie_embeddings else None
-        if labels is None:
+        if labels is None or loss_mask is None:
             logits, _ = self.output_layer(x_sbh, weight=weight)
             return logits.transpose(0, 1).contiguous()
         options = dict(true_vocab_size=self.model.vocab_size, z_loss_weight=z_loss)

@@ -54,7 +54,7 @@ class LayerTimes:
         plan = self.plan
         if plan.tp == 1:
             return 0
-        scales = 2 if plan.gemm_format == "tensorwise" else 0  # all-reduces of the exchanged tensors' amax
+        scales = plan.precision.recipe.amax_all_reduces if plan.precision.recipe else 0
         if plan.parallel.tp_comm_overlap:
             return scales
         if not plan.parallel.sequence_parallel_on:

@@ -20,6 +20,7 @@ from hybrid_kernels.qk_norm_rope import explain as explain_qk_norm_rope
 from hybrid_kernels.qk_norm_rope import qk_norm_rope
 from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.model_fields import ModelFields, RopeScalingConfig
+from megatron_hybrid.distributed.collectives import all_reduce_sum
 from megatron_hybrid.distributed.context_parallel import HeadExchange
 from megatron_hybrid.mixers.attention.local import ScaledDotProductAttention
 from megatron_hybrid.mixers.attention.spec import parameters
@@ -121,7 +122,7 @@ class SelfAttention(Mixer):
             head_dim=d,
             true_widths=(sizes.heads * d, sizes.groups * d),
             eps=sizes.norm_eps,
-            group=tp if tp.size() > 1 else None,
+            all_reduce=all_reduce_sum(tp),
         )
         self.q_norm_weight, self.k_norm_weight = (
             self.new_parameter("q_norm_weight"),
