@@ -56,7 +56,7 @@ class MixerSpec(ABC):
     name: ClassVar[str]
     """Name in Block.mixer: its folder."""
     prefix: ClassVar[str]
-    """Of its tensors' names (layers.3.gdn.q_proj.weight); with a config_class, also the section's name in `model`."""
+    """Prefix of its tensors' names (layers.3.gdn.q_proj.weight). With a config_class, also the section's name in `model`."""
     config_class: ClassVar[type[Section] | None] = None
     """Section of `model` with its sizes. None: they are fields of `model` itself."""
     blocks: ClassVar[Blocks]
@@ -67,6 +67,8 @@ class MixerSpec(ABC):
     output_linear: ClassVar[str]
     """Module path of its row-parallel linear, which a post-norm follows."""
     supports: ClassVar[frozenset[Feature]] = frozenset()
+    decay_groups: ClassVar[tuple[str, ...]] = ()
+    """Its tensors' decay groups, besides matrix, convolution and norm."""
     init_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of config_class that set initial values only: a trained model computes the same with others."""
 

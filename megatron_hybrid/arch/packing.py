@@ -1,4 +1,4 @@
-"""How parameters pack the model's true tensors, and what each tensor parallel rank holds of them.
+"""Packing of the model's true tensors into parameters, and each tensor parallel rank's slices of them.
 
 A parameter of a module packs one or more tensors, holds one rank's slice of each, and may carry padding. Tensor parallel
 split, padding, initial values, checkpoints, parameter counts and the planner's sizes all follow from these descriptions.

@@ -88,6 +88,11 @@ def first_blocks() -> dict[str, Block]:
     return {spec.name: next(iter(spec.blocks.values())) for spec in mixer_specs()}
 
 
+def decay_groups() -> tuple[str, ...]:
+    """Return the groups that `train.optimizer.no_decay` may name."""
+    return ("embedding", "norm", *(group for spec in mixer_specs() for group in spec.decay_groups))
+
+
 def section_classes() -> dict[str, type[Section]]:
     """Return the sections that mixers add to `model`, by name."""
     return {spec.prefix: spec.config_class for spec in mixer_specs() if spec.config_class is not None}

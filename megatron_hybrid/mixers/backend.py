@@ -18,7 +18,7 @@ class Backend:
     norm: Any
     attention: type
     plain_attention: type
-    """The same in train.dtype. FP8 attention is compared with it."""
+    """Attention in train.dtype, with which FP8 attention is compared."""
     mlp: type[MLP]
 
 

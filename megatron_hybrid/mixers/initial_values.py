@@ -35,7 +35,7 @@ DISTRIBUTIONS: dict[str, Draw] = {
     "log_of_uniform": _log_of_uniform,
     "inverse_softplus_of_log_uniform": _inverse_softplus_of_log_uniform,
 }
-"""By name. The module of a mixer may add others."""
+"""Distributions by name. The module of a mixer may add others."""
 
 
 def draw(

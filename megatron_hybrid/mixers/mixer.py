@@ -29,10 +29,10 @@ from megatron_hybrid.precision.fp8_parameters import is_fp8_param
 
 @dataclass(frozen=True)
 class FormatQuery:
-    """What decides the formats that a mixer computes in, besides its own sizes."""
+    """Properties of a run that decide in which formats a mixer computes."""
 
     sequence_length: int
-    """Of whole sequences."""
+    """Length of whole sequences."""
     batch_size: int
     dtype: str
     fp8_attention: bool
@@ -137,7 +137,7 @@ class Mixer(MegatronModule):
 
     @property
     def has_dummy_heads(self) -> bool:
-        """Whether tensor parallelism adds heads that the model does not have, on any rank."""
+        """True if tensor parallelism adds heads that the model does not have, on any rank."""
         ranks = self.tp_group.size()
         return any(p.split != "replicated" and p.padded_groups(ranks) != p.groups for p in self.packing.values())
 

@@ -1,4 +1,4 @@
-"""What every parameter of this rank's model chunks holds, by the names that the chunks give them."""
+"""Layout of true tensors in the parameters of this rank's model chunks."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

@@ -76,7 +76,7 @@ def test_a_given_split_is_taken() -> None:
 
 
 def test_remedies_for_too_many_stages_are_legal() -> None:
-    """What a message of stage_layers says to set is then taken."""
+    """The remedy in a message of stage_layers is accepted."""
     for pipeline in range(2, 12):
         for virtual in range(1, 8):
             for layers in range(1, min(40, pipeline * virtual)):

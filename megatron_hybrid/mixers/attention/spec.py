@@ -10,7 +10,7 @@ from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.mixers.attention import costs
 
 FP8_HEAD_DIM = 128
-"""Of FP8 attention on Hopper."""
+"""Head size that FP8 attention needs on Hopper."""
 
 
 def parameters(heads: int, groups: int, head_dim: int, hidden_size: int) -> tuple[PackedParameter, ...]:

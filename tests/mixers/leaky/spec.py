@@ -30,7 +30,7 @@ class LeakyConfig(Section):
 def parameters(leaky: LeakyConfig, hidden_size: int) -> tuple[PackedParameter, ...]:
     heads, width = leaky.num_heads, leaky.num_heads * leaky.head_dim
     projections = tuple(TensorSpec(f"{name}_proj.weight", (width, hidden_size)) for name in ("x", "gate"))
-    decay = TensorSpec("decay", (heads,), Initializer("leaky_decay", (1.0, 3.0)), "norm", always_fp32=True)
+    decay = TensorSpec("decay", (heads,), Initializer("leaky_decay", (1.0, 3.0)), "leaky_decay", always_fp32=True)
     return (
         PackedParameter("in_proj.weight", projections, "rows", heads, is_gemm=True),
         PackedParameter("decay", (decay,), "rows", heads),
@@ -54,6 +54,7 @@ class Leaky(MixerSpec):
     config_class = LeakyConfig
     blocks = {"T": Block(mixer=name, title="leaky average", norm="pre", output_gate=True)}
     input_linear, output_linear = "in_proj", "out_proj"
+    decay_groups = ("leaky_decay",)
 
     def parameters(self, model: ModelFields, block: Block) -> tuple[PackedParameter, ...]:
         return parameters(sizes(model), model.hidden_size)
