@@ -20,7 +20,7 @@ def parameter_rows() -> list[dict]:
     from report import bounded
 
     from megatron_hybrid.config.presets import olmo_hybrid_7b
-    from megatron_hybrid.planner.parameters import dummy_head_parameters, rank_parameters
+    from megatron_hybrid.planner.parameters import padding_parameters, rank_parameters
     from testing.peers import transformers_count
     from testing.planner_cases import layout, plan_of
 
@@ -28,7 +28,7 @@ def parameter_rows() -> list[dict]:
     theirs = transformers_count(model)
     for pp in (1, 2, 4, 8):
         plan = plan_of(model, layout(pp=pp), pp)
-        ours = sum(rank_parameters(plan, rank) - dummy_head_parameters(plan, rank) for rank in range(pp))
+        ours = sum(rank_parameters(plan, rank) - padding_parameters(plan, rank) for rank in range(pp))
         case = f"olmo_hybrid_7b, PP{pp}: {ours:,.0f} parameters"
         rows.append(bounded(case, "difference from transformers' model", "", abs(ours - theirs), 0))
     return rows
@@ -38,7 +38,7 @@ def state_rows() -> list[dict]:
     """Predicted and allocated bytes of every rank, by layout."""
     from report import bounded
 
-    from megatron_hybrid.planner.parameters import rank_state
+    from megatron_hybrid.planner.state import rank_state
     from testing import planner_jobs as jobs
     from testing.planner_cases import CASES, plan_of
     from testing.ranks import RankPool

@@ -20,13 +20,16 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=positive, help="tokens per sample (default: the run's)")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="a module of the run's plugins; may be repeated"
+    )
     arguments = parser.parse()
     with no_traceback():
         from megatron_hybrid.distributed.process_groups import stop_distributed
         from megatron_hybrid.evaluation.mean_loss import mean_loss, open_evaluation_data
         from megatron_hybrid.inference.load import load_model
 
-        model = load_model(arguments.checkpoint)
+        model = load_model(arguments.checkpoint, plugins=arguments.plugin)
         dataset = open_evaluation_data(
             model, arguments.data, arguments.dtype, arguments.sequence_length, arguments.check
         )

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from megatron_hybrid.arch.model import LayerKind, ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.convert.hf.fields import Fields, FieldTable
 from megatron_hybrid.convert.hf.names import LayerNames, TensorNames
 from megatron_hybrid.convert.hf.rope import RopeForms
@@ -20,7 +20,7 @@ class Architecture(ABC):
     """`model_type` in config.json."""
     class_name: ClassVar[str]
     """The only entry of `architectures` in config.json."""
-    layer_types: ClassVar[Mapping[str, LayerKind]]
+    layer_types: ClassVar[Mapping[str, str]]
     """Entry of `layer_types` in config.json -> symbol in ModelConfig.layer_pattern."""
     fields: ClassVar[FieldTable]
     """Fields of config.json that only this architecture has, and defaults."""

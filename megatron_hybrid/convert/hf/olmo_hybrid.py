@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_hybrid.arch.model import GatedDeltaNetConfig, ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.convert.hf.base import Architecture
 from megatron_hybrid.convert.hf.fields import Fields, FieldTable, Mapped
 from megatron_hybrid.convert.hf.names import LayerNames, each
 from megatron_hybrid.convert.hf.rope import RopeForms
+from megatron_hybrid.mixers.gated_delta_net.spec import sizes
 
 LINEAR, FULL = "linear_attention", "full_attention"
 OUTPUT_NORM_EPS = 1e-5
@@ -113,9 +114,9 @@ class OlmoHybrid(Architecture):
             return f"{where} has no full attention layer, and this class needs one"
         if not kinds <= {"G", "A"}:
             return f"{where} mixes Gated DeltaNet with sliding windows, and this class has none"
-        assert model.gdn is not None
-        if model.gdn.norm_eps != OUTPUT_NORM_EPS:
-            return f"model.gdn.norm_eps = {model.gdn.norm_eps}, and this class has {OUTPUT_NORM_EPS} fixed"
+        gdn = sizes(model)
+        if gdn.norm_eps != OUTPUT_NORM_EPS:
+            return f"model.gdn.norm_eps = {gdn.norm_eps}, and this class has {OUTPUT_NORM_EPS} fixed"
         return None
 
     def default_layer_types(self, count: int) -> list[str]:
@@ -146,7 +147,7 @@ class OlmoHybrid(Architecture):
 
     def write(self, model: ModelConfig, positions: int) -> dict[str, Any]:
         """Return the fields of the Gated DeltaNet layers."""
-        gdn = _section(model)
+        gdn = sizes(model)
         fields = {entry.theirs: getattr(gdn, entry.ours) for entry in _GATED_DELTA_NET}
         for low, high in _RANGES:
             fields[low.theirs], fields[high.theirs] = getattr(gdn, low.ours)
@@ -154,11 +155,6 @@ class OlmoHybrid(Architecture):
 
     def card_rows(self, model: ModelConfig) -> dict[str, str]:
         """Return the heads of the Gated DeltaNet layers."""
-        gdn = _section(model)
+        gdn = sizes(model)
         keys = f"{gdn.num_key_heads} key heads of {gdn.key_head_dim}"
         return {"Gated DeltaNet": f"{keys}, {gdn.num_value_heads} value heads of {gdn.value_head_dim}"}
-
-
-def _section(model: ModelConfig) -> GatedDeltaNetConfig:
-    assert model.gdn is not None, "a model with Gated DeltaNet layers has their section"
-    return model.gdn

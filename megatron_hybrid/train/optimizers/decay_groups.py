@@ -6,8 +6,6 @@ import torch
 
 from megatron_hybrid.model.param_layout import ParamLayout
 
-_DECAY_GROUPS = {"embedding": "embedding", "norm": "norm", "A_log": "gdn_scalars", "dt_bias": "gdn_scalars"}
-
 
 def exempt_from_decay(
     layout: ParamLayout, chunks: Sequence[torch.nn.Module], no_decay: set[str]
@@ -17,6 +15,6 @@ def exempt_from_decay(
     first = ParamLayout(layout.model, 0, layout.ranks)
     return {
         parameter
-        for _, parameter, pieces in first.parameters(chunks)
-        if _DECAY_GROUPS.get(pieces[0].tensor.kind) in no_decay
+        for _, parameter, slices in first.parameters(chunks)
+        if slices[0].tensor.decay_group in no_decay
     }
