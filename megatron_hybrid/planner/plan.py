@@ -134,7 +134,7 @@ class Plan:
 
     @cached_property
     def shards(self) -> dict[str, Shard]:
-        """What a rank holds of a layer, by layer_pattern symbol."""
+        """Share of a rank in each kind of layer, by layer_pattern symbol."""
         return {symbol: self._shard(block) for symbol, block in self.blocks.items()}
 
     @cached_property

@@ -16,7 +16,7 @@ from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.describe import describe
 from megatron_hybrid.config.load import dump_run, load_run
-from megatron_hybrid.planner.command import Question as Request, answer
+from megatron_hybrid.planner.command import Request, answer
 from tests.mixers import plugin_jobs
 
 MODEL = dict(
