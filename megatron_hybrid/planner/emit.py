@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.arch.fp8_recipes import RECOMMENDED
 from megatron_hybrid.base import yaml_text
 from megatron_hybrid.base.errors import ConfigError, shown
 from megatron_hybrid.config import presets
@@ -26,7 +27,7 @@ def load_base_run(
         name_or_path: name of a preset, YAML file with a model's fields, or YAML file of a whole run. A run keeps its data, training
             and precision, and its parallel.tp_comm_overlap for the layouts that support it.
         sequence_length, global_batch_size: override the run's.
-        precision: bf16, fp8 (tensorwise) or an FP8 recipe; overrides the run's.
+        precision: bf16, fp8 (the recommended recipe) or an FP8 recipe; overrides the run's.
 
     Raises:
         ConfigError: any of them is wrong.
@@ -80,7 +81,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bool]:
     return read, isinstance(parallel, dict) and bool(parallel.get("tp_comm_overlap"))
 
 
-_RECIPES = {"bf16": "null", "fp8": "tensorwise"}
+_RECIPES = {"bf16": "null", "fp8": RECOMMENDED.name}
 
 
 def _absent(data: Mapping[str, Any], key: str) -> bool:

@@ -54,7 +54,8 @@ class LayerTimes:
         plan = self.plan
         if plan.tp == 1:
             return 0
-        scales = 2 if plan.gemm_format == "tensorwise" else 0  # all-reduces of the exchanged tensors' amax
+        recipe = plan.precision.recipe
+        scales = recipe.amax_all_reduces if recipe else 0
         if plan.parallel.tp_comm_overlap:
             return scales
         if not plan.parallel.sequence_parallel_on:

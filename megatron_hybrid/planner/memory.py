@@ -162,9 +162,10 @@ def _fp8_weights(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) 
     There is a cast of each matrix and its transpose. Next to weights that are held in FP8 there is the transpose alone. Copies
     are kept over the micro-batches of a step, or else made by each forward pass and kept for its backward pass.
     """
-    if plan.precision.fp8_recipe is None:
+    recipe = plan.precision.recipe
+    if recipe is None:
         return 0.0
-    copies = 1 if plan.precision.fp8_param_gather else 2
+    copies = recipe.weight_copy_bytes - plan.precision.fp8_param_gather
     sizes = {
         symbol: copies * sum(gemm_weights(plan.model, block, plan.tp).values()) for symbol, block in plan.blocks.items()
     }

@@ -29,6 +29,8 @@ class Plan:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     offload_fraction: float = 0.0
     """train.optimizer.offload_fraction."""
+    optimizer: str = "adamw"
+    """train.optimizer.name."""
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> "Plan":
@@ -44,6 +46,7 @@ class Plan:
             train.dtype,
             config.precision,
             train.optimizer.offload_fraction,
+            train.optimizer.name,
         )
 
     @property
