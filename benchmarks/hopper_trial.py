@@ -11,8 +11,13 @@ import torch
 from kernel_timing import gpu_ms, write_gpu
 from report import bounded, row
 
-from hybrid_kernels.gated_delta_rule import cuda_op, gated_delta_rule, gluon_op, triton_op
-from hybrid_kernels.gated_delta_rule.triton_op import Chunks, prepare
+from hybrid_kernels.gated_delta_rule import gated_delta_rule
+from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
+from hybrid_kernels.gated_delta_rule.backends.gluon import op as gluon_op
+from hybrid_kernels.gated_delta_rule.backends.triton import op as triton_op
+from hybrid_kernels.gated_delta_rule.backends.triton.chunks import Chunks
+from hybrid_kernels.gated_delta_rule.backends.triton.op import prepare
+from hybrid_kernels.nvcc import find_nvcc
 from hybrid_kernels.testing import delta_rule_inputs, relative_error
 
 K, V = 96, 192
@@ -112,8 +117,8 @@ def times(name, inputs) -> list[dict]:
         rows.append(row(name, what, "ms", ours, peer, *(("Triton", 1.2) if what == "prepare" else ("Gluon", 1.05))))
         speed = tokens * PARTS[what] / ours / 1e9
         rows.append(row(name, f"{what}: bytes at least moved, a second", "TB/s", speed, 3.0, "a copy", None, True))
-    if cuda_op.missing(inputs[0], inputs[2], None) is None:
-        available = cuda_op.missing
+    if cuda_op.unsupported_reason(inputs[0], inputs[2], None) is None:
+        available = cuda_op.unsupported_reason
         leaves = [x.clone().requires_grad_() for x in inputs]
 
         def step():
@@ -121,9 +126,9 @@ def times(name, inputs) -> list[dict]:
             torch.autograd.grad(o, leaves, inputs[2])
 
         ours = gpu_ms(step)
-        cuda_op.missing = lambda *_: "switched off to be compared with"
+        cuda_op.unsupported_reason = lambda *_: "switched off for the comparison"
         peer = gpu_ms(step)
-        cuda_op.missing = available
+        cuda_op.unsupported_reason = available
         rows.append(row(name, "forward and backward", "ms", ours, peer, "Gluon's scans, Triton's prepare"))
     return rows
 
@@ -144,7 +149,7 @@ def main() -> None:
         rows += near(name, inputs) + agree(name, inputs)
         rows += times(name, inputs)
         write_gpu("hopper_trial", rows)
-    compiler = subprocess.run([cuda_op.nvcc(), "--version"], capture_output=True, text=True).stdout
+    compiler = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True).stdout
     print(compiler.strip().splitlines()[-1])
 
 

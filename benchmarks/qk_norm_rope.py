@@ -1,19 +1,17 @@
 """qk_norm_rope at OLMo Hybrid 7B's attention: errors against fp64, time, launches and bytes, next to torch.
 
-8192 tokens, 30 heads of 128, bf16; and one of two tensor parallel ranks' 15 heads, the other rank played by a mirror (its
-collectives are local kernels, for the peers as well). Peers: the reference, which is what the model ran before, eager and
-compiled.
+8192 tokens, 30 heads of 128, bf16; and the 15 heads of one of two tensor parallel ranks. A mirror stands for the other rank: its
+collectives are local kernels, for the baselines as well. Baselines: the reference, eager and compiled.
 """
 
 import gc
 
 import torch
-import torch.distributed as dist
 from kernel_timing import cpu_ms, gpu_ms, kernels, write_gpu
 from report import row
 
 from hybrid_kernels.qk_norm_rope import qk_norm_rope
-from hybrid_kernels.testing import mirrored, qkv_inputs, relative_error
+from hybrid_kernels.testing import mirror_all_reduce, qkv_inputs, relative_error
 
 T, HEADS, D = 8192, 30, 128
 
@@ -25,18 +23,19 @@ def peak_gib(fn) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def compare(case: str, heads: int, rotary: bool, group=None) -> list[dict]:
+def compare(case: str, heads: int, rotary: bool, ranks: int = 1) -> list[dict]:
     qkv, *weights, angles = qkv_inputs(T, 1, heads, heads, D, dtype=torch.bfloat16, device="cuda")
     inputs, width = [x.requires_grad_() for x in (qkv, *weights)], heads * D
-    true_widths = [width * (group.size() if group else 1)] * 2
-    options = dict(head_dim=D, true_widths=true_widths, eps=1e-6, group=group)
+    options = dict(head_dim=D, true_widths=(width * ranks,) * 2, eps=1e-6)
+    if ranks > 1:
+        options["all_reduce"] = mirror_all_reduce
     angles = angles if rotary else None
     given = [torch.randn(T, 1, heads, D, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     versions = {
         "ours": lambda *x: qk_norm_rope(*x, angles, **options, backend="triton"),
         "torch": lambda *x: qk_norm_rope(*x, angles, **options, backend="torch"),
     }
-    if group is None:
+    if ranks == 1:
         versions["torch.compile"] = torch.compile(versions["torch"])
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     results = versions["torch"](*doubles)
@@ -75,8 +74,7 @@ def compare(case: str, heads: int, rotary: bool, group=None) -> list[dict]:
 
 if __name__ == "__main__":
     rows = compare("30 heads, RoPE", HEADS, True)
-    with mirrored(dist) as group:
-        rows += compare("15 of 30 heads, RoPE, one rank of two", HEADS // 2, True, group)
+    rows += compare("15 of 30 heads, RoPE, one rank of two", HEADS // 2, True, ranks=2)
     write_gpu("qk_norm_rope", rows)
     rows += compare("30 heads, NoPE", HEADS, False)
     write_gpu("qk_norm_rope", rows)

@@ -21,17 +21,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"base", "arch", "config"},
     "distributed": {"base", "config"},
     "launch": {"base", "config", "distributed"},
-    "precision": {"base", "config"},
+    "precision": {"base", "arch", "config"},
     "mixers": {"base", "arch", "distributed", "precision"},
     "model": {"base", "arch", "config", "distributed", "mixers", "precision"},
     "spec": {"base", "arch", "distributed", "mixers", "model"},
     "checkpoint": {"base", "arch", "config", "distributed", "model", "precision"},
+    "inference": {"base", "arch", "config", "data", "distributed", "launch", "model", "checkpoint"},
+    "evaluation": {"base", "config", "data", "distributed", "inference"},
     "train": {
         *("base", "arch", "config", "distributed", "launch", "precision", "mixers", "model", "checkpoint"),
         *("data", "observe", "planner"),
     },
-    "profiling": {"base", "arch", "config", "distributed", "launch", "precision", "train"},
-    "convert": {"base", "arch", "config", "distributed", "checkpoint", "data"},
+    "profiling": {"base", "arch", "config", "data", "distributed", "launch", "precision", "train"},
+    "convert": {"base", "arch", "config", "distributed", "mixers", "checkpoint", "data"},
 }
 # Libraries that only these rooms import. (train has no business with a kernel: the model calls them.)
 ONLY: dict[str, set[str]] = {
@@ -124,6 +126,11 @@ def test_rooms_import_only_whom_they_may():
     assert not offences("megatron_hybrid", wrong)
 
 
+def test_one_callback_alone_imports_the_planner():
+    found = offences("megatron_hybrid/train", lambda _, name: is_within(name, "megatron_hybrid.planner"))
+    assert {line.partition(":")[0] for line in found} == {"megatron_hybrid/train/callbacks/expected_memory.py"}
+
+
 @pytest.mark.parametrize("library", ONLY)
 def test_libraries_stay_in_their_rooms(library):
     def wrong(path: Path, name: str) -> bool:
@@ -136,6 +143,23 @@ def test_libraries_stay_in_their_rooms(library):
 def test_rooms_that_do_without_torch(room):
     if (ROOT / "megatron_hybrid" / room).exists():
         assert not offences(f"megatron_hybrid/{room}", lambda _, name: any(is_within(name, lib) for lib in NO_TORCH))
+
+
+@pytest.mark.parametrize("file", ["config", "costs", "spec"])
+def test_a_mixers_description_needs_no_torch(file):
+    def wrong(path: Path, name: str) -> bool:
+        if path.stem != file:
+            return False
+        own = ".".join(path.relative_to(ROOT).parts[:-1])
+        known = is_within(name, own) or any(is_within(name, f"megatron_hybrid.{room}") for room in ("base", "arch"))
+        parent = is_within(own, name)  # `from a.b import c` names a.b as well
+        return (
+            is_within(name, "megatron_hybrid")
+            and not (known or parent)
+            or any(is_within(name, library) for library in NO_TORCH)
+        )
+
+    assert not offences("megatron_hybrid/mixers", wrong)
 
 
 def test_kernels_know_nothing_of_megatron():

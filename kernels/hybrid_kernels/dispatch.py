@@ -1,10 +1,11 @@
-"""How every op here picks its backend: once, explainably, and never falling back in silence.
+"""Backend selection, shared by all ops.
 
-An op lists its backends from the fastest to the plainest. Each says, for a given call, what it lacks
-(`None` when it can run). `choose` takes the first that lacks nothing, or exactly the one that was asked for.
+An op lists its backends from fastest to slowest. For a given call, each backend states why it cannot run, or None if it can.
+`choose` takes the first backend that can run, or the one that was requested. It never falls back silently.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Choice:
-    """What a dispatch decided. `rejected` maps every faster backend to what it lacks for this call."""
+    """Result of a dispatch. `rejected` maps each faster backend to the reason why it cannot run this call."""
 
     op: str
     backend: str
@@ -22,52 +23,54 @@ class Choice:
     rejected: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        why_not = "".join(f"; not {name}: {lack}" for name, lack in self.rejected.items())
-        return f"{self.op}: {self.backend} ({self.reason}{why_not})"
+        rejected = "".join(f"; not {name}: {reason}" for name, reason in self.rejected.items())
+        return f"{self.op}: {self.backend} ({self.reason}{rejected})"
 
 
 def choose(op: str, backends: Mapping[str, Callable[[], str | None]], requested: str | None) -> Choice:
-    """Choose among `backends` (name -> function that says what is missing, or None), fastest first.
+    """Choose a backend.
+
+    Args:
+        backends: for each backend, fastest first, a function that returns the reason why it cannot run, or None.
+        requested: the only backend to consider; None: all of them.
 
     Raises:
-        ValueError: `requested` is not a backend of this op, or cannot run this call (the message says why).
+        ValueError: `requested` is not a backend of this op or cannot run this call.
     """
     if requested is not None:
         if requested not in backends:
             raise ValueError(f"{op}: backend={requested!r} does not exist; choose one of {', '.join(backends)}")
-        lack = backends[requested]()
-        if lack is not None:
-            raise ValueError(f"{op}: backend={requested!r} cannot run here: {lack}")
-        return Choice(op, requested, "asked for")
+        unsupported = backends[requested]()
+        if unsupported is not None:
+            raise ValueError(f"{op}: backend={requested!r} cannot run here: {unsupported}")
+        return Choice(op, requested, "requested")
     rejected: dict[str, str] = {}
-    for name, missing in backends.items():
-        lack = missing()
-        if lack is None:
+    for name, unsupported_reason in backends.items():
+        unsupported = unsupported_reason()
+        if unsupported is None:
             return Choice(op, name, "the fastest that can run this call", rejected)
-        rejected[name] = lack
+        rejected[name] = unsupported
     raise ValueError(f"{op}: no backend can run this call: {rejected}")
 
 
 @cache
-def _find(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-@torch.compiler.assume_constant_result  # so that torch.compile sees through a dispatch
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that torch.compile can trace a dispatch
 def has_module(name: str) -> bool:
-    """Whether a Python module can be imported, without importing it."""
-    return _find(name)
+    """Return whether a Python module can be imported, without importing it."""
+    return _is_installed(name)
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in its CPU interpreter (TRITON_INTERPRET=1, set before the first import)."""
-    import os
-
+    """Return whether Triton kernels run in its CPU interpreter (TRITON_INTERPRET=1, set before the first import)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def missing_for_triton(*tensors: torch.Tensor | None) -> str | None:
-    """What a Triton kernel lacks to run on these tensors."""
+def triton_unsupported_reason(*tensors: torch.Tensor | None) -> str | None:
+    """Return why Triton kernels cannot run on these tensors, or None."""
     if not has_module("triton"):
         return "the package triton is not installed"
     on_cuda = all(t.is_cuda for t in tensors if t is not None)

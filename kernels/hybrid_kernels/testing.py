@@ -1,37 +1,53 @@
-"""What kernel tests and benchmarks share: inputs, random and hard in known ways, and the error they are judged by."""
+"""Inputs and error measure that kernel tests and benchmarks share, and collectives of ranks that exist only in a test."""
 
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from hybrid_kernels.collectives import VocabParallel
+
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor, floor: float = 1e-30) -> float:
-    """||ours - exact|| / ||exact||; NaN where either holds one.
+    """Return ||ours - exact|| / ||exact||; NaN if either holds one.
 
-    `floor`: the least root mean square of `exact` that counts. Under a decay of e^-50 dg is 1e-22 of what it is
-    the difference of, and only its absolute size can be right.
+    `floor` is the least root mean square of `exact` to divide by. Under a decay of e^-50, dg is a difference of terms 1e22 times
+    its size, so only its absolute error is meaningful.
     """
     ours, exact = ours.double(), exact.to(ours.device).double()
     least = floor * exact.numel() ** 0.5
-    return ((ours - exact).norm() / exact.norm().clamp(min=least)).item()
+    return float((ours - exact).norm() / exact.norm().clamp(min=least))
 
 
 def delta_rule_inputs(
-    batch, length, key_heads, heads, key_dim, value_dim, *, dtype=torch.float32, device="cpu", gate=None,
-    cosine=None, beta=None, seed=0,
-):  # fmt: skip
-    """q, k [b, s, Hk, dk] of unit norm, v [b, s, H, dv] in `dtype`; g, beta [b, s, H] in fp32 (fp64 for fp64).
+    batch: int,
+    length: int,
+    key_heads: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    gate: float | None = None,
+    cosine: float | None = None,
+    beta: float | None = None,
+    seed: int = 0,
+) -> list[torch.Tensor]:
+    """Draw q, k [b, s, Hk, K] of unit norm and v [b, s, H, V] in `dtype`; g, beta [b, s, H] in fp32 (fp64 for fp64).
 
-    `cosine`: how alike two keys are; `gate`: a fixed log decay; `beta`: a fixed one. Otherwise drawn as training
-    draws them: g from A in (0, 16) and dt in [1e-3, 0.1], beta uniform in (0, 2).
+    Args:
+        gate: fixed log decay. None: as in training, from A in (0, 16) and dt in [1e-3, 0.1].
+        cosine: cosine between any two keys. None: random keys.
+        beta: fixed beta. None: uniform in (0, 2).
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape):
+    def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    def uniform(*shape):
+    def uniform(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
     q, k = (F.normalize(normal(batch, length, key_heads, key_dim), dim=-1) for _ in range(2))
@@ -55,13 +71,23 @@ HARD_CASES = {
     for cosine in (0.0, 0.5, 0.9, 1.0)
     for gate in (0.0, -1e-3, -50.0)
 }
-"""Options of `delta_rule_inputs` under which a delta rule's arithmetic is hard, by what a table calls them."""
+"""Options of `delta_rule_inputs` that are hard for a delta rule's arithmetic, by their names in tables."""
 
 
 def packed_inputs(
-    length, batch, key_heads, heads, key_dim, value_dim, *, padding=3, dtype=torch.float32, device="cpu", seed=0
-):
-    """packed [s, b, W], conv_weight [C, 4], A_log, dt_bias [H] (fp32, or fp64 for fp64), as `conv_gates` takes them."""
+    length: int,
+    batch: int,
+    key_heads: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    padding: int = 3,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> list[torch.Tensor]:
+    """Draw packed_sbw, weight_ct with 4 taps, A_log and dt_bias [H] (fp32, or fp64 for fp64), as `conv_gates` takes them."""
     generator = torch.Generator().manual_seed(seed)
     channels = 2 * key_heads * key_dim + heads * value_dim
     width = channels + heads * value_dim + 2 * heads + padding
@@ -73,13 +99,24 @@ def packed_inputs(
     return [packed.to(device, dtype), weight.to(device, dtype), A_log.to(device, gates), dt_bias.to(device, gates)]
 
 
-def loss_inputs(shape, hidden_size, rows, vocab_size, *, dtype=torch.float32, device="cpu", spread=1.0, seed=0):
-    """hidden [*shape, h], weight [rows, h], labels and loss_mask [*shape], as `linear_cross_entropy` takes them.
+def loss_inputs(
+    shape: Sequence[int],
+    hidden_size: int,
+    rows: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    spread: float = 1.0,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw hidden [*shape, h], weight [rows, h], labels and loss_mask [*shape], as `linear_cross_entropy` takes them.
 
-    Labels are among the first `vocab_size` rows, the first token's the last of them; a few tokens are masked, one of
-    them with the label -100. `spread`: the standard deviation of the logits.
+    Labels are among the first `vocab_size` rows; the first token's label is the last of them. A few tokens are masked, one of
+    them with the label -100. `spread` is the standard deviation of the logits.
     """
-    drawn = dict(generator=torch.Generator(device).manual_seed(seed), device=device)  # there: weights may be large
+    # on the device, because weights may be large
+    drawn: dict[str, Any] = dict(generator=torch.Generator(device).manual_seed(seed), device=device)
     hidden = torch.randn(*shape, hidden_size, dtype=torch.float64, **drawn)
     weight = torch.randn(rows, hidden_size, dtype=torch.float64, **drawn) * spread / hidden_size**0.5
     labels = torch.randint(0, vocab_size, shape, **drawn)
@@ -88,43 +125,46 @@ def loss_inputs(shape, hidden_size, rows, vocab_size, *, dtype=torch.float32, de
     return hidden.to(dtype), weight.to(dtype), labels, mask
 
 
-def qkv_inputs(length, batch, heads, groups, head_dim, *, dtype=torch.float32, device="cpu", seed=0):
-    """qkv [s, b, (heads + 2 groups) d], q_weight, k_weight in `dtype` and angles [s, 1, 1, d], for `qk_norm_rope`."""
-    drawn = dict(generator=torch.Generator(device).manual_seed(seed), device=device, dtype=torch.float64)
+def qkv_inputs(
+    length: int,
+    batch: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw qkv_sbw, q_weight and k_weight in `dtype`, and angles_s11d, as `qk_norm_rope` takes them."""
+    drawn: dict[str, Any] = dict(
+        generator=torch.Generator(device).manual_seed(seed), device=device, dtype=torch.float64
+    )
     widths = heads * head_dim, groups * head_dim
     qkv = 3 * torch.randn(length, batch, widths[0] + 2 * widths[1], **drawn)
     weights = [1 + 0.2 * torch.randn(width, **drawn) for width in widths]
     frequency = 500_000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
     angles = torch.outer(torch.arange(length).float(), frequency)
     angles = torch.cat((angles, angles), -1)[:, None, None].to(device)
-    return qkv.to(dtype), *(weight.to(dtype) for weight in weights), angles
+    return qkv.to(dtype), weights[0].to(dtype), weights[1].to(dtype), angles
 
 
-class MirrorGroup:
-    """A process group of two of which this process is the first, and the second holds what this one holds."""
-
-    def rank(self):
-        return 0
-
-    def size(self):
-        return 2
+def mirror_all_reduce(x: torch.Tensor) -> None:
+    """Sum over two ranks, of which the second holds what this one holds."""
+    x.mul_(2)
 
 
-@contextmanager
-def mirrored(collectives):
-    """Within it, `collectives` (torch.distributed) answers a MirrorGroup without a second process.
+def mirror_vocab_parallel() -> VocabParallel:
+    """First of two ranks that share a vocabulary. The second has the same logits, and none of the labels.
 
-    all_reduce: both give the same. all_gather_into_tensor of `linear_cross_entropy`'s [3, n]: the second rank's logits
-    are the same, and no label is among them.
+    Only `all_gather` works, and only on what Triton's `linear_cross_entropy` gathers: [3, n], with the label's logit last.
     """
 
-    def gather(out, mine, group):
-        first, second = out.view(2, *mine.shape)
-        first.copy_(mine), second.copy_(mine), second[2].zero_()
+    def refuse(x: torch.Tensor) -> None:
+        raise NotImplementedError("a mirror gathers; it does not reduce")
 
-    real = collectives.all_reduce, collectives.all_gather_into_tensor
-    collectives.all_reduce, collectives.all_gather_into_tensor = (lambda x, group: x.mul_(2)), gather
-    try:
-        yield MirrorGroup()
-    finally:
-        collectives.all_reduce, collectives.all_gather_into_tensor = real
+    def all_gather(out: torch.Tensor, x: torch.Tensor) -> None:
+        first, second = out.view(2, *x.shape)
+        first.copy_(x), second.copy_(x), second[2].zero_()
+
+    return VocabParallel(0, 2, refuse, refuse, all_gather)

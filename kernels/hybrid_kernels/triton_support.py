@@ -1,19 +1,22 @@
-"""What the Triton kernels here share. Importing it needs the package triton."""
+"""Functions that the Triton kernels share. Importing it needs the package triton.
+
+A tensor whose last dimension is no power of two is a tuple of tiles.
+"""
 
 import triton
 import triton.language as tl
 
-from .dispatch import triton_interpreted
+from hybrid_kernels.dispatch import triton_interpreted
 
 if triton_interpreted():
-    from .triton_interpreter import repair
+    from hybrid_kernels.triton_interpreter import repair
 
     repair()
 
 
 @triton.constexpr_function
 def tile_count(dim):
-    """Tiles that cover a dimension exactly: 64 wide, the last perhaps 32 or 16 (96 = 64 + 32)."""
+    """Return the number of tiles that cover a dimension exactly: 64 wide, the last possibly 32 or 16 (96 = 64 + 32)."""
     return (dim + 63) // 64
 
 
@@ -24,7 +27,7 @@ def tile_width(dim, i):
 
 @triton.constexpr_function
 def even_width(dim):
-    """The widest tile, up to 64, that divides a dimension: row sums of equal tiles need no change of layout."""
+    """Return the widest tile, up to 64, that divides a dimension. Row sums of equal tiles need no change of layout."""
     return next(w for w in (64, 32, 16) if dim % w == 0)
 
 
@@ -33,7 +36,7 @@ INTERPRETED = tl.constexpr(triton_interpreted())
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x) from the hardware's approximate exp2 and reciprocal (2 ulp): a third of tl.sigmoid's instructions."""
+    """Return 1 / (1 + e^-x) by the hardware's approximate exp2 and reciprocal (2 ulp), a third of tl.sigmoid's instructions."""
     if INTERPRETED:
         return tl.sigmoid(x)
     else:
@@ -46,7 +49,7 @@ def sigmoid(x):
 
 @triton.jit
 def exp2(x):
-    """2^x for x <= 0, flushing what is below the least normal number (2^-126) to zero."""
+    """Return 2^x for x <= 0. Results below the least normal number (2^-126) become zero."""
     if INTERPRETED:
         return tl.exp2(x)
     else:
@@ -57,9 +60,9 @@ def exp2(x):
 
 @triton.jit
 def dot_fp32(a, b):
-    """a @ b of fp32 tensors on tensor cores: three tf32 products of what a and b hold in and beyond tf32's bits.
+    """Return a @ b of fp32 tensors on tensor cores, as three tf32 GEMMs of their high and low parts.
 
-    As input_precision="tf32x3", without that one's handling of NaN and infinity, which costs more than the products.
+    Like input_precision="tf32x3" without its handling of NaN and infinity, which costs more than the GEMMs.
     """
     if INTERPRETED:
         return tl.dot(a, b, input_precision="ieee")
@@ -73,9 +76,10 @@ def dot_fp32(a, b):
 
 @triton.jit
 def half_rows(x, dtype: tl.constexpr):
-    """x [n, m] in fp16, each row divided by the power of two that brings its largest to [1, 2); and those powers [n].
+    """Return x [n, m] in fp16, with each row divided by a power of two, and these powers [n].
 
-    fp16 has three bits more than bf16, and no range: the powers give it bf16's. fp32 (`dtype`) is left as it is.
+    The power brings the row's largest entry to [1, 2). fp16 has three more bits than bf16 but less range, which the powers
+    restore. With fp32 as `dtype`, x is unchanged.
     """
     if dtype == tl.float32:
         return x, tl.full([x.shape[0]], 1.0, tl.float32)
@@ -87,7 +91,7 @@ def half_rows(x, dtype: tl.constexpr):
 
 @triton.jit
 def load_tiles(base, rows, mask, stride, DIM: tl.constexpr):
-    """base[rows, 0:DIM] as a tuple of [len(rows), tile] tensors; rows outside `mask` read as zero."""
+    """Load base[rows, 0:DIM] as a tuple of [len(rows), tile] tensors. Rows outside `mask` are zero."""
     tiles = ()
     for i in tl.static_range(tile_count(DIM)):
         cols = 64 * i + tl.arange(0, tile_width(DIM, i))
@@ -97,7 +101,7 @@ def load_tiles(base, rows, mask, stride, DIM: tl.constexpr):
 
 @triton.jit
 def store_tiles(base, rows, mask, stride, tiles, DIM: tl.constexpr):
-    """The reverse of `load_tiles`; casts to what `base` holds."""
+    """Store tiles as `load_tiles` loads them, cast to the dtype of `base`."""
     for i in tl.static_range(tile_count(DIM)):
         cols = 64 * i + tl.arange(0, tile_width(DIM, i))
         at = base + rows[:, None] * stride + cols[None, :]
@@ -106,10 +110,10 @@ def store_tiles(base, rows, mask, stride, tiles, DIM: tl.constexpr):
 
 @triton.jit
 def store_rows_in_place(base, rows, x, mask):
-    """base[rows[i] + j] = x[i, j], of 16 bits, where mask[i]; from the registers that x is in, two values at once.
+    """Store base[rows[i] + j] = x[i, j] (16 bits) where mask[i], directly from the registers that hold x, two values at a time.
 
-    tl.store would first bring it into the order of addresses, through shared memory in parts with two barriers each. That
-    is the better way in a loop, where four times as many stores cost more than barriers do, and not at a program's end.
+    tl.store would first change the layout to the order of addresses, through shared memory in parts with two barriers each. In a
+    loop that is faster, because four times as many stores cost more than the barriers. At the end of a program it is slower.
     """
     if INTERPRETED:
         tl.store(base + rows[:, None] + tl.arange(0, x.shape[1])[None, :], x, mask=mask[:, None])

@@ -18,9 +18,6 @@ from megatron_hybrid.base.errors import ConfigError, Problems, join, shown
 
 __all__ = ["Backend", "ModelConfig", "RopeScalingConfig", "fold_pattern"]
 
-LayerKind = str  # TEMPORARY: until the planner is generic
-LAYER_KINDS = {"G": "Gated DeltaNet", "A": "attention", "W": "sliding-window attention"}
-
 
 class ModelConfig(ModelFields):
     """A decoder whose layers are blocks, one per symbol of layer_pattern.

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_hybrid.arch.packing import FP8_ALIGNMENT, round_up
+from megatron_hybrid.arch.packing import round_up
 from megatron_hybrid.arch.registry import default_blocks, mixer_spec
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import Problems
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def check_precision(run: "RunConfig", problems: Problems) -> None:
     """What `precision` asks of the model, the batch and train.dtype."""
-    precision = run.precision
-    if not precision.fp8:
+    precision, recipe = run.precision, run.precision.recipe
+    if recipe is None:
         return
     if run.train.dtype == "fp32":
         problems.add(
@@ -31,7 +31,7 @@ def check_precision(run: "RunConfig", problems: Problems) -> None:
             "true needs parallel.distributed_optimizer, the one that casts its fp32 weights to FP8; set that to true, or this to "
             "false",
         )
-    _check_widths(run, problems)
+    _check_widths(run, recipe.alignment, problems)
     _check_attention(run, problems)
     layers, model = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16, run.model
     if layers >= model.num_layers:
@@ -42,20 +42,20 @@ def check_precision(run: "RunConfig", problems: Problems) -> None:
         )
 
 
-def _check_widths(run: "RunConfig", problems: Problems) -> None:
-    """Rows and columns of every FP8 matrix on a rank, in multiples of 16."""
-    model, ranks, unit = run.model, run.parallel.tensor_parallel_size, FP8_ALIGNMENT
+def _check_widths(run: "RunConfig", unit: int, problems: Problems) -> None:
+    """Check that rows and columns of every FP8 matrix on a rank are multiples of `unit`."""
+    model, ranks = run.model, run.parallel.tensor_parallel_size
     if model.hidden_size % unit:
-        _add(problems, "model.hidden_size", model.hidden_size, 1)
+        _add(problems, "model.hidden_size", model.hidden_size, unit, 1)
     if model.ffn_hidden_size % (unit * ranks) and model.ffn_hidden_size % ranks == 0:
-        _add(problems, "model.ffn_hidden_size", model.ffn_hidden_size, ranks)
+        _add(problems, "model.ffn_hidden_size", model.ffn_hidden_size, unit, ranks)
     for block in model.blocks_by_symbol.values():
         spec = mixer_spec(block.mixer)
         groups = spec.head_groups(model, block)
         for parameter in spec.parameters(model, block):
             width = parameter.rank_shape(ranks)[-1]
             if parameter.split == "columns" and width % unit:
-                _heads(problems, groups.width_field, groups.width, width)
+                _heads(problems, groups.width_field, groups.width, unit, width)
     context = run.parallel.context_parallel_size
     shared = context * (ranks if run.parallel.sequence_parallel_on else 1)
     tokens = run.data.sequence_length * run.train.micro_batch_size
@@ -69,9 +69,9 @@ def _check_widths(run: "RunConfig", problems: Problems) -> None:
         )
 
 
-def _add(problems: Problems, field: str, value: int, ranks: int) -> None:
-    unit = FP8_ALIGNMENT * ranks
-    words = f"{FP8_ALIGNMENT} x tensor_parallel_size {ranks} = {unit}" if ranks > 1 else str(unit)
+def _add(problems: Problems, field: str, value: int, alignment: int, ranks: int) -> None:
+    unit = alignment * ranks
+    words = f"{alignment} x tensor_parallel_size {ranks} = {unit}" if ranks > 1 else str(unit)
     problems.add(
         field,
         f"{value} is not a multiple of {words}, as FP8 needs; the nearest is {nearest.multiple(value, unit)}, or set "
@@ -79,11 +79,11 @@ def _add(problems: Problems, field: str, value: int, ranks: int) -> None:
     )
 
 
-def _heads(problems: Problems, field: str, value: int, width: int) -> None:
+def _heads(problems: Problems, field: str, value: int, alignment: int, width: int) -> None:
     problems.add(
         field,
-        f"{value} makes a rank's heads {width} wide, and FP8 takes multiples of {FP8_ALIGNMENT}; the nearest that always fits "
-        f"is {round_up(value, FP8_ALIGNMENT)}, or set precision.fp8_recipe to null",
+        f"{value} makes a rank's heads {width} wide, and FP8 takes multiples of {alignment}; the nearest that always fits "
+        f"is {round_up(value, alignment)}, or set precision.fp8_recipe to null",
     )
 
 

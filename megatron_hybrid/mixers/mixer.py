@@ -24,7 +24,7 @@ from megatron_hybrid.distributed.device import parameter_device
 from megatron_hybrid.mixers.backend import Backend
 from megatron_hybrid.mixers.initial_values import draw
 from megatron_hybrid.mixers.sharded_state import true_tensors
-from megatron_hybrid.precision.fp8_parameters import held_in_fp8
+from megatron_hybrid.precision.fp8_parameters import is_fp8_param
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ class Mixer(MegatronModule):
         for part in self.slices(name):
             whole = torch.empty(part.tensor.shape, dtype=torch.float32, device=parameter.device)
             drawn = draw(whole, part.tensor.init, self.config.init_method_std)
-            part.target.narrow(parameter).copy_(part.source.narrow(drawn))
+            part.target.narrow(parameter.data).copy_(part.source.narrow(drawn))
 
     def _zero_padding(self, name: str, parameter: torch.nn.Parameter) -> None:
-        if held_in_fp8(parameter):
+        if is_fp8_param(parameter):
             if self.has_dummy_heads:
                 raise UserError(
                     f"fp8_param: {name} would hold dummy heads in FP8; set it to False, or choose a tensor_model_parallel_size "
@@ -133,7 +133,7 @@ class Mixer(MegatronModule):
         values = parameter.clone()
         parameter.zero_()
         for part in self.slices(name):
-            part.target.narrow(parameter).copy_(part.target.narrow(values))
+            part.target.narrow(parameter.data).copy_(part.target.narrow(values))
 
     @property
     def has_dummy_heads(self) -> bool:
@@ -173,7 +173,7 @@ class Mixer(MegatronModule):
         own: dict[str, Any] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
         rows = {name: 0 for name in own if name in self.packing and self.packing[name].split != "replicated"}
-        state = make_sharded_tensors_for_checkpoint(own, prefix, rows, sharded_offsets, **groups)
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(own, prefix, rows, sharded_offsets, **groups)
         for name, module in self.named_children():
             options = dict(metadata=metadata, tp_group=groups["tp_group"])
             state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, **options))

@@ -1,6 +1,6 @@
-"""What a run really computes with: one line a kind of layer and part, with its format, backend and the reason."""
+"""Table of the formats and backends that a run uses: one row per kind of layer and part, with the reason."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from hybrid_kernels.linear_cross_entropy import explain as explain_linear_cross_entropy
@@ -10,26 +10,26 @@ from megatron_hybrid.mixers.backend import Backend
 from megatron_hybrid.mixers.mixer import FormatQuery, Mixer, full_reason
 from megatron_hybrid.model.backends.choose import choose_backend
 from megatron_hybrid.model.backends.local import LOCAL
+from megatron_hybrid.model.hybrid_model import HybridLanguageModel
 from megatron_hybrid.model.megatron_config import apex_weight_gradients
 
 Row = tuple[str, str, str, str, str]
-_SCALING = {"delayed": "delayed", "tensorwise": "current", "blockwise": "blockwise"}
 
 
 def format_table(
-    chunks,
+    chunks: Sequence[HybridLanguageModel],
     precision: PrecisionConfig,
     dtype: str,
     sequence_length: int,
     batch_size: int,
     optimizer: str,
 ) -> list[str]:
-    """The table of this rank's stage, aligned; its layers are counted from the model's first, 0.
+    """Return the aligned table of this rank's stage. Layers are numbered from 0, the model's first.
 
     With Transformer Engine it runs attention once (precision/attention_probe.py).
 
     Args:
-        sequence_length: of the whole sequences.
+        sequence_length: length of whole sequences.
 
     Raises:
         ConfigError: FP8 attention that does not run, or is wrong, on this machine.
@@ -49,30 +49,32 @@ def format_table(
     return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]  # noqa: B905 - the last is free
 
 
-def _context_ranks(chunks) -> int:
-    return chunks[0].pg_collection.cp.size()
+def _context_ranks(chunks: Sequence[HybridLanguageModel]) -> int:
+    return int(chunks[0].pg_collection.cp.size())
 
 
-def _layers(chunks) -> list[int]:
+def _layers(chunks: Sequence[HybridLanguageModel]) -> list[int]:
     return [layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers]
 
 
-def _stage(chunks) -> str:
+def _stage(chunks: Sequence[HybridLanguageModel]) -> str:
     layers = _layers(chunks)
     return "all" if len(layers) == chunks[0].model.num_layers else _ranges(layers)
 
 
 def _ranges(layers: Iterable[int]) -> str:
-    """`[0, 1, 2, 5]` -> `0-2, 5`: a stage of interleaved pipelines has several."""
+    """Return `0-2, 5` for `[0, 1, 2, 5]`. A rank of an interleaved pipeline has several ranges."""
     layers = sorted(layers)
     starts = [layers[0], *(b for a, b in pairwise(layers) if b != a + 1)]
     ends = [*(a for a, b in pairwise(layers) if b != a + 1), layers[-1]]
     return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in zip(starts, ends, strict=True))
 
 
-def _linears(chunks, backend: Backend, reason: str, precision: PrecisionConfig, dtype: str) -> Iterator[Row]:
-    what = "projections, MLP"
-    if not precision.fp8:
+def _linears(
+    chunks: Sequence[HybridLanguageModel], backend: Backend, reason: str, precision: PrecisionConfig, dtype: str
+) -> Iterator[Row]:
+    what, recipe = "projections, MLP", precision.recipe
+    if recipe is None:
         apex = " with Apex's weight gradients" if backend is LOCAL and apex_weight_gradients() else ""
         yield _stage(chunks), what, dtype, backend.name + apex, reason
         return
@@ -90,15 +92,13 @@ def _linears(chunks, backend: Backend, reason: str, precision: PrecisionConfig, 
     fp8 = [i for i in layers if start <= i < end]
     if not fp8:
         return
-    scaling = _SCALING[precision.fp8_recipe]
-    name = f"fp8 e4m3 (gradients e5m2), {scaling} scaling" if scaling != "blockwise" else "fp8 e4m3, blockwise scaling"
-    held, why = "", f"precision.fp8_recipe = {precision.fp8_recipe}"
+    held, why = "", f"precision.fp8_recipe = {recipe.name}"
     if precision.fp8_param_gather:
         held, why = ", weights held in fp8", f"{why}, fp8_param_gather = true"
-    yield _ranges(fp8), what, name + held, backend.name, why
+    yield _ranges(fp8), what, recipe.description + held, backend.name, why
 
 
-def _mixers(chunks, query: FormatQuery) -> Iterator[Row]:
+def _mixers(chunks: Sequence[HybridLanguageModel], query: FormatQuery) -> Iterator[Row]:
     """Yield the rows of each mixer in this stage, as its first layer reports them."""
     model, found = chunks[0].model, dict[str, tuple[str, Mixer]]()
     for chunk in chunks:
@@ -110,7 +110,7 @@ def _mixers(chunks, query: FormatQuery) -> Iterator[Row]:
             yield symbol, *row
 
 
-def _head(chunks, dtype, sequence_length, batch_size) -> Iterator[Row]:
+def _head(chunks: Sequence[HybridLanguageModel], dtype: str, sequence_length: int, batch_size: int) -> Iterator[Row]:
     last = next((chunk for chunk in chunks if chunk.post_process), None)
     if last is not None:
         weight = last.shared_embedding_or_output_weight()

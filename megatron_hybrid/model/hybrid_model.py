@@ -1,11 +1,14 @@
 """The whole network: megatron-core's HybridModel with our layers, final norm and losses."""
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hybrid.arch.layer import outer_parameters
 from megatron_hybrid.arch.model import ModelConfig
@@ -16,24 +19,24 @@ from megatron_hybrid.model.backends.choose import choose_backend
 from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm, one_slot
 from megatron_hybrid.model.layer_specs import layer_specs
 from megatron_hybrid.model.megatron_config import hybrid_layer_pattern, transformer_config
-from megatron_hybrid.model.output_layer import Losses, OutputLayer
+from megatron_hybrid.model.output_layer import OutputLayer, TokenLosses
 from megatron_hybrid.precision.context import around_layers
 
 
 class HybridLayers(HybridStackWithNorm):
     """The layers of a stage, in their FP8 context."""
 
-    def __init__(self, config, *args, precision: PrecisionConfig, **kwargs):
+    def __init__(self, config: TransformerConfig, *args: Any, precision: PrecisionConfig, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.precision = precision
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with around_layers(self.precision, self.config):
             return super().forward(*args, **kwargs)
 
 
 class HybridLanguageModel(HybridModel):
-    """One pipeline stage (or one virtual stage of it) of the language model."""
+    """One stage of the language model's pipeline, or one virtual stage."""
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class HybridLanguageModel(HybridModel):
         sequence_length: int,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None,
-    ):
+    ) -> None:
         self.model, tied = model, model.tie_embeddings
         layers = ModuleSpec(
             module=HybridLayers,
@@ -71,7 +74,10 @@ class HybridLanguageModel(HybridModel):
             self.output_layer.__class__ = OutputLayer  # megatron-core has no slot for it
 
     def _scaled_rotary_embedding(self) -> YarnRotaryEmbedding | None:
-        """YaRN's angles for A layers. Its attention factor is part of their softmax scale (mixers/attention/module.py)."""
+        """Return YaRN's angles for attention without a window.
+
+        Its attention factor is part of the softmax scale (mixers/attention/module.py).
+        """
         scaling = self.model.rope_scaling
         if scaling is None:
             return None
@@ -87,10 +93,10 @@ class HybridLanguageModel(HybridModel):
         )
 
     def _rotary_angles(self, length: int) -> torch.Tensor | None:
-        """Angles of this rank's `length` positions: [s, 1, 1, d]; with rope_scaling [2, s, 1, 1, d], plain and scaled."""
+        """Return the angles of this rank's `length` positions: [s, 1, 1, d]; with rope_scaling [2, s, 1, 1, d], plain and scaled."""
         if self.position_embedding_type != "rope":
             return None
-        # packed_seq: not megatron-core's slices, which are two a rank, one from either end
+        # packed_seq: positions are contiguous. megatron-core's own slices are two per rank, one from either end
         positions = dict(offset=self.pg_collection.cp.rank() * length, packed_seq=True)
         plain = self.rotary_pos_emb(length, **positions)
         if self.scaled_rotary_pos_emb is None:
@@ -104,8 +110,8 @@ class HybridLanguageModel(HybridModel):
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
         z_loss: float = 0.0,
-    ) -> torch.Tensor | Losses:
-        """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the Losses (z_loss is the weight
+    ) -> torch.Tensor | TokenLosses:
+        """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the TokenLosses (z_loss is the weight
         of the z-loss), means over these tokens. On a stage that is not the last: hidden states [s, b, h], of this rank's tokens.
         Under context parallelism s is this rank's slice of every sequence (distributed/context_parallel.py).
 
@@ -117,7 +123,7 @@ class HybridLanguageModel(HybridModel):
         if not self.post_process:
             return x_sbh
         weight = self.shared_embedding_or_output_weight() if self.model.tie_embeddings else None
-        if labels is None:
+        if labels is None or loss_mask is None:
             logits, _ = self.output_layer(x_sbh, weight=weight)
             return logits.transpose(0, 1).contiguous()
         options = dict(true_vocab_size=self.model.vocab_size, z_loss_weight=z_loss)

@@ -27,10 +27,13 @@ class HybridStackWithNorm(HybridStack):
 class _LayerByNumber:
     """Builds a layer from the spec of its number. HybridStack has one slot per kind of layer, for the kinds that it knows."""
 
-    def __new__(
+    def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, layer_number: int, specs: Sequence[ModuleSpec], **arguments: Any
     ) -> torch.nn.Module:
-        return build_module(specs[layer_number - 1], config=config, layer_number=layer_number, **arguments)
+        layer: torch.nn.Module = build_module(
+            specs[layer_number - 1], config=config, layer_number=layer_number, **arguments
+        )
+        return layer
 
 
 def one_slot(specs: Sequence[ModuleSpec]) -> HybridStackSubmodules:

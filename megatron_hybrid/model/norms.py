@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = _ones(hidden_size, config)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
@@ -41,7 +41,7 @@ class LayerNorm(nn.LayerNorm):
         options = dict(device=parameter_device(config), dtype=config.params_dtype)
         super().__init__(hidden_size, eps=eps, **options)
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def norm_of_config(

@@ -1,4 +1,6 @@
-"""From the last hidden states to logits, or straight to the losses without ever holding all logits."""
+"""Output layer: from the last hidden states to logits, or to the losses without materializing all logits."""
+
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -8,42 +10,63 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from hybrid_kernels.linear_cross_entropy import linear_cross_entropy
+from megatron_hybrid.distributed.collectives import vocab_parallel
 
-Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""What is differentiated; the mean cross-entropy in nats a token; the mean z-loss, unweighted. The last two detached."""
+
+class TokenLosses(NamedTuple):
+    """Mean losses over the tokens of a micro-batch."""
+
+    total: torch.Tensor
+    """The differentiated loss: cross-entropy plus weighted z-loss."""
+    cross_entropy: torch.Tensor
+    """In nats per token, detached."""
+    z_loss: torch.Tensor
+    """Unweighted, detached."""
 
 
 class _GradientIsInMainGrad(torch.autograd.Function):
-    """The identity on a weight whose gradient a kernel adds to `main_grad`: tells DDP so, and wakes its hook."""
+    """Identity on a weight whose gradient a kernel adds to `main_grad`: tells DDP so and triggers its hook."""
 
     @staticmethod
-    def forward(ctx, weight):
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.weight = weight
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, _: torch.Tensor) -> torch.Tensor:
         ctx.weight.grad_added_to_main_grad = True
         return torch.empty_like(ctx.weight)  # never read
 
 
 class OutputLayer(ColumnParallelLinear):
-    """megatron-core's output layer with a second way to call it. A module of its own, so that DDP's hook on its call waits
-    for its weight."""
+    """megatron-core's output layer, which can also return losses.
 
-    def forward(self, x_sbh, weight=None, runtime_gather_output=None, *, labels=None, loss_mask=None, **loss_options):
-        """
+    It stays a module of its own, so that DDP's forward hook waits for its weight.
+    """
+
+    def forward(
+        self,
+        x_sbh: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        **loss_options: Any,
+    ) -> tuple[torch.Tensor, None] | TokenLosses:
+        """Return logits, or the losses of labels.
+
         Args:
             x_sbh: [s, b, h], this rank's tokens under sequence parallelism.
-            weight: the embedding's where it is shared; None: this layer's own.
+            weight: the embedding's weight if it is shared; None: this layer's own.
             labels, loss_mask: [s, b].
-            loss_options: of hybrid_kernels.linear_cross_entropy.
+            loss_options: options of hybrid_kernels.linear_cross_entropy.
 
         Returns:
-            (logits [s, b, vocabulary / tp], None); the Losses where labels are given.
+            (logits [s, b, vocabulary / tp], None); with labels, the TokenLosses.
         """
-        if labels is None:
+        if labels is None or loss_mask is None:
             return super().forward(x_sbh, weight=weight, runtime_gather_output=runtime_gather_output)
         group, buffer = self.tp_group, None
         if self.sequence_parallel:
@@ -55,12 +78,13 @@ class OutputLayer(ColumnParallelLinear):
             buffer = getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None
             if buffer is not None:
                 weight = _GradientIsInMainGrad.apply(weight)
-        return linear_cross_entropy(
+        losses = linear_cross_entropy(
             x_sbh,
             weight,
             labels.contiguous(),
             loss_mask.contiguous(),
-            group=group if group.size() > 1 else None,
+            vocab_parallel=vocab_parallel(group),
             grad_weight_buffer=buffer,
             **loss_options,
         )
+        return TokenLosses(*losses)

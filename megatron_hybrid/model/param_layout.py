@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class ParamLayout:
         fused = {name: named[own] for name, own in fused_norms(mixer_spec(block.mixer)).items() if own in named}
         return named | fused
 
-    def parameters(self, chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter, Slices]]:
+    def parameters(self, chunks: Iterable[Any]) -> Iterator[tuple[str, torch.nn.Parameter, Slices]]:
         """Yield (name, parameter, slices) of every parameter.
 
         Names are unique over the chunks and the same under every layout of pipeline stages. A tied output projection on the

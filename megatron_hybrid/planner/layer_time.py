@@ -54,8 +54,7 @@ class LayerTimes:
         plan = self.plan
         if plan.tp == 1:
             return 0
-        recipe = plan.precision.recipe
-        scales = recipe.amax_all_reduces if recipe else 0
+        scales = plan.precision.recipe.amax_all_reduces if plan.precision.recipe else 0
         if plan.parallel.tp_comm_overlap:
             return scales
         if not plan.parallel.sequence_parallel_on:

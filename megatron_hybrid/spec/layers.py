@@ -1,4 +1,4 @@
-"""Layer and stack specs from nothing but a GatedDeltaNetConfig."""
+"""Layer and stack specs from a GatedDeltaNetConfig and nothing else."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -31,13 +31,13 @@ def gated_delta_net_layer_spec(
     """Return the spec of a pre-norm layer: x + gdn(norm(x)), then x + mlp(norm(x)).
 
     The layer is a megatron-core TransformerLayer. It takes and returns hidden states [s, b, h]: s / tensor parallel size tokens
-    under sequence parallelism. Give it to GPTModel as `transformer_layer_spec`, alone or in TransformerBlockSubmodules beside
-    others, or to HybridStackSubmodules as `gdn_layer`.
+    under sequence parallelism. Give it to GPTModel as `transformer_layer_spec`, alone or with others in TransformerBlockSubmodules,
+    or to HybridStackSubmodules as `gdn_layer`.
 
     Args:
-        gdn: sizes of the mixer. Head counts need not be multiples of the tensor parallel size: dummy heads, always zero, fill up.
-        backend: whose linears and norms. "auto": Transformer Engine's where CUDA and it are there, else megatron-core's own.
-        mlp: False leaves the MLP out, for layers of HybridModel whose pattern has MLPs of their own (`G-`).
+        gdn: sizes of the mixer. Head counts need not be multiples of the tensor parallel size: they are padded with zero heads.
+        backend: modules of linears and norms. "auto": Transformer Engine's if it and CUDA are available, else megatron-core's.
+        mlp: False omits the MLP, for HybridModel patterns with separate MLP layers (`G-`).
 
     Raises:
         ConfigError: an unknown backend, or one that cannot run here. Building the model raises UserError, which names the field
@@ -82,9 +82,9 @@ def _gated_delta_net_layer(gdn: GatedDeltaNetConfig, backend: Backend, mlp: bool
 
 
 class _NotInStack:
-    """A slot of HybridStack that olmo_hybrid_stack_spec leaves empty. megatron-core's default for it would do nothing, silently."""
+    """A slot of HybridStack that olmo_hybrid_stack_spec leaves empty. megatron-core's default for it silently does nothing."""
 
-    def __init__(self, *_, **__):
+    def __init__(self, *_: object, **__: object) -> None:
         raise UserError(
             "hybrid_layer_pattern: olmo_hybrid_stack_spec has only layers G and *, each with its MLP; write only these two"
         )

@@ -1,6 +1,6 @@
-"""Every fast kernel on the GPU in bf16 against fp64, where it is hard, beside fla, and bitwise the same twice.
+"""Every fast kernel on the GPU in bf16 against fp64, also on hard inputs and next to fla, and bitwise the same twice.
 
-The first run compiles some hundred kernels: `-n 8` with pytest-xdist shares that out over the processor's cores.
+The first run compiles about a hundred kernels: `-n 8` of pytest-xdist compiles on several cores.
 """
 
 import pytest
@@ -92,7 +92,7 @@ def test_gated_delta_rule_where_it_is_hard(backend, hard):
 @pytest.mark.parametrize("segments", [1, 3, 5])
 def test_gated_delta_rule_of_a_long_sequence(backend, save, segments, monkeypatch):
     """Eight thousand tokens, whole and in segments, whatever is kept between forward and backward."""
-    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.triton_op.segments_that_pay", lambda *_: segments)
+    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.backends.triton.op.segments_that_pay", lambda *_: segments)
     inputs = delta_rule_inputs(1, 8100, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
     agree([*inputs, torch.randn(1, 2, 96, 192, device="cuda")], backend, save=save)
 
@@ -100,7 +100,7 @@ def test_gated_delta_rule_of_a_long_sequence(backend, save, segments, monkeypatc
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("key_dim, value_dim", [(64, 64), (128, 128), (128, 256)])
 def test_segments_of_other_widths(backend, key_dim, value_dim, monkeypatch):
-    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.triton_op.segments_that_pay", lambda *_: 3)
+    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.backends.triton.op.segments_that_pay", lambda *_: 3)
     inputs = delta_rule_inputs(2, 700, 1, 1, key_dim, value_dim, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
     agree([*inputs, torch.randn(2, 1, key_dim, value_dim, device="cuda")], backend)
 
@@ -129,15 +129,16 @@ def test_gated_delta_rule_errs_no_more_than_fla(backend, hard):
 @pytest.mark.parametrize("batch, length, heads", [(2, 1, 1), (2, 1000, 2), (1, 700, 30), (4, 200, 30)])
 @pytest.mark.parametrize("save", ["scores", "states"])
 def test_the_scans_in_cuda_have_the_bits_of_gluon_s(save, batch, length, heads, monkeypatch):
-    from hybrid_kernels.gated_delta_rule import cuda_op
+    from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
 
     inputs = delta_rule_inputs(batch, length, 1, heads, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
-    if cuda_op.missing(inputs[0], inputs[2], None):
-        pytest.skip(cuda_op.missing(inputs[0], inputs[2], None))
+    unsupported = cuda_op.unsupported_reason(inputs[0], inputs[2], None)
+    if unsupported:
+        pytest.skip(unsupported)
     inputs.append(torch.randn(batch, heads, 96, 192, device="cuda"))
     agree(inputs, "hopper", save=save)
     ours = delta_rule(inputs, "hopper", save=save)
-    monkeypatch.setattr(cuda_op, "slower_scans", lambda *_: "to compare with Gluon's")
+    monkeypatch.setattr(cuda_op, "slower_scans_reason", lambda *_: "to compare with Gluon's")
     theirs = delta_rule(inputs, "hopper", save=save)
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
@@ -146,9 +147,9 @@ def test_the_scans_in_cuda_have_the_bits_of_gluon_s(save, batch, length, heads, 
 @pytest.mark.parametrize("batch, length, key_heads, heads", [(2, 1, 1, 1), (2, 1000, 1, 2), (1, 700, 30, 30)])
 def test_what_runs_without_nvcc(batch, length, key_heads, heads, save, monkeypatch):
     """Triton's prepare and gradients, and Gluon's scans."""
-    from hybrid_kernels.gated_delta_rule import cuda_op
+    from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
 
-    monkeypatch.setattr(cuda_op, "missing", lambda *_: "nvcc was not found")
+    monkeypatch.setattr(cuda_op, "unsupported_reason", lambda *_: "nvcc was not found")
     inputs = delta_rule_inputs(batch, length, key_heads, heads, 96, 192, dtype=torch.bfloat16, device="cuda")
     agree([*inputs, torch.randn(batch, heads, 96, 192, device="cuda")], "hopper", save=save)
 
@@ -165,7 +166,7 @@ def test_tensors_that_start_anywhere():
 @pytest.mark.parametrize("options", [dict(num_warps=4, num_stages=2), dict(num_warps=8, num_stages=3)])
 def test_other_options_of_the_gradients_kernel(options, monkeypatch):
     """What another Triton may need: this kernel was miscompiled once, with one stage."""
-    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.triton_op.gradients_options", lambda: options)
+    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.backends.triton.op.gradients_options", lambda: options)
     agree(delta_rule_inputs(1, 300, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda"), "triton")
 
 

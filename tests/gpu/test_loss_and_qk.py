@@ -1,26 +1,19 @@
 """linear_cross_entropy and qk_norm_rope on the GPU against fp64: twice the same, no host sync, CUDA graphs, torch.compile.
 
-A second rank is played by a mirror that holds what this one holds; ranks proper are in tests/kernels/interpreted.
+A mirror that holds what this rank holds stands for a second rank; tests/kernels/interpreted has real ranks.
 """
 
 from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from hybrid_kernels.linear_cross_entropy import linear_cross_entropy
 from hybrid_kernels.qk_norm_rope import qk_norm_rope
-from hybrid_kernels.testing import loss_inputs, mirrored, qkv_inputs, relative_error
+from hybrid_kernels.testing import loss_inputs, mirror_all_reduce, mirror_vocab_parallel, qkv_inputs, relative_error
 
 BF16 = dict(dtype=torch.bfloat16, device="cuda")
 QK = dict(head_dim=128, eps=1e-6)
-
-
-@pytest.fixture
-def mirror():
-    with mirrored(dist) as group:
-        yield group
 
 
 @contextmanager
@@ -69,9 +62,9 @@ def test_loss_in_fp32():
     agree(loss_gradients(inputs, true_vocab_size=2990, chunk_tokens=128), exact, [1e-5] * 5)
 
 
-def test_loss_of_a_mirrored_rank(mirror):
+def test_loss_of_a_mirrored_rank():
     hidden, weight, labels, mask = loss_inputs((600,), 256, 4096, 4096, **BF16)
-    ours = loss_gradients((hidden, weight, labels, mask), true_vocab_size=8192, group=mirror, fp32_logits=True)
+    ours = loss_gradients((hidden, weight, labels, mask), true_vocab_size=8192, vocab_parallel=mirror_vocab_parallel())
     whole = doubles((hidden, torch.cat((weight, weight)), labels, mask))
     *scalars, _, dweight = loss_gradients(whole, backend="torch", true_vocab_size=8192)
     agree([*ours[:3], ours[4]], [*scalars, dweight[:4096]], [5e-5] * 3 + [5e-3])
@@ -123,9 +116,9 @@ def test_qk_far_into_a_sequence():
     check_qk(inputs, dict(true_widths=(512, 512)))
 
 
-def test_qk_of_a_mirrored_rank(mirror):
+def test_qk_of_a_mirrored_rank():
     inputs = qkv_inputs(300, 1, 15, 15, 128, **BF16)
-    ours = qk_gradients(inputs, dict(true_widths=(3840, 3840), group=mirror))
+    ours = qk_gradients(inputs, dict(true_widths=(3840, 3840), all_reduce=mirror_all_reduce))
     alone = qk_gradients(inputs, dict(true_widths=(1920, 1920)))  # the same mean squares, the same part along
     agree(ours, alone, [1e-3] * 6)
 

@@ -1,6 +1,7 @@
-"""Sequences in slices, on the fast paths and at the 7B's head sizes: the ranks are threads of this process and share its GPU.
+"""Sequences in slices on the fast backends, at the 7B's head sizes. The ranks are threads of this process and share its GPU.
 
-They call what autograd would call: its engine runs one backward pass at a time on a device, and these wait for one another.
+They call the functions that autograd calls, because its engine runs one backward pass at a time on a device, and ranks wait for
+each other.
 """
 
 import threading
@@ -9,19 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from hybrid_kernels import slices
 from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.dispatch import Choice
 from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
 from hybrid_kernels.testing import delta_rule_inputs, packed_inputs, relative_error
-from tests.kernels.slices import drawn, results
+from megatron_hybrid.distributed import context_parallel
+from megatron_hybrid.distributed.state_passing import backward_of_slice, forward_of_slice
+from tests.distributed.slice_jobs import drawn, results
 
 DEVICE = "cuda"
-TOLERANCES = dict(o=6e-3, dq=8e-3, dk=8e-3, dv=8e-3, dg=2e-2, dbeta=2e-2)  # those of tests/gpu/test_kernels.py
+TOLERANCES = dict(o=6e-3, dq=8e-3, dk=8e-3, dv=8e-3, dg=2e-2, dbeta=2e-2)
+"""Those of tests/gpu/test_kernels.py."""
 
 
 class Threads:
-    """A process group whose ranks are threads, of which one runs at a time: Triton compiles (and interprets) for one alone."""
+    """Process group whose ranks are threads. One runs at a time, because Triton compiles and interprets in one thread only."""
 
     def __init__(self, size: int):
         self.barrier, self.said, self.mine = threading.Barrier(size, timeout=300), [None] * size, threading.local()
@@ -48,7 +51,7 @@ class Threads:
             self.turn.acquire()
 
     def run(self, function) -> list:
-        """function(rank) on every rank."""
+        """Run function(rank) on every rank."""
 
         def work(rank: int):
             self.mine.rank = rank
@@ -65,7 +68,7 @@ class Threads:
 
 @pytest.fixture
 def threads(monkeypatch):
-    monkeypatch.setattr(slices, "gather", lambda x, group: group.gather(x))
+    monkeypatch.setattr(context_parallel, "all_gather", lambda x, group: group.gather(x))
     return Threads
 
 
@@ -82,8 +85,6 @@ def can_run(choice: Choice) -> None:
     ids=["30 heads", "6 heads, in segments", "4 ranks, no multiple of a chunk"],
 )
 def test_gated_delta_rule(backend, save, heads, bounds, threads):
-    from hybrid_kernels.gated_delta_rule import autograd
-
     inputs = delta_rule_inputs(1, bounds[-1], heads, heads, 96, 192, dtype=torch.bfloat16, device=DEVICE, gate=-1e-3)
     try:
         can_run(explain(*inputs, backend=backend))
@@ -94,11 +95,10 @@ def test_gated_delta_rule(backend, save, heads, bounds, threads):
 
     def rank(at: int) -> list[torch.Tensor]:
         mine = slice(bounds[at], bounds[at + 1])
-        q, k, v, g, beta = (x[:, mine].contiguous() for x in inputs)
-        common = dict(hopper=backend == "hopper", group=group)
-        o, _, saved = autograd.forward(q, k, v, g, beta, None, None, 96**-0.5, False, save, **common)
+        own = tuple(x[:, mine].contiguous() for x in inputs)
+        o, initial, kept = forward_of_slice(own, 96**-0.5, save, backend == "hopper", group)
         do = given[:, mine].contiguous()
-        return [o, *autograd.backward(q, k, v, g, beta, None, None, saved, do, None, 96**-0.5, **common)[:5]]
+        return [o, *backward_of_slice(own, initial, kept, do, 96**-0.5, backend == "hopper", group)]
 
     whole = lambda *x: gated_delta_rule(*x, backend="torch")[:1]  # noqa: E731
     exact = results(whole, [x.double() for x in inputs], [given.double()])
@@ -112,8 +112,8 @@ def test_gated_delta_rule(backend, save, heads, bounds, threads):
 
 @pytest.mark.parametrize("bounds", [[0, 1024, 2048], [0, 512, 1000, 1536, 2048]], ids=["2 ranks", "4 ranks"])
 def test_conv_gates_has_the_bits_of_whole_sequences(bounds, threads):
-    """Forward; backward, sums over tokens are cut elsewhere."""
-    from hybrid_kernels.conv_gates import triton_op
+    """Compare bits of the forward pass. In the backward pass, sums over tokens are split differently."""
+    from hybrid_kernels.conv_gates.backends.triton import op
 
     sizes = dict(num_key_heads=6, num_value_heads=6, key_head_dim=96, value_head_dim=192)
     dims = list(sizes.values())
@@ -126,19 +126,21 @@ def test_conv_gates_has_the_bits_of_whole_sequences(bounds, threads):
     def rank(at: int) -> list[torch.Tensor]:
         mine = slice(bounds[at], bounds[at + 1])
         own = packed[mine].contiguous()
-        out = triton_op._forward(own, *weights, None, dims, 2.0)
-        start = triton_op._correct_start(own, *weights, out, dims, 2.0, group)
+        out = op._forward(own, *weights, None, dims, 2.0)
+        halo = context_parallel.from_previous(own[-op.BACK :], group)
+        start = op._correct_start(own, *weights, halo, out, dims, 2.0)
         do = [x[:, mine].contiguous() for x in given]
         before = [x.clone() for x in do]
-        found = triton_op._backward_of_slice(own, *weights, start, do, None, dims, 2.0, group)
-        assert all(torch.equal(x, y) for x, y in zip(do, before)), "gradients that others may hold"
-        return [*out, *found]
+        dpacked, *others, dhalo = op._backward_with_halo(own, *weights, start, do, None, dims, 2.0)
+        dpacked[-op.BACK :] += context_parallel.from_next(dhalo, group)
+        assert all(torch.equal(x, y) for x, y in zip(do, before)), "gradients that autograd may use again"
+        return [*out, dpacked, *others]
 
     found = group.run(rank)
     for name, at in zip(("q", "k", "v", "g", "beta"), range(5)):
         assert torch.equal(torch.cat([x[at] for x in found], 1), exact[at]), name
     dpacked = torch.cat([x[5] for x in found])
-    assert relative_error(dpacked, exact[5]) < 4e-3, "rounded twice where slices meet"
+    assert relative_error(dpacked, exact[5]) < 4e-3, "rounded twice at the borders of slices"
     assert relative_error(sum(x[6] for x in found), exact[6]) < 1e-2
     for at, oracle in enumerate(exact[7:]):
         assert relative_error(sum(x[7][at] for x in found), oracle) < 1e-4

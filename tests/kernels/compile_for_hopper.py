@@ -1,10 +1,10 @@
-"""Compile the launches of one delta rule, forward and backward, for sm_90 on a machine without a GPU; a JSON line a kernel.
+"""Compile the launches of one delta rule, forward and backward, for sm_90 without a GPU. Prints one JSON line per kernel.
 
     python tests/kernels/compile_for_hopper.py {triton,hopper} KEY_DIM VALUE_DIM SEGMENTS [RANKS]
 
-RANKS: 2 for what runs where sequences are in slices on several.
+RANKS: 2 for sequences in slices on several ranks.
 
-Shared memory, registers, spills and warnings of the assembler, as a run on an H100 would meet them; nothing is launched.
+Each line has the shared memory, registers, spills and assembler warnings of a run on an H100. Nothing is launched.
 """
 
 import json
@@ -20,13 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hybrid_kernels.testing import MirrorGroup, delta_rule_inputs
+from hybrid_kernels.testing import delta_rule_inputs
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
 class Hopper:
-    """What Triton's compiler asks of a driver."""
+    """Driver without a GPU, for Triton's compiler."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -35,6 +35,16 @@ class Hopper:
         return 0
 
     def get_current_stream(self, device=0):
+        return 0
+
+
+class TwoRanks:
+    """First of two ranks, without communication."""
+
+    def size(self):
+        return 2
+
+    def rank(self):
         return 0
 
 
@@ -68,17 +78,23 @@ def main(backend: str, key_dim: int, value_dim: int, segments: int, ranks: int =
         return kernel
 
     JITFunction.run = compile_only
-    from hybrid_kernels import slices
-    from hybrid_kernels.gated_delta_rule import autograd, cuda_op, triton_op
+    from hybrid_kernels.gated_delta_rule import passes
+    from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
+    from hybrid_kernels.gated_delta_rule.backends.triton import op as triton_op
+    from megatron_hybrid.distributed import context_parallel, state_passing
 
     triton_op.segments_of = lambda *_: segments
-    cuda_op.missing = lambda *_: "what is compiled here is Triton's and Gluon's"
-    inputs = delta_rule_inputs(1, 256, 2, 2, key_dim, value_dim, dtype=torch.bfloat16)
-    slices.gather = lambda x, group: torch.stack((x, x))
-    group = MirrorGroup() if ranks > 1 else None
-    options = (0.1, False, "scores", backend == "hopper")
-    o, _, saved = autograd.forward(*inputs, None, None, *options, group=group)
-    autograd.backward(*inputs, None, None, saved, o, None, 0.1, backend == "hopper", group=group)
+    cuda_op.unsupported_reason = lambda *_: "only Triton's and Gluon's kernels are compiled here"
+    context_parallel.all_gather = lambda x, group: torch.stack((x, x))
+    inputs, hopper = delta_rule_inputs(1, 256, 2, 2, key_dim, value_dim, dtype=torch.bfloat16), backend == "hopper"
+    if ranks > 1:
+        o, initial, kept = state_passing.forward_of_slice(inputs, 0.1, "scores", hopper, TwoRanks())
+        state_passing.backward_of_slice(inputs, initial, kept, o, 0.1, hopper, TwoRanks())
+        return
+    call = passes.Call.of(inputs, None, 0.1, hopper)
+    o, _, kept = passes.finish_forward(call, *passes.start_forward(call), None, False, "scores")
+    complete, firsts = passes.start_backward(call, kept, None, o)
+    passes.finish_backward(call, complete, firsts, o, None, False)
 
 
 if __name__ == "__main__":

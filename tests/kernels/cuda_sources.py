@@ -1,4 +1,4 @@
-"""CUDA kernels compiled by nvcc, for what its assembler says, and for the CPU (cuda_on_cpu.h), to be called by ctypes."""
+"""CUDA kernels compiled by nvcc, for the report of its assembler, and by g++ for the CPU (cuda_on_cpu.h), to be called by ctypes."""
 
 import ctypes
 import shutil
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_kernels.gated_delta_rule import cuda_op
+from hybrid_kernels import nvcc
 
 
 def assembler_says(folder: Path, source: Path) -> str:
-    """Of registers, spills and shared memory, and warnings if any."""
-    options = [x for x in cuda_op.OPTIONS if x not in ("-shared", "-Xcompiler", "-fPIC")]
-    command = [cuda_op.nvcc(), *options, "-Xptxas", "-v", "-cubin", "-o", str(folder / source.stem), str(source)]
+    """Return the assembler's report on registers, spills, shared memory and warnings."""
+    options = [x for x in nvcc.OPTIONS if x not in ("-shared", "-Xcompiler", "-fPIC")]
+    command = [nvcc.find_nvcc(), *options, "-Xptxas", "-v", "-cubin", "-o", str(folder / source.stem), str(source)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "warning" not in ran.stderr, ran.stderr
@@ -21,7 +21,7 @@ def assembler_says(folder: Path, source: Path) -> str:
 
 
 def compiled(folder: Path, source: Path, entry: str) -> ctypes.CDLL:
-    """The kernel in `source` with `entry`, C++ that calls it, as a library; skips where there is no g++."""
+    """Compile `source` and `entry`, C++ that calls its kernel, as a library for the CPU. Skips without g++."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     header, harness = Path(__file__).with_name("cuda_on_cpu.h"), folder / "harness.cpp"

@@ -1,13 +1,13 @@
-"""cuda_op.prepare on the CPU: hopper_prepare.cu as a function of it (cuda_on_cpu.h), called as its library is on a GPU."""
+"""CUDA's `prepare` on the CPU: prepare.cu compiled for the CPU (cuda_on_cpu.h), called in place of the GPU's library."""
 
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
-from hybrid_kernels.gated_delta_rule import cuda_op
+from hybrid_kernels.gated_delta_rule.backends.cuda import op
 from tests.kernels.cuda_sources import compiled
 
-SOURCE = cuda_op.COMPILED[0]
+SOURCE = op.SOURCES[0]
 ENTRY = """
 extern "C" void prepare_on_cpu(const void *q, const void *k, const void *g, const void *beta, void *A, void *P, void *G,
                                const Sizes *sizes, int count) {
@@ -22,13 +22,13 @@ extern "C" void prepare_on_cpu(const void *q, const void *k, const void *g, cons
 
 
 def calls_on_cpu(folder: Path) -> Callable:
-    """What stands in for `cuda_op._call` when `prepare` is called; skips where there is no g++."""
+    """Return a replacement of the CUDA backend's `_call` for `prepare`. Skips without g++."""
     library = compiled(folder, SOURCE, ENTRY)
 
-    def call(name, beside, tensors, sizes, count) -> None:
+    def call(name, like, tensors, sizes, count) -> None:
         assert name == "prepare"
         for written in tensors[4:]:
-            written.fill_(7)  # where nothing is written it shows
+            written.fill_(7)  # to show what is not written
         library.prepare_on_cpu(*[ctypes.c_void_p(x.data_ptr()) for x in tensors], ctypes.byref(sizes), count)
 
     return call

@@ -1,4 +1,4 @@
-"""Every kernel of the delta rule fits a Hopper multiprocessor, and its products overlap: known without a GPU."""
+"""Every kernel of the delta rule fits an SM of a Hopper GPU, and its GEMMs overlap, as compiled without a GPU."""
 
 import json
 import os
@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = Path(__file__).resolve().parent / "compile_for_hopper.py"
-SHARED = 227 * 1024  # bytes that a program may have
+SHARED = 227 * 1024
+"""Bytes of shared memory available to a program."""
 
 
 @pytest.mark.parametrize(
@@ -37,10 +38,8 @@ def test_fits(backend, key_dim, value_dim, segments, ranks, root):
     }
     for kernel in kernels:
         assert kernel["shared"] <= SHARED, kernel
-        assert not kernel["warnings"], kernel  # C7517: the assembler waits for every matrix product
-        if (
-            kernel["kernel"] == "gradients_kernel"
-        ):  # outside a pipelined loop Triton 3.6 makes wrong code of its products
+        assert not kernel["warnings"], kernel  # C7517: the assembler waits for every GEMM
+        if kernel["kernel"] == "gradients_kernel":  # Triton 3.6 miscompiles its GEMMs outside a pipelined loop
             assert kernel["pipelined"], kernel
         if backend == "hopper" and "scan" in kernel["kernel"]:
             assert kernel["spilled"] == 0, kernel

@@ -46,9 +46,9 @@ def test_gradcheck(negative):
 
 def test_refuses_what_does_not_fit():
     packed, weight, A_log, dt_bias = packed_inputs(4, 2, *SHAPE)
-    with pytest.raises(ValueError, match="packed_sbh"):
+    with pytest.raises(ValueError, match="packed_sbw"):
         conv_gates(packed[..., :50], weight, A_log, dt_bias, **DIMS)
-    with pytest.raises(ValueError, match="conv_weight"):
+    with pytest.raises(ValueError, match="weight_ct"):
         conv_gates(packed, weight[:-1], A_log, dt_bias, **DIMS)
     with pytest.raises(ValueError, match="batch size 1"):
         conv_gates(packed, weight, A_log, dt_bias, cu_seqlens=torch.tensor([0, 4]), **DIMS)

@@ -1,4 +1,4 @@
-"""hopper_prepare.cu on the CPU (cuda_on_cpu.h) against its formulas in fp64, and what the compiler says of it."""
+"""prepare.cu on the CPU (cuda_on_cpu.h) against its formulas in fp64, and the compiler's report on it."""
 
 import re
 
@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from hybrid_kernels.gated_delta_rule import cuda_op  # noqa: E402
-from hybrid_kernels.gated_delta_rule.triton_op import Chunks  # noqa: E402
+from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op  # noqa: E402
+from hybrid_kernels.gated_delta_rule.backends.triton.chunks import Chunks  # noqa: E402
+from hybrid_kernels.nvcc import find_nvcc  # noqa: E402
 from hybrid_kernels.testing import delta_rule_inputs, relative_error  # noqa: E402
 from tests.kernels.cuda_sources import assembler_says  # noqa: E402
 from tests.kernels.prepare_on_cpu import SOURCE, calls_on_cpu  # noqa: E402
@@ -20,7 +21,7 @@ def on_cpu(tmp_path_factory):
 
 
 def exact(q, k, g, beta, scale) -> tuple[torch.Tensor, ...]:
-    """A, P and G as triton_prepare.py defines them."""
+    """Return A, P and G as backends/triton/prepare.py defines them."""
     length, heads = q.shape[1], g.shape[2]
 
     def chunked(x):
@@ -59,11 +60,11 @@ def test_its_results(on_cpu, shape, hard, monkeypatch):
     assert (found.A.triu(1) == 0).all()
     assert (found.P.triu(1) == 0).all()
     diagonal = found.A.diagonal(dim1=-2, dim2=-1)[0, :, : shape[1]]
-    assert torch.equal(diagonal, beta[0, :64].T.clamp(min=2**-20).half()), "by whose square the backward divides"
+    assert torch.equal(diagonal, beta[0, :64].T.clamp(min=2**-20).half()), "the backward pass divides by its square"
 
 
-@pytest.mark.skipif(cuda_op.nvcc() is None, reason="nvcc is not installed")
-def test_many_blocks_fit_a_multiprocessor(tmp_path):
+@pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
+def test_many_blocks_fit_an_sm(tmp_path):
     said = assembler_says(tmp_path, SOURCE)
     assert int(re.search(r"Used (\d+) registers", said)[1]) <= 72  # of 65,536
     assert int(re.search(r"(\d+) bytes smem", said)[1]) <= 32 * 1024  # of 227 KiB

@@ -24,7 +24,7 @@ def test_gradcheck():
 
 
 def test_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match="gate_sbh"):
+    with pytest.raises(ValueError, match="gate_sbw"):
         gated_rmsnorm(torch.randn(1, 3, 2, 4), torch.randn(1, 3, 8), torch.ones(4), 1e-5)
     with pytest.raises(ValueError, match="weight"):
         gated_rmsnorm(torch.randn(1, 3, 2, 4), torch.randn(3, 1, 8), torch.ones(8), 1e-5)

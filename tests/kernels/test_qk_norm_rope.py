@@ -51,7 +51,7 @@ def shared(inputs):
     q, k, v = qkv.split([24, 12, 12], dim=-1)
     mine = [x.chunk(ranks, dim=-1)[rank] for x in (q, k, v, q_weight, k_weight)]
     packed = torch.cat(mine[:3], dim=-1)
-    return gradients((packed, *mine[3:], angles), true_widths=(24, 12), group=dist.group.WORLD)
+    return gradients((packed, *mine[3:], angles), true_widths=(24, 12), all_reduce=dist.all_reduce)
 
 
 def test_two_ranks_share_the_heads(ranks):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.describe import describe
 from megatron_hybrid.config.load import dump_run, load_run
+from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.command import Request, answer
+from megatron_hybrid.planner.parameters import rank_parameters
+from megatron_hybrid.planner.plan import Plan
 from tests.mixers import plugin_jobs
 
 MODEL = dict(
@@ -25,7 +29,7 @@ MODEL = dict(
     ffn_hidden_size=64,
     vocab_size=61,
     num_attention_heads=4,
-    gdn=dict(num_key_heads=2, num_value_heads=2, key_head_dim=8, value_head_dim=16),
+    gdn=dict(num_key_heads=4, num_value_heads=4, key_head_dim=4, value_head_dim=8),
     leaky=dict(num_heads=3, head_dim=8),  # TP2 adds a dummy head
 )
 STEPS, HALF = 4, 2
@@ -75,12 +79,15 @@ def model_tensors_of(reader: CheckpointReader) -> list[str]:
 
 
 def test_it_trains_is_saved_and_resumes_under_other_layouts(package, tmp_path, ranks):
-    def train(count: int, name: str, steps: int = STEPS, **parallel: int) -> None:
+    def train(count: int, name: str, steps: int = STEPS, **parallel: int) -> list[int]:
         config = run_config(tmp_path, name, steps, parallel=parallel)
-        ranks.run(plugin_jobs.train, count, folder=str(package), config=config)
+        return ranks.run(plugin_jobs.train, count, folder=str(package), config=config)
 
     train(1, "one")
-    train(4, "sharded", HALF, tensor_parallel_size=2, pipeline_parallel_size=2)
+    held = train(4, "sharded", HALF, tensor_parallel_size=2, pipeline_parallel_size=2)
+    config = run_config(tmp_path, "sharded", parallel=dict(tensor_parallel_size=2, pipeline_parallel_size=2))
+    plan = Plan.of(RunConfig(**config), 4)
+    assert held == [rank_parameters(plan, stage) for stage in (0, 0, 1, 1)]
     shutil.copytree(tmp_path / "sharded", tmp_path / "replicas")
     assert {t.shape for name, t in tensors(tmp_path, "sharded").items() if name.endswith("leaky.decay")} == {(3,)}
     train(4, "sharded", tensor_parallel_size=2, pipeline_parallel_size=2)
@@ -115,22 +122,29 @@ def test_the_planner_plans_it(package, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps(run_config(tmp_path, "run")))
     request = Request(str(config), gpus=4, gpu="h200", emit=tmp_path / "planned.yaml")
-    text = answer(request)
-    print(text)
+    assert "activations: leaky average" in answer(request)
     planned = load_run(str(request.emit))
     assert planned.plugins == ("leaky",) and planned.model.leaky == load_run(str(config)).model.leaky
+    refused = answer(replace(request, why=("tp=4",), emit=None))
+    assert "4 exceeds the 3 leaky heads" in refused
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["model.leaky=null"], "model.leaky: is missing, and layer_pattern has T layers; give leaky.num_heads and head_dim"),
+        (
+            ["model.leaky=null"],
+            "model.leaky: is missing, and layer_pattern has T layers; give leaky.num_heads and head_dim",
+        ),
         (["model.leaky.num_head=1"], "model.leaky.num_head: there is no such field; did you mean num_heads?"),
         (
             ["parallel.context_parallel_size=2"],
             "parallel.context_parallel_size: 2: leaky average (layer_pattern's T) does not support it; set it to 1",
         ),
-        (["parallel.tensor_parallel_size=4"], "parallel.tensor_parallel_size: 4 exceeds the 3 leaky heads (model.leaky.num_heads)"),
+        (
+            ["parallel.tensor_parallel_size=4"],
+            "parallel.tensor_parallel_size: 4 exceeds the 3 leaky heads (model.leaky.num_heads)",
+        ),
         (["model.blocks.T.norm=post"], "model.blocks.T.norm: post is not implemented for leaky; set it to pre"),
         (["plugins=[leaky, lekay]"], "plugins.1: lekay cannot be imported"),
     ],

@@ -1,17 +1,20 @@
-"""conv_gates: from the packed in_proj output to what the gated delta rule eats."""
+"""conv_gates: from the packed output of in_proj to the inputs of the gated delta rule.
+
+Suffixes of tensor names: b batch, s tokens, w width of the packed projection, c channels of the convolution, t its taps,
+h heads, d channels of a head.
+"""
 
 import torch
 
-from ..dispatch import Choice, choose, missing_for_triton
-from ..slices import several
-from .reference import conv_gates_torch, widths
+from hybrid_kernels.conv_gates.reference import conv_gates_torch, widths
+from hybrid_kernels.dispatch import Choice, choose, triton_unsupported_reason
 
 __all__ = ["conv_gates", "explain", "widths"]
 
 
 def conv_gates(
-    packed_sbh: torch.Tensor,
-    conv_weight: torch.Tensor,
+    packed_sbw: torch.Tensor,
+    weight_ct: torch.Tensor,
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     *,
@@ -21,86 +24,110 @@ def conv_gates(
     value_head_dim: int,
     allow_negative_eigenvalues: bool = True,
     cu_seqlens: torch.Tensor | None = None,
-    group=None,
+    halo_sbw: torch.Tensor | None = None,
     return_gate: bool = False,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Causal depthwise conv + SiLU + L2 norm of q and k, and the gates g and beta. Differentiable.
+    """Apply causal depthwise convolution, SiLU and, to q and k, L2 norm; compute the gates g and beta. Differentiable.
 
     Args:
-        packed_sbh: [s, b, W] this rank's in_proj output, on the last dimension
-            [q | k | v | gate | b | a | padding] of widths Hk*dk, Hk*dk, Hv*dv, Hv*dv, Hv, Hv and the rest.
-        conv_weight: [2*Hk*dk + Hv*dv, taps], channels of q, then k, then v; the last tap meets the token itself.
-        A_log, dt_bias: [Hv], kept in fp32.
-        allow_negative_eigenvalues: beta in (0, 2) rather than (0, 1).
-        cu_seqlens: [n + 1] int document boundaries from 0 to s, needs b == 1; the conv does not cross them.
-        group: the torch.distributed group whose ranks hold one slice each of every sequence, in rank order, of at least
-            taps - 1 tokens: the conv sees the last of the rank before. No documents then. None: whole sequences.
-        return_gate: also return the gate slice of `packed_sbh` as a sixth result, [s, b, Hv*dv]. Slicing it
-            yourself is equal, but costs autograd one more pass over a gradient as wide as `packed_sbh`.
+        packed_sbw: this rank's in_proj output. The last dimension is [q | k | v | gate | b | a | padding] of widths
+            num_key_heads * key_head_dim (twice), num_value_heads * value_head_dim (twice), num_value_heads (twice) and the rest.
+        weight_ct: channels of q, then k, then v. The last tap multiplies the token itself.
+        A_log, dt_bias: [num_value_heads], fp32.
+        allow_negative_eigenvalues: beta in (0, 2) instead of (0, 1).
+        cu_seqlens: [n + 1] int document boundaries from 0 to s; needs b == 1. The convolution does not cross them.
+        halo_sbw: the taps - 1 tokens before the first, for a sequence that continues an earlier part. Excludes documents.
+            None: zeros.
+        return_gate: also return the gate slice of `packed_sbw`, [s, b, num_value_heads * value_head_dim], as the last result.
+            Slicing outside gives the same values but costs autograd another pass over a gradient as wide as `packed_sbw`.
 
     Returns:
-        q, k [b, s, Hk, dk] with unit L2 norm, v [b, s, Hv, dv], in packed_sbh's dtype;
-        g [b, s, Hv] fp32 (log decay, <= 0) and beta [b, s, Hv] fp32; then the gate if asked for.
+        q_bshd and k_bshd with unit L2 norm, and v_bshd, in packed_sbw's dtype; g_bsh (log decay, <= 0) and beta_bsh in fp32;
+        the gate if requested.
 
     Raises:
-        ValueError: shapes that do not fit together, or a backend that cannot run here.
+        ValueError: the shapes do not match, or the requested backend cannot run here.
     """
-    heads = dict(
-        num_key_heads=num_key_heads, num_value_heads=num_value_heads,
-        key_head_dim=key_head_dim, value_head_dim=value_head_dim,
-    )  # fmt: skip
-    group = several(group)
-    _check(packed_sbh, conv_weight, A_log, dt_bias, cu_seqlens, group, **heads)
-    choice = explain(packed_sbh, conv_weight, cu_seqlens=cu_seqlens, backend=backend, **heads)
-    options = dict(heads, allow_negative_eigenvalues=allow_negative_eigenvalues, cu_seqlens=cu_seqlens, group=group)
-    if choice.backend == "triton":
-        from .triton_op import conv_gates_triton
+    sizes = widths(num_key_heads, num_value_heads, key_head_dim, value_head_dim)
+    _check(packed_sbw, weight_ct, A_log, dt_bias, sizes, num_key_heads, num_value_heads)
+    _check_sequences(packed_sbw, weight_ct, cu_seqlens, halo_sbw)
+    dims = [num_key_heads, num_value_heads, key_head_dim, value_head_dim]
+    beta_max = 2.0 if allow_negative_eigenvalues else 1.0
+    tensors = (packed_sbw, weight_ct, A_log, dt_bias, cu_seqlens, halo_sbw)
+    if _choose(packed_sbw, weight_ct, dims, backend).backend == "triton":
+        from hybrid_kernels.conv_gates.backends.triton.op import conv_gates_triton
 
-        return conv_gates_triton(packed_sbh, conv_weight, A_log, dt_bias, return_gate=return_gate, **options)
-    results = conv_gates_torch(packed_sbh, conv_weight, A_log, dt_bias, **options)
-    if return_gate:
-        start = 2 * num_key_heads * key_head_dim + num_value_heads * value_head_dim
-        results += (packed_sbh[..., start : start + num_value_heads * value_head_dim],)
-    return results
+        return conv_gates_triton(*tensors, dims, beta_max, return_gate)
+    results = conv_gates_torch(*tensors, dims, beta_max)
+    return (*results, packed_sbw[..., sum(sizes[:3]) : sum(sizes[:4])]) if return_gate else results
 
 
-def explain(packed_sbh: torch.Tensor, conv_weight: torch.Tensor, *, backend: str | None = None, **options) -> Choice:
-    """Which backend a call would run, and why; takes the arguments of `conv_gates`."""
-    backends = {"triton": lambda: _missing_for_triton(packed_sbh, conv_weight, **options), "torch": lambda: None}
-    return choose("conv_gates", backends, backend)
+def explain(
+    packed_sbw: torch.Tensor,
+    weight_ct: torch.Tensor,
+    *,
+    num_key_heads: int,
+    num_value_heads: int,
+    key_head_dim: int,
+    value_head_dim: int,
+    backend: str | None = None,
+) -> Choice:
+    """Return which backend a call would run, and why."""
+    return _choose(packed_sbw, weight_ct, [num_key_heads, num_value_heads, key_head_dim, value_head_dim], backend)
 
 
-def _missing_for_triton(packed, conv_weight, *, num_value_heads, key_head_dim, value_head_dim, **_) -> str | None:
-    lack = missing_for_triton(packed, conv_weight)
-    if lack is None:
-        from .triton_op import missing
-
-        lack = missing(conv_weight.shape[1], num_value_heads, key_head_dim, value_head_dim)
-    return lack
+def _choose(packed_sbw: torch.Tensor, weight_ct: torch.Tensor, dims: list[int], requested: str | None) -> Choice:
+    backends = {"triton": lambda: _triton_unsupported_reason(packed_sbw, weight_ct, dims), "torch": lambda: None}
+    return choose("conv_gates", backends, requested)
 
 
-def _check(packed, conv_weight, A_log, dt_bias, cu_seqlens, group, **heads) -> None:
-    if packed.dim() != 3:
-        raise ValueError(f"packed_sbh: expected [s, b, W], got shape {tuple(packed.shape)}")
-    sizes = widths(**heads)
-    if packed.shape[-1] < sum(sizes):
-        raise ValueError(f"packed_sbh: last dimension {packed.shape[-1]} is less than q+k+v+gate+b+a = {sum(sizes)}")
-    if conv_weight.dim() != 2 or conv_weight.shape[0] != sum(sizes[:3]):
-        raise ValueError(f"conv_weight: expected [{sum(sizes[:3])}, taps], got {tuple(conv_weight.shape)}")
-    if heads["num_value_heads"] % heads["num_key_heads"]:
-        raise ValueError(
-            f"num_value_heads {heads['num_value_heads']} must be a multiple of num_key_heads {heads['num_key_heads']}"
-        )
+def _triton_unsupported_reason(packed_sbw: torch.Tensor, weight_ct: torch.Tensor, dims: list[int]) -> str | None:
+    reason = triton_unsupported_reason(packed_sbw, weight_ct)
+    if reason is None:
+        from hybrid_kernels.conv_gates.backends.triton.op import unsupported_reason
+
+        reason = unsupported_reason(weight_ct.shape[1], dims)
+    return reason
+
+
+def _check(
+    packed_sbw: torch.Tensor,
+    weight_ct: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    sizes: list[int],
+    num_key_heads: int,
+    num_value_heads: int,
+) -> None:
+    if packed_sbw.dim() != 3:
+        raise ValueError(f"packed_sbw: expected [s, b, w], got shape {tuple(packed_sbw.shape)}")
+    if packed_sbw.shape[-1] < sum(sizes):
+        width = packed_sbw.shape[-1]
+        raise ValueError(f"packed_sbw: last dimension {width} is less than q+k+v+gate+b+a = {sum(sizes)}")
+    if weight_ct.dim() != 2 or weight_ct.shape[0] != sum(sizes[:3]):
+        raise ValueError(f"weight_ct: expected [{sum(sizes[:3])}, taps], got {tuple(weight_ct.shape)}")
+    if num_value_heads % num_key_heads:
+        raise ValueError(f"num_value_heads {num_value_heads} must be a multiple of num_key_heads {num_key_heads}")
     for name, t in (("A_log", A_log), ("dt_bias", dt_bias)):
-        if tuple(t.shape) != (heads["num_value_heads"],):
-            raise ValueError(f"{name}: expected [{heads['num_value_heads']}], got {tuple(t.shape)}")
-    if cu_seqlens is not None and packed.shape[1] != 1:
-        raise ValueError(f"cu_seqlens: packed documents need batch size 1, got {packed.shape[1]}")
-    if group is not None and cu_seqlens is not None:
-        raise ValueError("group: slices of sequences take no cu_seqlens")
-    if group is not None and len(packed) < conv_weight.shape[1] - 1:
+        if tuple(t.shape) != (num_value_heads,):
+            raise ValueError(f"{name}: expected [{num_value_heads}], got {tuple(t.shape)}")
+
+
+def _check_sequences(
+    packed_sbw: torch.Tensor, weight_ct: torch.Tensor, cu_seqlens: torch.Tensor | None, halo_sbw: torch.Tensor | None
+) -> None:
+    if cu_seqlens is not None and packed_sbw.shape[1] != 1:
+        raise ValueError(f"cu_seqlens: packed documents need batch size 1, got {packed_sbw.shape[1]}")
+    if halo_sbw is None:
+        return
+    if cu_seqlens is not None:
+        raise ValueError("halo_sbw: it cannot be combined with cu_seqlens")
+    back = weight_ct.shape[1] - 1
+    expected = (back, *packed_sbw.shape[1:])
+    if tuple(halo_sbw.shape) != expected:
+        raise ValueError(f"halo_sbw: expected {expected}, got {tuple(halo_sbw.shape)}")
+    if len(packed_sbw) < back:
         raise ValueError(
-            f"packed_sbh: a slice of {len(packed)} tokens is shorter than the {conv_weight.shape[1] - 1} that the next one's "
-            "convolution looks back on"
+            f"packed_sbw: {len(packed_sbw)} tokens after a halo are fewer than the {back} that the convolution looks back on"
         )

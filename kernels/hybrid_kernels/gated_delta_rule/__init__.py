@@ -1,12 +1,17 @@
-"""gated_delta_rule: the recurrence at the heart of Gated DeltaNet, forward and backward."""
+"""gated_delta_rule: the recurrence of Gated DeltaNet, forward and backward.
+
+Dimensions: b batch, s tokens, Hk key heads, H value heads, K key head dim, V value head dim, n documents. The state is [K, V].
+"""
 
 import torch
 
-from ..dispatch import Choice, choose, has_module, missing_for_triton, triton_interpreted
-from ..slices import several
-from .reference import gated_delta_rule_torch
+from hybrid_kernels.dispatch import Choice, choose, has_module, triton_interpreted, triton_unsupported_reason
+from hybrid_kernels.gated_delta_rule.reference import gated_delta_rule_torch
 
 __all__ = ["explain", "gated_delta_rule"]
+FAST = ("hopper", "triton")
+"""Backends that passes.py runs."""
+SAVE = ("inputs", "scores", "states")
 
 
 def gated_delta_rule(
@@ -20,112 +25,114 @@ def gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    group=None,
     save: str = "scores",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - exp(g_t) S_{t-1}^T k_t)^T and o_t = scale * S_t^T q_t. Differentiable.
 
     Args:
-        q, k: [b, s, Hk, dk], already L2-normalised. Value head h reads key head h // (Hv // Hk).
-        v: [b, s, Hv, dv].
-        g: [b, s, Hv] log decay, <= 0. beta: [b, s, Hv], in (0, 2). fp32 on the fast paths.
-        scale: multiplies q; dk ** -0.5 by default.
-        initial_state: [b, Hv, dk, dv] fp32, or [n, Hv, dk, dv] with n documents; zero by default.
-        cu_seqlens: [n + 1] int boundaries of documents packed in one row (b == 1); empty ones are allowed.
-        group: the torch.distributed group whose ranks hold one slice each of every sequence, in rank order, of any lengths;
-            None: whole sequences. Neither documents nor states of the caller's then. What travels is a state and a transition
-            a head, not tokens, and each direction has a second, lighter scan.
-        save: what the fast paths keep for the backward beside the inputs: nothing more ("inputs"), the 64 x 64
-            matrices of every chunk ("scores", 4 * 64 bytes a token and head), or also its state and new values
-            ("states", another 2 * dv * (dk / 64 + 1)). The rest is computed again.
+        q, k: [b, s, Hk, K], L2-normalised. Value head h reads key head h // (H // Hk).
+        v: [b, s, H, V].
+        g: [b, s, H] log decay, <= 0. beta: [b, s, H], in (0, 2). fp32 for the fast backends.
+        scale: multiplies q; K ** -0.5 by default.
+        initial_state: [b, H, K, V] fp32, or [n, H, K, V] with documents; zero by default.
+        cu_seqlens: [n + 1] int boundaries of documents packed in one row (b == 1). Documents may be empty.
+        save: what the fast backends keep for the backward pass besides the inputs. "inputs": nothing. "scores": the 64 x 64
+            matrices of every chunk (4 * 64 bytes per token and head). "states": also its state and new values (another
+            2 * V * (K / 64 + 1) bytes). The backward pass recomputes the rest.
 
     Returns:
-        o [b, s, Hv, dv] in v's dtype, and the final state (fp32, shaped as the initial one) or None.
+        o [b, s, H, V] in v's dtype, and the final state (fp32, shaped as the initial one) or None.
 
     Raises:
-        ValueError: shapes that do not fit together, or a backend that cannot run here.
+        ValueError: the shapes do not match, or the requested backend cannot run here.
     """
-    group = several(group)
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    if group is not None and not (initial_state is None and cu_seqlens is None and not output_final_state):
-        raise ValueError("group: slices of sequences take no initial_state, output_final_state or cu_seqlens")
-    if save not in ("inputs", "scores", "states"):
-        raise ValueError(f'save: expected "inputs", "scores" or "states", got {save!r}')
-    options = dict(
-        scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
-    )
-    choice = _choose(q, v, backend, group)
-    if choice.backend in ("hopper", "triton"):
-        from .autograd import gated_delta_rule_triton
+    check_save(save)
+    choice = choose_backend(q, v, backend)
+    if choice.backend in FAST:
+        from hybrid_kernels.gated_delta_rule.autograd import gated_delta_rule_fast
 
-        hopper = choice.backend == "hopper"
-        return gated_delta_rule_triton(q, k, v, g, beta, save=save, hopper=hopper, group=group, **options)
+        return gated_delta_rule_fast(
+            q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens, save=save, hopper=choice.backend == "hopper",
+        )  # fmt: skip
     if choice.backend == "fla":
-        from .peer import gated_delta_rule_fla
+        from hybrid_kernels.gated_delta_rule.backends.fla import gated_delta_rule_fla as run
+    else:
+        run = gated_delta_rule_torch
+    return run(
+        q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
 
-        return gated_delta_rule_fla(q, k, v, g, beta, **options)
-    return gated_delta_rule_torch(q, k, v, g, beta, group=group, **options)
 
+def explain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    sliced: bool = False,
+    backend: str | None = None,
+) -> Choice:
+    """Return which backend a call would run, and why. `sliced`: the tokens are one slice of longer sequences."""
+    choice = choose_backend(q, v, backend, sliced)
+    if choice.backend not in FAST:
+        return choice
+    from hybrid_kernels.gated_delta_rule.kernels import choose_kernels
 
-def explain(q, k, v, g, beta, *, backend: str | None = None, **options) -> Choice:
-    """Which backend a call would run, and why; takes the arguments of `gated_delta_rule`."""
-    group = several(options.get("group"))
-    choice = _choose(q, v, backend, group)
-    reason, rejected, documents = choice.reason, dict(choice.rejected), options.get("cu_seqlens")
-    if choice.backend in ("hopper", "triton"):
-        from .autograd import modules
+    reason, rejected, hopper = choice.reason, dict(choice.rejected), choice.backend == "hopper"
+    kernels = choose_kernels(q, v, cu_seqlens, hopper)
+    if hopper:
+        from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
 
-        hopper = choice.backend == "hopper"
-        first, scans, segments = modules(q, v, documents, hopper)
-        if hopper:
-            from . import cuda_op
-
-            if first is not cuda_op:
-                rejected["its kernels in CUDA C++"] = cuda_op.missing(q, v, documents)
-            else:
-                reason += ", by kernels in CUDA C++"
-                reason += "" if scans is cuda_op else f" and Gluon's scans: {cuda_op.slower_scans(q, v)}"
-        if segments > 1:
-            reason += f", each sequence in {segments} segments for its few heads"
-    if group is not None:
-        reason += f", each sequence in slices on {group.size()} ranks, which pass states on"
+        if kernels.prepare is cuda_op:
+            reason += ", by kernels in CUDA C++"
+            reason += "" if kernels.scans is cuda_op else f" and Gluon's scans: {cuda_op.slower_scans_reason(q, v)}"
+        else:
+            rejected["its kernels in CUDA C++"] = str(cuda_op.unsupported_reason(q, v, cu_seqlens))
+    if kernels.segments > 1:
+        reason += f", each sequence in {kernels.segments} segments for its few heads"
     return Choice(choice.op, choice.backend, reason, rejected)
 
 
-def _choose(q, v, backend: str | None, group) -> Choice:
+def choose_backend(q: torch.Tensor, v: torch.Tensor, requested: str | None, sliced: bool = False) -> Choice:
+    """Choose a backend. `sliced`: the tokens are one slice of longer sequences."""
     backends = {
-        "hopper": lambda: _missing_for_hopper(q, v),
-        "triton": lambda: _missing_for_triton(q, v),
-        "fla": lambda: _missing_for_fla(v, group),
+        "hopper": lambda: _hopper_unsupported_reason(q, v),
+        "triton": lambda: _triton_unsupported_reason(q, v),
+        "fla": lambda: _fla_unsupported_reason(v, sliced),
         "torch": lambda: None,
     }
-    return choose("gated_delta_rule", backends, backend)
+    return choose("gated_delta_rule", backends, requested)
 
 
-def _missing_for_triton(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    lack = missing_for_triton(q, v)
-    if lack is None:
-        from .triton_op import missing
+def _triton_unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    reason = triton_unsupported_reason(q, v)
+    if reason is None:
+        from hybrid_kernels.gated_delta_rule.backends.triton.op import unsupported_reason
 
-        lack = missing(q, v)
-    return lack
-
-
-def _missing_for_hopper(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    lack = _missing_for_triton(q, v)
-    if lack is None and triton_interpreted():
-        lack = "Triton's interpreter does not run Gluon"
-    if lack is None:
-        from .gluon_op import missing
-
-        lack = missing(q, v)
-    return lack
+        reason = unsupported_reason(q, v)
+    return reason
 
 
-def _missing_for_fla(v: torch.Tensor, group) -> str | None:
-    if group is not None:
-        return "its own way to slice sequences over ranks is not called from here"
+def _hopper_unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    reason = _triton_unsupported_reason(q, v)
+    if reason is None and triton_interpreted():
+        reason = "Triton's interpreter does not run Gluon"
+    if reason is None:
+        from hybrid_kernels.gated_delta_rule.backends.gluon.op import unsupported_reason
+
+        reason = unsupported_reason(q, v)
+    return reason
+
+
+def _fla_unsupported_reason(v: torch.Tensor, sliced: bool) -> str | None:
+    if sliced:
+        return "it does not return the transition of a slice"
     if not v.is_cuda:
         return "tensors are not on a CUDA device"
     if v.dtype not in (torch.bfloat16, torch.float16):
@@ -133,16 +140,29 @@ def _missing_for_fla(v: torch.Tensor, group) -> str | None:
     return None if has_module("fla") else "the package flash-linear-attention (fla) is not installed"
 
 
-def _check(q, k, v, g, beta, initial_state, cu_seqlens) -> None:
+def check_save(save: str) -> None:
+    """Raise ValueError if `save` is not one of SAVE."""
+    if save not in SAVE:
+        raise ValueError(f'save: expected "inputs", "scores" or "states", got {save!r}')
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
     if q.dim() != 4 or v.dim() != 4 or q.shape != k.shape or q.shape[:2] != v.shape[:2]:
-        raise ValueError(
-            f"q, k: expected [b, s, Hk, dk] and v [b, s, Hv, dv], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k: expected [b, s, Hk, K] and v [b, s, H, V], got {shapes}")
     if v.shape[2] % k.shape[2]:
         raise ValueError(f"v has {v.shape[2]} heads, not a multiple of k's {k.shape[2]}")
     for name, t in (("g", g), ("beta", beta)):
         if t.shape != v.shape[:3]:
-            raise ValueError(f"{name}: expected [b, s, Hv] = {tuple(v.shape[:3])}, got {tuple(t.shape)}")
+            raise ValueError(f"{name}: expected [b, s, H] = {tuple(v.shape[:3])}, got {tuple(t.shape)}")
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or v.shape[0] != 1):
         raise ValueError(f"cu_seqlens: expected [n + 1] with batch size 1, got {tuple(cu_seqlens.shape)}, {v.shape[0]}")
     if initial_state is not None:

@@ -1,9 +1,10 @@
-"""linear_cross_entropy: from the last hidden states to the loss, without ever holding all logits."""
+"""linear_cross_entropy: from the last hidden states to the loss, without materialising all logits."""
 
 import torch
 
-from ..dispatch import Choice, choose, missing_for_triton
-from .reference import linear_cross_entropy_torch
+from hybrid_kernels.collectives import VocabParallel
+from hybrid_kernels.dispatch import Choice, choose, triton_unsupported_reason
+from hybrid_kernels.linear_cross_entropy.reference import linear_cross_entropy_torch
 
 __all__ = ["explain", "linear_cross_entropy"]
 
@@ -16,62 +17,67 @@ def linear_cross_entropy(
     *,
     true_vocab_size: int,
     z_loss_weight: float,
-    group=None,
+    vocab_parallel: VocabParallel | None = None,
     chunk_tokens: int | None = None,
     fp32_logits: bool = True,
     grad_weight_buffer: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy plus weighted mean z-loss of logits = hidden @ weight^T, over a vocabulary that ranks share.
+    """Return the mean cross-entropy plus the weighted mean z-loss of logits = hidden @ weight^T.
 
-    Means are over all tokens, masked or not: sum(mask * x) / mask.numel(). The Triton backend goes through the tokens
-    in chunks and computes the gradients of hidden and weight in the forward pass, while a chunk's logits are at hand;
-    the backward pass multiplies them by the gradient it is given, in the pass that hands them over. Where gradients
-    are off, none are computed.
+    Means are over all tokens, masked or not: sum(mask * x) / mask.numel(). The Triton backend iterates over chunks of tokens and
+    computes the gradients of hidden and weight in the forward pass, while it holds a chunk's logits. The backward pass scales
+    these gradients by the incoming gradient; it can run once. Without gradient mode, none are computed.
 
     Args:
-        hidden: [..., h] fp32 or bf16, the same on every rank of `group` (gathered over sequence parallel ranks).
+        hidden: [..., h] fp32 or bf16, the same on every tensor parallel rank (gathered over sequence parallel ranks).
         weight: [V / ranks, h] in hidden's dtype: this rank's rows of the padded vocabulary V, in rank order.
-        labels: [...] int64 over the whole vocabulary; where the mask is 0 they may be anything, -100 say.
+        labels: [...] int64 in the whole vocabulary. Where the mask is 0 they may have any value, such as -100.
         loss_mask: [...] fp32, the weight of each token.
-        true_vocab_size: rows of the whole vocabulary at or beyond it are padding and take no part.
+        true_vocab_size: rows of the whole vocabulary from this one on are padding and are ignored.
         z_loss_weight: weight of the z-loss, the mean of logsumexp(logits)^2.
-        group: the torch.distributed group that shares the vocabulary; None: one rank. One small all-gather a chunk.
-        chunk_tokens: tokens of a chunk; None: as many as keep a chunk's logits within 1 GiB. Triton only.
-        fp32_logits: False keeps a chunk's logits in hidden's dtype: some percent faster, but in bf16 a logit of 16 is off by
-            up to 1/16, so the losses of single tokens by 1e-2 and the gradients by 1% (in fp32 by 1e-6 and 0.2%, from
-            rounding the logits' gradients for the products). Triton only; the reference always keeps fp32.
-        grad_weight_buffer: fp32, shaped as weight (Megatron's `main_grad`). The backward pass adds weight's gradient to
-            it, unrounded, and autograd sees no gradient of weight at all: weight.grad stays as it is.
+        vocab_parallel: this rank's part of the vocabulary; None: all of it. Triton calls `all_gather` once per chunk, on three
+            numbers per token. The reference calls `all_reduce_max` and `all_reduce_sum` once each.
+        chunk_tokens: tokens per chunk; None: as many as keep a chunk's logits within 1 GiB. Triton only.
+        fp32_logits: False keeps a chunk's logits in hidden's dtype, which is a few percent faster. In bf16 a logit of 16 then has
+            an error of up to 1/16, losses of single tokens of 1e-2, and gradients of 1%. (With fp32 logits: 1e-6, and 0.2% from
+            rounding the logits' gradients for the GEMMs.) Triton only; the reference always uses fp32.
+        grad_weight_buffer: fp32, shaped as weight (Megatron's `main_grad`). The backward pass adds weight's gradient to it,
+            unrounded. Autograd sees no gradient of weight, so weight.grad does not change.
 
     Returns:
-        The loss, a differentiable fp32 scalar; the mean cross-entropy in nats and the mean z-loss (unweighted), detached.
-        The gradient of hidden is this rank's part, from its slice of the vocabulary: sum it over the group, as the
-        backward pass of a gather or copy to the tensor parallel region does.
+        The loss, a differentiable fp32 scalar; the mean cross-entropy in nats and the unweighted mean z-loss, both detached.
+        The gradient of hidden is this rank's part. The caller sums it over the ranks, as the backward pass of a gather or copy
+        to the tensor parallel region does.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or a backend that cannot run here.
+        ValueError: the shapes or dtypes do not match, or the requested backend cannot run here.
     """
     _check(hidden, weight, labels, loss_mask, chunk_tokens, grad_weight_buffer)
     choice = explain(hidden, weight, backend=backend)
-    flat = hidden.flatten(0, -2), weight, labels.reshape(-1), loss_mask.reshape(-1)
-    options = dict(
-        true_vocab_size=true_vocab_size, z_loss_weight=z_loss_weight, group=group, grad_weight_buffer=grad_weight_buffer
-    )
+    tensors = hidden.flatten(0, -2), weight, labels.reshape(-1), loss_mask.reshape(-1), grad_weight_buffer
     if choice.backend == "triton":
-        from .triton_op import linear_cross_entropy_triton
+        from hybrid_kernels.linear_cross_entropy.backends.triton.op import Options, linear_cross_entropy_triton
 
-        return linear_cross_entropy_triton(*flat, chunk_tokens=chunk_tokens, fp32_logits=fp32_logits, **options)
-    return linear_cross_entropy_torch(*flat, **options)
+        options = Options(true_vocab_size, z_loss_weight, vocab_parallel, chunk_tokens, fp32_logits)
+        return linear_cross_entropy_triton(*tensors, options)
+    return linear_cross_entropy_torch(*tensors, true_vocab_size, z_loss_weight, vocab_parallel)
 
 
-def explain(hidden: torch.Tensor, weight: torch.Tensor, *_, backend: str | None = None, **__) -> Choice:
-    """Which backend a call would run, and why; takes the arguments of `linear_cross_entropy`."""
-    backends = {"triton": lambda: missing_for_triton(hidden, weight), "torch": lambda: None}
+def explain(hidden: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None) -> Choice:
+    """Return which backend a call would run, and why."""
+    backends = {"triton": lambda: triton_unsupported_reason(hidden, weight), "torch": lambda: None}
     return choose("linear_cross_entropy", backends, backend)
 
 
-def _check(hidden, weight, labels, loss_mask, chunk_tokens, buffer) -> None:
+def _check(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    loss_mask: torch.Tensor,
+    chunk_tokens: int | None,
+    buffer: torch.Tensor | None,
+) -> None:
     if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight: expected [vocabulary / ranks, h] for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"

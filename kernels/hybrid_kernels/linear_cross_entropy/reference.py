@@ -1,63 +1,67 @@
-"""The oracle of `linear_cross_entropy` in plain torch: all logits at once, autograd, any device, fp32 inside (fp64 for fp64)."""
+"""Oracle of `linear_cross_entropy` in plain torch: all logits at once, autograd, any device, in fp32 or, for fp64 inputs, fp64."""
+
+from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from hybrid_kernels.collectives import AllReduce, VocabParallel
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over a group's ranks, all of which go on to the same scalar: each keeps the gradient of its own addend."""
+    """Sum over ranks that all compute the same scalar from it: each keeps the gradient of its own addend."""
 
     @staticmethod
-    def forward(ctx, x, group):
+    def forward(ctx: Any, x: torch.Tensor, all_reduce: AllReduce) -> torch.Tensor:
         x = x.clone()
-        dist.all_reduce(x, group=group)
+        all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
 
 
 class _GradientIntoBuffer(torch.autograd.Function):
-    """The identity; the gradient is added to a buffer and ends there."""
+    """Identity. The backward pass adds the gradient to a buffer and returns none."""
 
     @staticmethod
-    def forward(ctx, weight, buffer):
+    def forward(ctx: Any, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
         ctx.buffer = buffer
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, grad):
-        ctx.buffer += grad
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
+        ctx.buffer += grads[0]
         return None, None
 
 
-def ranks_of(group) -> tuple[int, int]:
-    """(rank, size) of a process group; None is one rank."""
-    return (0, 1) if group is None else (group.rank(), group.size())
-
-
 def linear_cross_entropy_torch(
-    hidden, weight, labels, loss_mask, *, true_vocab_size, z_loss_weight, group=None, grad_weight_buffer=None
-):
-    """See `hybrid_kernels.linear_cross_entropy.linear_cross_entropy`, whose arguments and results these are."""
-    rank, ranks = ranks_of(group)
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    loss_mask: torch.Tensor,
+    grad_weight_buffer: torch.Tensor | None,
+    true_vocab_size: int,
+    z_loss_weight: float,
+    vocab_parallel: VocabParallel | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `hybrid_kernels.linear_cross_entropy.linear_cross_entropy`."""
     width, compute = weight.shape[0], torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    start = rank * width
+    start = 0 if vocab_parallel is None else vocab_parallel.rank * width
     if grad_weight_buffer is not None:
         weight = _GradientIntoBuffer.apply(weight, grad_weight_buffer)
     column = torch.arange(start, start + width, device=hidden.device)
     logits = hidden.to(compute) @ weight.to(compute).t()
-    logits = logits.masked_fill(column >= true_vocab_size, float("-inf"))  # dummy rows take no part in the softmax
+    logits = logits.masked_fill(column >= true_vocab_size, float("-inf"))  # the softmax ignores padding rows
 
     largest = logits.detach().amax(-1)
-    if ranks > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    if vocab_parallel is not None:
+        vocab_parallel.all_reduce_max(largest)
     here = (labels >= start) & (labels < start + width)
     label_logit = logits.gather(-1, torch.where(here, labels - start, 0).unsqueeze(-1)).squeeze(-1)
     sums = torch.stack(((logits - largest.unsqueeze(-1)).exp().sum(-1), torch.where(here, label_logit, 0.0)))
-    if ranks > 1:
-        sums = _SumOverRanks.apply(sums, group)
+    if vocab_parallel is not None:
+        sums = _SumOverRanks.apply(sums, vocab_parallel.all_reduce_sum)
     log_z = sums[0].log() + largest
     losses = torch.stack((log_z - sums[1], log_z.square()))
     cross_entropy, z = (losses * loss_mask).sum(-1) / loss_mask.numel()

@@ -1,9 +1,13 @@
-"""qk_norm_rope: from attention's packed projection to q, k and v: RMSNorm over the whole q and k, rotary embedding."""
+"""qk_norm_rope: from attention's packed projection to q, k and v, by RMSNorm over the whole q and k and rotary embedding.
+
+Suffixes of tensor names: s tokens, b batch, w width of the packed projection, h heads, d channels of a head.
+"""
 
 import torch
 
-from ..dispatch import Choice, choose, missing_for_triton
-from .reference import qk_norm_rope_torch
+from hybrid_kernels.collectives import AllReduce
+from hybrid_kernels.dispatch import Choice, choose, triton_unsupported_reason
+from hybrid_kernels.qk_norm_rope.reference import qk_norm_rope_torch
 
 __all__ = ["explain", "qk_norm_rope"]
 
@@ -17,55 +21,71 @@ def qk_norm_rope(
     head_dim: int,
     true_widths: tuple[int, int],
     eps: float,
-    group=None,
+    all_reduce: AllReduce | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RMSNorm over the whole q and the whole k projection, before the split into heads, then RoPE. Differentiable.
+    """Apply RMSNorm over the whole q and the whole k projection, before the split into heads, then RoPE. Differentiable.
 
-    fp32 inside. Under tensor parallelism the mean squares are over all ranks' heads: one all-reduce of two numbers a
-    token in each direction. Where `group` is one rank, each direction is one kernel that touches every element once.
+    Computes in fp32. Without `all_reduce`, each direction is one kernel that touches every element once.
 
     Args:
-        qkv_sbw: [s, b, (heads + 2 * groups) * d] this rank's projection, [q | k | v], heads in order.
-        q_weight: [heads * d]. k_weight: [groups * d]: this rank's part of the norms' weights.
-        angles_s11d: [s, 1, 1, d] fp32 as megatron-core's `RotaryEmbedding` gives them: both halves of d hold the same
-            d / 2 angles, of which only the first half is read. None: no rotary embedding (NoPE). Not differentiable.
+        qkv_sbw: this rank's projection [q | k | v], heads in order; w = (query heads + 2 * key heads) * d.
+        q_weight: [query heads * d], this rank's part of the norm's weight.
+        k_weight: [key heads * d], likewise.
+        angles_s11d: fp32, from megatron-core's `RotaryEmbedding`. Both halves of d hold the same d / 2 angles, and only the
+            first half is read. Not differentiable. None: no rotary embedding (NoPE).
         head_dim: d.
-        true_widths: of q and k over all ranks, without dummy heads (whose entries are zero): what the means are over.
+        true_widths: widths of q and k over all ranks, without dummy heads (whose entries are zero). The means divide by them.
         eps: added to the mean squares.
-        group: the torch.distributed group that shares the heads; None: one rank.
+        all_reduce: sums a tensor over the tensor parallel ranks that share the heads. Each direction calls it once, on two
+            numbers per token. None: this rank has all heads.
 
     Returns:
-        q [s, b, heads, d], k and v [s, b, groups, d], contiguous, in qkv's dtype.
+        q_sbhd, k_sbhd and v_sbhd, contiguous, in qkv's dtype.
 
     Raises:
-        ValueError: shapes that do not fit together, or a backend that cannot run here.
+        ValueError: the shapes do not match, or the requested backend cannot run here.
     """
     _check(qkv_sbw, q_weight, k_weight, angles_s11d, head_dim)
     choice = explain(qkv_sbw, q_weight, k_weight, angles_s11d, backend=backend)
-    options = dict(head_dim=head_dim, true_widths=true_widths, eps=eps, group=group)
     if choice.backend == "triton":
-        from .triton_op import qk_norm_rope_triton
+        from hybrid_kernels.qk_norm_rope.backends.triton.op import qk_norm_rope_triton as run
+    else:
+        run = qk_norm_rope_torch
+    return run(
+        qkv_sbw, q_weight, k_weight, angles_s11d,
+        head_dim=head_dim, true_widths=true_widths, eps=eps, all_reduce=all_reduce,
+    )  # fmt: skip
 
-        return qk_norm_rope_triton(qkv_sbw, q_weight, k_weight, angles_s11d, **options)
-    return qk_norm_rope_torch(qkv_sbw, q_weight, k_weight, angles_s11d, **options)
 
-
-def explain(qkv_sbw, q_weight, k_weight, angles_s11d=None, *, backend: str | None = None, **_) -> Choice:
-    """Which backend a call would run, and why; takes the arguments of `qk_norm_rope`."""
+def explain(
+    qkv_sbw: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    angles_s11d: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Choice:
+    """Return which backend a call would run, and why."""
     backends = {
-        "triton": lambda: missing_for_triton(qkv_sbw, q_weight, k_weight, angles_s11d),
+        "triton": lambda: triton_unsupported_reason(qkv_sbw, q_weight, k_weight, angles_s11d),
         "torch": lambda: None,
     }
     return choose("qk_norm_rope", backends, backend)
 
 
-def _check(qkv, q_weight, k_weight, angles, head_dim) -> None:
-    if qkv.dim() != 3 or qkv.shape[-1] != len(q_weight) + 2 * len(k_weight):
+def _check(
+    qkv_sbw: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    angles_s11d: torch.Tensor | None,
+    head_dim: int,
+) -> None:
+    if qkv_sbw.dim() != 3 or qkv_sbw.shape[-1] != len(q_weight) + 2 * len(k_weight):
         expected = f"[s, b, {len(q_weight)} + 2 * {len(k_weight)}]"
-        raise ValueError(f"qkv_sbw: expected {expected} for these weights, got {tuple(qkv.shape)}")
+        raise ValueError(f"qkv_sbw: expected {expected} for these weights, got {tuple(qkv_sbw.shape)}")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.dim() != 1 or len(weight) % head_dim or head_dim % 2:
             raise ValueError(f"{name}: expected whole heads of an even head_dim {head_dim}, got {tuple(weight.shape)}")
-    if angles is not None and tuple(angles.shape) != (qkv.shape[0], 1, 1, head_dim):
-        raise ValueError(f"angles_s11d: expected {(qkv.shape[0], 1, 1, head_dim)}, got {tuple(angles.shape)}")
+    if angles_s11d is not None and tuple(angles_s11d.shape) != (qkv_sbw.shape[0], 1, 1, head_dim):
+        raise ValueError(f"angles_s11d: expected {(qkv_sbw.shape[0], 1, 1, head_dim)}, got {tuple(angles_s11d.shape)}")

@@ -1,28 +1,31 @@
-"""The oracle of `qk_norm_rope` in plain torch. Sources: transformers `Olmo3Attention`; megatron-core's rotary embedding."""
+"""Oracle of `qk_norm_rope` in plain torch. Sources: transformers `Olmo3Attention`; megatron-core's rotary embedding."""
+
+from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from hybrid_kernels.collectives import AllReduce
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over a group's ranks, each of which goes on with the sum in its own way: gradients are summed as well."""
+    """Sum over ranks that use the sum differently: the backward pass sums their gradients."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
+    def forward(ctx: Any, x: torch.Tensor, all_reduce: AllReduce) -> torch.Tensor:
+        ctx.all_reduce = all_reduce
         x = x.clone()
-        dist.all_reduce(x, group=group)
+        all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grads[0].contiguous().clone()
+        ctx.all_reduce(grad)
         return grad, None
 
 
 def rotate(x_sbhd: torch.Tensor, angles_s11d: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [s, b, heads, d]: pairs (x_i, x_{i + d/2}) turned by angle i, in x's precision."""
+    """Apply rotary embedding in x's precision: rotate each pair (x_i, x_{i + d/2}) by angle i."""
     half = x_sbhd.shape[-1] // 2
     angles = angles_s11d[..., :half].to(x_sbhd.dtype)
     low, high = x_sbhd.split(half, dim=-1)
@@ -30,18 +33,27 @@ def rotate(x_sbhd: torch.Tensor, angles_s11d: torch.Tensor) -> torch.Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
-def qk_norm_rope_torch(qkv_sbw, q_weight, k_weight, angles_s11d, *, head_dim, true_widths, eps, group=None):
-    """See `hybrid_kernels.qk_norm_rope.qk_norm_rope`, whose arguments and results these are."""
+def qk_norm_rope_torch(
+    qkv_sbw: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    angles_s11d: torch.Tensor | None,
+    *,
+    head_dim: int,
+    true_widths: tuple[int, int],
+    eps: float,
+    all_reduce: AllReduce | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `hybrid_kernels.qk_norm_rope.qk_norm_rope`."""
     compute = torch.float64 if qkv_sbw.dtype == torch.float64 else torch.float32
-    widths = len(q_weight), len(k_weight), len(k_weight)
-    q, k, v = qkv_sbw.split(widths, dim=-1)
+    q, k, v = qkv_sbw.split((len(q_weight), len(k_weight), len(k_weight)), dim=-1)
     q, k = q.to(compute), k.to(compute)
     squares = torch.stack((q.square().sum(-1), k.square().sum(-1)), dim=-1)
-    if group is not None and group.size() > 1:
-        squares = _SumOverRanks.apply(squares, group)
+    if all_reduce is not None:
+        squares = _SumOverRanks.apply(squares, all_reduce)
     results = []
     for i, (x, weight) in enumerate(((q, q_weight), (k, k_weight))):
         x = x * torch.rsqrt(squares[..., i : i + 1] / true_widths[i] + eps) * weight.to(compute)
         x = x.unflatten(-1, (-1, head_dim))
         results.append((x if angles_s11d is None else rotate(x, angles_s11d)).to(qkv_sbw.dtype))
-    return *results, v.unflatten(-1, (-1, head_dim)).contiguous()
+    return results[0], results[1], v.unflatten(-1, (-1, head_dim)).contiguous()

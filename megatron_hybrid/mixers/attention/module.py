@@ -20,6 +20,7 @@ from hybrid_kernels.qk_norm_rope import explain as explain_qk_norm_rope
 from hybrid_kernels.qk_norm_rope import qk_norm_rope
 from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.model_fields import ModelFields, RopeScalingConfig
+from megatron_hybrid.distributed.collectives import all_reduce_sum
 from megatron_hybrid.distributed.context_parallel import HeadExchange
 from megatron_hybrid.mixers.attention.local import ScaledDotProductAttention
 from megatron_hybrid.mixers.attention.spec import parameters
@@ -117,11 +118,11 @@ class SelfAttention(Mixer):
             tp_comm_buffer_name="qkv",
             **linear,
         )
-        self.norm = dict(
+        self.norm: dict[str, Any] = dict(
             head_dim=d,
             true_widths=(sizes.heads * d, sizes.groups * d),
             eps=sizes.norm_eps,
-            group=tp if tp.size() > 1 else None,
+            all_reduce=all_reduce_sum(tp),
         )
         self.q_norm_weight, self.k_norm_weight = (
             self.new_parameter("q_norm_weight"),
@@ -152,7 +153,8 @@ class SelfAttention(Mixer):
 
     def another_core_attention(self, kind: type) -> torch.nn.Module:
         """Return another attention of this layer's sizes."""
-        return kind(**self.core_arguments)
+        attention: torch.nn.Module = kind(**self.core_arguments)
+        return attention
 
     def forward(
         self,
@@ -202,7 +204,8 @@ class SelfAttention(Mixer):
             for x, n in ((q, self.exchange.heads), (k, self.exchange.groups), (v, self.exchange.groups))
         )
         context = self.core_attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal)
-        return self.linear_proj(self.exchange.to_tokens(context))
+        y_sbh, _ = self.linear_proj(self.exchange.to_tokens(context))
+        return y_sbh, None
 
     def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
         width = len(self.q_norm_weight) + 2 * len(self.k_norm_weight)

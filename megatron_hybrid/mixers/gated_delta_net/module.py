@@ -22,14 +22,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.conv_gates import explain as explain_conv_gates
 from hybrid_kernels.dispatch import Choice
-from hybrid_kernels.gated_delta_rule import explain as explain_gated_delta_rule
-from hybrid_kernels.gated_delta_rule import gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import explain as explain_gated_rmsnorm
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.model_fields import ModelFields
 from megatron_hybrid.arch.packing import FP8_ALIGNMENT
 from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.distributed.context_parallel import with_halo
+from megatron_hybrid.distributed.state_passing import (
+    explain_gated_delta_rule_of_slices,
+    gated_delta_rule_of_slices,
+)
 from megatron_hybrid.mixers.backend import Backend, Linears
 from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_hybrid.mixers.gated_delta_net.spec import parameters, sizes
@@ -105,7 +108,7 @@ class GatedDeltaNet(Mixer):
         self.A_log, self.dt_bias = self.new_parameter("A_log"), self.new_parameter("dt_bias")
         self.o_norm_weight = self.new_parameter("o_norm_weight")
         # it serves every rank's heads: its gradient is summed over the ranks, once per step together with the other norms'
-        self.o_norm_weight.sequence_parallel = config.sequence_parallel
+        self.o_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.finish()
 
     def _check_fp8(self) -> None:
@@ -136,7 +139,7 @@ class GatedDeltaNet(Mixer):
         sequence_len_offset: object = None,
         *,
         inference_params: object = None,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mix hidden_states [s, b, h]: this rank's tokens under sequence and context parallelism.
 
         Rotary embeddings are for the model's attention layers. This mixer does not need them.
@@ -159,17 +162,19 @@ class GatedDeltaNet(Mixer):
         return between_linears(self._mix, packed, self.out_proj, self.recompute and self.training)
 
     def _mix(self, packed_sbw: torch.Tensor) -> torch.Tensor:
-        # conv_gates returns the gate, too: slicing it here would cost another gradient as wide as in_proj
+        packed_sbw, halo_sbw = with_halo(packed_sbw, self.gdn.conv_kernel_size - 1, self.cp_group)
+        # conv_gates returns the gate as well: slicing it here would cost one more gradient as wide as in_proj's output
         q, k, v, g, beta, gate = conv_gates(
             packed_sbw,
             self.conv_weight,
             self.A_log,
             self.dt_bias,
             **self._sizes(),
-            group=self.cp_group,
+            allow_negative_eigenvalues=self.gdn.allow_negative_eigenvalues,
+            halo_sbw=halo_sbw,
             return_gate=True,
         )
-        o, _ = gated_delta_rule(q, k, v, g, beta, group=self.cp_group)
+        o = gated_delta_rule_of_slices(q, k, v, g, beta, group=self.cp_group)
         weight = self.o_norm_weight
         if not self.config.sequence_parallel:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
@@ -182,7 +187,6 @@ class GatedDeltaNet(Mixer):
             num_value_heads=self.heads,
             key_head_dim=gdn.key_head_dim,
             value_head_dim=gdn.value_head_dim,
-            allow_negative_eigenvalues=gdn.allow_negative_eigenvalues,
         )
 
     def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
@@ -194,6 +198,6 @@ class GatedDeltaNet(Mixer):
         packed = like.expand(s, b, self.packed_width)
         return [
             explain_conv_gates(packed, self.conv_weight, **self._sizes()),
-            explain_gated_delta_rule(q, q, v, gates, gates, group=self.cp_group),
+            explain_gated_delta_rule_of_slices(q, q, v, gates, gates, group=self.cp_group),
             explain_gated_rmsnorm(v, packed[..., : self.gate_width], self.o_norm_weight),
         ]

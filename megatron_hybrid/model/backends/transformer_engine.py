@@ -5,6 +5,7 @@ require Apex's kernel in its output layer as well, so only these modules get it.
 """
 
 import copy
+from typing import Any
 
 import torch
 import transformer_engine.pytorch as te
@@ -17,6 +18,7 @@ from megatron.core.extensions.transformer_engine import (
     TENorm,
     TERowParallelLinear,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.mixers.backend import Backend
@@ -24,7 +26,7 @@ from megatron_hybrid.model.mlp import SwiGLU
 from megatron_hybrid.precision.recipes import attention_recipe
 
 
-def _into_main_grad(config):
+def _into_main_grad(config: TransformerConfig) -> TransformerConfig:
     config = copy.copy(config)
     config.gradient_accumulation_fusion = True
     return config
@@ -33,7 +35,7 @@ def _into_main_grad(config):
 class ColumnLinear(TEColumnParallelLinear):
     """A column-parallel linear."""
 
-    def __init__(self, *args, config, **kwargs):
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=_into_main_grad(config), **kwargs)
         # megatron-core sets it only for the linear with a norm
         self.ub_overlap_rs_dgrad = config.tp_comm_overlap and config.tp_comm_overlap_rs_dgrad
@@ -42,14 +44,14 @@ class ColumnLinear(TEColumnParallelLinear):
 class NormColumnLinear(TELayerNormColumnParallelLinear):
     """RMSNorm, then a column-parallel linear: one cast to FP8 for both, and the norm's output is not kept twice."""
 
-    def __init__(self, *args, config, **kwargs):
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=_into_main_grad(config), **kwargs)
 
 
 class RowLinear(TERowParallelLinear):
     """A row-parallel linear."""
 
-    def __init__(self, *args, config, **kwargs):
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=_into_main_grad(config), **kwargs)
 
 
@@ -59,11 +61,11 @@ class Fp8Attention(TEDotProductAttention):
     Its scales are updated together with the linears', when the outermost FP8 context ends (precision/context.py).
     """
 
-    def __init__(self, config, *args, **kwargs):
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.recipe = attention_recipe(config.fp8_amax_history_len)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
         with te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=group):
             return super().forward(*args, **kwargs)
@@ -73,12 +75,12 @@ class _Activation(torch.autograd.Function):
     """silu(gate) * up of [..., gate | up]. It keeps its input."""
 
     @staticmethod
-    def forward(ctx, gate_up):
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
         return kernels.swiglu(gate_up, None)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (gate_up,) = ctx.saved_tensors
         return kernels.dswiglu(grad.contiguous(), gate_up, None)
 

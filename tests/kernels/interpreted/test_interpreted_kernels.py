@@ -29,10 +29,10 @@ def agree(fn, inputs, tolerance):
 @pytest.fixture
 def small_segments(monkeypatch):
     """conv_gates with programs that walk few tokens: the interpreter is slow."""
-    from hybrid_kernels.conv_gates import triton_op
+    from hybrid_kernels.conv_gates.backends.triton import op
 
     for name, size in (("SEGMENTS", 16), ("FORWARD_SEGMENT", 4), ("BACKWARD_SEGMENT", 4)):
-        monkeypatch.setattr(triton_op, name, size)
+        monkeypatch.setattr(op, name, size)
 
 
 def delta_rule(**options):
@@ -70,15 +70,15 @@ def test_gated_delta_rule_of_documents():
 
 @pytest.mark.parametrize("batch, length, segments, save", [(2, 100, 2, "scores"), (1, 180, 3, "inputs")])
 def test_gated_delta_rule_in_segments(batch, length, segments, save, monkeypatch):
-    from hybrid_kernels.gated_delta_rule import triton_op
+    from hybrid_kernels.gated_delta_rule.backends.triton import op
 
-    monkeypatch.setattr(triton_op, "segments_of", lambda *_: segments)
+    monkeypatch.setattr(op, "segments_of", lambda *_: segments)
     inputs = delta_rule_inputs(batch, length, 1, 1, 96 if batch == 1 else 16, 64, gate=-1e-2)
     agree(delta_rule(save=save), [*inputs, torch.randn(batch, 1, inputs[0].shape[3], 64)], 2e-5)
 
 
 def test_segments_that_pay():
-    from hybrid_kernels.gated_delta_rule.triton_join import segments_that_pay
+    from hybrid_kernels.gated_delta_rule.backends.triton.join import segments_that_pay
 
     assert segments_that_pay(tiles=90, chunks=128, processors=132) == 1  # 30 heads: the GPU is full enough
     assert segments_that_pay(tiles=45, chunks=128, processors=132) == 5  # 3 would be two rounds, for 135 programs
@@ -102,9 +102,9 @@ def test_keys_all_alike_do_not_diverge(hard):
 @pytest.mark.parametrize("documents, segments", [(False, 1), (True, 1), (False, 2)])
 def test_compiled_without_a_break(documents, segments, small_segments, monkeypatch):
     """Every op is opaque to torch.compile, and so is its backward."""
-    from hybrid_kernels.gated_delta_rule import triton_op
+    from hybrid_kernels.gated_delta_rule.backends.triton import op
 
-    monkeypatch.setattr(triton_op, "segments_of", lambda *_: segments)
+    monkeypatch.setattr(op, "segments_of", lambda *_: segments)
     length = 34 if segments == 1 else 70
     dims = dict(num_key_heads=1, num_value_heads=1, key_head_dim=16, value_head_dim=64)
     cu = torch.tensor([0, 20, 34]) if documents else None
@@ -159,15 +159,15 @@ def test_gated_rmsnorm():
 @pytest.mark.parametrize("with_gate", [True, False])
 def test_conv_gates_writes_all_of_its_gradient(with_gate, small_segments, monkeypatch):
     """Also where it is zero: what pads the rows, and the gate's part if nothing comes back through the gate."""
-    from hybrid_kernels.conv_gates import triton_op
+    from hybrid_kernels.conv_gates.backends.triton import op
 
     dims = [2, 4, 32, 64]
     inputs = packed_inputs(70, 2, 2, 4, 32, 64, padding=14, dtype=torch.float32)
     gate = torch.randn(70, 2, 512)[..., 64:320] if with_gate else None  # a slice: its rows lie apart
-    given = [torch.zeros_like(x) for x in triton_op._forward(*inputs, None, dims, 2.0)]
+    given = [torch.zeros_like(x) for x in op._forward(*inputs, None, dims, 2.0)]
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(float("nan")))
-    found = triton_op._backward(*inputs, None, *given, gate, dims, 2.0)[0]
+    found = op._backward(*inputs, None, *given, gate, dims, 2.0)[0]
     expected = torch.zeros_like(found)
     if with_gate:
         expected[..., 2 * 64 + 256 : 2 * 64 + 512] = gate

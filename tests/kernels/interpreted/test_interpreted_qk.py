@@ -37,9 +37,9 @@ def test_against_fp64(heads, groups, head_dim, layout):
 
 
 def test_without_rotary_and_with_several_tokens_a_program(monkeypatch):
-    from hybrid_kernels.qk_norm_rope import triton_op
+    from hybrid_kernels.qk_norm_rope.backends.triton import op
 
-    monkeypatch.setattr(triton_op, "BACKWARD_PROGRAMS", 3)
+    monkeypatch.setattr(op, "BACKWARD_PROGRAMS", 3)
     inputs = (*qkv_inputs(7, 2, 3, 3, 16)[:3], None)
     options = dict(head_dim=16, true_widths=(40, 40))  # fewer than there are: dummy heads
     agree(gradients(inputs, backend="triton", **options), exact(inputs, **options), 1e-5)
@@ -62,7 +62,7 @@ def shared(inputs, heads, groups, head_dim):
     q, k, v = qkv.split([q_width, k_width, k_width], dim=-1)
     mine = [x.chunk(ranks, dim=-1)[rank] for x in (q, k, v, q_weight, k_weight)]
     packed = torch.cat(mine[:3], dim=-1)
-    options = dict(head_dim=head_dim, true_widths=(q_width, k_width), group=dist.group.WORLD, backend="triton")
+    options = dict(head_dim=head_dim, true_widths=(q_width, k_width), all_reduce=dist.all_reduce, backend="triton")
     return gradients((packed, *mine[3:], angles), **options)
 
 

@@ -1,9 +1,9 @@
-"""Triton's kernels under the interpreter on sequences in slices, a rank each, against whole sequences in fp64."""
+"""Triton kernels under the interpreter on sequences in slices, one per rank, against whole sequences in fp64."""
 
 import pytest
 
 from hybrid_kernels.testing import delta_rule_inputs, packed_inputs
-from tests.kernels.slices import check_conv, check_delta_rule
+from tests.distributed.slice_jobs import check_conv, check_delta_rule
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
-"""What runs on Hopper without documents: `prepare` in CUDA C++ (here on the CPU), then Triton's gradients of what scans left."""
+"""`prepare` in CUDA C++ (here on the CPU) with Triton's scans and gradients, as on Hopper without documents."""
 
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from hybrid_kernels.gated_delta_rule import autograd, cuda_op, gated_delta_rule, triton_op
+from hybrid_kernels.gated_delta_rule import gated_delta_rule, passes
+from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
+from hybrid_kernels.gated_delta_rule.backends.triton import op as triton_op
+from hybrid_kernels.gated_delta_rule.kernels import Kernels
 from hybrid_kernels.testing import delta_rule_inputs, relative_error
 from tests.kernels.prepare_on_cpu import calls_on_cpu
 
@@ -16,7 +19,7 @@ def on_cpu(tmp_path_factory):
 
 
 def results(inputs, given, backend, save="scores"):
-    """o, the final state and all gradients."""
+    """Return o, the final state and all gradients."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     *tokens, initial = leaves
     out = gated_delta_rule(
@@ -36,7 +39,7 @@ def results(inputs, given, backend, save="scores"):
     ids=str,
 )
 def test_results_and_gradients(length, heads, save, tolerance, hard, on_cpu, monkeypatch):
-    """Against fp64: what A in fp16 and all else in bf16 leave, as with Triton's `prepare`."""
+    """Compare with fp64. The errors are those of A in fp16 and the rest in bf16, as with Triton's `prepare`."""
     torch.manual_seed(0)
     inputs = delta_rule_inputs(1, length, 1, heads, 96, 192, dtype=torch.bfloat16, **hard)
     inputs.append(torch.randn(1, heads, 96, 192))
@@ -45,7 +48,7 @@ def test_results_and_gradients(length, heads, save, tolerance, hard, on_cpu, mon
 
     call = Mock(wraps=on_cpu)
     monkeypatch.setattr(cuda_op, "_call", call)
-    monkeypatch.setattr(autograd, "modules", lambda *_: (cuda_op, triton_op, 1))
+    monkeypatch.setattr(passes, "choose_kernels", lambda *_: Kernels(cuda_op, triton_op, triton_op, 1))
     ours = results(inputs, given, "triton", save)
     assert call.call_count == (2 if save == "inputs" else 1)
     names = ("o", "final", "q", "k", "v", "g", "beta", "initial")

@@ -1,0 +1,1 @@
+"""Backends of `conv_gates`, one folder or module each."""

@@ -1,0 +1,1 @@
+"""Backends of `gated_delta_rule`, one folder or module each."""

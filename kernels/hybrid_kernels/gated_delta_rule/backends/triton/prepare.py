@@ -1,0 +1,138 @@
+"""First kernel of the chunked gated delta rule: everything inside a chunk that does not depend on the state.
+
+Per chunk of 64 tokens and value head, with G the running sum of g inside the chunk:
+    P[i, j] = scale * q_i.k_j * exp(G_i - G_j)              for j <= i
+    N[i, j] = beta_i * k_i.k_j * exp(G_i - G_j)             for j <  i
+    A       = (I + N)^-1 diag(beta)
+so that the chunk's new values are A (v - exp(G) k S) and its outputs scale exp(G) q S + P new. A is stored in fp16. For similar
+keys and beta near 2 its entries cancel in the state, and the rounding errors of bf16 would grow from chunk to chunk.
+
+The inverse is block substitution in fp32 (tf32 x 3 GEMMs). The diagonal 2-blocks of I + N invert exactly. If X inverts the diagonal
+blocks of one size and E holds the blocks below them, X - X E X inverts the blocks of twice that size. Up to size 16 this runs on
+all four 16-blocks at once, each in one warp.
+"""
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.triton_support import dot_fp32, exp2, load_tiles, tile_count, tile_width
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def at_least(b, dtype: tl.constexpr):
+    """Clamp beta, so that A's diagonal holds no zero: the backward pass divides by it twice."""
+    return tl.maximum(b, 1e-10 if dtype == tl.float32 else 2.0**-20)
+
+
+@triton.jit
+def chunk_span(i_c, cu, chunk_start, chunk_document, T, NT, VARLEN: tl.constexpr):
+    """Return the first token (flat over batch and sequence) of chunk i_c, the end of its document, and the document."""
+    if VARLEN:
+        document = tl.load(chunk_document + i_c)
+        first = tl.load(cu + document).to(tl.int64)
+        end = tl.load(cu + document + 1).to(tl.int64)
+        start = first + (i_c - tl.load(chunk_start + document)) * 64
+    else:
+        document = i_c // NT
+        start = document.to(tl.int64) * T + (i_c % NT) * 64
+        end = (document.to(tl.int64) + 1) * T
+    return start, end, document
+
+
+@triton.jit
+def _key_products(k, start, end, left, right, stride, K: tl.constexpr):
+    """Return k[left] k[right]^T in fp32, [n, r, c], for index blocks left [n, r] and right [n, c] relative to `start`."""
+    out = tl.zeros([left.shape[0], left.shape[1], right.shape[1]], tl.float32)
+    for i in tl.static_range(tile_count(K)):
+        cols = 64 * i + tl.arange(0, tile_width(K, i))
+        valid_l, valid_r = (start + left < end)[:, :, None], (start + right < end)[:, :, None]
+        a = tl.load(k + left[:, :, None] * stride + cols[None, None, :], mask=valid_l, other=0.0)
+        b = tl.load(k + right[:, :, None] * stride + cols[None, None, :], mask=valid_r, other=0.0)
+        out = tl.dot(a, tl.permute(b, (0, 2, 1)), out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _merge(X, E):
+    """Return X - X E X in fp32 (tf32 x 3)."""
+    return X - dot_fp32(X, dot_fp32(E, X))
+
+
+@triton.jit
+def _pairs(x, N: tl.constexpr, SIZE: tl.constexpr):
+    """Split per-token values [2N, SIZE] or [N * 2 * SIZE] into even and odd blocks, each [N, SIZE]."""
+    return tl.split(tl.permute(tl.reshape(x, [N, 2, SIZE]), (0, 2, 1)))
+
+
+@triton.jit(do_not_specialize=["T", "NT"])
+def prepare_kernel(
+    q, k, g, beta, A, P, G, cu, chunk_start, chunk_document, scale, T, NT,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, VARLEN: tl.constexpr, WITH_P: tl.constexpr,
+):  # fmt: skip
+    i_c, i_h = tl.program_id(1), tl.program_id(0)
+    start, end, _ = chunk_span(i_c, cu, chunk_start, chunk_document, T, NT, VARLEN)
+    if start < end:
+        t = tl.arange(0, 64)
+        valid = start + t < end
+        stride = HK * K
+        k += (start * HK + i_h // (H // HK)) * K
+        q += (start * HK + i_h // (H // HK)) * K
+        g_t = tl.load(g + (start + t) * H + i_h, mask=valid, other=0.0).to(tl.float32)
+        b_t = tl.load(beta + (start + t) * H + i_h, mask=valid, other=0.0).to(tl.float32)
+        b_t = tl.where(valid, at_least(b_t, k.dtype.element_ty), 0.0)
+        G_t = tl.cumsum(g_t, 0) * LOG2E
+        tile = i_c.to(tl.int64) * H + i_h
+        tl.store(G + tile * 64 + t, G_t)
+
+        if WITH_P:
+            scores = tl.zeros([64, 64], tl.float32)
+            q_tiles, k_tiles = load_tiles(q, t, valid, stride, K), load_tiles(k, t, valid, stride, K)
+            for i in tl.static_range(tile_count(K)):
+                scores = tl.dot(q_tiles[i], tl.trans(k_tiles[i]), scores, input_precision="ieee")
+            between = tl.where(t[:, None] >= t[None, :], G_t[:, None] - G_t[None, :], float("-inf"))
+            scores = scores * exp2(between) * scale
+            tl.store(P + tile * 4096 + t[:, None] * 64 + t[None, :], scores.to(P.dtype.element_ty))
+
+        # the four diagonal 16-blocks, to their inverses
+        r = tl.arange(0, 16)
+        four, two, half = tl.arange(0, 4), tl.arange(0, 2), tl.arange(0, 32)
+        rows = four[:, None] * 16 + r[None, :]
+        G4, b4 = tl.reshape(G_t, [4, 16]), tl.reshape(b_t, [4, 16])
+        N = _key_products(k, start, end, rows, rows, stride, K)
+        below = (r[:, None] > r[None, :])[None, :, :]
+        N *= exp2(tl.where(below, G4[:, :, None] - G4[:, None, :], float("-inf"))) * b4[:, :, None]
+        same2 = (r[:, None] // 2 == r[None, :] // 2)[None, :, :]
+        same4 = (r[:, None] // 4 == r[None, :] // 4)[None, :, :]
+        same8 = (r[:, None] // 8 == r[None, :] // 8)[None, :, :]
+        X = tl.where((r[:, None] == r[None, :])[None, :, :], 1.0, 0.0) - tl.where(same2, N, 0.0)
+        X = _merge(X, tl.where(same4 & (same2 == 0), N, 0.0))
+        X = _merge(X, tl.where(same8 & (same4 == 0), N, 0.0))
+        X = _merge(X, tl.where(same8, 0.0, N))
+
+        # 16-blocks to 32-blocks, two at once
+        X_even, X_odd = tl.split(tl.permute(tl.reshape(X, [2, 2, 16, 16]), (0, 2, 3, 1)))
+        G_even, G_odd = _pairs(G_t, 2, 16)
+        b_even, b_odd = _pairs(b_t, 2, 16)
+        rows = two[:, None] * 32 + r[None, :]
+        E = _key_products(k, start, end, rows + 16, rows, stride, K)
+        E *= exp2(G_odd[:, :, None] - G_even[:, None, :]) * b_odd[:, :, None]
+        M = -dot_fp32(X_odd, dot_fp32(E, X_even))
+        top = tl.reshape(tl.permute(tl.join(X_even, tl.zeros_like(M)), (0, 1, 3, 2)), [2, 16, 32])
+        bottom = tl.reshape(tl.permute(tl.join(M, X_odd), (0, 1, 3, 2)), [2, 16, 32])
+        X32 = tl.reshape(tl.permute(tl.join(top, bottom), (0, 3, 1, 2)), [2, 32, 32])
+
+        # 32-blocks to the whole
+        X_low, X_high = tl.split(tl.permute(X32, (1, 2, 0)))
+        G_low, G_high = tl.split(tl.trans(tl.reshape(G_t, [2, 32])))
+        b_low, b_high = tl.split(tl.trans(tl.reshape(b_t, [2, 32])))
+        E = tl.reshape(_key_products(k, start, end, half[None, :] + 32, half[None, :], stride, K), [32, 32])
+        E *= exp2(G_high[:, None] - G_low[None, :]) * b_high[:, None]
+        M = -dot_fp32(X_high, dot_fp32(E, X_low))
+
+        at = A + tile * 4096 + half[:, None] * 64 + half[None, :]
+        tl.store(at, (X_low * b_low[None, :]).to(A.dtype.element_ty))
+        tl.store(at + 32, tl.zeros([32, 32], A.dtype.element_ty))
+        tl.store(at + 32 * 64, (M * b_low[None, :]).to(A.dtype.element_ty))
+        tl.store(at + 32 * 64 + 32, (X_high * b_high[None, :]).to(A.dtype.element_ty))

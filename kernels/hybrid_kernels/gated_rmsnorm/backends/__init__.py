@@ -1,0 +1,1 @@
+"""Backends of `gated_rmsnorm`, one folder or module each."""

@@ -1,0 +1,1 @@
+"""`gated_rmsnorm` in Triton. `op` holds the launches and autograd; the other modules hold the kernels."""

@@ -1,0 +1,1 @@
+"""`linear_cross_entropy` in Triton. `op` holds the launches and autograd; the other modules hold the kernels."""
