@@ -1,5 +1,7 @@
-"""The planner's predictions beside what planner_memory.py measured: memory of every layout, step time before and after
-calibration, and the ranking of one job's layouts. Factors are fitted to the cases that are not held out.
+"""Compare the planner's predictions with what planner_memory.py measured.
+
+Memory of every layout, step time before and after calibration, and the ranking of one job's layouts. Factors are fitted to the cases
+that are not held out.
 
 python benchmarks/planner_errors.py benchmarks/measured/planner-H200.json [--hardware FILE]
 """
@@ -29,7 +31,7 @@ MEMORY_GOALS, TIME_GOALS = (0.05, 0.10), (0.20, 0.10)
 
 
 def predicted(case: dict, predictor: StepPredictor) -> dict:
-    """A measured case with its prediction."""
+    """Return a measured case with its prediction."""
     saved = rename_saved(case["config"])
     config = RunConfig.model_validate(saved | {"model": expand(saved["model"])})
     plan = Plan.of(config, case["world"])
@@ -44,12 +46,12 @@ def predicted(case: dict, predictor: StepPredictor) -> dict:
 
 
 def after(case: dict, factors: dict) -> float:
-    """Seconds of a step with calibrated factors."""
+    """Return the seconds of a step with calibrated factors."""
     return sum(case["predicted"][group] * factors[group] for group in GROUPS)
 
 
 def by_layer(case: dict) -> None:
-    """What each layer was seen to keep, beside the table."""
+    """Print what each layer saved, measured and predicted."""
     from megatron_hybrid.planner.activations import layer_bytes
 
     if not case.get("saved_by_layer"):
@@ -116,7 +118,7 @@ def main() -> None:
 
 
 def ranking(cases: list[dict], factors: dict) -> list[dict]:
-    """The place of the measured best among the predictions, for the layouts of one job."""
+    """Return the place of the measured best among the predictions, for the layouts of one job."""
     job = [case for case in cases if case["case"].startswith("7B")]
     if len(job) < 3:
         return []

@@ -1,4 +1,4 @@
-"""What the planner says exactly: parameters, and bytes of weights, gradients and optimizer state; and its time for 1,024 GPUs.
+"""Check the planner's exact predictions (parameters, bytes of state), and time it for 1,024 GPUs.
 
 python benchmarks/planner_exact.py        parameters against transformers' model, bytes against those that CPU ranks allocate
 """
@@ -16,7 +16,7 @@ QUESTION = ["--model", "olmo_hybrid_7b", "--gpus", "1024", "--sequence-length", 
 
 
 def parameter_rows() -> list[dict]:
-    """OLMo Hybrid 7B, by pipeline ranks: the planner's sum without padding, beside transformers' count."""
+    """Compare the planner's count for OLMo Hybrid 7B, without padding, with transformers', by pipeline ranks."""
     from report import bounded
 
     from megatron_hybrid.config.presets import olmo_hybrid_7b
@@ -35,7 +35,7 @@ def parameter_rows() -> list[dict]:
 
 
 def state_rows() -> list[dict]:
-    """Predicted and allocated bytes of every rank, by layout."""
+    """Compare predicted and allocated bytes of every rank, by layout."""
     from report import bounded
 
     from megatron_hybrid.planner.state import rank_state
@@ -57,7 +57,7 @@ def state_rows() -> list[dict]:
 
 
 def seconds() -> float:
-    """Of the tool, from its start to its table."""
+    """Return the seconds of one run of the tool."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "tools/tune_parallelism.py", *QUESTION], cwd=ROOT, check=True, capture_output=True)
     return time.perf_counter() - start

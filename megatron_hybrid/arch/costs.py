@@ -23,7 +23,7 @@ class Shard:
     model: ModelFields
     block: Block
     parameters: tuple[PackedParameter, ...] = field(compare=False, repr=False)
-    """The mixer's, as its spec declares them for this model and block."""
+    """Parameters of the mixer, as its spec declares them for this model and block."""
     element: int
     """Bytes per activation and per weight."""
     sequence_length: int

@@ -1,6 +1,7 @@
 """Run configurations that the planner reads and writes."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,22 @@ def load_base_run(
         data = {"model": name_or_path}
     else:
         load_run(name_or_path)  # raises, with the presets in the message
+    run = _load(data, _overrides(data, sequence_length, global_batch_size, precision))
+    if run.train.engine != "megatron":
+        raise ConfigError.at(
+            "train.engine",
+            f"{run.train.engine} cannot be planned: rates and layouts are those of megatron-core. Its only degrees are "
+            "parallel.tensor_parallel_size, zero.stage and what zero offloads; choose them by hand; or set train.engine to "
+            "megatron and leave zero out",
+        )
+    # not validated: without tensor parallelism there is nothing to overlap yet
+    return run.model_copy(update={"parallel": run.parallel.model_copy(update={"tp_comm_overlap": overlap})})
+
+
+def _overrides(
+    data: Mapping[str, Any], sequence_length: int | None, global_batch_size: int | None, precision: str | None
+) -> list[str]:
+    """Return overrides that complete a run and apply the arguments."""
     missing = {"run_dir": "runs/planned", "data.train": [{"path": DATA}], "train.steps": 1000}
     overrides = [f"{key}={yaml_text.write(value).strip()}" for key, value in missing.items() if _absent(data, key)]
     given = {"data.sequence_length": sequence_length, "train.global_batch_size": global_batch_size}
@@ -50,16 +67,7 @@ def load_base_run(
             raise ConfigError.at(key, f"is missing; give {option}, or a run's YAML file that has it")
     if precision is not None:
         overrides.append(f"precision.fp8_recipe={_RECIPES.get(precision, precision.removeprefix('fp8_'))}")
-    run = _load(data, overrides)
-    if run.train.engine != "megatron":
-        raise ConfigError.at(
-            "train.engine",
-            f"{run.train.engine} cannot be planned: rates and layouts are those of megatron-core. Its only degrees are "
-            "parallel.tensor_parallel_size, zero.stage and what zero offloads; choose them by hand; or set train.engine to "
-            "megatron and leave zero out",
-        )
-    # not validated: without tensor parallelism there is nothing to overlap yet
-    return run.model_copy(update={"parallel": run.parallel.model_copy(update={"tp_comm_overlap": overlap})})
+    return overrides
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bool]:
@@ -76,7 +84,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bool]:
 _RECIPES = {"bf16": "null", "fp8": RECOMMENDED.name}
 
 
-def _absent(data: dict[str, Any], key: str) -> bool:
+def _absent(data: Mapping[str, Any], key: str) -> bool:
     section, _, name = key.partition(".")
     inner = data.get(section)
     if name and inner is not None and not isinstance(inner, dict):

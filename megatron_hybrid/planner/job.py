@@ -30,6 +30,8 @@ class Job:
     """Use it in the layouts that support it. Its memory is predicted; its speed is not."""
     offload_fraction: float = 0.0
     """train.optimizer.offload_fraction. Its memory is predicted; updates are timed as if the device made all of them."""
+    optimizer: str = "adamw"
+    """train.optimizer.name."""
     base: RunConfig | None = None
     """Run to plan for. The trainer also checks its other fields, such as train.batch_ramp."""
 
@@ -47,6 +49,7 @@ class Job:
             recompute,
             run.parallel.tp_comm_overlap,
             run.train.optimizer.offload_fraction,
+            run.train.optimizer.name,
             run,
         )
 
@@ -79,4 +82,5 @@ class Job:
             self.dtype,
             self.precision,
             self.offload_fraction,
+            self.optimizer,
         )

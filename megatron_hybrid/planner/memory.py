@@ -1,6 +1,6 @@
 """Peak memory of a rank's CUDA tensors, by part. Weights, gradients and optimizer state are exact; activations are estimated."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_hybrid.arch.costs import Shard
@@ -88,19 +88,11 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
     """Return the memory of one pipeline rank. Of its data parallel ranks it is rank 0, which holds no less than the others."""
     state, chunks = rank_state(plan, pipeline_rank), plan.chunks_of(pipeline_rank)
     flying = chunks_in_flight(plan.pp, plan.vpp, plan.microbatches, pipeline_rank)
-    layers = {symbol: _layer(plan, shard) for symbol, shard in plan.shards.items()}
-    activations: dict[str, float] = {}
-    padding = padding_parameters(plan, pipeline_rank) * per_parameter_bytes(plan)
     ends = logits = transient = 0.0
     for chunk, count in zip(chunks, flying, strict=True):
-        for symbol in dict.fromkeys(chunk.symbols):
-            size, title = layers[symbol].saved, plan.blocks[symbol].title
-            saved_tokens = chunk.symbols.count(symbol) * count * plan.tokens
-            activations[title] = activations.get(title, 0.0) + saved_tokens * size
-            padding += saved_tokens * (size - _layer(plan, plan.unpadded_shards[symbol]).saved)
         if chunk.embedding or chunk.head:
             ends += BATCH_BYTES * plan.tokens * count
-        during = _backward(plan, chunk, layers)
+        during = _backward(plan, chunk)
         if chunk.head:
             head, weight_gradient = head_bytes(plan), 4 * plan.vocab * plan.model.hidden_size
             ends += head.saved - weight_gradient
@@ -112,22 +104,48 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
         gradients=state.gradients,
         optimizer=state.optimizer,
         fp8_weights=_fp8_weights(plan, chunks, flying),
-        activations=activations,
+        activations=_activations(plan, chunks, flying),
         ends=ends,
         logits=logits,
         transient=transient + FIXED_BYTES + _dummy_weight_gradients(plan, chunks) + _overlap_buffers(plan),
-        padding=padding,
+        padding=_padding(plan, pipeline_rank, chunks, flying),
         pipeline_rank=pipeline_rank,
         host=state.host,
     )
+
+
+def _activations(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> dict[str, float]:
+    """Return the bytes that each kind of layer saves, by its title."""
+    found: dict[str, float] = {}
+    for symbol, tokens in _saved_tokens(plan, chunks, in_flight):
+        title, saved = plan.blocks[symbol].title, _layer(plan, plan.shards[symbol]).saved
+        found[title] = found.get(title, 0.0) + tokens * saved
+    return found
+
+
+def _padding(plan: Plan, pipeline_rank: int, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> float:
+    """Return the bytes that only padding of heads and widths takes."""
+    padding = padding_parameters(plan, pipeline_rank) * per_parameter_bytes(plan)
+    for symbol, tokens in _saved_tokens(plan, chunks, in_flight):
+        saved, true = (_layer(plan, shards[symbol]).saved for shards in (plan.shards, plan.unpadded_shards))
+        padding += tokens * (saved - true)
+    return padding
+
+
+def _saved_tokens(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """Yield the kinds of layers of every chunk, with the tokens for which they save activations, summed over layers."""
+    for chunk, count in zip(chunks, in_flight, strict=True):
+        for symbol in dict.fromkeys(chunk.symbols):
+            yield symbol, chunk.symbols.count(symbol) * count * plan.tokens
 
 
 def _layer(plan: Plan, shard: Shard) -> LayerBytes:
     return layer_bytes(shard, plan.parallel.recompute_granularity)
 
 
-def _backward(plan: Plan, chunk: Chunk, layers: dict[str, LayerBytes]) -> float:
+def _backward(plan: Plan, chunk: Chunk) -> float:
     """Return the peak of a chunk's backward pass beyond all that is saved. Later layers have freed theirs by then."""
+    layers = {symbol: _layer(plan, plan.shards[symbol]) for symbol in dict.fromkeys(chunk.symbols)}
     most, freed = 0.0, 0.0
     for symbol in reversed(chunk.symbols):
         layer = layers[symbol]
@@ -144,9 +162,10 @@ def _fp8_weights(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) 
     There is a cast of each matrix and its transpose. Next to weights that are held in FP8 there is the transpose alone. Copies
     are kept over the micro-batches of a step, or else made by each forward pass and kept for its backward pass.
     """
-    if plan.precision.fp8_recipe is None:
+    recipe = plan.precision.recipe
+    if recipe is None:
         return 0.0
-    copies = 1 if plan.precision.fp8_param_gather else 2
+    copies = recipe.weight_copy_bytes - plan.precision.fp8_param_gather
     sizes = {
         symbol: copies * sum(gemm_weights(plan.model, block, plan.tp).values()) for symbol, block in plan.blocks.items()
     }

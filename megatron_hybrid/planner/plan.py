@@ -29,6 +29,8 @@ class Plan:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     offload_fraction: float = 0.0
     """train.optimizer.offload_fraction."""
+    optimizer: str = "adamw"
+    """train.optimizer.name."""
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> "Plan":
@@ -44,6 +46,7 @@ class Plan:
             train.dtype,
             config.precision,
             train.optimizer.offload_fraction,
+            train.optimizer.name,
         )
 
     @property
@@ -134,7 +137,7 @@ class Plan:
 
     @cached_property
     def shards(self) -> dict[str, Shard]:
-        """What a rank holds of a layer, by layer_pattern symbol."""
+        """Share of a rank in each kind of layer, by layer_pattern symbol."""
         return {symbol: self._shard(block) for symbol, block in self.blocks.items()}
 
     @cached_property

@@ -9,17 +9,15 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megatron_hybrid.arch.optimizers import OPTIMIZERS
+from megatron_hybrid.arch.optimizers.spec import FP32_BYTES, OptimizerSpec
 from megatron_hybrid.arch.packing import round_up
 from megatron_hybrid.planner.parameters import ChunkLayout, Parameter, chunk_parameters
 from megatron_hybrid.planner.plan import Chunk, Plan
 
 PARAMETER_ALIGNMENT = 64  # elements, param_layout.py:pad_param_start
 BUCKET_ALIGNMENT = 128  # elements, param_layout.py:bucket_end_divisor
-GRADIENT_BYTES = 4
-MOMENT_BYTES = 8  # two of Adam
-MASTER_BYTES = 4
-HOST_BYTES = MOMENT_BYTES + MASTER_BYTES + GRADIENT_BYTES
-"""Bytes per parameter whose optimizer state is in host memory: moments, an fp32 copy and the gradient."""
+GRADIENT_BYTES = FP32_BYTES
 
 Span = tuple[int, int]
 """(start, end) in elements of a buffer."""
@@ -63,8 +61,13 @@ def rank_state(plan: Plan, pipeline_rank: int, dp_rank: int = 0) -> StateBytes:
 
 def per_parameter_bytes(plan: Plan) -> float:
     """Return the mean bytes of weight, gradient and optimizer state per parameter of a rank."""
-    state = (MOMENT_BYTES + (MASTER_BYTES if plan.element < 4 else 0)) * (1 - plan.offload_fraction)
+    state = _optimizer_bytes(OPTIMIZERS[plan.optimizer], plan.element) * (1 - plan.offload_fraction)
     return plan.element + GRADIENT_BYTES + state / (plan.dp_cp if plan.parallel.distributed_optimizer else 1)
+
+
+def _optimizer_bytes(optimizer: OptimizerSpec, size: int) -> int:
+    """Return the bytes of optimizer state, master weight included, per parameter of `size` bytes."""
+    return optimizer.state_bytes + (FP32_BYTES if size < FP32_BYTES else 0)
 
 
 def _chunk_state(plan: Plan, chunk: Chunk, position: int, dp_rank: int) -> StateBytes:
@@ -77,26 +80,34 @@ def _chunk_state(plan: Plan, chunk: Chunk, position: int, dp_rank: int) -> State
         plan.element,
         plan.parallel.distributed_optimizer,
         plan.offload_fraction,
+        plan.optimizer,
     )
 
 
 @lru_cache(maxsize=4096)
 def _state(
-    layout: ChunkLayout, limit: int | None, dp: int, dp_rank: int, element: int, sharded: bool, offloaded: float
+    layout: ChunkLayout,
+    limit: int | None,
+    dp: int,
+    dp_rank: int,
+    element: int,
+    sharded: bool,
+    offloaded: float,
+    optimizer_name: str,
 ) -> StateBytes:
+    spec = OPTIMIZERS[optimizer_name]
     weights = gradients = optimizer = host = 0
     by_size: dict[int, list[Parameter]] = {}
     for parameter in chunk_parameters(layout):
         by_size.setdefault(parameter.size(element), []).append(parameter)
     for size, group in by_size.items():
-        state_bytes = MOMENT_BYTES + (MASTER_BYTES if size < 4 else 0)
         spans = buckets(tuple(group), limit, dp, sharded)
         numel = spans[-1][-1][1]
         weights += numel * size
         gradients += numel * GRADIENT_BYTES
         held = sum(p.numel for p in group) if not sharded else sum(_held(bucket, dp, dp_rank) for bucket in spans)
-        optimizer += round(held * state_bytes * (1 - offloaded))
-        host += round(held * HOST_BYTES * offloaded)
+        optimizer += round(held * _optimizer_bytes(spec, size) * (1 - offloaded))
+        host += round(held * spec.host_bytes * offloaded)
     return StateBytes(weights, gradients, optimizer, host)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_hybrid.arch.costs import Direction
 from megatron_hybrid.arch.flops import training_flops_per_token
+from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.layer_time import LayerTimes
@@ -15,8 +16,8 @@ from megatron_hybrid.planner.plan import Chunk, Plan
 from megatron_hybrid.planner.schedule import StageTimes, analytic_seconds, simulate
 from megatron_hybrid.planner.state import GRADIENT_BYTES, rank_state
 
-OPTIMIZER_TRAFFIC = 46
-"""Bytes per parameter of the shard: norm 4, clip 8, Adam 28 for gradient, master weight and moments, weight 6."""
+SHARD_TRAFFIC = 18
+"""Bytes per parameter of the shard, besides the optimizer's update: norm 4, clip 8, weight 6."""
 GRADIENT_TRAFFIC = 12
 """Bytes per parameter of the rank: set to zero 4, scaled by the number of replicas 8."""
 LARGEST_HIDDEN_SHARE = 0.95
@@ -96,9 +97,9 @@ class StepPredictor:
         )
 
     def _optimizer_seconds(self, plan: Plan, rank: int) -> float:
-        held = rank_parameters(plan, rank)
+        held, update = rank_parameters(plan, rank), OPTIMIZERS[plan.optimizer].update_bytes
         updated = held / plan.dp_cp if plan.parallel.distributed_optimizer else held
-        moved = self.hardware.copy_seconds("other", updated * OPTIMIZER_TRAFFIC + held * GRADIENT_TRAFFIC)
+        moved = self.hardware.copy_seconds("other", updated * (SHARD_TRAFFIC + update) + held * GRADIENT_TRAFFIC)
         return (moved + self.hardware.host_seconds_per_step) * self.hardware.factor("optimizer")
 
     def _layer_times(self, plan: Plan) -> LayerTimes:

@@ -1,4 +1,4 @@
-"""The search and tools/tune_parallelism.py: what it ranks, refuses, writes and says."""
+"""Search and tools/tune_parallelism.py: ranking, rejections, files and text."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from tests.planner.test_memory import MODEL
 
 ASK = Request("olmo_hybrid_7b", 64, sequence_length=8192, global_batch_size=512)
 FEW = replace(ASK, gpus=8, global_batch_size=64)
-"""A node: fewer layouts to look at."""
+"""One node, which has fewer layouts."""
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_why(found, condition, says):
 
 
 def test_long_sequences_are_shared_and_the_run_says_so(tmp_path):
-    """65,536 tokens on 512 GPUs: 64 sequences a step leave eight GPUs for each."""
+    """65,536 tokens on 512 GPUs: 64 sequences per step leave eight GPUs for each."""
     path = tmp_path / "run.yaml"
     question = replace(ASK, gpus=512, sequence_length=65536, global_batch_size=64, emit=path)
     best = json.loads(answer(replace(question, json=True)))["candidates"][0]
@@ -160,7 +160,7 @@ def test_the_planner_does_without_torch(root):
 
 
 def test_measurements_calibrate(tmp_path, monkeypatch):
-    """The real trainer's part is a stand-in that takes a quarter longer than predicted."""
+    """Steps take a quarter longer than predicted; no trainer runs."""
 
     def measured(run, candidate):
         predicted = calibration.group_seconds(candidate.step)
@@ -184,7 +184,7 @@ def test_measurements_calibrate(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny():
-    """A run of the tiny model, and a candidate for one rank of this machine."""
+    """Run of the tiny model, and a candidate for one rank of this machine."""
     run = load_run("olmo_hybrid_tiny", ["run_dir=x", "train.steps=1", "train.global_batch_size=1",
                                         "data.train=[{path: x}]", "data.sequence_length=64"])  # fmt: skip
     return run, search(Job(run.model, 1, load("h200"), 64, 1)).candidates[0]

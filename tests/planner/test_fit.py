@@ -1,4 +1,4 @@
-"""Least squares against numpy, and rates that are not negative."""
+"""Least squares against numpy, and non-negative rates."""
 
 import numpy as np
 import pytest

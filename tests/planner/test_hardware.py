@@ -1,4 +1,4 @@
-"""Hardware files, and what measured points make of them."""
+"""Hardware files, and rates fitted to measured points."""
 
 import pytest
 

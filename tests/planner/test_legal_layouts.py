@@ -1,4 +1,4 @@
-"""Every layout that the planner ranks passes the trainer's own checks, and wrong questions end without a traceback."""
+"""Every ranked layout passes the trainer's own checks, and wrong requests end without a traceback."""
 
 import itertools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The activation table and what memory is made of it: sums by hand, and what must grow or shrink with a layout."""
+"""Activation memory and peak memory: sums by hand, and how they change with a layout."""
 
 from dataclasses import replace
 
@@ -94,7 +94,7 @@ def test_backward_peak_counts_what_is_freed_on_the_way():
 
 
 class _Saved:
-    """Bytes of distinct storages that autograd keeps, parameters and what was there before aside."""
+    """Bytes of distinct storages that autograd saves, without parameters and tensors that existed before."""
 
     def __init__(self, *known: torch.Tensor):
         self.known = {t.untyped_storage().data_ptr() for t in known}
@@ -182,7 +182,7 @@ def test_what_the_trainer_asks():
 
 
 def test_buffers_of_overlapped_tensor_parallelism_by_hand():
-    """Twelve of them (Transformer Engine's initialize_ub): two have room for 2 tp - 1 pieces, ten for the tp of a micro-batch."""
+    """Transformer Engine's initialize_ub makes twelve: two hold 2 tp - 1 pieces, ten the tp pieces of a micro-batch."""
     one = 8192 * 3840
     for tp, pieces in ((2, 10 + 2 * 3 / 2), (8, 10 + 2 * 15 / 8)):
         without, overlapped = (rank_memory(plan(tp, tp_comm_overlap=on), 0).total for on in (False, True))

@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer state: equal to what the trainer allocates, on every rank."""
+"""Bytes of weights, gradients and optimizer state equal what the trainer allocates, on every rank."""
 
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ def test_the_7b_is_exact():
 
 
 def test_weights_held_in_fp8_take_a_byte():
-    # 7B widths, GGGA, on an H100: what buffers and optimizer of a run with precision.fp8_param_gather really took
+    # 7B widths, GGGA, on an H100: measured in buffers and optimizer of a run with precision.fp8_param_gather
     model = olmo_hybrid_7b().model_copy(update=dict(layer_pattern="GGGA"))
     measured = {0: (2_374_159_616, 6_413_095_936, 19_239_283_872), 1: (2_589_691_136, 6_413_095_936, 19_239_283_872)}
     for start, expected in measured.items():

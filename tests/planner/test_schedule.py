@@ -1,4 +1,4 @@
-"""The schedules against megatron-core's own, and the simulation against closed forms."""
+"""Schedules against megatron-core's own, and the simulation against closed forms."""
 
 import pytest
 

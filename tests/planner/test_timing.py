@@ -1,4 +1,4 @@
-"""Step times: what parts there are, and how they move with a layout."""
+"""Step times by part, and how they change with a layout."""
 
 from dataclasses import replace
 
@@ -46,7 +46,7 @@ def test_recomputation_costs_time_and_no_mfu_is_claimed_for_it():
 
 
 def test_slices_cost_exchanges_and_second_scans():
-    """Eight GPUs in a node, a sequence over one of them or over two: half as many tokens at a time, twice as often."""
+    """Eight GPUs, a sequence on one of them or on two: half the tokens at a time, twice as often."""
     whole, halves = (PREDICTOR.step(plan(gpus=8, sequence=65536, context_parallel_size=n)) for n in (1, 2))
     assert halves.parts["GEMMs"] == pytest.approx(whole.parts["GEMMs"], rel=0.01)
     assert halves.parts["attention"] == pytest.approx(whole.parts["attention"], rel=0.01)
@@ -72,7 +72,7 @@ def test_fp8_speeds_up_products_alone():
 
 
 def test_launches_of_a_layer_count_the_collectives_that_are_left():
-    """parallel.tp_comm_overlap takes the exchanges into the products; tensorwise FP8's scales are all-reduced all the same."""
+    """parallel.tp_comm_overlap moves the exchanges into the GEMMs. Scales of tensorwise FP8 are still all-reduced."""
 
     def host(recipe=None, **parallel) -> float:
         one = replace(plan(**parallel), precision=PrecisionConfig(fp8_recipe=recipe))
