@@ -1,7 +1,7 @@
 """Runs jobs on the ranks of one launch, one after the other: python -m testing.gpu_curves JOBS.json RESULTS.json
 
 JOBS: {name: arguments of testing.jobs.curve}. RESULTS: {name: {"losses", "norms"}}; of a job with `resume` (a folder), which saves
-halfway and is built anew, also "resumed" (losses), "same_parameters" and "same_casts" (testing.jobs.same_casts; null where it does
+halfway and is built again, also "resumed" (losses), "same_parameters" and "same_casts" (testing.jobs.same_casts; null where it does
 not apply); with `other` as well, also "otherwise": the losses where the second half runs with those arguments instead; with
 `poisoned`, also "unchanged": whether a step whose gradient is not a number was skipped, and left everything as it was.
 """

@@ -1,4 +1,4 @@
-"""What is trained on GPUs to be compared: jobs by name, in fp32 on the CPU, on one GPU in every format, on several by layout.
+"""Jobs that are trained on GPUs to be compared, by name: in fp32 on the CPU, on one GPU in every format, on several by layout.
 
 benchmarks/gpu_parity.py records what tests/gpu/test_training.py checks.
 """
@@ -221,7 +221,7 @@ def offloaded(base: dict, share: float, folder: Path) -> dict:
 
 
 def _resumed(name: str, folder: Path) -> dict:
-    """How a format is resumed: with its parameters in FP8, also as if they were not."""
+    """Return the ways in which a format is resumed; with parameters in FP8, also as if they were not."""
     if name not in RESUMED:
         return {}
     other = {"other": {"precision": FORMATS[HELD[name]]}} if name in HELD else {}
@@ -265,5 +265,5 @@ def difference(expected: dict, found: dict, what: str) -> float:
 
 
 def same_bits(name: str) -> bool:
-    """Whether two runs of a job have the same bits: not in fp32, where torch's attention adds up with atomics."""
+    """Return True if two runs of a job have the same bits. In fp32 they do not, because torch's attention uses atomics."""
     return not name.startswith("fp32")

@@ -53,7 +53,7 @@ def run_config(folder: Path, parallel: dict, tied: bool = True, steps: int = 4) 
 
 @dataclass
 class Record:
-    """What one repetition left on this rank."""
+    """Results of one repetition on this rank."""
 
     digests: dict[str, str] = field(default_factory=dict)
     """By step, kind and name of the tensor, in the order in which they were taken."""
@@ -138,7 +138,7 @@ class Watch:
         numbers = torch.tensor(record.losses + record.norms + record.evaluations, dtype=torch.float64)
         record.digests["losses, norms and evaluations"] = digest(numbers)
         record.parameters = [
-            (piece.tensor.name, tuple(piece.offset), piece.view(parameter).detach().clone())
+            (piece.tensor.name, tuple(piece.source.offset), piece.target.narrow(parameter).detach().clone())
             for _, parameter, pieces in named_parameters(self.engine)
             for piece in pieces
         ]

@@ -14,18 +14,6 @@ BANNED = re.compile(
     r"\b(anew|in vain|for good|whoever|hush(?:es)?|let(?:s|ting)? go of|is told of|goes on|beside|lies)\b",
     re.IGNORECASE,
 )
-# Packages with offences. Remove a package when it passes; add none.
-NOT_YET = {
-    "kernels/hybrid_kernels",
-    "megatron_hybrid/arch",
-    "megatron_hybrid/checkpoint",
-    "megatron_hybrid/convert",
-    "megatron_hybrid/mixers",
-    "megatron_hybrid/model",
-    "testing",
-    "megatron_hybrid/planner",
-    "megatron_hybrid/spec",
-}
 
 
 def packages() -> dict[str, list[Path]]:
@@ -69,11 +57,6 @@ def test_offences_are_seen():
     assert not list(offences('"""Offset of a slice; besides, relies on others."""\n'))
 
 
-@pytest.mark.parametrize("name", sorted(set(packages()) - NOT_YET))
+@pytest.mark.parametrize("name", sorted(packages()))
 def test_prose_follows_the_style_guide(name):
     assert not of_package(name)
-
-
-@pytest.mark.parametrize("name", sorted(NOT_YET))
-def test_the_list_of_packages_that_do_not_pass_shrinks(name):
-    assert name in packages() and of_package(name), f"{name} passes: remove it from NOT_YET"

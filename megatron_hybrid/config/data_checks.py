@@ -7,14 +7,7 @@ from megatron_hybrid.config.train import TrainConfig
 
 
 def check_data(model: ModelConfig, data: DataConfig, train: TrainConfig, problems: Problems) -> None:
-    """Check window, validation sources and token types."""
-    window, sequence = model.sliding_window, data.sequence_length
-    if "W" in model.layers and window is not None and window > sequence:
-        problems.add(
-            "model.sliding_window",
-            f"{window} exceeds data.sequence_length = {sequence}, so W layers would be plain attention; give at most "
-            f"{sequence}, or write A for W in layer_pattern",
-        )
+    """Check validation sources and token types."""
     if train.eval_interval is not None and not data.validation:
         problems.add(
             "train.eval_interval",

@@ -1,9 +1,10 @@
 """Checks of the parallel layout against model, data, training and precision."""
 
 from megatron_hybrid.arch.fp8_recipes import RECOMMENDED
+from megatron_hybrid.arch.mixer import Layout, layout_problems
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
-from megatron_hybrid.arch.padding import PaddedSizes
+from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, join
 from megatron_hybrid.config.data import DataConfig
@@ -41,22 +42,17 @@ def check_tensor_parallel(model: ModelConfig, data: DataConfig, parallel: Parall
 
 
 def _head_limits(model: ModelConfig) -> list[tuple[int, str]]:
-    """Return the head counts that limit the tensor parallel degree. More ranks would hold only padding heads."""
-    limits = []
-    if set(model.layers) & {"A", "W"}:
-        field = "num_attention_heads" if model.num_key_value_heads is None else "num_key_value_heads"
-        limits.append((model.kv_heads, f"key/value heads (model.{field})"))
-    if "G" in model.layers and model.gdn is not None:
-        limits.append((model.gdn.num_key_heads, "Gated DeltaNet key heads (model.gdn.num_key_heads)"))
-    return limits
+    """Return the head groups that limit the tensor parallel degree. More ranks would hold only padding heads."""
+    groups = (mixer_spec(block.mixer).head_groups(model, block) for block in model.blocks_by_symbol.values())
+    return list(dict.fromkeys((group.count, f"{group.title} ({group.field})") for group in groups))
 
 
-def check_context_parallel(model: ModelConfig, data: DataConfig, parallel: ParallelConfig, problems: Problems) -> None:
-    """Check that every context parallel rank has a slice of each sequence, and heads to attend with."""
+def check_context_parallel(data: DataConfig, parallel: ParallelConfig, problems: Problems) -> None:
+    """Check that every context parallel rank has an equal slice of every sequence."""
     size, sequence = parallel.context_parallel_size, data.sequence_length
     if size == 1:
         return
-    field, tensor = "parallel.context_parallel_size", parallel.tensor_parallel_size
+    tensor = parallel.tensor_parallel_size
     shared = tensor if parallel.sequence_parallel_on else 1
     words = f"context_parallel_size {size}" + (f" x tensor_parallel_size {tensor}" if shared > 1 else "")
     already_reported = shared > 1 and sequence % shared  # by check_tensor_parallel
@@ -66,19 +62,12 @@ def check_context_parallel(model: ModelConfig, data: DataConfig, parallel: Paral
             f"{sequence} is not a multiple of {words} = {size * shared}; the nearest is "
             f"{nearest.multiple(sequence, size * shared)}",
         )
-    reach = model.gdn.conv_kernel_size - 1 if model.gdn is not None and "G" in model.layers else 0
-    if sequence // size < reach:
-        problems.add(
-            field,
-            f"{size} leaves {sequence // size} tokens of a sequence on each rank, and Gated DeltaNet's convolution needs the last "
-            f"{reach}; the largest that fits is {max(1, sequence // reach)}",
-        )
-    groups = PaddedSizes.of(model, tensor).num_key_value_heads // tensor
-    if set(model.layers) & {"A", "W"} and size > groups:
-        of = f" of each of {tensor} tensor parallel ranks" if tensor > 1 else ""
-        problems.add(
-            field, f"{size} exceeds the {groups} key/value heads{of}, which its ranks share; set it to {groups} at most"
-        )
+
+
+def check_mixers(model: ModelConfig, layout: Layout, problems: Problems) -> None:
+    """Check the layout against the rules of each mixer in layer_pattern."""
+    for symbol, block in model.blocks_by_symbol.items():
+        problems += layout_problems(mixer_spec(block.mixer), model, block, symbol, layout)
 
 
 def check_overlap(

@@ -113,18 +113,6 @@ class ParallelConfig(Section):
         """Return the data parallel size of `world_size` ranks, which `RunConfig.check_world` has checked."""
         return world_size // self.replica_size
 
-    def padded_heads(self, groups: int, heads: int | None = None) -> int:
-        """Return the number of heads over all tensor parallel ranks, padding heads included.
-
-        Args:
-            groups: key/value heads of attention, or key heads of Gated DeltaNet, which are padded to a multiple of
-                tensor_parallel_size.
-            heads: query heads of attention, or value heads of Gated DeltaNet; the heads per group stay the same. None: return
-                the number of groups.
-        """
-        padded = -(-groups // self.tensor_parallel_size) * self.tensor_parallel_size
-        return padded if heads is None else padded * (heads // groups)
-
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return the number of layers of each virtual stage, in model order.
 

@@ -1,16 +1,14 @@
 """Checks of FP8 against model, data, training and layout."""
 
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.arch.padding import PaddedSizes, round_up
+from megatron_hybrid.arch.packing import round_up
+from megatron_hybrid.arch.registry import default_blocks, mixer_spec
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
-
-ATTENTION_HEAD_DIM = 128
-"""Head dimension that FP8 attention supports on Hopper."""
 
 
 def check_precision(
@@ -45,15 +43,12 @@ def check_precision(
 
 
 def _check_attention(model: ModelConfig, problems: Problems) -> None:
-    reason = None
-    if not set(model.layers) & {"A", "W"}:
-        reason = "has no layer to run in: layer_pattern has neither A nor W"
-    elif "W" in model.layers:
-        reason = "has no sliding window, and layer_pattern has W layers"
-    elif model.attention_head_dim != ATTENTION_HEAD_DIM:
-        reason = f"needs model.head_dim = {ATTENTION_HEAD_DIM} on Hopper, and it is {model.attention_head_dim}"
-    if reason:
-        problems.add("precision.fp8_attention", f"true {reason}; set it to false")
+    if not any("fp8_attention" in mixer_spec(block.mixer).supports for block in model.blocks_by_symbol.values()):
+        known = [s for s, block in default_blocks().items() if "fp8_attention" in mixer_spec(block.mixer).supports]
+        problems.add(
+            "precision.fp8_attention",
+            f"true has no layer to run in: layer_pattern has neither {' nor '.join(known)}; set it to false",
+        )
 
 
 def check_fp8_sizes(
@@ -84,19 +79,17 @@ def check_fp8_sizes(
 
 
 def _check_widths(model: ModelConfig, unit: int, ranks: int, problems: Problems) -> None:
-    sizes = PaddedSizes.of(model, ranks)
     if model.hidden_size % unit:
         _add_width(problems, "model.hidden_size", model.hidden_size, unit, 1)
     if model.ffn_hidden_size % (unit * ranks) and model.ffn_hidden_size % ranks == 0:
         _add_width(problems, "model.ffn_hidden_size", model.ffn_hidden_size, unit, ranks)
-    if set(model.layers) & {"A", "W"}:
-        width = sizes.num_attention_heads * model.attention_head_dim
-        if width % (unit * ranks):
-            _add_head_dim(problems, "model.head_dim", model.attention_head_dim, unit, width // ranks)
-    if "G" in model.layers and model.gdn is not None:
-        width = sizes.gdn_value_heads * model.gdn.value_head_dim
-        if width % (unit * ranks):
-            _add_head_dim(problems, "model.gdn.value_head_dim", model.gdn.value_head_dim, unit, width // ranks)
+    for block in model.blocks_by_symbol.values():
+        spec = mixer_spec(block.mixer)
+        groups = spec.head_groups(model, block)
+        for parameter in spec.parameters(model, block):
+            width = parameter.rank_shape(ranks)[-1]
+            if parameter.split == "columns" and width % unit:
+                _add_head_dim(problems, groups.width_field, groups.width, unit, width)
 
 
 def _add_width(problems: Problems, field: str, value: int, alignment: int, ranks: int) -> None:

@@ -1,8 +1,13 @@
 """Configuration of a run: all sections, and the checks across sections."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field, model_validator
 
+from megatron_hybrid.arch.mixer import Layout
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.registry import import_plugins
 from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.base.section import Section
 from megatron_hybrid.config.checkpoint import CheckpointConfig
@@ -11,6 +16,7 @@ from megatron_hybrid.config.data_checks import check_data
 from megatron_hybrid.config.engine_checks import check_engine
 from megatron_hybrid.config.layout_checks import (
     check_context_parallel,
+    check_mixers,
     check_offload,
     check_optimizer,
     check_overlap,
@@ -32,6 +38,9 @@ class RunConfig(Section):
 
     run_dir: str = Field(min_length=1)
     """Folder of everything the run writes: config.yaml, metrics.jsonl, loss.png, tensorboard/, checkpoints/."""
+    plugins: tuple[str, ...] = Field((), strict=False)
+    """Modules to import before the configuration is validated, such as `my_package.my_mixer`. They register mixers
+    (docs/development/extending.md)."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -41,6 +50,14 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     preflight: PreflightConfig = PreflightConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _import_plugins(cls, data: Any) -> Any:
+        names = data.get("plugins") if isinstance(data, Mapping) else None
+        if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+            import_plugins(names)
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -52,7 +69,8 @@ class RunConfig(Section):
         model, data, train, parallel, precision = self.model, self.data, self.train, self.parallel, self.precision
         problems = Problems()
         check_tensor_parallel(model, data, parallel, problems)
-        check_context_parallel(model, data, parallel, problems)
+        check_context_parallel(data, parallel, problems)
+        check_mixers(model, self.layout, problems)
         check_overlap(model, train, parallel, precision, problems)
         check_optimizer(train, parallel, problems)
         check_offload(train, parallel, precision, problems)
@@ -62,6 +80,17 @@ class RunConfig(Section):
         check_fp8_sizes(model, data, train, parallel, precision, problems)
         check_engine(train, parallel, precision, self.zero, problems)
         return problems
+
+    @property
+    def layout(self) -> Layout:
+        """Sizes of the layout on which the rules of mixers may depend."""
+        return Layout(
+            tensor_parallel_size=self.parallel.tensor_parallel_size,
+            context_parallel_size=self.parallel.context_parallel_size,
+            sequence_length=self.data.sequence_length,
+            fp8=self.precision.fp8,
+            fp8_attention=self.precision.fp8_attention,
+        )
 
     def check_world(self, world_size: int) -> None:
         """Check the parallel degrees and batch sizes against the number of ranks.

@@ -86,7 +86,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Kept:
-    """What the forward pass leaves to the backward pass. Each part may be missing; the backward pass then recomputes it."""
+    """Intermediates that the forward pass keeps. The backward pass recomputes those that are missing."""
 
     scores: Scores | None = None
     states: torch.Tensor | None = None
