@@ -1,4 +1,4 @@
-"""The datasets of a run, from its configuration."""
+"""Datasets of a run by its configuration."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ def build_train_and_validation(
     team: Team | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Blend, Blend | None]:
-    """Return the blends that training and evaluation read; validation is None where none is configured.
+    """Return the blends that training and evaluation read; validation is None if none is configured.
 
     Every process of a run builds them. With a team, each process checks a share of the files, and the blends may be used
     when all of them have returned.
@@ -39,7 +39,7 @@ def build_train_and_validation(
     def blend(configs: Sequence[SourceConfig], purpose: int) -> Blend:
         datasets = []
         for i, source_config in enumerate(configs):
-            # Weights do not matter to what is opened: a source may be in both blends.
+            # The weight is no part of the key: a source may be in both blends.
             key = source_config.model_copy(update={"weight": 1.0})
             if key not in opened:
                 opened[key] = open_source(source_config, vocab_size)

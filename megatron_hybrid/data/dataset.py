@@ -1,4 +1,4 @@
-"""Fixed-length samples of a token stream, in a new order every epoch, without end."""
+"""Fixed-length samples of a token stream, endless, in a new order every epoch."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from megatron_hybrid.data.sources import TokenSource
 
 
 class FixedLengthDataset:
-    """Samples of sequence_length + 1 tokens, cut at every sequence_length tokens of a stream.
+    """Dataset of samples of sequence_length + 1 tokens, which begin at every sequence_length tokens of a stream.
 
     Neighbours share one token, so within an epoch every token but the stream's first is predicted exactly once.
     (OLMo-core's fixed-sequence-length dataset cuts at the same places and predicts one token a sample less.)
@@ -16,7 +16,7 @@ class FixedLengthDataset:
     """
 
     def __init__(self, source: TokenSource, sequence_length: int, seed: int, shuffle: bool = True):
-        """Of a source. seed: of the order; shuffle False: the stream's order in every epoch.
+        """Create the dataset of a source. seed: seed of the order. shuffle: False keeps the stream's order in every epoch.
 
         Raises:
             DataError: the stream is shorter than one sample.
@@ -33,7 +33,7 @@ class FixedLengthDataset:
         self._order: tuple[int, Permutation] | None = None  # the epoch last asked for
 
     def position(self, index: int) -> tuple[int, int]:
-        """(epoch, place in the stream) of the sample with this index, 0, 1, 2, ... without end."""
+        """Return epoch and position in the stream of a sample. Indexes are endless."""
         if index < 0:
             raise IndexError(f"sample {index}: must not be negative")
         epoch, i = divmod(index, self.samples_per_epoch)
@@ -45,6 +45,6 @@ class FixedLengthDataset:
         return epoch, order[1](i)
 
     def sample(self, index: int) -> np.ndarray:
-        """The sample with this index: int64 [sequence_length + 1]."""
+        """Return a sample: int64 [sequence_length + 1]."""
         _, place = self.position(index)
         return self.source.read(place * self.sequence_length, self.sequence_length + 1)

@@ -1,4 +1,4 @@
-"""Identity of the training data: what decides which tokens sample n of a run holds.
+"""Identity of the training data: everything that determines the tokens of sample n of a run.
 
 It is kept in every checkpoint and compared on resume. It depends on the token streams alone: files may be moved,
 renamed or split in another way as long as the stream of tokens stays the same.
@@ -26,7 +26,7 @@ def stream_digest(source: TokenSource) -> str:
 
 
 def data_identity(blend: Blend, seed: int) -> dict[str, Any]:
-    """Return what decides the order and the content of a blend's samples, as JSON values.
+    """Return everything that determines the order and the content of a blend's samples, as JSON values.
 
     Returns:
         `sequence_length` (tokens), `seed`, and `sources`: for each its `tokens`, `digest` and `share` of the samples.

@@ -115,7 +115,7 @@ class _StateBefore(torch.autograd.Function):
         return torch.cat((after, torch.matmul(after, state.mT)), -1), None, None
 
 
-# ---- fast backends: the exchange lies between the two passes of each direction
+# ---- fast backends: the exchange is between the two passes of each direction
 
 
 def forward_of_slice(
