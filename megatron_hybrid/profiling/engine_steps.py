@@ -91,9 +91,7 @@ def measure(
         gc.collect()
 
 
-def _measured(
-    engine: Any, batches: list[Batch], steps: int, warmup: int, lr: float, layers: bool
-) -> Measured:
+def _measured(engine: Any, batches: list[Batch], steps: int, warmup: int, lr: float, layers: bool) -> Measured:
     seconds: list[float] = []
     peak = update_peak = 0
     for _ in range(warmup + steps):
