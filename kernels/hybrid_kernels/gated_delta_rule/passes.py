@@ -86,7 +86,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Kept:
-    """What the forward pass leaves to the backward pass. Each part may be missing; the backward pass then recomputes it."""
+    """Tensors that the forward pass leaves to the backward pass. Each part may be missing; the backward pass then recomputes it."""
 
     scores: Scores | None = None
     states: torch.Tensor | None = None
