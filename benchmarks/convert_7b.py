@@ -32,11 +32,11 @@ def generate(folder: Path, preset: str) -> None:
 
     from megatron_hybrid.arch.tensors import model_tensors
     from megatron_hybrid.config.presets import preset as find_preset
-    from megatron_hybrid.convert.hf_export import hf_from_model
+    from megatron_hybrid.convert.hf.config import hf_from_model
+    from megatron_hybrid.convert.hf.exporter import MAX_SHARD_BYTES
+    from megatron_hybrid.convert.hf.registry import huggingface_name
+    from megatron_hybrid.convert.io.writer import OutputTensor, header_bytes
     from megatron_hybrid.convert.job import split_into_files
-    from megatron_hybrid.convert.names import huggingface_name
-    from megatron_hybrid.convert.safetensors_writer import OutputTensor, header_bytes
-    from megatron_hybrid.convert.to_hf import MAX_SHARD_BYTES
 
     model = find_preset(preset)
     noise = torch.randn((8 << 20) + 4096, generator=torch.Generator().manual_seed(0))

@@ -71,7 +71,7 @@ class HostPeak:
 def build(engine: str, share: float, parts: str, groups):
     from megatron_hybrid.config.run import RunConfig
     from megatron_hybrid.profiling.engine_steps import fill_at_random
-    from megatron_hybrid.train.engines.megatron import build_engine
+    from megatron_hybrid.train.engines.build import build_engine
 
     config = RunConfig.model_validate(run_config(engine, share, parts))
     built = build_engine(config, groups, fill_at_random)

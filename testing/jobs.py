@@ -1,4 +1,4 @@
-"""What tests run on ranks (testing/ranks.py): plain functions of plain arguments."""
+"""Jobs that tests run on ranks (testing/ranks.py): plain functions with plain arguments."""
 
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.checkpoint import CheckpointConfig
@@ -15,11 +16,13 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.zero import ZeroConfig
+from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.process_groups import leave_groups
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
-from megatron_hybrid.precision.fp8_parameters import held_in_fp8
-from megatron_hybrid.train.engines.megatron import Engine, MegatronEngine
+from megatron_hybrid.precision.fp8_parameters import is_fp8_param
+from megatron_hybrid.train.engines.base import Engine
+from megatron_hybrid.train.engines.megatron import MegatronEngine
 
 SEQUENCE_LENGTH = 32
 
@@ -32,7 +35,7 @@ def make_engine(
     precision: dict | None = None,
     zero: dict | None = None,
 ) -> Engine:
-    """An engine on the ranks that this is called on."""
+    """Build an engine on the calling ranks."""
     parallel, train = ParallelConfig(**parallel), TrainConfig(**train)
     groups = start_distributed(Launch.from_environment(), parallel, train.seed)
     common = (ModelConfig(**model), train, parallel, sequence_length, groups, PrecisionConfig(**(precision or {})))
@@ -44,41 +47,38 @@ def make_engine(
 
 
 def named_parameters(engine: Engine) -> list[tuple]:
-    """(name, parameter, pieces) of all parameters on this rank."""
+    """Return (name, parameter, pieces) of all parameters on this rank."""
     return getattr(engine, "parameters", None) or list(engine.layout.parameters(engine.chunks))
 
 
 def values_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """A copy of a parameter, as a plain tensor."""
-    return parameter.dequantize() if held_in_fp8(parameter) else parameter.detach().clone()
+    """Return a copy of a parameter as a plain tensor."""
+    return parameter.dequantize() if is_fp8_param(parameter) else parameter.detach().clone()
 
 
 def same_casts(engine: Engine, checkpoint: str) -> bool:
-    """Whether the bytes of all weights held in FP8 are Transformer Engine's cast of the checkpoint's whole weights."""
+    """Return whether all weights held in FP8 equal Transformer Engine's cast of the checkpoint's whole weights."""
     with CheckpointReader(checkpoint) as reader:
         for _, parameter, pieces in named_parameters(engine):
-            if not held_in_fp8(parameter):
+            if not is_fp8_param(parameter):
                 continue
             values = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             for piece in pieces:
-                piece.view(values).copy_(reader.read(piece.tensor.name, (piece.offset, piece.shape)))
+                piece.view(values).copy_(reader.read(piece.tensor.name, TensorSlice(piece.offset, piece.shape)))
             if not torch.equal(parameter._get_quantizer().copy()(values).dequantize(), parameter.dequantize()):
                 return False
     return True
 
 
-def batches_of(engine: Engine, samples: torch.Tensor, micro_batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """This rank's micro-batches of samples [n, s + 1]."""
+def batches_of(engine: Engine, samples: torch.Tensor, micro_batch_size: int) -> list[Batch]:
+    """Return this rank's micro-batches of samples [n, s + 1]."""
     rank, ranks = engine.groups.dp.rank(), engine.groups.dp.size()
     mine = samples.view(-1, ranks, micro_batch_size, samples.shape[1])[:, rank]
-    return [
-        {"tokens": m[:, :-1], "labels": m[:, 1:], "loss_mask": torch.ones_like(m[:, 1:], dtype=torch.float32)}
-        for m in mine
-    ]
+    return [Batch.of_samples(m) for m in mine]
 
 
 def samples_of_step(step: int, count: int, vocab_size: int, sequence_length: int = SEQUENCE_LENGTH) -> torch.Tensor:
-    """Learnable samples [count, sequence_length + 1]: every other token follows from the one before."""
+    """Return learnable samples [count, sequence_length + 1]: every second token follows from the one before it."""
     generator = torch.Generator().manual_seed(1000 + step)
     x = torch.randint(0, vocab_size, (count, sequence_length + 1), generator=generator)
     x[:, 1::2] = (x[:, 0::2][:, : x[:, 1::2].shape[1]] * 3 + 7) % vocab_size
@@ -130,7 +130,7 @@ def curve(
     if save:
         path = manager.save(steps, {"updates": engine.optimizer.updates}, {})
         manager.close()
-        held = any(held_in_fp8(p) for _, p, _ in named_parameters(engine))
+        held = any(is_fp8_param(p) for _, p, _ in named_parameters(engine))
         casts = same_casts(engine, path) if held and steps - 1 not in skipped else None
     parameters = {name: values_of(p) for name, p, _ in named_parameters(engine)}
     updates = engine.optimizer.updates
@@ -146,19 +146,19 @@ def curve(
 
 
 def curve_from_masters(**arguments) -> dict:
-    """As `curve`, with every matrix saved and loaded as its master weights: what is done with weights held in FP8."""
+    """Run `curve` with every matrix saved and loaded as master weights, as is done with weights held in FP8."""
     from megatron_hybrid.train.optimizers import megatron as optimizer
 
-    optimizer.held_in_fp8 = lambda parameter: parameter.dim() == 2
-    optimizer.forget_last_cast = lambda parameters: None
-    optimizer.casting_rows_alone = nullcontext
+    optimizer.is_fp8_param = lambda parameter: parameter.dim() == 2
+    optimizer.reset_amax = lambda parameters: None
+    optimizer.rowwise_casts_only = nullcontext
     return curve(**arguments)
 
 
 def logits_and_gradients(
     model: dict, tensors: dict[str, torch.Tensor], tokens: torch.Tensor, parallel: dict | None = None
 ) -> dict:
-    """Our model with given weights on one rank or several: logits (this rank's), and gradients of the mean loss by true tensor."""
+    """Run our model with given weights. Return this rank's logits, and gradients of the mean loss by true tensor."""
     engine = make_engine(model, parallel or {}, {"steps": 1, "global_batch_size": 1, "dtype": "fp32"}, tokens.shape[1])
     (chunk,) = engine.chunks
     with torch.no_grad():
@@ -179,18 +179,18 @@ def logits_and_gradients(
 
 
 def pretrain_run(config: dict) -> dict:
-    """A whole run by the trainer; where it stands at the end, and its parameters and moments."""
+    """Run the trainer to its end. Return its progress, skip-step window, parameters and optimizer state."""
     from megatron_hybrid.train.trainer import Trainer
 
     run = RunConfig(**config)
     groups = start_distributed(Launch.from_environment(), run.parallel, run.train.seed)
     with Trainer(run, Launch.from_environment(), groups) as trainer:
         progress = asdict(trainer.run())
-        return {"progress": progress, "window": trainer.skip.state_dict()} | everything(trainer.engine)
+        return {"progress": progress, "window": trainer.state_dict()["skip_step"]} | everything(trainer.engine)
 
 
 def everything(engine: Engine) -> dict:
-    """Copies of this rank's parameters and optimizer state."""
+    """Return copies of this rank's parameters and optimizer state."""
     shards = engine.optimizer.shards()
     named = named_parameters(engine)
     return {
@@ -202,7 +202,7 @@ def everything(engine: Engine) -> dict:
 
 
 def step_with_bad_gradient(model: dict, parallel: dict, train: dict, value: float, bad_rank: int) -> dict:
-    """A good step, then one where a rank's gradient of one parameter is not finite, then a good one."""
+    """Run a good step, a step in which one rank has a gradient that is not finite, and another good step."""
     from megatron_hybrid.train.skip_step import SkipStep
 
     engine = make_engine(model, parallel, train)
@@ -225,7 +225,7 @@ def step_with_bad_gradient(model: dict, parallel: dict, train: dict, value: floa
 
 
 def groups_formed_again(layouts: list[dict]) -> list[tuple[int, int, int]]:
-    """Of each layout in turn: its tensor parallel ranks' sum of 1, and torch's groups while it is formed and when it is left."""
+    """Form and leave the groups of each layout. Return (size of the tensor parallel group, torch's groups then and after)."""
     known = torch.distributed.distributed_c10d._world.pg_map
     found = []
     for parallel in layouts:

@@ -4,7 +4,7 @@ import torch
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
-from megatron_hybrid.convert.names import huggingface_name
+from megatron_hybrid.convert.hf.registry import huggingface_name
 
 
 def transformers_model(model: ModelConfig, seed: int = 0):

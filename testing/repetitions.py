@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.process_groups import leave_groups
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
@@ -93,9 +94,9 @@ class Watch:
         return watched
 
     @staticmethod
-    def _batches(batches: list[dict[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _batches(batches: list[Batch]) -> Iterator[tuple[str, torch.Tensor]]:
         for number, batch in enumerate(batches):
-            yield from ((f"{number}.{name}", tensor) for name, tensor in batch.items())
+            yield from ((f"{number}.{name}", tensor) for name, tensor in batch.tensors().items())
 
     def _after_forward_backward(self, losses) -> None:
         self.after_schedule()
@@ -149,9 +150,9 @@ def run_once(config: dict, after_schedule: Callable[[], None] | None = None) -> 
     run, launch = RunConfig(**config), Launch.from_environment()
     groups = start_distributed(launch, run.parallel, run.train.seed, quiet=True)
     quiet = redirect_stdout(io.StringIO())  # hundreds of runs would fill the log
-    with quiet, Interrupt() as interrupt, Trainer(run, launch, groups) as trainer:
+    with quiet, Interrupt() as interrupt, Trainer(run, launch, groups, interrupt) as trainer:
         watch = Watch(trainer, after_schedule)
-        trainer.run(interrupt)
+        trainer.run()
         record = watch.finish()
     dist.barrier()
     leave_groups()

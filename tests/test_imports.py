@@ -21,16 +21,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"base", "arch", "config"},
     "distributed": {"base", "config"},
     "launch": {"base", "config", "distributed"},
-    "precision": {"base", "config"},
+    "precision": {"base", "arch", "config"},
     "mixers": {"base", "arch", "distributed", "precision"},
     "model": {"base", "arch", "config", "distributed", "mixers", "precision"},
     "spec": {"base", "arch", "distributed", "mixers", "model"},
     "checkpoint": {"base", "arch", "config", "distributed", "model", "precision"},
+    "inference": {"base", "arch", "config", "data", "distributed", "launch", "model", "checkpoint"},
+    "evaluation": {"base", "config", "data", "distributed", "inference"},
     "train": {
         *("base", "arch", "config", "distributed", "launch", "precision", "mixers", "model", "checkpoint"),
         *("data", "observe", "planner"),
     },
-    "profiling": {"base", "arch", "config", "distributed", "launch", "precision", "train"},
+    "profiling": {"base", "arch", "config", "data", "distributed", "launch", "precision", "train"},
     "convert": {"base", "arch", "config", "distributed", "checkpoint", "data"},
 }
 # Libraries that only these rooms import. (train has no business with a kernel: the model calls them.)
@@ -122,6 +124,11 @@ def test_rooms_import_only_whom_they_may():
         return room is None or parts[1] not in MAY_IMPORT[room] | {room}
 
     assert not offences("megatron_hybrid", wrong)
+
+
+def test_one_callback_alone_imports_the_planner():
+    found = offences("megatron_hybrid/train", lambda _, name: is_within(name, "megatron_hybrid.planner"))
+    assert {line.partition(":")[0] for line in found} == {"megatron_hybrid/train/callbacks/expected_memory.py"}
 
 
 @pytest.mark.parametrize("library", ONLY)

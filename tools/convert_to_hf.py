@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""A checkpoint of ours to a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
+"""Convert a checkpoint to a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
 
 python tools/convert_to_hf.py run/checkpoints/step-00010000 exported --dtype bf16 --tokenizer tokenizers/olmo
 mpirun -n 4 python tools/convert_to_hf.py run/checkpoints/step-00010000 exported
+
+Exit codes: 0 done; 1 a file could not be read or written; 78 wrong input; 130 interrupted. After 1 and 130 the same command resumes.
 """
 
 import argparse
@@ -12,15 +14,15 @@ from pathlib import Path
 from megatron_hybrid.base.numbers import positive
 from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.convert.command import DTYPES, convert, size
-from megatron_hybrid.convert.to_hf import MAX_SHARD_BYTES, to_huggingface
+from megatron_hybrid.convert.hf.exporter import MAX_SHARD_BYTES, to_huggingface
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; see --help."""
+    """Parse the command line."""
     parser = CommandLine(__doc__)
     add = parser.add_argument
     add("source", type=Path, metavar="CKPT", help="folder with index.json, such as run/checkpoints/step-00010000")
-    add("target", type=Path, metavar="OUT_DIR", help="folder to make; it must not exist yet")
+    add("target", type=Path, metavar="OUT_DIR", help="folder to create; it must not exist yet")
     add(
         "--dtype",
         choices=DTYPES,
@@ -35,7 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
+    """Run the command and return the exit status."""
     a = parse_arguments(argv)
     options = (DTYPES.get(a.dtype), a.all_dtype, a.max_shard_size, a.tokenizer, a.max_position_embeddings)
     return convert(lambda: to_huggingface(a.source, a.target, *options), a.target, a.quiet)

@@ -23,7 +23,8 @@ def main() -> None:
     arguments = parser.parse()
     with no_traceback():
         from megatron_hybrid.distributed.process_groups import stop_distributed
-        from megatron_hybrid.train.inference import load_model, mean_loss, open_evaluation_data
+        from megatron_hybrid.evaluation.mean_loss import mean_loss, open_evaluation_data
+        from megatron_hybrid.inference.load import load_model
 
         model = load_model(arguments.checkpoint)
         dataset = open_evaluation_data(

@@ -23,7 +23,8 @@ def main() -> None:
     with no_traceback():
         from megatron_hybrid.data.streaming import ContinuationText
         from megatron_hybrid.distributed.process_groups import stop_distributed
-        from megatron_hybrid.train.inference import check_generation, generate, load_model, tokenize_prompt
+        from megatron_hybrid.inference.generate import check_generation, generate, tokenize_prompt
+        from megatron_hybrid.inference.load import load_model
 
         model = load_model(arguments.checkpoint)
         tokenizer, prompt = tokenize_prompt(model, arguments.prompt, arguments.tokenizer)

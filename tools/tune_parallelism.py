@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+from megatron_hybrid.arch.fp8_recipes import FP8_RECIPES
 from megatron_hybrid.base.errors import no_traceback
 from megatron_hybrid.base.numbers import non_negative, positive
 from megatron_hybrid.config.command_line import CommandLine
@@ -25,7 +26,7 @@ def main() -> None:
     add("--gpus-per-node", type=positive, help="default: the hardware file's")
     add("--sequence-length", type=positive, help="default: the run's")
     add("--global-batch-size", type=positive, help="sequences a step; default: the run's")
-    formats = ("bf16", "fp8", "fp8_tensorwise", "fp8_delayed", "fp8_blockwise")
+    formats = ("bf16", "fp8", *(f"fp8_{name}" for name in FP8_RECIPES))
     add("--precision", choices=formats, help="of the GEMMs; default: the run's, or bf16")
     add("--recompute", choices=("auto", "none", "selective", "full"), default="auto")
     add("--top", type=positive, default=10, help="lines of the table")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Whether a checkpoint is whole: hashes of its files, every tensor complete and finite, and equal to a Hugging Face folder.
+"""Verify a checkpoint: hashes of its files, every tensor complete and finite, and optionally equal to a Hugging Face folder.
 
 python tools/verify_checkpoint.py run/checkpoints/step-00010000
 python tools/verify_checkpoint.py checkpoints/olmo-hybrid-7b --against Olmo-Hybrid-7B
 
-Exit status 0: all is well; 1: something is not, each on a line of its own.
+Exit codes: 0 no problem found; 1 problems, one per line, or a file that could not be read; 78 not a checkpoint.
 """
 
 import argparse
@@ -14,12 +14,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from megatron_hybrid.base.errors import BAD_INPUT
 from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.convert.verify import verify
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; see --help."""
+    """Parse the command line."""
     parser = CommandLine(__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="folder with index.json")
     parser.add_argument("--against", type=Path, metavar="HF_DIR", help="compare every tensor with this folder's")
@@ -28,7 +29,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
+    """Run the command and return the exit status."""
     a = parse_arguments(argv)
     try:
         with Progress(console=Console(stderr=True), disable=a.quiet) as bar:
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             verdict = verify(a.checkpoint, a.against, lambda count: bar.advance(task, count))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, OSError) else BAD_INPUT
     for problem in verdict.problems:
         print(f"wrong: {problem}", file=sys.stderr)
     compared = f", {verdict.compared} compared" if a.against else ""

@@ -1,187 +1,193 @@
-"""From this rank's parameters and optimizer to the shards it saves, and back.
+"""Conversion between this rank's parameters and optimizer state, and slices of true tensors to save or to load.
 
-Everything goes through pieces (model/param_layout.py). What several ranks hold, one of them saves.
+Parameters are mapped to true tensors by their pieces (model/param_layout.py). If several ranks hold the same values, one of
+them saves them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_hybrid.checkpoint.format import STATES, boxes_of_range, state_name
+from megatron_hybrid.arch.optimizers.spec import MASTER
+from megatron_hybrid.arch.tensor_slice import TensorSlice
+from megatron_hybrid.checkpoint.format import slices_of_range, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.checkpoint.writer import SavedShard
+from megatron_hybrid.checkpoint.writer import SlicedTensor
 from megatron_hybrid.model.param_layout import ParamLayout, Piece
 from megatron_hybrid.precision.fp8_state import Fp8State
 
 
 @dataclass
 class OptimizerShard:
-    """Adam's state of a flattened range [start, stop) of a parameter on this rank; `master` is None where the parameter
-    itself is fp32."""
+    """Optimizer state of the flattened range [start, stop) of a parameter on this rank. An fp32 parameter has no `master`."""
 
     start: int
     stop: int
     states: dict[str, torch.Tensor]
     replicated: bool = False
-    """Every data parallel rank holds the same, where others are shared out."""
+    """All data parallel ranks hold the same state, while that of other parameters is sharded."""
 
 
 def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter: DeepSpeed's stage 3 leaves an empty one on every rank, and its shape beside it."""
+    """Return the shape of a parameter. DeepSpeed's stage 3 empties parameters and keeps their shape in `ds_shape`."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _elements_before(piece: Piece, shape: tuple[int, ...], flat: int) -> int:
-    """How many of the piece's elements come before element `flat` of the flattened parameter of this shape."""
-    width = prod(shape[1:])
-    row, rest = divmod(flat, width)
-    first, rows = piece.local_offset[0], piece.shape[0]
-    columns_at, columns = (piece.local_offset[1], piece.shape[1]) if len(shape) > 1 else (0, 1)
+def _elements_before(part: TensorSlice, shape: tuple[int, ...], flat: int) -> int:
+    """Return how many elements of the slice come before element `flat` of the flattened parameter of this shape."""
+    row, rest = divmod(flat, prod(shape[1:]))
+    first, rows = part.offset[0], part.shape[0]
+    first_column, columns = (part.offset[1], part.shape[1]) if len(shape) > 1 else (0, 1)
     before = min(max(row - first, 0), rows) * columns
-    return before + (min(max(rest - columns_at, 0), columns) if first <= row < first + rows else 0)
+    return before + (min(max(rest - first_column, 0), columns) if first <= row < first + rows else 0)
 
 
-def range_of_piece(piece: Piece, shape: tuple[int, ...], start: int, stop: int) -> tuple[int, int]:
-    """The part of a flattened range of a parameter that belongs to the piece, as a range of the flattened piece."""
-    return _elements_before(piece, shape, start), _elements_before(piece, shape, stop)
+def range_of_slice(part: TensorSlice, shape: tuple[int, ...], start: int, stop: int) -> tuple[int, int]:
+    """Return the elements of a parameter's flattened range that are in the slice, as a range of the flattened slice."""
+    return _elements_before(part, shape, start), _elements_before(part, shape, stop)
 
 
-def _select(piece: Piece, shape: tuple[int, ...], start: int, flat: torch.Tensor) -> torch.Tensor:
-    """The piece's elements of `flat`, which is the parameter's flattened range from `start`; a view where it can be."""
-    if len(shape) == 1 or piece.shape[1:] == shape[1:]:
+def select_from_range(part: TensorSlice, shape: tuple[int, ...], start: int, flat: torch.Tensor) -> torch.Tensor:
+    """Return the elements of the slice in `flat`, a parameter's flattened range from `start`; a view if they are adjacent."""
+    if len(shape) == 1 or part.shape[1:] == shape[1:]:
         width = prod(shape[1:])
-        lo = max(piece.local_offset[0] * width - start, 0)
-        hi = max((piece.local_offset[0] + piece.shape[0]) * width - start, 0)
-        return flat[lo:hi]
+        return flat[max(part.offset[0] * width - start, 0) : max(part.end[0] * width - start, 0)]
     at = torch.arange(start, start + flat.numel(), device=flat.device)
     row, column = at // shape[1], at % shape[1]
-    mine = (row >= piece.local_offset[0]) & (row < piece.local_offset[0] + piece.shape[0])
-    mine &= (column >= piece.local_offset[1]) & (column < piece.local_offset[1] + piece.shape[1])
-    return flat[mine]
+    inside = (row >= part.offset[0]) & (row < part.end[0])
+    inside &= (column >= part.offset[1]) & (column < part.end[1])
+    return flat[inside]
 
 
-def _as_boxes(shard: SavedShard) -> Iterator[SavedShard]:
-    """A flattened range of a box as boxes, which is how a checkpoint holds weights."""
-    if shard.range is None:
-        yield shard
+def _local(piece: Piece) -> TensorSlice:
+    """Return the slice of the parameter that holds the piece."""
+    return TensorSlice(piece.local_offset, piece.shape)
+
+
+def _true(piece: Piece) -> TensorSlice:
+    """Return the slice of the true tensor that the piece is."""
+    return TensorSlice(piece.offset, piece.shape)
+
+
+def _without_range(tensor: SlicedTensor) -> Iterator[SlicedTensor]:
+    """Split a flattened range into slices, because a checkpoint holds weights in slices."""
+    if tensor.range is None:
+        yield tensor
         return
-    start, stop = shard.range
     at = 0
-    for row, column, rows, columns in boxes_of_range(start, stop, prod(shard.shape[1:])):
-        offset, shape = ((row,), (rows,)) if len(shard.shape) == 1 else ((row, column), (rows, columns))
-        data = shard.data[at : at + rows * columns].view(shape)
-        offset = tuple(a + b for a, b in zip(shard.offset, offset, strict=True))
-        yield replace(shard, offset=offset, shape=shape, data=data, range=None)
-        at += rows * columns
+    for part in slices_of_range(*tensor.range, tensor.slice.shape):
+        data = tensor.data[at : at + part.numel].view(part.shape)
+        offset = tuple(a + b for a, b in zip(tensor.slice.offset, part.offset, strict=True))
+        yield replace(tensor, slice=TensorSlice(offset, part.shape), data=data, range=None)
+        at += part.numel
 
 
 class Collector:
-    """Walks this rank's part of the model and of the optimizer's state.
+    """Iterates over this rank's part of the model and of the optimizer state, to save it or to load it.
 
-    A subclass may say of parameters that their weights come from their masters (`from_master`): then a rank saves as weights those
-    of its own masters, rounded, and what it loads are the masters, which `set_parameters` hands to the parameters.
+    A subclass may derive the weights of some parameters from their fp32 masters (`from_master`). Their saved weights are then
+    rounded masters, and loading fills the masters, which `set_parameters` copies to the parameters.
 
     Args:
-        optimizer_shards: parameter -> its OptimizerShard on this rank (train/optimizers/megatron.py); empty: weights only.
-        optimizer_sharded: whether the data parallel ranks share that state out, or each has all of it.
+        optimizer_shards: this rank's optimizer state by parameter (train/optimizers/megatron.py); empty: weights only.
+        optimizer_sharded: whether the optimizer state is sharded over the data parallel ranks, or replicated.
     """
 
     def __init__(
         self,
-        chunks,
+        chunks: Iterable[torch.nn.Module],
         layout: ParamLayout,
         groups: ProcessGroupCollection,
         optimizer_shards: dict[torch.nn.Parameter, OptimizerShard],
         optimizer_sharded: bool,
-    ):
+    ) -> None:
         self.layout, self.groups = layout, groups
         self.optimizer_shards, self.optimizer_sharded = optimizer_shards, optimizer_sharded
         self.parameters = list(layout.parameters(chunks))
-        self.fp8 = Fp8State(chunks)
+        self.fp8 = Fp8State(list(chunks))
 
     def from_master(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether a parameter cannot be read and written piece by piece, and its masters stand in for it."""
+        """Return whether a parameter's weights are saved and loaded through its master."""
         return False
 
     def set_parameters(self) -> None:
-        """After masters are loaded: set those parameters to them, on all ranks."""
+        """Copy loaded masters to the parameters of `from_master`, on all ranks."""
 
-    def _writes(self, turn: int, name: str, piece: Piece, shared_out: bool) -> tuple[bool, bool]:
-        """Whether this rank saves (the weight, the optimizer state) of a piece."""
+    def _writes(self, turn: int, name: str, piece: Piece, sharded: bool) -> tuple[bool, bool]:
+        """Return whether this rank saves the piece's weight, and whether it saves its optimizer state."""
         dp, tp = self.groups.dp_cp, self.groups.tp  # context parallel ranks hold the same parameters, too
         tied_copy = name == "output_layer.weight" and self.layout.model.tie_embeddings
         mine = not tied_copy and (not piece.replicated or tp.rank() == 0)
         my_turn = turn % dp.size() == dp.rank()
-        return mine and my_turn, mine and (shared_out or my_turn)
+        return mine and my_turn, mine and (sharded or my_turn)
 
-    def shards(self) -> Iterator[SavedShard]:
-        """What this rank saves, as views of live tensors where possible."""
+    def shards(self) -> Iterator[SlicedTensor]:
+        """Yield what this rank saves, as views of live tensors where possible."""
         turn = 0
         for name, parameter, pieces in self.parameters:
             shard = self.optimizer_shards.get(parameter)
-            shared_out = self.optimizer_sharded and not (shard and shard.replicated)
+            sharded = self.optimizer_sharded and not (shard and shard.replicated)
             for piece in pieces:
                 turn += 1
-                weight, state = self._writes(turn, name, piece, shared_out)
+                weight, state = self._writes(turn, name, piece, sharded)
                 if weight and not self.from_master(parameter):
-                    yield SavedShard(
-                        piece.tensor.name, piece.tensor.shape, piece.offset, piece.shape, piece.view(parameter.detach())
-                    )
+                    data = piece.view(parameter.detach())
+                    yield SlicedTensor(piece.tensor.name, piece.tensor.shape, _true(piece), data)
                 if state and shard:
-                    yield from self._state_shards(parameter, piece)
+                    yield from self._states(parameter, piece)
         if self.groups.dp_cp.rank() == self.groups.tp.rank() == 0:
             for name, tensor in self.fp8.tensors().items():
                 shape = tuple(tensor.shape)
-                yield SavedShard(name, shape, (0,) * len(shape), shape, tensor)
+                yield SlicedTensor(name, shape, TensorSlice.whole(shape), tensor)
 
-    def _state_shards(self, parameter: torch.nn.Parameter, piece: Piece) -> Iterator[SavedShard]:
-        shard, shape = self.optimizer_shards[parameter], full_shape(parameter)
-        lo, hi = range_of_piece(piece, shape, shard.start, shard.stop)
-        if lo == hi:
+    def _states(self, parameter: torch.nn.Parameter, piece: Piece) -> Iterator[SlicedTensor]:
+        """Yield the optimizer state of a piece, and its weight if that comes from the master."""
+        shard, shape, local = self.optimizer_shards[parameter], full_shape(parameter), _local(piece)
+        start, stop = range_of_slice(local, shape, shard.start, shard.stop)
+        if start == stop:
             return
-        whole = hi - lo == prod(piece.shape)
+        whole = stop - start == local.numel
         for state, flat in shard.states.items():
-            data = _select(piece, shape, shard.start, flat)
-            saved = SavedShard(
+            data = select_from_range(local, shape, shard.start, flat)
+            saved = SlicedTensor(
                 state_name(state, piece.tensor.name),
                 piece.tensor.shape,
-                piece.offset,
-                piece.shape,
+                _true(piece),
                 data.view(piece.shape) if whole else data,
-                None if whole else (lo, hi),
+                None if whole else (start, stop),
             )
-            if state == "master" and self.from_master(parameter):
-                yield from _as_boxes(replace(saved, name=piece.tensor.name, data=saved.data.to(parameter.dtype)))
+            if state == MASTER and self.from_master(parameter):
+                yield from _without_range(replace(saved, name=piece.tensor.name, data=saved.data.to(parameter.dtype)))
                 if parameter.dtype == torch.float32:  # the weight is its own master
                     continue
             yield saved
 
     @torch.no_grad()
     def load_weights(self, reader: CheckpointReader) -> None:
-        """Fill this rank's parameters; padding stays zero. Those that come from masters wait for them: they are always loaded next."""
+        """Fill this rank's parameters; padding is zero. Parameters of `from_master` are filled by the next load of masters."""
         for _, parameter, pieces in self.parameters:
             if self.from_master(parameter):
                 continue
             parameter.zero_()
             for piece in pieces:
-                piece.view(parameter).copy_(reader.read(piece.tensor.name, (piece.offset, piece.shape)))
+                piece.view(parameter).copy_(reader.read(piece.tensor.name, _true(piece)))
 
     def load_optimizer(self, reader: CheckpointReader) -> None:
-        """Fill this rank's optimizer state: moments and master weights; and the scales of FP8."""
-        self._load_states(reader, STATES)
+        """Fill this rank's optimizer state (moments and master weights) and the scales of FP8."""
+        self._load_states(reader)
         self.fp8.restore(lambda name: reader.read(name) if name in reader.index.tensors else None)
         self.set_parameters()
 
     def load_masters(self, reader: CheckpointReader) -> None:
-        """Fill the fp32 master weights alone, from the checkpoint's or else from its weights; moments stay as they are."""
-        self._load_states(reader, ("master",))
+        """Fill the fp32 master weights from the checkpoint's masters, or else from its weights. Moments are not changed."""
+        self._load_states(reader, (MASTER,))
         self.set_parameters()
 
     @torch.no_grad()
-    def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...]) -> None:
+    def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...] | None = None) -> None:
         # only the rows that this rank's range touches are read
         for _, parameter, pieces in self.parameters:
             shard = self.optimizer_shards.get(parameter)
@@ -191,7 +197,7 @@ class Collector:
             width = prod(shape[1:])
             first, last = shard.start // width, -(-shard.stop // width)
             for state, flat in shard.states.items():
-                if state not in wanted:
+                if wanted is not None and state not in wanted:
                     continue
                 rows = torch.zeros(last - first, *shape[1:], dtype=flat.dtype)
                 for piece in pieces:
@@ -201,16 +207,14 @@ class Collector:
 
     @staticmethod
     def _read_rows(reader: CheckpointReader, piece: Piece, state: str, first: int, rows: torch.Tensor) -> None:
-        """Fill `rows`, the parameter's rows from `first`, with what the piece has there."""
-        at, length = piece.local_offset[0], piece.shape[0]
-        lo, hi = max(at, first), min(at + length, first + len(rows))
-        if lo >= hi:
+        """Fill `rows`, which are the parameter's rows from `first`, with the piece's values in these rows."""
+        local = _local(piece)
+        held = TensorSlice((first, *local.offset[1:]), (len(rows), *local.shape[1:]))
+        if (shared := local.intersection(held)) is None:
             return
-        box = ((piece.offset[0] + lo - at, *piece.offset[1:]), (hi - lo, *piece.shape[1:]))
+        inner = shared.relative_to(local.offset)
+        wanted = TensorSlice(tuple(a + b for a, b in zip(piece.offset, inner.offset, strict=True)), inner.shape)
         has_state = state_name(state, piece.tensor.name) in reader.index.tensors
-        source = state if has_state or state != "master" else None  # an fp32 checkpoint's weight is its own master
-        data = reader.read(piece.tensor.name, box, state=source)
-        target = rows.narrow(0, lo - first, hi - lo)
-        for dim in range(1, len(piece.shape)):
-            target = target.narrow(dim, piece.local_offset[dim], piece.shape[dim])
-        target.copy_(data)
+        source = state if has_state or state != MASTER else None  # an fp32 checkpoint's weight is its own master
+        data = reader.read(piece.tensor.name, wanted, state=source)
+        shared.relative_to((first, *(0,) * (len(shared.offset) - 1))).narrow(rows).copy_(data)

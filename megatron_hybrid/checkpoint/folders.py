@@ -1,4 +1,4 @@
-"""Checkpoint folders: their names, which are complete, and which one a run starts from. No torch here."""
+"""Checkpoint folders: their names, which of them are complete, and which one a run starts from. Imports no torch."""
 
 import re
 from pathlib import Path
@@ -9,17 +9,17 @@ from megatron_hybrid.checkpoint.format import INDEX, CheckpointError
 
 _NAME = re.compile(r"step-(\d{8})")
 SAVING, DELETING = ".saving-", ".deleting-"
-"""Prefixes of a checkpoint's folder while it is written, and while it is removed."""
+"""Prefixes of a checkpoint's folder while it is written and while it is removed."""
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """The step in a checkpoint folder's name; None where the name is another."""
+    """Return the step in a checkpoint folder's name, or None if the folder has another name."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else None
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. Temporary folders do not count: theirs is another name."""
+    """Return the complete checkpoints of a run, oldest first. Temporary folders have other names."""
     found = [p for p in root.glob("step-*") if checkpoint_step(p) is not None and (p / INDEX).is_file()]
     return sorted(found, key=lambda p: p.name)
 
@@ -43,7 +43,7 @@ def find_checkpoint(name: str, field: str) -> Path:
 
 
 def check_same_tensors(folder: Path, theirs: ModelConfig, mine: ModelConfig) -> None:
-    """Check that a checkpoint's model has the tensors of this run's. Fields without a part in their shapes may differ.
+    """Check that a checkpoint's model has the same tensors as this run's. Fields that do not affect shapes may differ.
 
     Raises:
         CheckpointError: names the first field that differs.

@@ -1,7 +1,8 @@
-"""A run's checkpoints: listing, finding, saving, loading and removing them."""
+"""Save, load and remove the checkpoints of a run."""
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from megatron_hybrid.checkpoint.folders import DELETING, SAVING, check_same_tens
 from megatron_hybrid.checkpoint.format import Index
 from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, finish, write_rank
+from megatron_hybrid.checkpoint.writer import AsyncWrites, SlicedTensor, finish, write_rank
 from megatron_hybrid.config.checkpoint import CheckpointConfig
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint. It is renamed first: one that is half removed must not look complete."""
+    """Remove a checkpoint. It is renamed first, because one that is half removed must not look complete."""
     doomed = folder.with_name(DELETING + folder.name)
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
@@ -27,7 +28,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def remove_remains(root: Path) -> list[str]:
-    """Remove what killed saves and removals left behind, and return the names. The run's lock must be held."""
+    """Remove what interrupted saves and removals left behind, and return the names. The run's lock must be held."""
     remains = [path for prefix in (SAVING, DELETING) for path in root.glob(f"{prefix}step-*")]
     for path in remains:
         if path.is_symlink() or path.is_file():
@@ -38,26 +39,27 @@ def remove_remains(root: Path) -> list[str]:
 
 
 class CheckpointManager:
-    """Saves, loads and removes one run's checkpoints under `root`. Every rank calls the same methods.
+    """Saves, loads and removes the checkpoints of a run under `root`. Every rank calls the same methods.
 
-    Only checkpoints of this run are ever removed: those in `own`, and those it saves itself.
+    Only checkpoints of this run are removed: those in `own`, which includes those that it saves.
     """
 
     def __init__(
         self, config: CheckpointConfig, root: Path, collector: Collector, model: dict[str, Any], run: dict[str, Any]
-    ):
+    ) -> None:
         self.config, self.root, self.collector = config, root, collector
         self.model, self.run, self.origin = model, run, Origin()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.own: list[Path] = []
-        """This run's checkpoints, oldest first."""
+        """Checkpoints of this run, oldest first."""
         self._writes = AsyncWrites()
 
     def save(self, step: int, state: dict[str, Any], extra: dict[str, torch.Tensor]) -> Path:
-        """Save this step. With async_save, returns once everything is copied to host memory.
+        """Save a step. With `async_save`, return once all tensors are copied to host memory.
 
         Args:
-            state: JSON values, the same on every rank. extra: tensors of this rank alone.
+            state: JSON values, the same on every rank.
+            extra: tensors of this rank alone.
         """
         self._writes.wait()
         target = self.root / f"step-{step:08d}"
@@ -66,23 +68,30 @@ class CheckpointManager:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         dist.barrier()
-        shards = map(self._on_host, self.collector.shards())
+        tensors = map(self._on_host, self.collector.shards())
         if self.config.async_save:
-            copies = list(shards)
+            copies = list(tensors)
             self._writes.start(lambda: self._write(folder, target, copies, state, extra))
         else:
-            self._write(folder, target, shards, state, extra)  # one by one: the host need not hold all of the device's
+            self._write(folder, target, tensors, state, extra)  # one by one: host memory need not hold all of them
             dist.barrier()
         return target
 
-    def _on_host(self, shard: SavedShard) -> SavedShard:
-        # what the next step changes must be copied now when it is written later
-        data = shard.data.detach()
-        shard.data = data.clone() if data.device.type == "cpu" and self.config.async_save else data.cpu()
-        return shard
+    def _on_host(self, tensor: SlicedTensor) -> SlicedTensor:
+        # a background write needs a copy, because the next step changes the tensor
+        data = tensor.data.detach()
+        tensor.data = data.clone() if data.device.type == "cpu" and self.config.async_save else data.cpu()
+        return tensor
 
-    def _write(self, folder: Path, target: Path, shards, state, extra) -> None:
-        write_rank(folder, self.rank, shards, extra)
+    def _write(
+        self,
+        folder: Path,
+        target: Path,
+        tensors: Iterable[SlicedTensor],
+        state: dict[str, Any],
+        extra: dict[str, torch.Tensor],
+    ) -> None:
+        write_rank(folder, self.rank, tensors, extra)
         if self.rank == 0:
             self.origin.write(folder)
             finish(folder, target, Index(self.model, {**self.run, **self.origin.record}, state), self.world_size)
@@ -90,7 +99,7 @@ class CheckpointManager:
             self._remove_old()
 
     def _remove_old(self) -> None:
-        """Remove this run's checkpoints but the last `keep_last` and every `keep_every`-th."""
+        """Remove this run's checkpoints except the last `keep_last` and every `keep_every`-th."""
         keep_last, keep_every = self.config.keep_last, self.config.keep_every
         if keep_last is None:
             return
@@ -102,13 +111,13 @@ class CheckpointManager:
                     remove_checkpoint(folder)
 
     def load(self, folder: Path, weights_only: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
-        """Load weights and, unless it is only they that are wanted, the optimizer where the checkpoint has one.
+        """Load the weights and, unless `weights_only`, the optimizer state if the checkpoint has one.
 
         Returns:
-            The run's state, and this rank's own tensors: None where another number of ranks wrote the checkpoint.
+            The run's state, and this rank's own tensors, or None if another number of ranks wrote the checkpoint.
 
         Raises:
-            CheckpointError: another model's checkpoint, naming the first field that differs.
+            CheckpointError: the checkpoint is of another model; names the first field that differs.
         """
         with CheckpointReader(folder) as reader:
             check_same_tensors(folder, ModelConfig(**reader.index.model), ModelConfig(**self.model))
@@ -129,9 +138,9 @@ class CheckpointManager:
         return state, extra
 
     def check(self) -> None:
-        """Raise what went wrong in a background save, if anything did."""
+        """Raise the error of a background save that failed."""
         self._writes.check()
 
     def close(self) -> None:
-        """Wait for what is being written."""
+        """Wait for the write in progress."""
         self._writes.wait()

@@ -1,7 +1,8 @@
-"""What a checkpoint keeps of the model and the runs that its weights came from.
+"""Origin of a checkpoint's weights: the model that was converted, and earlier runs.
 
-The index names them: `run.converted_from` and `run.trained_before`. The folder `original/` holds the files next to a
-converted model's weights, such as its tokenizer. Training passes both on, so that an export has them again.
+The index names both, in `run.converted_from` and `run.trained_before`. The folder `original/` holds the files that were
+next to a converted model's weights, such as its tokenizer. Training copies all of it into its checkpoints, so that an
+export contains these files again.
 """
 
 import os
@@ -22,7 +23,7 @@ class Origin:
 
     @classmethod
     def of(cls, folder: Path, run: dict[str, Any], with_files: bool = True) -> "Origin":
-        """Return what a run that starts from checkpoint `folder` passes on. `run` is its index's."""
+        """Return the origin for a run that starts from checkpoint `folder`, whose index has this `run`."""
         record = {name: run[name] for name in ("converted_from",) if name in run}
         if longest := longest_sequence(run):
             record["trained_before"] = {"checkpoint": str(folder), "sequence_length": longest}
@@ -31,7 +32,7 @@ class Origin:
         return cls(record, {str(path.relative_to(kept)): path.read_bytes() for path in paths})
 
     def write(self, checkpoint: Path) -> None:
-        """Write `original/` into a checkpoint's folder, unless there is nothing to keep."""
+        """Write `original/` into a checkpoint's folder, if there are files to keep."""
         for name, content in self.files.items():
             path = checkpoint / FOLDER / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ class Origin:
 
 
 def longest_sequence(run: dict[str, Any]) -> int | None:
-    """Return the longest sequence length that a checkpoint's weights were trained with, as its index's `run` says."""
+    """Return the longest sequence length in the training of a checkpoint's weights, according to its index's `run`."""
     sections = (run.get("data"), run.get("trained_before"))
     lengths = [section.get("sequence_length") for section in sections if isinstance(section, dict)]
     return max((n for n in lengths if type(n) is int and n > 0), default=None)

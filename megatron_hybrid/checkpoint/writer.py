@@ -1,7 +1,7 @@
-"""Writing a checkpoint: every rank its files, into a temporary folder that is checked and renamed when all are there.
+"""The writer of checkpoints. Each rank writes its files into a temporary folder; rank 0 checks the folder and renames it.
 
-No collective is needed to finish: a rank's part is done when its `rank-XXXXX.json` stands beside its files, and rank 0
-waits for all of them. So the whole of it can run in a background thread.
+Finishing needs no collective: a rank is done when its `rank-XXXXX.json` is next to its files, and rank 0 waits for these
+files. Writing can therefore run in a background thread.
 """
 
 import hashlib
@@ -10,19 +10,20 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.checkpoint.folders import DELETING
 from megatron_hybrid.checkpoint.format import (
     INDEX,
     CheckpointError,
     Index,
-    Shard,
+    StoredSlice,
     TensorEntry,
     read_index,
     tensors_from_json,
@@ -31,71 +32,70 @@ from megatron_hybrid.checkpoint.format import (
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 FILE_BYTES = 4 << 30
-"""After which a rank begins another file: what it takes from a device is in host memory until its file is written."""
+"""A rank begins another file after this many bytes. Tensors copied from a device stay in host memory until then."""
 
 
 @dataclass
-class SavedShard:
-    """One shard to write: `data` is the box, or the flattened range of it."""
+class SlicedTensor:
+    """A slice of a tensor to write. `data` is the slice, or elements [start, stop) of the flattened slice."""
 
     name: str
     tensor_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
+    slice: TensorSlice
     data: torch.Tensor
     range: tuple[int, int] | None = None
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_rank(folder: Path, rank: int, shards: Iterable[SavedShard], extra: dict[str, torch.Tensor]) -> None:
-    """Write one rank's tensors and, when they are safe on disk, its part of the index.
+def write_rank(folder: Path, rank: int, tensors: Iterable[SlicedTensor], extra: dict[str, torch.Tensor]) -> None:
+    """Write one rank's tensors and then, when they are safe on disk, its part of the index.
 
     Args:
-        shards: taken one by one, and let go file by file.
-        extra: tensors of this rank alone (its random state), kept in the first file under `local.NAME`.
+        tensors: taken one by one; their data is released file by file.
+        extra: tensors of this rank alone (its random state), stored in the first file under `local.NAME`.
     """
-    tensors: dict[str, TensorEntry] = {}
+    index: dict[str, TensorEntry] = {}
     facts = {}
     entries = {f"local.{name}": tensor for name, tensor in extra.items()}
-    for number, described in enumerate(_by_file(shards)):
+    for number, group in enumerate(_by_file(tensors)):
         file = f"rank-{rank:05d}{f'-{number:03d}' if number else ''}.safetensors"
-        for shard in described:
-            entry = f"{len(entries)}/{shard.name}"
-            entries[entry] = shard.data.contiguous()
-            known = tensors.setdefault(shard.name, TensorEntry(_DTYPE_NAMES[shard.data.dtype], shard.tensor_shape))
-            known.shards.append(Shard(file, entry, shard.offset, shard.shape, shard.range))
+        for tensor in group:
+            entry = f"{len(entries)}/{tensor.name}"
+            entries[entry] = tensor.data.contiguous()
+            known = index.setdefault(tensor.name, TensorEntry(_DTYPE_NAMES[tensor.data.dtype], tensor.tensor_shape))
+            known.slices.append(StoredSlice(file, entry, tensor.slice, tensor.range))
         save_file(entries, folder / file)
         entries.clear()
-        described.clear()
+        group.clear()
         _sync(folder / file)
         facts[file] = {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
-    part = {"files": facts, "tensors": {name: asdict(entry) for name, entry in tensors.items()}}
+    part = {"files": facts, "tensors": {name: entry.as_json() for name, entry in index.items()}}
     _write_text(folder / f"rank-{rank:05d}.json", json.dumps(part, separators=(",", ":")))
 
 
-def _by_file(shards: Iterable[SavedShard]) -> Iterator[list[SavedShard]]:
-    """Lists of FILE_BYTES or a shard more, which the caller empties; the first one may be empty."""
-    held: list[SavedShard] = []
+def _by_file(tensors: Iterable[SlicedTensor]) -> Iterator[list[SlicedTensor]]:
+    """Group tensors into lists of at least FILE_BYTES. The caller empties each list. The first one may be empty."""
+    held: list[SlicedTensor] = []
     size = 0
-    for shard in shards:
+    for tensor in tensors:
         if size >= FILE_BYTES:
             yield held
             held, size = [], 0
-        held.append(shard)
-        size += shard.data.nbytes
+        held.append(tensor)
+        size += tensor.data.nbytes
     yield held
 
 
 def finish(folder: Path, target: Path, index: Index, world_size: int, timeout_s: float = 1800) -> None:
-    """Wait for every rank's part, write the index, check that the whole can be read, and rename the folder to `target`.
+    """Wait for every rank's part, write the index, check the checkpoint, and rename the folder to `target`.
 
     Raises:
-        CheckpointError: a rank's part did not appear in time, or the whole is not complete; `folder` is left for a look.
+        CheckpointError: a rank's part did not appear in time, or tensors are incomplete. `folder` is kept for inspection.
     """
     deadline = time.monotonic() + timeout_s
     parts = [folder / f"rank-{rank:05d}.json" for rank in range(world_size)]
@@ -123,29 +123,27 @@ def finish(folder: Path, target: Path, index: Index, world_size: int, timeout_s:
 
 
 def check_complete(index: Index, folder: Path) -> None:
-    """Every tensor's shards hold as many values as the tensor has.
+    """Check that the slices of every tensor hold as many values as the tensor.
 
     Raises:
-        CheckpointError: names the first that does not.
+        CheckpointError: names the first tensor whose slices do not.
     """
-    for name, entry in index.tensors.items():
-        held, total = sum(shard.numel for shard in entry.shards), torch.Size(entry.shape).numel()
-        if held != total:
-            raise CheckpointError(f"{folder}: {name} holds {held} values of {total}")
+    for name, held, total in index.incomplete():
+        raise CheckpointError(f"{folder}: {name} holds {held} values of {total}")
 
 
 class AsyncWrites:
-    """One checkpoint at a time, written by a background thread."""
+    """A background thread that writes one checkpoint at a time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def start(self, work) -> None:
-        """Run `work()` in the background, after what is still being written."""
+    def start(self, work: Callable[[], None]) -> None:
+        """Run `work()` in the background, once the write in progress has ended."""
         self.wait()
 
-        def run():
+        def run() -> None:
             try:
                 work()
             except BaseException as error:  # noqa: BLE001 - handed to the training thread by wait()
@@ -155,14 +153,14 @@ class AsyncWrites:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the write under way; raise what went wrong in it."""
+        """Wait for the write in progress, and raise its error if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raise what went wrong in a write, if anything did."""
+        """Raise the error of a write that failed."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error

@@ -4,6 +4,8 @@ from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING
 
+from megatron_hybrid.arch.fp8_recipes import RECOMMENDED
+from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.arch.padding import PaddedSizes
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, join
@@ -23,6 +25,7 @@ def section_problems(run: "RunConfig") -> Problems:
     _check_tensor_parallel(run, problems)
     _check_context_parallel(run, problems)
     _check_overlap(run, problems)
+    _check_optimizer(run, problems)
     _check_offload(run, problems)
     try:
         run.parallel.stage_layers(run.model.num_layers)
@@ -132,11 +135,22 @@ def _check_overlap(run: "RunConfig", problems: Problems) -> None:
         problems.add(
             field, "true is Transformer Engine's; set model.backend to auto or transformer_engine, or this to false"
         )
-    if run.precision.fp8_recipe == "blockwise":
+    if (recipe := run.precision.recipe) is not None and not recipe.user_buffers:
         problems.add(
             field,
-            "true cannot exchange blockwise FP8, whose scales are separate tensors; set precision.fp8_recipe to tensorwise, or "
-            "this to false",
+            f"true cannot exchange {recipe.name} FP8, whose scales are separate tensors; set precision.fp8_recipe to "
+            f"{RECOMMENDED.name}, or this to false",
+        )
+
+
+def _check_optimizer(run: "RunConfig", problems: Problems) -> None:
+    """Check that the distributed optimizer supports train.optimizer.name."""
+    name, sharded = run.train.optimizer.name, run.parallel.distributed_optimizer and run.train.engine == "megatron"
+    if sharded and not OPTIMIZERS[name].distributed:
+        able = " or ".join(other for other, spec in OPTIMIZERS.items() if spec.distributed)
+        problems.add(
+            "train.optimizer.name",
+            f"{name} does not run with parallel.distributed_optimizer; set that to false, or this to {able}",
         )
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_hybrid.arch.padding import FP8_ALIGNMENT, PaddedSizes, round_up
+from megatron_hybrid.arch.padding import PaddedSizes, round_up
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import Problems
 
@@ -15,8 +15,8 @@ ATTENTION_HEAD_DIM = 128
 
 def check_precision(run: "RunConfig", problems: Problems) -> None:
     """What `precision` asks of the model, the batch and train.dtype."""
-    precision = run.precision
-    if not precision.fp8:
+    precision, recipe = run.precision, run.precision.recipe
+    if recipe is None:
         return
     if run.train.dtype == "fp32":
         problems.add(
@@ -33,7 +33,7 @@ def check_precision(run: "RunConfig", problems: Problems) -> None:
             "true needs parallel.distributed_optimizer, the one that casts its fp32 weights to FP8; set that to true, or this to "
             "false",
         )
-    _check_widths(run, problems)
+    _check_widths(run, recipe.alignment, problems)
     _check_attention(run, problems)
     layers, model = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16, run.model
     if layers >= model.num_layers:
@@ -44,22 +44,22 @@ def check_precision(run: "RunConfig", problems: Problems) -> None:
         )
 
 
-def _check_widths(run: "RunConfig", problems: Problems) -> None:
-    """Rows and columns of every FP8 matrix on a rank, in multiples of 16."""
-    model, ranks, unit = run.model, run.parallel.tensor_parallel_size, FP8_ALIGNMENT
+def _check_widths(run: "RunConfig", unit: int, problems: Problems) -> None:
+    """Check that rows and columns of every FP8 matrix on a rank are multiples of `unit`."""
+    model, ranks = run.model, run.parallel.tensor_parallel_size
     sizes = PaddedSizes.of(model, ranks)
     if model.hidden_size % unit:
-        _add(problems, "model.hidden_size", model.hidden_size, 1)
+        _add(problems, "model.hidden_size", model.hidden_size, unit, 1)
     if model.ffn_hidden_size % (unit * ranks) and model.ffn_hidden_size % ranks == 0:
-        _add(problems, "model.ffn_hidden_size", model.ffn_hidden_size, ranks)
+        _add(problems, "model.ffn_hidden_size", model.ffn_hidden_size, unit, ranks)
     if set(model.layers) & {"A", "W"}:
         width = sizes.num_attention_heads * model.attention_head_dim
         if width % (unit * ranks):
-            _heads(problems, "model.head_dim", model.attention_head_dim, width // ranks)
+            _heads(problems, "model.head_dim", model.attention_head_dim, unit, width // ranks)
     if "G" in model.layers and model.gdn is not None:
         width = sizes.gdn_value_heads * model.gdn.value_head_dim
         if width % (unit * ranks):
-            _heads(problems, "model.gdn.value_head_dim", model.gdn.value_head_dim, width // ranks)
+            _heads(problems, "model.gdn.value_head_dim", model.gdn.value_head_dim, unit, width // ranks)
     context = run.parallel.context_parallel_size
     shared = context * (ranks if run.parallel.sequence_parallel_on else 1)
     tokens = run.data.sequence_length * run.train.micro_batch_size
@@ -73,9 +73,9 @@ def _check_widths(run: "RunConfig", problems: Problems) -> None:
         )
 
 
-def _add(problems: Problems, field: str, value: int, ranks: int) -> None:
-    unit = FP8_ALIGNMENT * ranks
-    words = f"{FP8_ALIGNMENT} x tensor_parallel_size {ranks} = {unit}" if ranks > 1 else str(unit)
+def _add(problems: Problems, field: str, value: int, alignment: int, ranks: int) -> None:
+    unit = alignment * ranks
+    words = f"{alignment} x tensor_parallel_size {ranks} = {unit}" if ranks > 1 else str(unit)
     problems.add(
         field,
         f"{value} is not a multiple of {words}, as FP8 needs; the nearest is {nearest.multiple(value, unit)}, or set "
@@ -83,11 +83,11 @@ def _add(problems: Problems, field: str, value: int, ranks: int) -> None:
     )
 
 
-def _heads(problems: Problems, field: str, value: int, width: int) -> None:
+def _heads(problems: Problems, field: str, value: int, alignment: int, width: int) -> None:
     problems.add(
         field,
-        f"{value} makes a rank's heads {width} wide, and FP8 takes multiples of {FP8_ALIGNMENT}; the nearest that always fits "
-        f"is {round_up(value, FP8_ALIGNMENT)}, or set precision.fp8_recipe to null",
+        f"{value} makes a rank's heads {width} wide, and FP8 takes multiples of {alignment}; the nearest that always fits "
+        f"is {round_up(value, alignment)}, or set precision.fp8_recipe to null",
     )
 
 

@@ -1,9 +1,8 @@
 """FP8 recipes of GEMMs and attention."""
 
-from typing import Literal
-
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
+from megatron_hybrid.arch.fp8_recipes import FP8_RECIPES, RECOMMENDED, Fp8Recipe, Fp8RecipeName
 from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.base.section import Section
 
@@ -15,7 +14,7 @@ class PrecisionConfig(Section):
     fp8_param_gather is set.
     """
 
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = None
+    fp8_recipe: Fp8RecipeName | None = None
     """Recipe of the GEMMs in mixer projections and MLPs. None: train.dtype. delayed: scales from past steps; tensorwise: scales of
     the current tensor; blockwise: scales per 1 x 128 and 128 x 128 block."""
     fp8_attention: bool = False
@@ -39,12 +38,13 @@ class PrecisionConfig(Section):
         if self.fp8_attention and not self.fp8_recipe:
             problems.add(
                 "fp8_attention",
-                "true needs FP8 GEMMs, whose backward pass keeps its scales; set fp8_recipe to tensorwise, or this to false",
+                "true needs FP8 GEMMs, whose backward pass keeps its scales; set fp8_recipe to "
+                f"{RECOMMENDED.name}, or this to false",
             )
-        if self.fp8_recipe is None or self.fp8_recipe == "delayed":
+        if self.recipe is None or not self.recipe.bf16_layers:
             for field in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
                 if count := getattr(self, field):
-                    remedy = "set fp8_recipe to tensorwise, or this to 0"
+                    remedy = f"set fp8_recipe to {RECOMMENDED.name}, or this to 0"
                     problems.add(
                         field, f"{count} has no meaning with fp8_recipe = {self.fp8_recipe or 'null'}; {remedy}"
                     )
@@ -55,13 +55,18 @@ class PrecisionConfig(Section):
 
     def _check_fp8_param_gather(self, problems: Problems) -> None:
         if not self.fp8_recipe:
-            remedy = "set fp8_recipe to tensorwise, or this to false"
+            remedy = f"set fp8_recipe to {RECOMMENDED.name}, or this to false"
             problems.add("fp8_param_gather", f"true needs FP8 GEMMs, whose weights it holds; {remedy}")
         if not self.cache_fp8_weights:
             remedy = "set it to true, or fp8_param_gather to false"
             problems.add(
                 "cache_fp8_weights", f"false has no meaning with fp8_param_gather: no weight is cast; {remedy}"
             )
+
+    @property
+    def recipe(self) -> Fp8Recipe | None:
+        """The entry of `fp8_recipe` in the table of recipes."""
+        return None if self.fp8_recipe is None else FP8_RECIPES[self.fp8_recipe]
 
     @property
     def fp8(self) -> bool:

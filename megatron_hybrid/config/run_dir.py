@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.run import RunConfig
@@ -20,8 +21,9 @@ class RunDirError(ConfigError):
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Return the size of one checkpoint: weights, fp32 masters where the weights are not fp32, and two moments."""
-    per_value = {"bf16": 2 + 4 + 4 + 4, "fp32": 4 + 4 + 4}[config.train.dtype]
+    """Return the size of one checkpoint: weights, fp32 master weights unless the weights are fp32, and optimizer state."""
+    optimizer = OPTIMIZERS[config.train.optimizer.name]
+    per_value = optimizer.checkpoint_bytes({"bf16": 2, "fp32": 4}[config.train.dtype])
     return per_value * sum(tensor.numel for tensor in model_tensors(config.model).values())
 
 

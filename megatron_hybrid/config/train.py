@@ -4,14 +4,17 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from megatron_hybrid.arch.optimizers import OptimizerName
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems
 from megatron_hybrid.base.section import Section
 
 
 class OptimizerConfig(Section):
-    """AdamW. Embeddings, norms and one-dimensional parameters carry the decay that `no_decay` leaves them."""
+    """The optimizer and its hyperparameters."""
 
+    name: OptimizerName = "adamw"
+    """The optimizer."""
     lr: PositiveFloat = 3e-4
     betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
     eps: PositiveFloat = 1e-8
@@ -21,8 +24,8 @@ class OptimizerConfig(Section):
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
     offload_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of master weights and moments that is kept, and updated, in host memory: 16 bytes of it a parameter, by whole tensors.
-    A checkpoint does not depend on it."""
+    """Fraction of master weights and optimizer state to keep and update in host memory, in whole tensors. AdamW takes 16 bytes of
+    host memory per parameter. Checkpoints do not depend on it."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":

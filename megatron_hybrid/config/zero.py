@@ -1,10 +1,10 @@
-"""DeepSpeed's ZeRO: what data parallel ranks share out, and what leaves the device. Read where train.engine = deepspeed."""
+"""DeepSpeed's ZeRO: what the data parallel ranks shard, and what is offloaded. Used with train.engine = deepspeed."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_hybrid.base.errors import Problems, join, shown
+from megatron_hybrid.base.errors import ConfigError, Problems, join, shown
 from megatron_hybrid.base.section import Section
 
 if TYPE_CHECKING:
@@ -12,42 +12,43 @@ if TYPE_CHECKING:
 
 
 class ZeroConfig(Section):
-    """How DeepSpeed keeps the model's state. A checkpoint does not depend on it: any run resumes from any other's."""
+    """Where DeepSpeed keeps the model's state. Checkpoints do not depend on it: any run can resume from any other's."""
 
     stage: Literal[1, 2, 3] = 2
-    """What data parallel ranks share out: 1 the optimizer's state; 2 gradients too; 3 parameters too."""
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where master weights, moments and reduced gradients lie, and Adam runs: on the device, in host memory, or on NVMe."""
+    """What the data parallel ranks shard. 1: optimizer state; 2: gradients too; 3: parameters too."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where master weights, optimizer state and reduced gradients are kept and updated: on the device, or in host memory."""
     offload_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of that state which is offloaded; the rest stays on the device. Below 1: stage 3 and cpu only."""
+    """Fraction of that state to offload; the rest stays on the device. Below 1: stage 3 only."""
     offload_parameters: Literal["none", "cpu"] = "none"
-    """Where parameters lie while they are not in use. Stage 3 only. (DeepSpeed 0.19.8's swapping of parameters to NVMe ends in an
-    assertion of its own with this model.)"""
-    nvme_path: str | None = None
-    """Folder on a local NVMe disk, for what is offloaded there."""
+    """Where parameters are kept while they are not in use. Stage 3 only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_nvme(cls, values: Any) -> Any:
+        """Refuse offload to NVMe, which earlier versions had. Their saved configurations hold `nvme_path: null`."""
+        if not isinstance(values, dict):
+            return values
+        if values.get("offload_optimizer") == "nvme":
+            raise ConfigError.at(
+                "offload_optimizer", "nvme is no longer supported; set it to cpu, and leave nvme_path out"
+            )
+        if values.get("nvme_path") is not None:
+            raise ConfigError.at("nvme_path", "offload to NVMe is no longer supported; leave it out")
+        return {name: value for name, value in values.items() if name != "nvme_path"}
 
     @model_validator(mode="after")
     def _check(self) -> "ZeroConfig":
-        problems, on_nvme = Problems(), self.offload_optimizer == "nvme"
+        problems = Problems()
         if self.offload_parameters != "none" and self.stage != 3:
             problems.add(
                 "offload_parameters",
-                f"{self.offload_parameters} needs parameters that are shared out: set stage to 3; or set it to none",
-            )
-        if self.offload_optimizer == "nvme" and self.stage != 3:
-            problems.add(
-                "offload_optimizer", f"nvme needs stage 3, and it is {self.stage}; set stage to 3, or this to cpu"
+                f"{self.offload_parameters} needs sharded parameters; set stage to 3, or set it to none",
             )
         if self.offload_fraction < 1 and (self.stage != 3 or self.offload_optimizer != "cpu"):
             problems.add(
                 "offload_fraction",
                 f"{self.offload_fraction:g} needs stage 3 and offload_optimizer cpu; set both, or this to 1.0",
-            )
-        if on_nvme and self.nvme_path is None:
-            problems.add("nvme_path", "is missing; give a folder on a local NVMe disk, or offload to cpu")
-        if self.nvme_path is not None and not on_nvme:
-            problems.add(
-                "nvme_path", f"{shown(self.nvme_path)} is not used: nothing is offloaded to nvme; set it to null"
             )
         problems.raise_if_any()
         return self

@@ -1,7 +1,7 @@
-"""What a conversion says when it cannot be done."""
+"""Errors of conversions."""
 
 from megatron_hybrid.base.errors import UserError
 
 
 class ConversionError(UserError):
-    """Files that are damaged, unsafe, incomplete or not representable; names what is wrong and the remedy."""
+    """Files are damaged, unsafe, incomplete or not representable. The message names what is wrong and the remedy."""

@@ -1,11 +1,11 @@
-"""Running a conversion: files written by one process or several, into a temporary folder that is renamed when whole.
+"""Run a conversion: one or several processes write files into a temporary folder, which is renamed when it is complete.
 
-    .converting-NAME/              beside the target NAME, while it is under way
-        plan.json                  what is being made of what
+    .converting-NAME/              next to the target NAME, while the conversion runs
+        plan.json                  sources and headers of the conversion
         model-00001-of-00004.safetensors
-        model-00001-of-00004.safetensors.done.json     its size and hash: written when the file is safe on disk
+        model-00001-of-00004.safetensors.done.json     its size and hash, written when the file is safe on disk
 
-The same command again goes on where it was interrupted, if neither sources nor options have changed.
+To resume after an interruption, run the same command again. It starts over if sources or options have changed.
 """
 
 import hashlib
@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.ranks import Ranks
-from megatron_hybrid.convert.safetensors_writer import (
+from megatron_hybrid.convert.io.writer import (
     OutputTensor,
     Progress,
     Settle,
@@ -29,6 +28,7 @@ from megatron_hybrid.convert.safetensors_writer import (
     in_file_order,
     write_file,
 )
+from megatron_hybrid.convert.ranks import Ranks
 
 _PLAN, _DONE = "plan.json", ".done.json"
 Facts = dict[str, dict[str, Any]]
@@ -36,7 +36,7 @@ Facts = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to make: `files` of tensors, then `finish(folder, facts)` writes what belongs beside them."""
+    """A planned conversion: `files` of tensors, then `finish(folder, facts)`, which writes the files next to them."""
 
     target: Path
     files: dict[str, list[OutputTensor]]
@@ -44,17 +44,18 @@ class Conversion:
     with_hash: bool
     finish: Callable[[Path, Facts], None]
     notes: Sequence[str] = ()
-    """What the user should know of the result: values that were chosen, and what is left out."""
+    """Notes for the user: values that were chosen, and what is left out."""
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors)
 
 
 def split_into_files(tensors: Sequence[OutputTensor], max_bytes: int) -> dict[str, list[OutputTensor]]:
-    """Tensors in order over few files of about the same size, at most `max_bytes` each: an even number, which two ranks share well.
+    """Distribute tensors in order over few files of about the same size, of at most `max_bytes`.
 
-    A tensor is never split: one larger than `max_bytes` has a file to itself.
+    The number of files is even, so that two ranks can share them. A tensor larger than `max_bytes` has its own file.
     """
     total = sum(t.nbytes for t in tensors)
     count = max(1, -(-total // max_bytes))
@@ -63,7 +64,7 @@ def split_into_files(tensors: Sequence[OutputTensor], max_bytes: int) -> dict[st
     groups: list[list[OutputTensor]] = [[]]
     at = held = turn = 0
     for tensor in tensors:
-        due = (at + tensor.nbytes // 2) // even  # the share that the tensor's middle falls into
+        due = (at + tensor.nbytes // 2) // even  # the file that the tensor's middle falls into
         if groups[-1] and (due > turn or held + tensor.nbytes > max_bytes):
             groups.append([])
             held = 0
@@ -78,44 +79,52 @@ def run(conversion: Conversion, ranks: Ranks, progress: Callable[[int], Progress
     """Write the target folder. Every rank calls this with the same conversion.
 
     Args:
-        progress: given the bytes this rank has to write; returns what is called as they are written.
+        progress: called with the bytes that this rank has to write. Returns a function that is called as they are written.
 
     Raises:
-        ConversionError: the target exists, or something cannot be read; the temporary folder stays where going on is possible.
+        ConversionError: the target exists, or a source cannot be converted.
+        OSError: reading or writing failed. The temporary folder is kept, so that the conversion can be resumed.
     """
-    target = conversion.target
-    folder = target.parent / f".converting-{target.name}"
-    error: BaseException | None = None
-    try:
-        _check_target(target)
+    folder = conversion.target.parent / f".converting-{conversion.target.name}"
+
+    def prepare() -> None:
+        _check_target(conversion.target)
         if ranks.rank == 0:
             _prepare(folder, conversion)
-    except (ValueError, OSError) as failure:
-        error = failure
-    ranks.agree(error)
-    try:
-        names = list(conversion.files)
-        sizes = [sum(t.nbytes for t in tensors) for tensors in conversion.files.values()]
-        mine = [names[i] for i in ranks.share(sizes) if not (folder / (names[i] + _DONE)).exists()]
-        advance = progress(sum(t.nbytes for name in mine for t in conversion.files[name]))
-        with ThreadPoolExecutor(1) as disk:  # the next file is begun while one is put on disk
-            settled = [disk.submit(_settle, folder / name, _begin(folder / name, conversion, advance)) for name in mine]
-            for future in settled:
-                future.result()
-    except (ValueError, OSError) as failure:
-        error = failure
-    try:
-        ranks.agree(error)
-    except ValueError:
-        if ranks.rank == 0:  # a source that cannot be converted: going on would meet it again
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    try:
+
+    def publish() -> None:
         if ranks.rank == 0:
             _publish(folder, conversion)
-    except (ValueError, OSError) as failure:
-        error = failure
-    ranks.agree(error)
+
+    ranks.agree(_error_of(prepare))
+    try:
+        ranks.agree(_error_of(lambda: _write_share(folder, conversion, ranks, progress)))
+    except ValueError:
+        if ranks.rank == 0:  # a source that cannot be converted: a resumed run would fail again
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    ranks.agree(_error_of(publish))
+
+
+def _error_of(work: Callable[[], None]) -> Exception | None:
+    """Run `work` and return its error, which the ranks then agree on."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        return error
+    return None
+
+
+def _write_share(folder: Path, conversion: Conversion, ranks: Ranks, progress: Callable[[int], Progress]) -> None:
+    """Write this rank's files."""
+    names = list(conversion.files)
+    sizes = [sum(tensor.nbytes for tensor in tensors) for tensors in conversion.files.values()]
+    mine = [names[i] for i in ranks.share(sizes) if not (folder / (names[i] + _DONE)).exists()]
+    advance = progress(sum(tensor.nbytes for name in mine for tensor in conversion.files[name]))
+    with ThreadPoolExecutor(1) as disk:  # the next file is written while one is synced to disk
+        settled = [disk.submit(_settle, folder / name, _begin(folder / name, conversion, advance)) for name in mine]
+        for future in settled:
+            future.result()
 
 
 def _begin(path: Path, conversion: Conversion, advance: Progress) -> Settle:
@@ -126,24 +135,24 @@ def _settle(path: Path, settle: Settle) -> None:
     _write_json(path.with_name(path.name + _DONE), settle())
 
 
-def how_to_go_on(target: Path) -> str:
-    """What to say of an interrupted conversion to `target`."""
+def how_to_resume(target: Path) -> str:
+    """Return what a user must know about an interrupted conversion to `target`."""
     folder = target.parent / f".converting-{target.name}"
     done = len(list(folder.glob("*" + _DONE)))
     if not folder.exists():
         return f"{target} was not written"
-    return f"{target} was not written; {done} finished files are in {folder}: run the same command again to go on, or remove it"
+    return f"{target} was not written; {done} finished files are in {folder}: run the same command again to resume, or remove it"
 
 
 def _check_target(target: Path) -> None:
     if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         raise ConversionError(f"{target} exists; name another folder, or remove it first")
     if not target.name or target.name == "..":
-        raise ConversionError(f"{target} cannot be made; name a folder that does not exist yet")
+        raise ConversionError(f"{target} cannot be created; name a folder that does not exist yet")
 
 
 def _prepare(folder: Path, conversion: Conversion) -> None:
-    """Make the temporary folder; keep it if it is of the very same conversion."""
+    """Create the temporary folder. An existing one of the same conversion is kept."""
     plan = _plan(conversion)
     with suppress(OSError, ValueError):
         if json.loads((folder / _PLAN).read_text()) == plan:
@@ -151,7 +160,7 @@ def _prepare(folder: Path, conversion: Conversion) -> None:
     if os.path.lexists(folder):
         if not folder.is_dir() or folder.is_symlink() or not ((folder / _PLAN).is_file() or not any(folder.iterdir())):
             raise ConversionError(
-                f"{folder} is in the way, and no conversion made it; remove it or name another target"
+                f"{folder} is in the way, and no conversion created it; remove it or name another target"
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -176,10 +185,12 @@ def _sources(conversion: Conversion) -> list[list[Any]]:
 
 
 def _publish(folder: Path, conversion: Conversion) -> None:
-    """Check that all files are there, write the rest, and give the folder its name."""
+    """Check that all files are there, write the rest, and rename the folder."""
     if json.loads((folder / _PLAN).read_text())["sources"] != _sources(conversion):
         shutil.rmtree(folder)
-        raise ConversionError("the files being converted changed meanwhile; start anew when they no longer do")
+        raise ConversionError(
+            "the files being converted changed meanwhile; run the command again when they no longer change"
+        )
     facts: Facts = {}
     for name in conversion.files:
         done = folder / (name + _DONE)
@@ -187,7 +198,9 @@ def _publish(folder: Path, conversion: Conversion) -> None:
             raise ConversionError(f"{folder}: a rank's {name} is not there; do all ranks see the same disk?")
         facts[name] = json.loads(done.read_text())
         if (folder / name).stat().st_size != facts[name]["bytes"]:
-            raise ConversionError(f"{folder / name}: its size is not what was written; remove {folder} and start anew")
+            raise ConversionError(
+                f"{folder / name}: its size is not what was written; remove {folder} and run the command again"
+            )
     conversion.finish(folder, facts)
     for name in [*(name + _DONE for name in conversion.files), _PLAN]:
         (folder / name).unlink()
@@ -197,7 +210,7 @@ def _publish(folder: Path, conversion: Conversion) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file and put it safely on disk."""
+    """Write a small file and sync it to disk."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

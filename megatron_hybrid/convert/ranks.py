@@ -1,4 +1,4 @@
-"""Sharing a conversion over processes: MPI ranks where `mpirun` started them, else this process alone."""
+"""Processes that share a conversion: the MPI ranks that `mpirun` started, or this process alone."""
 
 import os
 import time
@@ -8,22 +8,23 @@ from typing import Any
 from megatron_hybrid.convert.errors import ConversionError
 
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
-"""Set by Open MPI's, MPICH's and Intel MPI's `mpirun`."""
+"""Variables that `mpirun` of Open MPI, MPICH and Intel MPI set."""
 
 
 class Ranks:
-    """This process among those that convert together."""
+    """This process among those that share a conversion."""
 
-    def __init__(self, communicator: Any = None):
+    def __init__(self, communicator: Any = None) -> None:
         self._communicator = communicator
         self.rank: int = communicator.Get_rank() if communicator else 0
         self.size: int = communicator.Get_size() if communicator else 1
 
     def agree(self, error: BaseException | None) -> None:
-        """Wait for all; if one of them failed, all fail.
+        """Wait for all ranks. If one of them failed, all raise.
 
         Raises:
-            the error handed in, or another rank's as an OSError or a ConversionError.
+            BaseException: this rank's error.
+            OSError, ConversionError: another rank's error.
         """
         told = (isinstance(error, OSError), f"{type(error).__name__}: {error}") if error else None
         self._wait_for_all()
@@ -35,15 +36,16 @@ class Ranks:
                 raise (OSError if other[0] else ConversionError)(f"rank {rank} failed: {other[1]}")
 
     def _wait_for_all(self) -> None:
-        """Sleep until every rank is here: MPI's own waiting would take a core from those that still work."""
+        """Sleep until every rank is here. MPI itself polls, which would take a core from ranks that still work."""
         if self._communicator:
             barrier = self._communicator.Ibarrier()
             while not barrier.Test():
                 time.sleep(0.01)
 
     def share(self, sizes: Sequence[int]) -> list[int]:
-        """Indices of the files that this rank writes: the largest first, each to the rank with the least so far."""
-        loads, mine = [0] * self.size, []
+        """Return the indices of this rank's files. The largest come first, each to the rank with the fewest bytes so far."""
+        loads = [0] * self.size
+        mine: list[int] = []
         for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
             rank = loads.index(min(loads))
             loads[rank] += sizes[index]
@@ -53,10 +55,10 @@ class Ranks:
 
 
 def find_ranks() -> Ranks:
-    """The MPI ranks that `mpirun` started, or this process alone.
+    """Return the MPI ranks that `mpirun` started, or this process alone.
 
     Raises:
-        ConversionError: under `mpirun`, but mpi4py is missing; every process would convert everything.
+        ConversionError: `mpirun` started this process, but mpi4py is missing. Every process would convert everything.
     """
     if max(int(os.environ.get(name) or 1) for name in _SIZE_VARIABLES) <= 1:
         return Ranks()

@@ -1,8 +1,8 @@
-"""Micro-batches of a global batch, for one data parallel rank. The one file of `data` where torch is needed.
+"""Data loader: yields the micro-batches of a global batch for one data parallel rank.
 
-A global batch is the samples [consumed, consumed + global_batch_size) of the dataset. Micro-batch m of rank r of d,
-with b sequences each, takes the b samples from consumed + (m·d + r)·b on. So the samples of a step do not depend on
-how many ranks or micro-batches they are spread over, and nothing but consumed_samples need be saved to go on.
+A global batch is the samples [consumed, consumed + global_batch_size) of the dataset. Let each micro-batch have b
+sequences. Micro-batch m of rank r of d then holds the b samples from consumed + (m * d + r) * b on. The samples of a
+step therefore do not depend on the number of ranks or micro-batches. To resume, only consumed_samples has to be saved.
 """
 
 from collections import deque
@@ -14,29 +14,21 @@ import numpy as np
 import torch
 
 from megatron_hybrid.base.errors import UserError
-
-Batch = dict[str, torch.Tensor]
+from megatron_hybrid.data.batch import Batch
 
 
 class Dataset(Protocol):
-    """What is loaded: a `Blend`, or a `FixedLengthDataset`."""
+    """Source of samples: a `Blend` or a `FixedLengthDataset`."""
 
     sequence_length: int
 
     def sample(self, index: int) -> np.ndarray:
-        """int64 [sequence_length + 1], for any index from 0; called from several threads."""
+        """Return int64 [sequence_length + 1], for any index from 0. Several threads call this."""
         ...
 
 
 class BatchLoader:
-    """Reads the micro-batches of one data parallel rank, ahead of the training loop.
-
-    A micro-batch holds, for b sequences of s tokens:
-        tokens        int64 [b, s]
-        labels        int64 [b, s], the token after each token
-        loss_mask     float32 [b, s], ones (see mask_end_of_document)
-        position_ids  int64 [b, s], 0 to s - 1
-    """
+    """Reads the micro-batches of one data parallel rank, ahead of the training loop."""
 
     def __init__(
         self,
@@ -48,15 +40,13 @@ class BatchLoader:
         num_workers: int = 1,
         read_ahead: int | None = None,
         pin_memory: bool = False,
-        mask_end_of_document: int | None = None,
-    ):
-        """Of a dataset, for one rank.
+    ) -> None:
+        """Create a loader of a dataset for one rank.
 
         Args:
-            num_workers: threads; 0 reads in the caller's.
-            read_ahead: micro-batches held ready; None: two a thread, at least 4.
-            pin_memory: in page-locked memory, for copies to a GPU that do not wait.
-            mask_end_of_document: this token's loss counts 0: what follows it is another document, unforeseeable.
+            num_workers: reader threads; 0 reads in the calling thread.
+            read_ahead: micro-batches to hold ready; None: two per thread, at least 4.
+            pin_memory: put batches into page-locked memory, from which copies to a GPU are asynchronous.
 
         Raises:
             ValueError: a size below 1, or a rank outside the size.
@@ -70,14 +60,14 @@ class BatchLoader:
         self.micro_batch_size = micro_batch_size
         self._first = data_parallel_rank * micro_batch_size
         self._stride = data_parallel_size * micro_batch_size
-        self._pin_memory, self._eod = pin_memory, mask_end_of_document
+        self._pin_memory = pin_memory
         self._read_ahead = max(1, read_ahead or max(4, 2 * num_workers))
         self._pool = ThreadPoolExecutor(num_workers, "data") if num_workers else None
-        self._ready: deque[tuple[int, Future[Batch]]] = deque()  # by first sample
+        self._ready: deque[tuple[int, Future[Batch]]] = deque()  # (first sample, batch)
         self._closed = False
 
     def num_micro_batches(self, global_batch_size: int) -> int:
-        """Micro-batches a rank has in a global batch. Raises ValueError if it does not divide."""
+        """Return the number of micro-batches per rank in a global batch. Raises ValueError if it does not divide."""
         count, rest = divmod(global_batch_size, self._stride)
         if rest or count < 1:
             nearest = max(1, round(global_batch_size / self._stride)) * self._stride
@@ -88,14 +78,14 @@ class BatchLoader:
         return count
 
     def global_batch(self, consumed_samples: int, global_batch_size: int) -> Iterator[Batch]:
-        """This rank's micro-batches of the global batch that begins at sample consumed_samples.
+        """Return this rank's micro-batches of the global batch that begins at sample consumed_samples.
 
-        Going on where the last call ended finds its micro-batches read already, whatever the batch sizes; anything else
-        is as right, and reads anew.
+        A call that continues where the last one ended uses the micro-batches that were read ahead, whatever the batch
+        sizes. Any other call discards them and reads its own.
 
         Raises:
-            ValueError: a negative start, a size that does not divide, or a loader that is closed. An error in a thread,
-                such as a DataError that names a token outside the vocabulary, is raised by the iterator, at its micro-batch.
+            ValueError: a negative start, a size that does not divide, or a closed loader. The iterator raises an error
+                of a reader thread (such as a DataError for a token outside the vocabulary) at that micro-batch.
         """
         if self._closed:
             raise ValueError("the loader is closed")
@@ -112,7 +102,7 @@ class BatchLoader:
         if not self._ready or self._ready[0][0] != start:
             self._drop()
         while len(self._ready) < self._read_ahead:
-            # Micro-batches of a rank follow each other at one stride across global batches of any size.
+            # The micro-batches of a rank are one stride apart, across global batches of any size.
             following = self._ready[-1][0] + self._stride if self._ready else start
             self._ready.append((following, self._pool.submit(self._read, following)))
         _, future = self._ready.popleft()
@@ -121,24 +111,14 @@ class BatchLoader:
         return future.result()
 
     def _read(self, start: int) -> Batch:
-        """The micro-batch whose first sample is start."""
+        """Read the micro-batch whose first sample is `start`."""
         try:
             samples = np.stack([self.dataset.sample(start + i) for i in range(self.micro_batch_size)])  # [b, s + 1]
         except UserError as error:
             error.printed_by = "each rank"  # the others read other samples
             raise
-        samples_bs = torch.from_numpy(samples)
-        tokens = samples_bs[:, :-1].contiguous()
-        mask = torch.ones(tokens.shape, dtype=torch.float32)
-        if self._eod is not None:
-            mask[tokens == self._eod] = 0.0
-        batch = {
-            "tokens": tokens,
-            "labels": samples_bs[:, 1:].contiguous(),
-            "loss_mask": mask,
-            "position_ids": torch.arange(tokens.shape[1]).repeat(tokens.shape[0], 1),
-        }
-        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin_memory else batch
+        batch = Batch.of_samples(torch.from_numpy(samples))
+        return batch.pin_memory() if self._pin_memory else batch
 
     def _drop(self) -> None:
         for _, future in self._ready:
@@ -146,7 +126,7 @@ class BatchLoader:
         self._ready.clear()
 
     def close(self) -> None:
-        """Stop reading ahead and end the threads. The loader cannot be used after."""
+        """Stop reading ahead and end the threads. A closed loader cannot be used again."""
         self._closed = True
         self._drop()
         if self._pool is not None:

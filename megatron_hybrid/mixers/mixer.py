@@ -19,7 +19,7 @@ from megatron_hybrid.distributed.device import parameter_device
 from megatron_hybrid.mixers.initial_values import draw
 from megatron_hybrid.mixers.sharded_state import true_tensors
 from megatron_hybrid.mixers.tensor_slices import Piece, Pieces
-from megatron_hybrid.precision.fp8_parameters import held_in_fp8
+from megatron_hybrid.precision.fp8_parameters import is_fp8_param
 
 
 class Mixer(MegatronModule):
@@ -73,7 +73,7 @@ class Mixer(MegatronModule):
                     piece.view(parameter).copy_(piece.of_true(drawn))
 
     def _zero_padding(self, name: str, parameter: torch.nn.Parameter, pieces: list[Piece]) -> None:
-        if held_in_fp8(parameter):
+        if is_fp8_param(parameter):
             if self.has_dummy_heads:
                 raise UserError(
                     f"fp8_param: {name} would hold dummy heads in FP8; set it to False, or choose a tensor_model_parallel_size "

@@ -15,7 +15,6 @@ from megatron_hybrid.model.parts import LOCAL, Parts, choose_parts
 from megatron_hybrid.precision.attention_probe import probe_attention
 
 Row = tuple[str, str, str, str, str]
-_SCALING = {"delayed": "delayed", "tensorwise": "current", "blockwise": "blockwise"}
 
 
 def format_table(
@@ -72,8 +71,8 @@ def _ranges(layers: Iterable[int]) -> str:
 
 
 def _linears(chunks, parts: Parts, reason: str, precision: PrecisionConfig, dtype: str) -> Iterator[Row]:
-    what = "projections, MLP"
-    if not precision.fp8:
+    what, recipe = "projections, MLP", precision.recipe
+    if recipe is None:
         apex = " with Apex's weight gradients" if parts is LOCAL and apex_weight_gradients() else ""
         yield _stage(chunks), what, dtype, parts.name + apex, reason
         return
@@ -91,12 +90,10 @@ def _linears(chunks, parts: Parts, reason: str, precision: PrecisionConfig, dtyp
     fp8 = [i for i in layers if start <= i < end]
     if not fp8:
         return
-    scaling = _SCALING[precision.fp8_recipe]
-    name = f"fp8 e4m3 (gradients e5m2), {scaling} scaling" if scaling != "blockwise" else "fp8 e4m3, blockwise scaling"
-    held, why = "", f"precision.fp8_recipe = {precision.fp8_recipe}"
+    held, why = "", f"precision.fp8_recipe = {recipe.name}"
     if precision.fp8_param_gather:
         held, why = ", weights held in fp8", f"{why}, fp8_param_gather = true"
-    yield _ranges(fp8), what, name + held, parts.name, why
+    yield _ranges(fp8), what, recipe.description + held, parts.name, why
 
 
 def _mixers(chunks, parts, reason, precision, dtype, sequence_length, batch_size) -> Iterator[Row]:

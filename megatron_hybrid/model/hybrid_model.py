@@ -14,7 +14,7 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm
 from megatron_hybrid.model.layer_specs import stack_submodules
 from megatron_hybrid.model.megatron_config import hybrid_layer_pattern, transformer_config
-from megatron_hybrid.model.output_layer import Losses, OutputLayer
+from megatron_hybrid.model.output_layer import OutputLayer, TokenLosses
 from megatron_hybrid.model.parts import Parts, choose_parts
 from megatron_hybrid.precision.context import around_layers
 
@@ -103,8 +103,8 @@ class HybridLanguageModel(HybridModel):
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
         z_loss: float = 0.0,
-    ) -> torch.Tensor | Losses:
-        """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the Losses (z_loss is the weight
+    ) -> torch.Tensor | TokenLosses:
+        """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the TokenLosses (z_loss is the weight
         of the z-loss), means over these tokens. On a stage that is not the last: hidden states [s, b, h], of this rank's tokens.
         Under context parallelism s is this rank's slice of every sequence (distributed/context_parallel.py).
 

@@ -1,4 +1,6 @@
-"""From the last hidden states to logits, or straight to the losses without ever holding all logits."""
+"""Output layer: from the last hidden states to logits, or to the losses without materializing all logits."""
+
+from typing import NamedTuple
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -10,12 +12,20 @@ from megatron.core.tensor_parallel.mappings import (
 from hybrid_kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_hybrid.distributed.collectives import vocab_parallel
 
-Losses = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""What is differentiated; the mean cross-entropy in nats a token; the mean z-loss, unweighted. The last two detached."""
+
+class TokenLosses(NamedTuple):
+    """Mean losses over the tokens of a micro-batch."""
+
+    total: torch.Tensor
+    """The differentiated loss: cross-entropy plus weighted z-loss."""
+    cross_entropy: torch.Tensor
+    """In nats per token, detached."""
+    z_loss: torch.Tensor
+    """Unweighted, detached."""
 
 
 class _GradientIsInMainGrad(torch.autograd.Function):
-    """The identity on a weight whose gradient a kernel adds to `main_grad`: tells DDP so, and wakes its hook."""
+    """Identity on a weight whose gradient a kernel adds to `main_grad`: tells DDP so and triggers its hook."""
 
     @staticmethod
     def forward(ctx, weight):
@@ -30,19 +40,21 @@ class _GradientIsInMainGrad(torch.autograd.Function):
 
 
 class OutputLayer(ColumnParallelLinear):
-    """megatron-core's output layer with a second way to call it. A module of its own, so that DDP's hook on its call waits
-    for its weight."""
+    """megatron-core's output layer, which can also return losses.
+
+    It stays a module of its own, so that DDP's forward hook waits for its weight.
+    """
 
     def forward(self, x_sbh, weight=None, runtime_gather_output=None, *, labels=None, loss_mask=None, **loss_options):
         """
         Args:
             x_sbh: [s, b, h], this rank's tokens under sequence parallelism.
-            weight: the embedding's where it is shared; None: this layer's own.
+            weight: the embedding's weight if it is shared; None: this layer's own.
             labels, loss_mask: [s, b].
-            loss_options: of hybrid_kernels.linear_cross_entropy.
+            loss_options: options of hybrid_kernels.linear_cross_entropy.
 
         Returns:
-            (logits [s, b, vocabulary / tp], None); the Losses where labels are given.
+            (logits [s, b, vocabulary / tp], None); with labels, the TokenLosses.
         """
         if labels is None:
             return super().forward(x_sbh, weight=weight, runtime_gather_output=runtime_gather_output)
@@ -56,7 +68,7 @@ class OutputLayer(ColumnParallelLinear):
             buffer = getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None
             if buffer is not None:
                 weight = _GradientIsInMainGrad.apply(weight)
-        return linear_cross_entropy(
+        losses = linear_cross_entropy(
             x_sbh,
             weight,
             labels.contiguous(),
@@ -65,3 +77,4 @@ class OutputLayer(ColumnParallelLinear):
             grad_weight_buffer=buffer,
             **loss_options,
         )
+        return TokenLosses(*losses)

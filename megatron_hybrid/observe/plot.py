@@ -73,11 +73,6 @@ def thin(columns: Sequence[Sequence[float]], most: int = MOST_POINTS) -> list[li
     return [[_mean(column[i : i + size]) for i in range(0, len(column), size)] for column in columns]
 
 
-def plot_file(metrics: Path | str, image: Path | str, title: str | None = None) -> None:
-    """Draw the curve of a metrics.jsonl."""
-    draw(Curve.read(metrics), image, title)
-
-
 def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
     """Write a curve as a PNG, by way of a temporary file: who looks on never sees half a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

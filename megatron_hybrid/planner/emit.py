@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.arch.fp8_recipes import RECOMMENDED
 from megatron_hybrid.base import yaml_text
 from megatron_hybrid.base.errors import ConfigError, shown
 from megatron_hybrid.config import presets
@@ -23,7 +24,7 @@ def base_run(
     Args:
         name_or_path: a preset's name; a YAML file with a model's fields; or a whole run's, whose data, training and
             precision are kept, and its parallel.tp_comm_overlap for the layouts that can have it.
-        sequence_length, global_batch_size, precision: laid over it. precision: bf16, fp8 (tensorwise), or an FP8 recipe.
+        sequence_length, global_batch_size, precision: laid over it. precision: bf16, fp8 (the recommended recipe), or an FP8 recipe.
 
     Raises:
         ConfigError: whatever is wrong with any of them.
@@ -69,7 +70,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bool]:
     return read, isinstance(parallel, dict) and bool(parallel.get("tp_comm_overlap"))
 
 
-_RECIPES = {"bf16": "null", "fp8": "tensorwise"}
+_RECIPES = {"bf16": "null", "fp8": RECOMMENDED.name}
 
 
 def _absent(data: dict[str, Any], key: str) -> bool:

@@ -52,7 +52,7 @@ class Layers:
         plan = self.plan
         if plan.tp == 1:
             return 0
-        scales = 2 if plan.precision.fp8_recipe == "tensorwise" else 0
+        scales = plan.precision.recipe.amax_all_reduces if plan.precision.recipe else 0
         if plan.parallel.tp_comm_overlap:
             return scales
         if not plan.parallel.sequence_parallel_on:

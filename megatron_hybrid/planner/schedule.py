@@ -152,9 +152,3 @@ def analytic_seconds(times: StageTimes, pp: int, microbatches: int) -> float:
     work = [sum(times.forward[rank::pp]) + sum(times.backward[rank::pp]) for rank in range(pp)]
     filling = (sum(work) - max(work)) / vpp if pp > 1 else 0.0
     return microbatches * max(work) + filling + 2 * (pp - 1) * times.transfer
-
-
-def analytic_bubble(pp: int, vpp: int, microbatches: int) -> float:
-    """The waiting share of a step with equal stages: (p - 1) / v over m + (p - 1) / v."""
-    waiting = (pp - 1) / vpp
-    return waiting / (microbatches + waiting)

@@ -1,33 +1,40 @@
-"""Runs a run's attention once at its own shapes: which backend Transformer Engine takes, and whether it is right."""
+"""Runs a run's attention once, with its own shapes, to find the backend and to check that FP8 attention is correct."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_hybrid.base.errors import ConfigError
 
 LARGEST_ERROR = 0.15
-"""Of FP8 attention, relative, on normal data: right versions err by 0.06, wrong ones by 0.37."""
+"""Largest relative error of FP8 attention on normal data. Correct versions have 0.06, wrong ones 0.37."""
+
+Attention = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class AttentionProbe:
-    """What ran."""
+    """Result of a probe."""
 
     backend: str
     error: float | None
-    """||fp8 - bf16|| / ||bf16||; None where nothing runs in FP8."""
+    """||fp8 - bf16|| / ||bf16||; None: nothing runs in FP8."""
 
 
-def probe_attention(fp8, plain, s: int, b: int, heads: int, groups: int, head_dim: int) -> AttentionProbe:
-    """
+def probe_attention(
+    fp8: Attention | None, plain: Attention, s: int, b: int, heads: int, groups: int, head_dim: int
+) -> AttentionProbe:
+    """Run attention on random inputs.
+
     Args:
-        fp8: an attention module of the run's kind, not part of the model (its scales change); None: plain is the run's.
-        plain: the same in bf16.
-        s, b, heads, groups, head_dim: of a rank's micro-batch.
+        fp8: an FP8 attention module that is not part of the model, because its scales change. None: the run uses `plain`.
+        plain: the same module in bf16.
+        s, b, heads, groups, head_dim: sizes of a rank's micro-batch.
 
     Raises:
-        ConfigError: FP8 attention that does not run here, or errs by more than LARGEST_ERROR.
+        ConfigError: FP8 attention that does not run here, or whose error exceeds LARGEST_ERROR.
     """
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
@@ -38,7 +45,7 @@ def probe_attention(fp8, plain, s: int, b: int, heads: int, groups: int, head_di
     if fp8 is None:
         return AttentionProbe(_backend(), None)
     try:
-        for _ in range(3):  # the scales settle
+        for _ in range(3):  # until the scales settle
             found = _run(fp8, q, k, v)
     except (ValueError, RuntimeError) as error:
         raise ConfigError.at(
@@ -49,21 +56,23 @@ def probe_attention(fp8, plain, s: int, b: int, heads: int, groups: int, head_di
     if not difference <= LARGEST_ERROR:
         raise ConfigError.at(
             "precision.fp8_attention",
-            f"true errs by {difference:.2g} here, where {LARGEST_ERROR} is the most a right one does; set it to false",
+            f"true has a relative error of {difference:.2g} here, above the {LARGEST_ERROR} of a correct version; set it to "
+            "false",
         )
     return AttentionProbe(_backend(), difference)
 
 
 @torch.no_grad()
-def _run(attention, q, k, v) -> torch.Tensor:
+def _run(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     from megatron.core.transformer.enums import AttnMaskType
 
     return attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal).float()
 
 
 def _backend() -> str:
-    from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends as chosen
+    from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends
 
+    chosen: dict[str, Any] = _attention_backends
     if chosen["use_flash_attention"]:
         return f"FlashAttention {chosen['flash_attention_backend']}"
     return "cuDNN's fused attention" if chosen["use_fused_attention"] else "unfused attention"

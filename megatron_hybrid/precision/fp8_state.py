@@ -1,29 +1,32 @@
-"""The scales and histories that delayed scaling carries from step to step, as plain tensors for checkpoints.
+"""Scales and amax histories of delayed scaling, as plain tensors for checkpoints.
 
-The data and tensor parallel ranks of a stage take the largest values together, so all of them hold the same: the state
-belongs to a layer, not to a layout.
+All data and tensor parallel ranks of a stage reduce their amax values together, so they hold the same state. It belongs to
+a layer, not to a layout.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+
+from megatron_hybrid.arch.fp8_recipes import FP8_RECIPES
 
 _DIRECTIONS = ("scaling_fwd", "scaling_bwd")
 _VALUES = ("scale", "amax_history")
 _FORWARD_TENSORS = 3
-"""Of a matrix product: input, weight, output."""
+"""Tensors of a GEMM in the forward pass: input, weight, output."""
 
 
 class Fp8State:
-    """FP8 state of a rank's model chunks. Empty where no part is scaled from past steps.
+    """FP8 state of a rank's model chunks. Empty if no part uses delayed scaling.
 
     Tensor names are `fp8/layers.LAYER.MODULE/DIRECTION.VALUE`.
     """
 
-    def __init__(self, chunks):
+    def __init__(self, chunks: Sequence[Any]) -> None:
         self.chunks = chunks
 
-    def _modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
+    def _modules(self) -> Iterator[tuple[str, Any]]:
         for chunk in self.chunks:
             for layer in chunk.decoder.layers:
                 for name, module in layer.named_modules():
@@ -31,7 +34,7 @@ class Fp8State:
                         yield f"fp8/layers.{layer.layer_number - 1}.{name}", module
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every state tensor by name, live. Empty before the first step."""
+        """Return every state tensor by name, not copied. Empty before the first step."""
         state = {}
         for name, module in self._modules():
             for direction in _DIRECTIONS:
@@ -43,13 +46,14 @@ class Fp8State:
 
     @torch.no_grad()
     def restore(self, saved: Callable[[str], torch.Tensor | None]) -> None:
-        """Take over what was saved, before the first step.
+        """Restore saved state before the first step.
 
         Args:
-            saved: a tensor by name; None where the checkpoint has none (its run had another format): scales start anew.
+            saved: returns a tensor by name; None if the checkpoint does not have it, because its run used another recipe.
+                The scales of that module then start from their initial values.
         """
         for name, module in self._modules():
-            recipe = getattr(module, "recipe", None) or self._linear_recipe()
+            recipe = getattr(module, "recipe", None) or self._gemm_recipe()
             scale = saved(f"{name}/{_DIRECTIONS[0]}.scale")
             if recipe is None or scale is None:
                 continue
@@ -64,9 +68,9 @@ class Fp8State:
                         continue
                     target.copy_(source)
 
-    def _linear_recipe(self):
+    def _gemm_recipe(self) -> Any:
         config = self.chunks[0].config
-        if config.fp8_recipe != "delayed" or not config.fp8:
+        if not config.fp8 or not FP8_RECIPES[config.fp8_recipe].scales_from_past_steps:
             return None
         from megatron.core.fp8_utils import get_fp8_recipe
 

@@ -1,13 +1,31 @@
-"""Transformer Engine's recipes that megatron-core has no field for."""
+"""Transformer Engine's recipe objects."""
 
 from functools import cache
+from typing import Any
 
-from transformer_engine.common.recipe import DelayedScaling, Format
+from megatron_hybrid.arch.fp8_recipes import ATTENTION, Fp8Recipe
+
+
+def transformer_engine_recipe(recipe: Fp8Recipe, **options: Any) -> Any:
+    """Return Transformer Engine's object for a recipe.
+
+    Args:
+        options: arguments of its class.
+    """
+    from transformer_engine.common import recipe as recipes
+
+    return getattr(recipes, recipe.transformer_engine_class)(**options)
 
 
 @cache
-def attention_recipe(amax_history: int) -> DelayedScaling:
-    """Delayed scaling for attention, e4m3 forward and e5m2 backward."""
-    return DelayedScaling(
-        fp8_format=Format.HYBRID, amax_history_len=amax_history, amax_compute_algo="max", fp8_dpa=True
+def attention_recipe(amax_history_len: int) -> Any:
+    """Return the recipe of FP8 attention: e4m3 forward and e5m2 backward. megatron-core has no field for it."""
+    from transformer_engine.common.recipe import Format
+
+    return transformer_engine_recipe(
+        ATTENTION,
+        fp8_format=Format.HYBRID,
+        amax_history_len=amax_history_len,
+        amax_compute_algo="max",
+        fp8_dpa=True,
     )

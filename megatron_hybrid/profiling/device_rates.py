@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.gated_delta_rule import gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
+from megatron_hybrid.arch.fp8_recipes import ATTENTION, FP8_RECIPES, Fp8Recipe
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.padding import PackedWidths, PaddedSizes
 from megatron_hybrid.distributed.device import has_cuda, local_device
+from megatron_hybrid.precision.recipes import transformer_engine_recipe
 
 Point = dict[str, Any]
-FORMATS = ("bf16", "tensorwise", "delayed", "blockwise")
+FORMATS = ("bf16", *FP8_RECIPES)
 MESSAGES = (2**16, 2**20, 2**24, 2**27, 2**29)  # bytes of a collective's whole tensor
 
 
@@ -120,7 +122,7 @@ def linear_points(form: str, m: int, n: int, k: int) -> Iterator[Point]:
         linear = te.Linear(k, n, bias=False, params_dtype=dtype, device=device, fuse_wgrad_accumulation=True)
         linear.weight.main_grad = torch.zeros(n, k, device=device)
         if form != "bf16":
-            context = _fp8_context(form)
+            context = _fp8_context(FP8_RECIPES[form])
     else:
         linear = torch.nn.Linear(k, n, bias=False, device=device, dtype=dtype)
 
@@ -131,16 +133,10 @@ def linear_points(form: str, m: int, n: int, k: int) -> Iterator[Point]:
     yield from _both({"op": "linear", "format": form, "m": m, "n": n, "k": k}, forward)
 
 
-def _fp8_context(form: str, **options) -> Callable[[], AbstractContextManager]:
+def _fp8_context(recipe: Fp8Recipe, **options) -> Callable[[], AbstractContextManager]:
     import transformer_engine.pytorch as te
-    from transformer_engine.common import recipe
 
-    recipes = {
-        "tensorwise": recipe.Float8CurrentScaling,
-        "delayed": recipe.DelayedScaling,
-        "blockwise": recipe.Float8BlockScaling,
-    }
-    scaling = recipes[form](**options)
+    scaling = transformer_engine_recipe(recipe, **options)
     return lambda: te.fp8_autocast(enabled=True, fp8_recipe=scaling)
 
 
@@ -156,7 +152,7 @@ def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, 
 
         attention = te.DotProductAttention(heads, d, num_gqa_groups=groups, attn_mask_type="causal", qkv_format="sbhd")
 
-        context = nullcontext if form == "bf16" else _fp8_context("delayed", fp8_dpa=True)
+        context = nullcontext if form == "bf16" else _fp8_context(ATTENTION, fp8_dpa=True)
 
         def forward() -> torch.Tensor:
             with context():

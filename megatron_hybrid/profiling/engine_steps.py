@@ -16,12 +16,14 @@ from megatron_hybrid.base.numbers import positive
 from megatron_hybrid.config.command_line import RunCommandLine
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.device import has_cuda, synchronize
 from megatron_hybrid.distributed.process_groups import stop_distributed
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
 from megatron_hybrid.precision.fp8_parameters import initial_values
-from megatron_hybrid.train.engines.megatron import MegatronEngine, build_engine
+from megatron_hybrid.train.engines.build import build_engine
+from megatron_hybrid.train.engines.megatron import MegatronEngine
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,11 @@ def fill_at_random(chunks, layout, seed: int) -> None:
                 initial_values(parameter).copy_(values)
 
 
-def random_batches(
-    count: int, micro_batch_size: int, sequence_length: int, vocab_size: int, seed: int
-) -> list[dict[str, torch.Tensor]]:
-    """`count` micro-batches of random tokens as engines take them, on the CPU: tokens, labels, loss_mask [micro-batch, sequence]."""
+def random_batches(count: int, micro_batch_size: int, sequence_length: int, vocab_size: int, seed: int) -> list[Batch]:
+    """Return `count` micro-batches of random tokens, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for _ in range(count):
-        tokens = torch.randint(0, vocab_size, (micro_batch_size, sequence_length + 1), generator=generator)
-        labels = tokens[:, 1:]
-        batches.append({"tokens": tokens[:, :-1], "labels": labels, "loss_mask": torch.ones(labels.shape)})
-    return batches
+    shape = (micro_batch_size, sequence_length + 1)
+    return [Batch.of_samples(torch.randint(0, vocab_size, shape, generator=generator)) for _ in range(count)]
 
 
 def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers: bool = False) -> Measured:
@@ -116,7 +112,7 @@ def _measured(engine: MegatronEngine, batches: list, steps: int, warmup: int, lr
     )
 
 
-def _saved_by_layer(engine: MegatronEngine, batch: dict[str, torch.Tensor]) -> tuple[int, ...]:
+def _saved_by_layer(engine: MegatronEngine, batch: Batch) -> tuple[int, ...]:
     """Bytes that stay allocated after each part of one forward pass: embedding, layers, head."""
     (chunk,) = engine.wrapped
     layers = list(engine.chunks[0].decoder.layers)
@@ -126,7 +122,7 @@ def _saved_by_layer(engine: MegatronEngine, batch: dict[str, torch.Tensor]) -> t
         marks.append(torch.cuda.memory_allocated())
 
     hooks = [layers[0].register_forward_pre_hook(mark)] + [layer.register_forward_hook(mark) for layer in layers]
-    output, _ = engine.run._forward_step(iter([batch]), chunk)
+    output, _ = engine.run.forward_step(iter([batch]), chunk)
     mark()
     for hook in hooks:
         hook.remove()

@@ -35,7 +35,7 @@ def config_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[
 
 
 def _resolved(run: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Add the defaults of fields that did not exist when the configuration was saved; leave out what is no section."""
+    """Add the defaults of fields that did not exist when the configuration was saved. Leave out entries that are not sections."""
     sections = {name: run[name] for name in RunConfig.model_fields if name in run}
     try:
         return RunConfig.model_validate(sections).model_dump(mode="json")
@@ -65,7 +65,7 @@ def model_changes(before: ModelConfig, after: ModelConfig) -> dict[str, str]:
 
 
 def _written_out(model: ModelConfig) -> dict[str, Any]:
-    """A model's fields, with those filled in that have more than one spelling."""
+    """Return a model's fields in a canonical form: fields with more than one spelling are resolved."""
     return model.model_dump(mode="json") | {
         "layer_pattern": "".join(model.layers),
         "head_dim": model.attention_head_dim,
@@ -76,16 +76,18 @@ def _written_out(model: ModelConfig) -> dict[str, Any]:
 def data_changes(
     before: Mapping[str, Any], state: Mapping[str, Any], config: RunConfig, identity: dict[str, Any]
 ) -> dict[str, str]:
-    """Return `{field: what changed}` of all that decides which samples follow.
+    """Return `{field: what changed}` of everything that determines the next samples.
 
     Args:
-        before: configuration of the run that saved. state: its state, with the identity of its data; checkpoints of
-            earlier versions have none, and their configuration stands in for it.
-        config, identity: of this run.
+        before: configuration of the run that saved the checkpoint.
+        state: state of that run, with the identity of its data. Checkpoints of earlier versions do not have one; then the
+            configurations are compared.
+        config: configuration of this run.
+        identity: identity of this run's data.
     """
     if isinstance(known := state.get("data"), dict):
         return identity_changes(known, identity)
-    if not isinstance(before.get("data"), Mapping):  # converted weights: no data came before
+    if not isinstance(before.get("data"), Mapping):  # converted weights, without data
         return {}
     fields = ("data.train", "data.seed", "data.sequence_length")
     changes = config_changes(before, config.model_dump(mode="json"))

@@ -1,8 +1,7 @@
-"""The check of the data by all ranks together.
+"""Checks the data with all ranks together.
 
-The check takes as long as the files are large, and a collective fails when a rank comes later than its time limit. So
-the ranks share the work and wait for each other through torch.distributed's key-value store, by polling: without limit,
-and without a collective.
+The check of large files takes long, and a collective fails if a rank exceeds its time limit. So the ranks share the work
+and wait for each other by polling torch.distributed's key-value store: without a time limit, and without a collective.
 """
 
 import itertools
@@ -21,31 +20,31 @@ from megatron_hybrid.data.verdicts import VerdictCache
 
 _REPORT_EVERY_S = 30.0
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.01, 1.0
-_checks = itertools.count()  # every rank makes as many: their numbers tell one check's keys from another's
+_checks = itertools.count()  # every rank counts the same checks; the number separates their keys
 
 
 class StoreTeam:
-    """All ranks, by way of the store that they met in. Every rank makes one at the same point."""
+    """Coordinates all ranks through the key-value store. Every rank creates one at the same point."""
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         store = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"data_check/{next(_checks)}", store)
+        self._store = dist.distributed_c10d.PrefixStore(f"data_check/{next(_checks)}", store)
 
     def claim(self, work: str, count: int) -> Iterator[int]:
-        """Yield the numbers below `count` that this rank is to work on, until all are taken or a rank has failed."""
+        """Yield the numbers below `count` that this rank works on, until all are claimed or a rank has failed."""
         while not self._store.check(["error"]) and (number := self._store.add(f"next/{work}", 1) - 1) < count:
             yield number
 
     def same(self, name: str, value: str) -> bool:
-        """Return whether a value is the one that the first rank to call this has."""
+        """Return whether a value equals that of the first rank that calls this."""
         return self._store.compare_set(name, "", value).decode() == value
 
     def together[T](self, work: Callable[[], T]) -> T:
         """Run `work` on every rank and wait for all. Every rank calls it.
 
         Raises:
-            UserError: what went wrong on a rank, on every rank.
+            UserError: on every rank, the error of the rank that failed.
         """
         try:
             result = work()
@@ -92,7 +91,7 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
 
 
 def _check_same_streams(opened: tuple[Blend, Blend | None], team: StoreTeam) -> None:
-    """Check that all ranks have opened the same files: others would train on other samples without a word."""
+    """Check that all ranks have opened the same files. Otherwise they would silently train on different samples."""
     for split, blend in zip(("train", "validation"), opened, strict=True):
         for index, dataset in enumerate(blend.datasets if blend else ()):
             source, field = dataset.source, f"data.{split}.{index}"
@@ -105,7 +104,7 @@ def _check_same_streams(opened: tuple[Blend, Blend | None], team: StoreTeam) -> 
 
 
 class _Progress:
-    """Prints how far a long check is."""
+    """Prints the progress of a long check."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + _REPORT_EVERY_S / 3

@@ -1,4 +1,4 @@
-"""The files of a run, looked at before it is queued: `tools/pretrain.py CONFIG --dry-run`. No torch, and no token is read."""
+"""Checks the files of a run before it is queued: `tools/pretrain.py CONFIG --dry-run`. Uses no torch and reads no tokens."""
 
 import os
 import re
@@ -17,12 +17,12 @@ from megatron_hybrid.train.start import check_start_point, choose_start
 
 
 class FileProblems:
-    """What is wrong with the files of a run.
+    """Finds problems with the files of a run.
 
     Attributes:
-        wrong: files that no machine could train with.
-        absent: files and folders that are not on this machine; they may be on others, or still to be made.
-        unused: what training does not need.
+        wrong: files with which no machine can train.
+        absent: files and folders that are not on this machine. They may be on others, or may not exist yet.
+        unused: missing files that training does not need.
     """
 
     def __init__(self, config: RunConfig, world_size: int) -> None:
@@ -39,7 +39,7 @@ class FileProblems:
             self.wrong += error.problems
 
     def _look_at_source(self, field: str, source: SourceConfig) -> None:
-        """Open a source as training does, and cut it into samples."""
+        """Open a source and cut it into samples, as training does."""
         absent = _absent_source(source)
         if absent:
             self.absent.add(field, absent)
@@ -70,7 +70,7 @@ class FileProblems:
         else:
             self._try(field, lambda: check_start_point(self.config, choose_start(self.config), None))
 
-    def _try(self, field: str, look: Callable[[], None]) -> None:
+    def _try(self, field: str, look: Callable[[], object]) -> None:
         try:
             look()
         except UserError as error:
@@ -80,7 +80,7 @@ class FileProblems:
 
 
 def _absent_source(source: SourceConfig) -> str:
-    """Return what is said of a source of which no file is there; empty where there is one."""
+    """Return the message for a source without any file; empty if there is a file."""
     path = source.path
     if os.path.lexists(path):
         return ""
@@ -93,13 +93,13 @@ def _absent_source(source: SourceConfig) -> str:
 
 
 def check_files(config: RunConfig, world_size: int, required: bool) -> list[str]:
-    """Look at the files of a run, and return a line for each that it can do without or that is not on this machine.
+    """Check the files of a run. Return a line for each file that training does not need or that is not on this machine.
 
     Args:
-        required: what is not on this machine is an error, too.
+        required: treat files that are not on this machine as errors.
 
     Raises:
-        ConfigError: a line for each file that is wrong.
+        ConfigError: one line for each wrong file.
     """
     found = FileProblems(config, world_size)
     errors = Problems([*found.wrong, *(found.absent if required else ())])

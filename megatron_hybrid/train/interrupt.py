@@ -19,15 +19,15 @@ RECORD = "restarts.json"
 
 
 class RestartError(UserError):
-    """The job has restarted several times and stands where it stood."""
+    """The job has restarted several times without a new step."""
 
 
 class Interrupt:
-    """Notes that this process was asked to stop, and lets the ranks agree on when.
+    """Records that this process was asked to stop, and lets the ranks agree on the stopping step.
 
-    A context manager: the signals are handled inside it. They arrive on any rank, or on several at different moments;
-    `agreed` answers the same on all of them after the same step. Where a tool has started a StopWatcher, that ends the
-    process before the first step, at a second Ctrl-C, and in a step that hangs.
+    A context manager, which handles the signals while it is entered. Signals may arrive on any rank, or on several ranks at
+    different times. `agreed` gives the same answer on all ranks after the same step. If a tool has started a StopWatcher,
+    that ends the process before the first step, at a second Ctrl-C, and during a step that hangs.
 
     Args:
         saved_step: returns the step that a restart would resume from.
@@ -54,18 +54,17 @@ class Interrupt:
         self.received = signal.Signals(number)
 
     def begin_step(self, step: int) -> None:
-        """Note that a step begins after `step` steps."""
+        """Tell the StopWatcher that a step begins after `step` steps."""
         if stop_signals.watcher is not None:
             stop_signals.watcher.begin_step(step)
 
     def agreed(self, step: int | None = None) -> bool:
-        """Return whether any rank had been asked to stop when this was called the last time. Every rank calls it once per step.
+        """Return whether any rank had been asked to stop at the previous call. Every rank calls this once per step.
 
-        The flags of a step are added up in the background of the next one, by gloo on the CPU: nothing waits for them, least
-        of all a GPU.
+        The flags of a step are summed during the next step, by gloo on the CPU. So neither the host nor the GPU waits.
 
         Args:
-            step: the step that was just made.
+            step: the step that has just ended.
         """
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
@@ -85,7 +84,7 @@ class Interrupt:
         return int(votes)
 
     def settle(self) -> None:
-        """Wait for the last votes: every rank has cast them when the loop is over. Not after an error."""
+        """Wait for the votes of the last step. Do not call it after an error: other ranks may not have voted."""
         self._counted()
         self._votes = None
 
@@ -93,36 +92,36 @@ class Interrupt:
 def check_restarts(run_dir: Path, step: int, env: Mapping[str, str] = os.environ) -> None:
     """Count how often this SLURM job has restarted without a new step; `step` is where it starts from now.
 
-    Only SLURM's own restarts count (SLURM_RESTART_COUNT): who starts a run by hand may do so as often as they like. On one
-    rank; keeps its record in run_dir.
+    Only SLURM's own restarts count (SLURM_RESTART_COUNT); starts by hand are not limited. Call it on one rank. The record
+    is a file in run_dir.
 
     Raises:
-        RestartError: MOST_RESTARTS in a row have made none.
+        RestartError: more than MOST_RESTARTS restarts in a row without a new step.
     """
     record = run_dir / RECORD
     restart, job = int(env.get("SLURM_RESTART_COUNT") or 0), env.get("SLURM_JOB_ID", "")
-    vain = 0
+    fruitless = 0
     last = _read_record(record) if restart > 0 else {}
     if (last.get("job"), last.get("step")) == (job, step):
-        vain = last["restarts_without_a_step"] + 1
-    if vain > MOST_RESTARTS:
+        fruitless = last["restarts_without_a_step"] + 1
+    if fruitless > MOST_RESTARTS:
         raise RestartError(
-            f"job {job} has restarted {MOST_RESTARTS} times without a step beyond {step}; the log of the attempts tells "
-            f"why. When it is put right, submit the run again: it goes on from step {step}"
+            f"job {job} has restarted {MOST_RESTARTS} times without a step beyond {step}; find the reason in the log of the "
+            f"attempts. After fixing it, submit the run again: it resumes from step {step}"
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     temporary = record.with_suffix(".tmp")
     with open(temporary, "w") as file:
-        file.write(json.dumps({"job": job, "step": step, "restarts_without_a_step": vain}) + "\n")
+        file.write(json.dumps({"job": job, "step": step, "restarts_without_a_step": fruitless}) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, record)
 
 
 def _read_record(record: Path) -> dict[str, Any]:
-    """Return the record of the attempt before; empty where there is none. A damaged one is reported and ignored."""
+    """Return the record of the previous attempt; empty if there is none. A damaged record is reported and ignored."""
     try:
-        last = json.loads(record.read_text())
+        last: dict[str, Any] = json.loads(record.read_text())
         if type(last["restarts_without_a_step"]) is int:
             return last
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""A lock that gives a run folder to one process at a time.
+"""A lock that lets only one run use a run folder at a time.
 
-The lock is a file, because run folders lie on network file systems where `flock` is often local to a node. Its owner
-rewrites it every `BEAT_S` seconds. A lock whose owner has died is taken over: at once where the owner ran on this
-host, otherwise after `PATIENCE_S` seconds without a beat.
+The lock is a file, because run folders are on network file systems, where `flock` is often local to a node. Its owner
+rewrites it every `BEAT_S` seconds. A lock whose owner has died is taken over: immediately if the owner ran on this host,
+otherwise after `PATIENCE_S` seconds without a rewrite.
 """
 
 import json
@@ -26,19 +26,19 @@ PATIENCE_S = 45.0
 
 
 class RunFolderError(UserError):
-    """A run folder that another run uses or has used; names the folder and the remedy."""
+    """Another run uses or has used the folder. The message names the folder and the remedy."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a lock, as its file says."""
+    """The process that holds a lock, as recorded in its file."""
 
     token: str
     process: ProcessIdentity
     user: str
     job: str
     attempt: int
-    """How often SLURM had restarted the job."""
+    """Number of times that SLURM had restarted the job."""
     since: str
     beat: int = 0
 
@@ -58,14 +58,14 @@ class Owner:
         return f"process {self.process.pid} of {self.user} on {self.process.host}{job}, since {self.since}"
 
     def has_ended(self, now: "Owner") -> bool | None:
-        """Return whether the owner's process has ended; None where this host cannot tell."""
+        """Return whether the owner's process has ended; None if this host cannot tell."""
         if self.job and self.job == now.job and self.attempt < now.attempt:
             return True  # SLURM restarts a job only when its earlier attempt has ended
         return self.process.has_ended()
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Return the owner that a lock file names; None where there is no file or it is damaged."""
+    """Return the owner that a lock file names; None if there is no file or it is damaged."""
     try:
         fields = json.loads(path.read_text())
         return Owner(**fields | {"process": ProcessIdentity(**fields["process"])})
@@ -74,14 +74,14 @@ def read_owner(path: Path) -> Owner | None:
 
 
 class RunLock:
-    """Holds a run folder while it is entered; one process per run enters it.
+    """Context manager that holds a run folder. One process per run enters it.
 
     Args:
-        run_dir: the run's folder. It is made where it is missing.
-        say: prints a line where a lock is taken over.
+        run_dir: the run's folder, which is created if it is missing.
+        say: prints a line, when a lock is taken over.
 
     Raises:
-        RunFolderError: on entering, where another run holds the folder.
+        RunFolderError: on entering, if another run holds the folder.
     """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None] = print):
@@ -106,7 +106,7 @@ class RunLock:
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        """Create the lock file with its content in one step: `link` fails where there is one, on NFS as well."""
+        """Create the lock file with its content in one step: `link` fails if the file exists, also on NFS."""
         own = self.path.with_name(f".{LOCK}.{self.owner.token}")
         own.write_text(json.dumps(asdict(self.owner)))
         try:
@@ -128,7 +128,7 @@ class RunLock:
         return True
 
     def _remove_if_dead(self) -> None:
-        """Remove the lock of a run that has ended; raise where its run still goes on."""
+        """Remove the lock of a run that has ended; raise if that run still works."""
         found = read_owner(self.path)
         if found is None and not self.path.exists():
             return
@@ -143,10 +143,10 @@ class RunLock:
             )
         aside = self.path.with_name(f".{LOCK}.{self.owner.token}.dead")
         try:
-            os.replace(self.path, aside)  # of two that take over, one finds nothing here
+            os.replace(self.path, aside)  # if two processes take over, one finds no file here
         except FileNotFoundError:
             return
-        if read_owner(aside) != found:  # somebody else had taken it over already
+        if read_owner(aside) != found:  # another process had taken it over already
             os.replace(aside, self.path)
             return
         aside.unlink()
@@ -165,7 +165,7 @@ class RunLock:
         return owner is not None and owner.token == self.owner.token
 
     def _keep(self) -> None:
-        """Rewrite the lock until the run ends; end the process where somebody else has taken the folder."""
+        """Rewrite the lock until the run ends. End the process if another one has taken over the folder."""
         while not self._ended.wait(BEAT_S):
             if not self._is_ours() and self.path.exists():
                 text = f"run_dir: {self.path.parent} was taken over by {read_owner(self.path)}; ending without a save"
@@ -176,5 +176,5 @@ class RunLock:
             try:
                 beat.write_text(json.dumps(asdict(self.owner)))
                 os.replace(beat, self.path)
-            except OSError:  # a full disk: the next beat may succeed, and training does not depend on it
+            except OSError:  # such as a full disk: the next rewrite may succeed, and training does not need it
                 continue

@@ -1,6 +1,6 @@
-"""Learning rate by step: linear warm-up, then a shape down to min_lr_ratio of the peak.
+"""Learning rate schedules: linear warm-up, then a decay to min_lr_ratio of the peak.
 
-Steps are counted as updates are: the first update is step 1, the last is train.steps. With w = warmup_steps, r =
+Steps are counted like updates: the first update is step 1, the last is train.steps. With w = warmup_steps, r =
 min_lr_ratio and lr = optimizer.lr, the learning rate of step s is
 
     lr * min(warm-up, shape)        warm-up = s / w        (1 where w = 0)
@@ -10,10 +10,10 @@ min_lr_ratio and lr = optimizer.lr, the learning rate of step s is
     linear      shape = r + (1 - r) * (1 - t)                   e = decay_steps, or train.steps
     wsd         shape = r + (1 - r) * (n - s) / d               n = train.steps, d = decay_steps, or a tenth of n
 
-Edges. Step w has the peak exactly. cosine and linear fall from step w + 1 on, reach r * lr at step e and stay there.
-wsd holds the peak up to step n - d, that step included, and reaches r * lr at step n; beyond n (a run that is
-continued) it stays there. constant ignores r. Where wsd's default tenth begins within the warm-up, the smaller of the
-two holds. As in OLMo-core, warm-up starts from 0, but no step has a rate of 0.
+Boundaries. Step w has exactly the peak. cosine and linear decay from step w + 1 on, reach r * lr at step e and stay there.
+wsd holds the peak up to and including step n - d and reaches r * lr at step n. It stays there beyond n, when a run is
+extended. constant ignores r. If wsd's default decay begins during the warm-up, the smaller of the two values applies. As in
+OLMo-core, warm-up starts from 0, but no step has a learning rate of 0.
 """
 
 import math
@@ -22,7 +22,7 @@ from megatron_hybrid.config.train import TrainConfig
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
-    """The learning rate of update `step`, of which the first is 1. A pure function: it needs no state on resuming.
+    """Return the learning rate of update `step`; the first update is 1. It depends on nothing else, so resuming needs no state.
 
     Raises:
         ValueError: step below 1.
@@ -35,7 +35,7 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 
 
 def _shape(step: int, train: TrainConfig) -> float:
-    """The share of the peak that the decay leaves to `step`, in [min_lr_ratio, 1]."""
+    """Return the decay factor of `step`, in [min_lr_ratio, 1]."""
     schedule = train.schedule
     floor = schedule.min_lr_ratio
     match schedule.kind:

@@ -1,18 +1,17 @@
-"""Skip an update whose loss or gradient norm is an outlier among the last ones, or not finite.
+"""Decides whether to skip an update whose loss or gradient norm is an outlier or not finite.
 
-The rule is that of OLMo-core's SkipStepOptimizer (3.0.0): skip where a value exceeds the mean of the window by more
-than `sigmas` standard deviations (unbiased; upwards only, a sudden drop is welcome). An outlier enters the window like
-any other value, so a lasting change of level stops being skipped once the window is made of it. What differs:
+The rule is that of OLMo-core's SkipStepOptimizer (3.0.0): skip if a value exceeds the mean of a window of recent values by
+more than `sigmas` standard deviations (unbiased; only upwards). An outlier enters the window like any other value. So after
+a lasting change of level, updates are skipped only until the window consists of the new values. Differences:
 
-- A value that is not finite always skips, from the first step on, and leaves the window as it was. In OLMo-core it
-  enters, turns mean and deviation into NaN, and every update is skipped until it has left, `window` steps later.
-- Judging starts with half a window of earlier values (at least two); OLMo-core counts the value judged among them, and
-  so starts one step earlier.
-- The deviation is taken as at least 1e-6 of the mean, so that a window of equal values does not call a rounding error
-  an outlier.
-- The window is saved with the checkpoint. OLMo-core's starts empty after a restart.
-- The decision is taken on the host, in double precision, before the optimizer is called: a skipped update leaves
-  parameters and moments bit-unchanged. Given the same values it is the same on every rank: hand it reduced values.
+- A value that is not finite is always skipped, from the first step on, and does not enter the window. In OLMo-core it
+  enters, turns mean and deviation into NaN, and every update is skipped for the next `window` steps.
+- Decisions start after half a window of earlier values (at least two). OLMo-core counts the current value too, so it
+  starts one step earlier.
+- The deviation is at least 1e-6 of the mean, so that a rounding error in a window of equal values is not an outlier.
+- The window is saved in checkpoints. OLMo-core's starts empty after a restart.
+- The decision is made on the host, in double precision, before the optimizer is called. A skipped update leaves
+  parameters and optimizer state unchanged, bit for bit. All ranks decide alike if they pass the same, reduced values.
 """
 
 import math
@@ -28,24 +27,24 @@ class DivergedError(UserError):
 
 
 class SkipStep:
-    """The last finite losses and gradient norms, and what they say about the next."""
+    """Window of recent finite losses and gradient norms, and the decision for the next."""
 
     def __init__(self, config: SkipStepConfig) -> None:
         self.config = config
         self._losses: deque[float] = deque(maxlen=config.window)
         self._grad_norms: deque[float] = deque(maxlen=config.window)
         self.nonfinite_steps = 0
-        """Consecutive steps, up to the last one, with a non-finite loss or gradient norm."""
+        """Consecutive steps with a non-finite loss or gradient norm, up to the last step."""
 
     def should_skip(self, loss: float, grad_norm: float) -> str | None:
-        """Judge one step and remember its values. Call it once a step, before the update.
+        """Decide on one step and record its values. Call it once per step, before the update.
 
         Args:
-            loss: of the global batch, the same float on every rank.
+            loss: loss of the global batch, the same float on every rank.
             grad_norm: global norm before clipping, the same float on every rank.
 
         Returns:
-            Why the update must be skipped, for the log; None: go ahead.
+            Why the update must be skipped, for the log; None: update.
         """
         values = {"loss": loss, "gradient norm": grad_norm}
         for name, value in values.items():
@@ -64,7 +63,7 @@ class SkipStep:
     def _outlier(self, name: str, value: float, window: deque[float]) -> str | None:
         if len(window) < max(2, (self.config.window + 1) // 2):
             return None
-        # fsum is exact: the result does not hang on the order of the values, nor on the machine.
+        # fsum is exact, so the result depends neither on the order of the values nor on the machine
         mean = math.fsum(window) / len(window)
         deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in window) / (len(window) - 1))
         limit = mean + self.config.sigmas * max(deviation, 1e-6 * abs(mean))
@@ -76,10 +75,10 @@ class SkipStep:
         )
 
     def check(self, step: int) -> None:
-        """Stop a run that cannot recover.
+        """Raise an error if the run cannot recover.
 
         Raises:
-            DivergedError: `max_nonfinite_steps` consecutive steps, `step` the last of them, were not finite.
+            DivergedError: `max_nonfinite_steps` consecutive steps up to `step` were not finite.
         """
         if self.nonfinite_steps >= self.config.max_nonfinite_steps:
             raise DivergedError(
@@ -90,14 +89,14 @@ class SkipStep:
             )
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Plain lists of floats, oldest first."""
+        """Return the windows as plain lists of floats, oldest first."""
         return {"losses": list(self._losses), "grad_norms": list(self._grad_norms)}
 
     def load_state_dict(self, state: Mapping[str, Iterable[float]]) -> None:
-        """Take over a window; of a longer one, the newest values.
+        """Restore the windows; of longer ones, the newest values.
 
         Raises:
-            ValueError: a list is missing, or holds a value that is not finite.
+            ValueError: a list is missing, or has a value that is not finite.
         """
         windows = {}
         for name in ("losses", "grad_norms"):

@@ -1,4 +1,4 @@
-"""Where a run starts: initial weights, its own newest checkpoint, an earlier one of its own, or another run's."""
+"""The starting point of a run: initial weights, its own newest checkpoint, an earlier one of its own, or another run's."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ from megatron_hybrid.train.run_lock import RunFolderError
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from. `resume` and `rewind` continue the run itself; `checkpoint` begins a new one."""
+    """The starting point. `resume` and `rewind` continue the run itself; `checkpoint` begins a new run."""
 
     kind: Literal["initial", "resume", "rewind", "checkpoint"]
     folder: Path | None = None
@@ -32,7 +32,7 @@ class Start:
 
     @property
     def continues(self) -> bool:
-        """Whether the run's earlier checkpoints and logs belong to it."""
+        """True if the run's earlier checkpoints and logs belong to it."""
         return self.kind in ("resume", "rewind")
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Start:
 
 
 def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Start:
-    """Choose what a run starts from. Call it on one rank and tell the others.
+    """Choose the starting point. Call it on one rank and send the result to the others.
 
     A job that SLURM restarted always resumes its newest checkpoint: its earlier attempt has carried out what the `checkpoint`
     section asks for.
@@ -86,18 +86,18 @@ def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Star
 
 
 def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] | None) -> list[str]:
-    """Compare the run with the one that saved the checkpoint it starts from, before the model is built.
+    """Compare the run with the one that saved the checkpoint. Call it before the model is built.
 
     Args:
-        identity: of this run's data (data/fingerprint.py); None: do not compare the data.
+        identity: identity of this run's data (data/fingerprint.py); None: do not compare the data.
 
     Returns:
         A line for every field that changed.
 
     Raises:
-        CheckpointError: another model's tensors; or, where more than the weights is taken, changes of data or model that
+        CheckpointError: another model's tensors; or, unless only weights are taken, changes of data or model that
             `checkpoint.allow_changes` does not name.
-        RunFolderError: nothing is left to train.
+        RunFolderError: no steps are left to train.
     """
     if start.folder is None:
         return []
@@ -130,11 +130,10 @@ def _check_work_left(config: RunConfig, folder: Path, step: int) -> None:
 
 
 def set_later_aside(run_dir: Path, rewound_to: Path) -> Path | None:
-    """Move checkpoints that are later than the one a run was rewound to, with a copy of the metrics, into a folder of
-    their own.
+    """Move the checkpoints after the one that a run is rewound to into a separate folder, with a copy of the metrics.
 
     Returns:
-        The folder, `checkpoints/set-aside-N`; None where there was nothing later.
+        The folder, `checkpoints/set-aside-N`; None if there are no later checkpoints.
     """
     root = run_dir / "checkpoints"
     later = [folder for folder in complete_checkpoints(root) if folder.name > rewound_to.name]
@@ -146,6 +145,6 @@ def set_later_aside(run_dir: Path, rewound_to: Path) -> Path | None:
     aside.mkdir()
     if (metrics := run_dir / "metrics.jsonl").is_file():
         shutil.copyfile(metrics, aside / metrics.name)
-    for folder in reversed(later):  # newest first: killed in between, the run resumes from the earliest of them
+    for folder in reversed(later):  # newest first: if killed in between, the run resumes from the oldest of those left
         os.replace(folder, aside / folder.name)
     return aside

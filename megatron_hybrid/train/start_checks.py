@@ -1,4 +1,4 @@
-"""What a run checks when all its ranks are up, before it builds the model."""
+"""Checks that a run makes after all ranks have started, before it builds the model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +23,7 @@ from megatron_hybrid.train.run_lock import RunLock
 
 
 def check_start(config: RunConfig, launch: Launch) -> None:
-    """Check that data, tokenizer and model agree; the nodes, where the preflight is on; and that restarts make progress.
+    """Check that data, tokenizer and model agree, that the nodes work (preflight), and that restarts make progress.
 
     Every rank calls it.
 
@@ -39,7 +39,7 @@ def check_start(config: RunConfig, launch: Launch) -> None:
 
 @contextmanager
 def run_folder(run_dir: Path) -> Iterator[None]:
-    """Hold a run's folder, which no other run may use meanwhile, and clear it of what killed saves left.
+    """Lock a run's folder against other runs, and remove the remains of saves that were killed.
 
     Raises:
         RunFolderError: on every rank alike, where another run holds the folder.
@@ -56,7 +56,7 @@ def run_folder(run_dir: Path) -> Iterator[None]:
 
 
 def run_preflight(config: RunConfig, launch: Launch) -> None:
-    """The checks of launch/preflight.py for this run.
+    """Run the checks of launch/preflight.py for this run.
 
     Raises:
         PreflightError: on every rank alike.
@@ -72,7 +72,7 @@ def run_preflight(config: RunConfig, launch: Launch) -> None:
 
 
 def preflight_alone(config: RunConfig, launch: Launch) -> None:
-    """What tools/preflight.py does: join the other ranks, check, leave.
+    """Join the other ranks, run the preflight, and leave: the work of tools/preflight.py.
 
     Raises:
         ConfigError: degrees or batch sizes that do not fit the number of ranks.
@@ -87,7 +87,7 @@ def preflight_alone(config: RunConfig, launch: Launch) -> None:
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step that the run would resume from; 0 where it would start anew."""
+    """Return the step from which the run would resume; 0 if it has no checkpoint."""
     found = complete_checkpoints(run_dir / "checkpoints")
     return (checkpoint_step(found[-1]) or 0) if found else 0
 
@@ -95,19 +95,19 @@ def newest_step(run_dir: Path) -> int:
 def on_first_rank[T](work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its result, or raise its error, on every rank.
 
-    Results and errors travel by torch.distributed's object broadcast: plain values only.
+    Results and errors are sent with torch.distributed's object broadcast, so they must be plain values.
     """
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            told = [work(), None]
+            outcome = [work(), None]
         except UserError as error:
-            told = [None, error]
+            outcome = [None, error]
         except Exception as error:
             dist.broadcast_object_list([None, RuntimeError(f"rank 0: {error!r}")])
             raise
-    dist.broadcast_object_list(told)
-    result, error = told
-    if error is not None:
-        raise error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
     return result

@@ -1,14 +1,15 @@
-"""Pieces of parameters, and flattened ranges of them, against plain indexing."""
+"""Slices of parameters and flattened ranges of them, compared with plain indexing."""
 
 import pytest
 import torch
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.padding import PackedWidths
-from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
-from megatron_hybrid.checkpoint.collect import _select, range_of_piece
+from megatron_hybrid.arch.tensor_slice import TensorSlice
+from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.checkpoint.collect import range_of_slice, select_from_range
 from megatron_hybrid.config.presets import olmo_hybrid_7b, olmo_hybrid_tiny
-from megatron_hybrid.model.param_layout import ParamLayout, Piece
+from megatron_hybrid.model.param_layout import ParamLayout
 
 
 @pytest.mark.parametrize(
@@ -21,16 +22,16 @@ from megatron_hybrid.model.param_layout import ParamLayout, Piece
         ((4, 4), (0, 0), (4, 4)),
     ],
 )
-def test_every_range_of_a_parameter_meets_its_piece_where_indexing_says(shape, at, size):
-    piece = Piece(TensorSpec("t", size, "matrix"), (0,) * len(size), size, at)
+def test_every_range_of_a_parameter_meets_its_slice_where_indexing_says(shape, at, size):
+    part = TensorSlice(at, size)
     parameter = torch.arange(torch.Size(shape).numel()).view(shape)
-    inside = piece.view(parameter).flatten().tolist()
+    inside = part.narrow(parameter).flatten().tolist()
     for start in range(parameter.numel()):
         for stop in range(start + 1, parameter.numel() + 1):
             expected = [value for value in inside if start <= value < stop]
-            lo, hi = range_of_piece(piece, shape, start, stop)
+            lo, hi = range_of_slice(part, shape, start, stop)
             assert inside[lo:hi] == expected
-            assert _select(piece, shape, start, parameter.view(-1)[start:stop]).tolist() == expected
+            assert select_from_range(part, shape, start, parameter.view(-1)[start:stop]).tolist() == expected
 
 
 def parameter_shapes(model: ModelConfig, tp: int) -> dict[str, tuple[int, ...]]:

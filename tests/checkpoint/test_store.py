@@ -7,35 +7,36 @@ import weakref
 import pytest
 import torch
 
+from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.checkpoint import writer
 from megatron_hybrid.checkpoint.folders import complete_checkpoints, find_checkpoint
-from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, boxes_of_range, read_index
+from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, read_index, slices_of_range
 from megatron_hybrid.checkpoint.manager import CheckpointManager, remove_checkpoint, remove_remains
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.checkpoint.writer import AsyncWrites, SavedShard, file_sha256, finish, write_rank
+from megatron_hybrid.checkpoint.writer import AsyncWrites, SlicedTensor, file_sha256, finish, write_rank
 from megatron_hybrid.config.checkpoint import CheckpointConfig
 
 STATE = {"step": 7}
 
 
-def split(tensor: torch.Tensor, parts: int, name: str, rng: random.Random) -> list[SavedShard]:
+def split(tensor: torch.Tensor, parts: int, name: str, rng: random.Random) -> list[SlicedTensor]:
     """The tensor cut into row blocks, some of which are flattened and cut again anywhere."""
     shards, cuts = [], sorted(rng.sample(range(1, tensor.shape[0]), parts - 1))
     for start, stop in zip([0, *cuts], [*cuts, tensor.shape[0]], strict=True):
         block = tensor[start:stop]
         offset, shape = (start, *(0,) * (tensor.dim() - 1)), tuple(block.shape)
         if rng.random() < 0.5 or block.numel() < 3:
-            shards.append(SavedShard(name, tuple(tensor.shape), offset, shape, block))
+            shards.append(SlicedTensor(name, tuple(tensor.shape), TensorSlice(offset, shape), block))
         else:
             ends = [0, *sorted(rng.sample(range(1, block.numel()), 2)), block.numel()]
             shards += [
-                SavedShard(name, tuple(tensor.shape), offset, shape, block.flatten()[lo:hi], (lo, hi))
+                SlicedTensor(name, tuple(tensor.shape), TensorSlice(offset, shape), block.flatten()[lo:hi], (lo, hi))
                 for lo, hi in zip(ends, ends[1:], strict=False)
             ]
     return shards
 
 
-def write(root, step: int, shards_by_rank: list[list[SavedShard]]):
+def write(root, step: int, shards_by_rank: list[list[SlicedTensor]]):
     folder, target = root / f".saving-step-{step:08d}", root / f"step-{step:08d}"
     folder.mkdir(parents=True)
     for rank, shards in enumerate(shards_by_rank):
@@ -47,7 +48,7 @@ def write(root, step: int, shards_by_rank: list[list[SavedShard]]):
 @pytest.fixture
 def checkpoint(tmp_path):
     value = torch.arange(60.0).view(12, 5)
-    return write(tmp_path, 7, [[SavedShard("w", (12, 5), (0, 0), (12, 5), value)]])
+    return write(tmp_path, 7, [[SlicedTensor("w", (12, 5), TensorSlice((0, 0), (12, 5)), value)]])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -64,7 +65,7 @@ def test_any_box_of_a_tensor_cut_anyhow(seed, tmp_path):
                 at = tuple(rng.randrange(n) for n in tensor.shape)
                 size = tuple(rng.randint(1, n - o) for n, o in zip(tensor.shape, at, strict=True))
                 expected = tensor[tuple(slice(o, o + k) for o, k in zip(at, size, strict=True))]
-                found = reader.read(name, (at, size))
+                found = reader.read(name, TensorSlice(at, size))
                 assert torch.equal(found, expected) and found.dtype == tensor.dtype
         assert reader.index.state == STATE
         assert reader.local_tensors(1)["rng"].tolist() == [1, 2, 3]
@@ -79,22 +80,24 @@ def test_a_large_part_takes_several_files_and_memory_for_one(tmp_path, monkeypat
             data = torch.full((1, 100), float(row))  # 400 bytes: three make a file
             assert sum(reference() is not None for reference in alive) <= 4  # and the last, in a variable
             alive.append(weakref.ref(data))
-            yield SavedShard("w", (20, 100), (row, 0), (1, 100), data)
+            yield SlicedTensor("w", (20, 100), TensorSlice((row, 0), (1, 100)), data)
 
-    folder = write(tmp_path, 5, [shards(), [SavedShard("x", (2,), (0,), (2,), torch.ones(2))]])
+    folder = write(tmp_path, 5, [shards(), [SlicedTensor("x", (2,), TensorSlice((0,), (2,)), torch.ones(2))]])
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     more = [f"rank-00000-{n:03d}.safetensors" for n in range(1, 7)]
     assert names == sorted(["rank-00000.safetensors", *more, "rank-00001.safetensors"])
     with CheckpointReader(folder) as reader:
         assert torch.equal(reader.read("w"), torch.arange(20.0)[:, None].expand(20, 100))
-        assert torch.equal(reader.read("w", ((2, 7), (3, 2))), torch.tensor([[2.0, 2.0], [3.0, 3.0], [4.0, 4.0]]))
+        assert torch.equal(
+            reader.read("w", TensorSlice((2, 7), (3, 2))), torch.tensor([[2.0, 2.0], [3.0, 3.0], [4.0, 4.0]])
+        )
         assert reader.local_tensors(0)["rng"].tolist() == [0, 1, 2]
         assert sorted(reader.index.files) == names
         assert all(facts["sha256"] == file_sha256(folder / name) for name, facts in reader.index.files.items())
 
 
 def test_a_part_that_is_missing_is_not_committed(tmp_path):
-    half = SavedShard("w", (12, 5), (0, 0), (6, 5), torch.zeros(6, 5))
+    half = SlicedTensor("w", (12, 5), TensorSlice((0, 0), (6, 5)), torch.zeros(6, 5))
     with pytest.raises(CheckpointError, match=r"w holds 30 values of 60"):
         write(tmp_path, 3, [[half]])
     assert complete_checkpoints(tmp_path) == []
@@ -145,13 +148,13 @@ def test_reading_what_is_not_there(checkpoint):
         with pytest.raises(CheckpointError, match="no tensor x"):
             reader.read("x")
         with pytest.raises(CheckpointError, match="nothing lies at"):
-            reader.read("w", ((11, 0), (2, 5)))
+            reader.read("w", TensorSlice((11, 0), (2, 5)))
 
 
 def test_finding_where_to_start(tmp_path):
     root = tmp_path / "run" / "checkpoints"
     assert complete_checkpoints(root) == []
-    one = [[SavedShard("w", (2,), (0,), (2,), torch.zeros(2))]]
+    one = [[SlicedTensor("w", (2,), TensorSlice((0,), (2,)), torch.zeros(2))]]
     first, second = write(root, 5, one), write(root, 10, one)
     (root / ".saving-step-00000015").mkdir()
     (root / "step-00000020").mkdir()  # no index: not complete
@@ -163,7 +166,7 @@ def test_finding_where_to_start(tmp_path):
 
 
 def test_what_is_kept(tmp_path):
-    one = [[SavedShard("w", (2,), (0,), (2,), torch.zeros(2))]]
+    one = [[SlicedTensor("w", (2,), TensorSlice((0,), (2,)), torch.zeros(2))]]
     for step in range(10, 80, 10):
         write(tmp_path, step, one)
     manager = CheckpointManager.__new__(CheckpointManager)
@@ -174,7 +177,7 @@ def test_what_is_kept(tmp_path):
 
 
 def test_checkpoints_of_another_run_are_neither_counted_nor_removed(tmp_path):
-    one = [[SavedShard("w", (2,), (0,), (2,), torch.zeros(2))]]
+    one = [[SlicedTensor("w", (2,), TensorSlice((0,), (2,)), torch.zeros(2))]]
     for step in range(10, 80, 10):
         write(tmp_path, step, one)
     manager = CheckpointManager.__new__(CheckpointManager)
@@ -185,7 +188,7 @@ def test_checkpoints_of_another_run_are_neither_counted_nor_removed(tmp_path):
 
 
 def test_a_removal_that_is_killed_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
-    folder = write(tmp_path, 10, [[SavedShard("w", (2,), (0,), (2,), torch.zeros(2))]])
+    folder = write(tmp_path, 10, [[SlicedTensor("w", (2,), TensorSlice((0,), (2,)), torch.zeros(2))]])
 
     def killed(path, **_):
         if path.exists():
@@ -212,14 +215,11 @@ def test_an_error_in_the_background_reaches_the_training_loop():
     writes.wait()  # raised once
 
 
-@pytest.mark.parametrize("width", [1, 3, 8])
-def test_boxes_of_range_tile_it_in_order(width):
+@pytest.mark.parametrize("shape", [(40,), (40, 1), (14, 3), (6, 8)])
+def test_slices_of_range_tile_it_in_order(shape):
+    flat = torch.arange(torch.Size(shape).numel())
     for start in range(20):
         for stop in range(start, 30):
-            elements = [
-                (row + r) * width + column + c
-                for row, column, rows, columns in boxes_of_range(start, stop, width)
-                for r in range(rows)
-                for c in range(columns)
-            ]
-            assert elements == list(range(start, stop))
+            elements = [flat.view(shape)[part.index].flatten() for part in slices_of_range(start, stop, shape)]
+            assert torch.equal(torch.cat([flat[:0], *elements]), flat[start:stop])
+            assert len(elements) <= 3

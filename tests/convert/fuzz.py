@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.from_hf import from_huggingface
+from megatron_hybrid.convert.hf.exporter import to_huggingface
+from megatron_hybrid.convert.hf.importer import from_huggingface
 from megatron_hybrid.convert.job import run
 from megatron_hybrid.convert.ranks import Ranks
-from megatron_hybrid.convert.to_hf import to_huggingface
 from megatron_hybrid.convert.verify import verify
 
 

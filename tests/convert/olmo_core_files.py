@@ -8,7 +8,7 @@ import torch
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
-from megatron_hybrid.convert.olmo_core import olmo_core_names
+from megatron_hybrid.convert.olmo_core.importer import olmo_core_names
 from testing.peers import transformers_model, true_tensors_of
 from tools import convert_from_olmo_core
 

@@ -6,9 +6,8 @@ import pytest
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.hf_config import ARCHITECTURES, model_from_hf
-from megatron_hybrid.convert.hf_export import hf_from_model
-from megatron_hybrid.convert.hf_fields import DEFAULTS, LEFT_OUT, ONLY, USED, WRITTEN_BACK
+from megatron_hybrid.convert.hf.config import hf_from_model, model_from_hf
+from megatron_hybrid.convert.hf.registry import ARCHITECTURES
 from tests.convert.folders import BASE, OLMO3, edit_json, write_folder
 from tests.convert.test_huggingface import to_ours, to_theirs
 
@@ -66,12 +65,13 @@ def test_fields_that_change_the_model_are_refused(kind, change):
 def test_every_field_that_transformers_writes_is_known(kind):
     import transformers
 
-    written = getattr(transformers, ARCHITECTURES[kind].replace("ForCausalLM", "Config"))().to_dict()
-    assert not written.keys() - USED - WRITTEN_BACK - LEFT_OUT - ONLY.keys()
+    written = getattr(transformers, ARCHITECTURES[kind].class_name.replace("ForCausalLM", "Config"))().to_dict()
+    assert not written.keys() - set().union(*ARCHITECTURES[kind].fields.tables())
 
 
-def test_a_field_is_in_one_table():
-    tables = (USED, WRITTEN_BACK, LEFT_OUT, ONLY.keys())
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_field_is_in_one_table(kind):
+    tables = ARCHITECTURES[kind].fields.tables()
     assert len(set().union(*tables)) == sum(map(len, tables))
 
 
@@ -79,11 +79,10 @@ def test_a_field_is_in_one_table():
 def test_defaults_are_those_of_transformers(kind):
     import transformers
 
-    theirs = getattr(transformers, ARCHITECTURES[kind].replace("ForCausalLM", "Config"))()
-    assert {name: getattr(theirs, name) for name in DEFAULTS[kind]} == DEFAULTS[kind]
-    config = {
-        name: value for name, value in CONFIGS[kind].items() if name not in DEFAULTS[kind] and name != "layer_types"
-    }
+    theirs = getattr(transformers, ARCHITECTURES[kind].class_name.replace("ForCausalLM", "Config"))()
+    defaults = ARCHITECTURES[kind].fields.defaults
+    assert {name: getattr(theirs, name) for name in defaults} == defaults
+    config = {name: value for name, value in CONFIGS[kind].items() if name not in defaults and name != "layer_types"}
     model = model_from_hf(config | dict(num_attention_heads=32, hidden_size=4096, num_key_value_heads=32))
     kinds = {"G": "linear_attention", "A": "full_attention", "W": "sliding_attention"}
     assert [kinds[layer] for layer in model.layers] == theirs.layer_types

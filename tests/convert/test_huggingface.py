@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.base.errors import BAD_INPUT
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.load import load_run
-from megatron_hybrid.convert.hf_config import model_from_hf
-from megatron_hybrid.convert.hf_export import hf_from_model
+from megatron_hybrid.convert.hf.config import hf_from_model, model_from_hf
 from megatron_hybrid.convert.verify import verify
 from testing.peers import true_tensors_of
 from tests.convert.folders import BASE, GDN, MODELS, OLMO3, SPELLINGS, edit_json, weights, write_folder
@@ -172,7 +172,7 @@ def test_wrong_configs_are_named_and_nothing_is_written(change, told, tmp_path, 
     write_folder(tmp_path / "hf", BASE)
     edit_json(tmp_path / "hf/config.json", **change)
     before = set(tmp_path.iterdir())
-    assert to_ours(tmp_path / "hf", tmp_path / "ours") == 1
+    assert to_ours(tmp_path / "hf", tmp_path / "ours") == BAD_INPUT
     assert told in capsys.readouterr().err
     assert set(tmp_path.iterdir()) == before
 
@@ -191,7 +191,7 @@ def test_wrong_tensors_are_named(tmp_path, capsys):
 
     def told(tensors) -> str:
         save_file(tensors, path)
-        assert to_ours(tmp_path / "hf", tmp_path / "ours") == 1
+        assert to_ours(tmp_path / "hf", tmp_path / "ours") == BAD_INPUT
         assert not (tmp_path / "ours").exists()
         return capsys.readouterr().err
 
@@ -246,13 +246,13 @@ def test_models_that_transformers_cannot_compute_are_refused(change, told, tmp_p
     data["files"]["model-00001-of-00001.safetensors"]["bytes"] = size
     index.write_text(json.dumps(data | dict(model=model.model_dump(mode="json"), tensors=tensors)))
     capsys.readouterr()
-    assert to_theirs(tmp_path / "ours", tmp_path / "export") == 1
+    assert to_theirs(tmp_path / "ours", tmp_path / "export") == BAD_INPUT
     assert told in capsys.readouterr().err
     assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.parametrize(("words", "status", "said"), [(60, 0, "ends documents with token 0, but model.eos_token_id is 5"),
-                                                        (70, 1, "has 70 ids, more than model.vocab_size 67")])  # fmt: skip
+                                                        (70, BAD_INPUT, "has 70 ids, more than model.vocab_size 67")])  # fmt: skip
 def test_a_tokenizer_that_contradicts_the_model(tmp_path, capsys, words, status, said):
     write_folder(tmp_path / "theirs", BASE)
     assert to_ours(tmp_path / "theirs", tmp_path / "ours") == 0
@@ -267,7 +267,7 @@ def test_tokenizer_files_are_copied_and_nothing_else(tmp_path, capsys):
     assert to_ours(tmp_path / "hf", tmp_path / "ours") == 0
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
-    assert to_theirs(tmp_path / "ours", tmp_path / "export", "--tokenizer", str(tokenizer)) == 1
+    assert to_theirs(tmp_path / "ours", tmp_path / "export", "--tokenizer", str(tokenizer)) == BAD_INPUT
     assert "no tokenizer" in capsys.readouterr().err
     for name in ("tokenizer.json", "tokenizer_config.json", "secrets.env"):
         (tokenizer / name).write_text("{}")
@@ -303,4 +303,4 @@ def test_verify_finds_what_is_wrong(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "SHA-256" in told and "NaN" in told and "differs" in told
     path.write_bytes(data[:-8])
-    assert verify_checkpoint.main([str(tmp_path / "ours"), "--quiet"]) == 1
+    assert verify_checkpoint.main([str(tmp_path / "ours"), "--quiet"]) == BAD_INPUT

@@ -8,9 +8,10 @@ import torch
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.base.errors import BAD_INPUT
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.convert.olmo_core import olmo_core_names
-from megatron_hybrid.convert.olmo_core_config import model_from_olmo_core
+from megatron_hybrid.convert.olmo_core.config import model_from_olmo_core
+from megatron_hybrid.convert.olmo_core.importer import olmo_core_names
 from megatron_hybrid.convert.verify import verify
 from testing.peers import transformers_model, true_tensors_of
 from tests.convert import jobs as convert_jobs
@@ -121,7 +122,7 @@ def test_wrong_configs_are_named(change, told, tmp_path, capsys):
     config = json.loads(json.dumps(olmo_core_config(ModelConfig(**BASE))))
     change(config["model"])
     folder = save(tmp_path / "step1", config, olmo_core_state(ModelConfig(**BASE)))
-    assert to_ours(folder, tmp_path / "ours") == 1
+    assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
     assert told in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
 
@@ -139,7 +140,7 @@ def test_missing_and_unknown_tensors(tmp_path, capsys):
     }
     for number, (told, changed) in enumerate(cases.items()):
         folder = save(tmp_path / f"step{number}", olmo_core_config(model), changed)
-        assert to_ours(folder, tmp_path / "ours") == 1
+        assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
         assert told in capsys.readouterr().err
 
 

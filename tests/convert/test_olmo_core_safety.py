@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.base.errors import BAD_INPUT
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.olmo_core import from_olmo_core
-from megatron_hybrid.convert.torch_checkpoint import METADATA, TorchCheckpoint
+from megatron_hybrid.convert.olmo_core.importer import from_olmo_core
+from megatron_hybrid.convert.olmo_core.torch_checkpoint import METADATA, TorchCheckpoint
 from tests.convert.folders import BASE
 from tests.convert.olmo_core_files import olmo_core_config, olmo_core_state, save, to_ours
 
@@ -34,7 +35,7 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path, capsys):
     metadata = pickle.loads(good)  # noqa: S301 - written above
     metadata.planner_data = Hostile(trap)
     (directory / METADATA).write_bytes(pickle.dumps(metadata))
-    assert to_ours(folder, tmp_path / "ours") == 1
+    assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
     assert "posix.system" in capsys.readouterr().err
 
     (directory / METADATA).write_bytes(good)
@@ -48,7 +49,7 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path, capsys):
     metadata.planner_data = None
     (directory / METADATA).write_bytes(pickle.dumps(metadata))
     (directory / place.relative_path).write_bytes(evil)
-    assert to_ours(folder, tmp_path / "ours") == 1
+    assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
     assert "posix.system" in capsys.readouterr().err
     assert not trap.exists() and not (tmp_path / "ours").exists()
 
@@ -60,7 +61,7 @@ def test_metadata_cannot_name_files_outside(tmp_path, capsys):
     metadata = pickle.loads(path.read_bytes())  # noqa: S301 - written above
     next(iter(metadata.storage_data.values())).relative_path = "../../secret"
     path.write_bytes(pickle.dumps(metadata))
-    assert to_ours(folder, tmp_path / "ours") == 1
+    assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
     assert "not the name of a file" in capsys.readouterr().err
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hybrid.base.errors import BAD_INPUT
 from megatron_hybrid.checkpoint.format import INDEX
 from megatron_hybrid.convert.verify import verify
 from tests.convert import jobs
@@ -107,7 +108,7 @@ def test_what_is_left_out_is_said(folder, tmp_path, capsys):
 
 def test_a_damaged_generation_config_is_named(folder, tmp_path, capsys):
     (folder / "generation_config.json").write_text("{")
-    assert to_ours(folder, tmp_path / "ours") == 1
+    assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
     assert "generation_config.json: not readable JSON" in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
 
@@ -117,5 +118,5 @@ def test_links_in_kept_files_are_not_followed(folder, tmp_path, ranks):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "ours/original/tokenizer.json").unlink()
     (tmp_path / "ours/original/tokenizer.json").symlink_to(tmp_path / "secret")
-    assert to_theirs(tmp_path / "ours", tmp_path / "out") == 1
+    assert to_theirs(tmp_path / "ours", tmp_path / "out") == BAD_INPUT
     assert not (trained(ranks, tmp_path / "ours", tmp_path / "run") / "original/tokenizer.json").exists()

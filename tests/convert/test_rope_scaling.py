@@ -8,9 +8,8 @@ import torch
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.hf_config import model_from_hf, read_config
-from megatron_hybrid.convert.hf_export import hf_from_model
-from megatron_hybrid.convert.olmo_core_config import model_from_olmo_core
+from megatron_hybrid.convert.hf.config import hf_from_model, model_from_hf, read_config
+from megatron_hybrid.convert.olmo_core.config import model_from_olmo_core
 from megatron_hybrid.convert.verify import verify
 from testing import jobs
 from tests.convert.folders import BASE, OLMO3, YARN, edit_json, write_folder

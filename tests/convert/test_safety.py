@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_hybrid.base.errors import BAD_INPUT
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.hf_reader import open_huggingface
-from megatron_hybrid.convert.safetensors_header import read_header
+from megatron_hybrid.convert.hf.reader import open_huggingface
+from megatron_hybrid.convert.io.header import read_header
 from tests.convert.folders import BASE, write_folder
 from tests.convert.test_huggingface import to_ours, to_theirs
 
@@ -67,7 +68,7 @@ def test_damaged_files_are_refused_at_once(case, tmp_path):
     before = time.process_time()
     with pytest.raises(ConversionError, match="model.safetensors"):
         read_header(folder / "model.safetensors")
-    assert to_ours(folder, tmp_path / "ours") == 1
+    assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
     assert time.process_time() - before < 1
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -101,7 +102,7 @@ def test_names_that_leave_the_folder(folder, name, capsys):
     index = json.loads(path.read_text())
     index["weight_map"]["lm_head.weight"] = name
     path.write_text(json.dumps(index))
-    assert to_ours(folder, folder.parent / "ours") == 1
+    assert to_ours(folder, folder.parent / "ours") == BAD_INPUT
     assert "is not the name of a file" in capsys.readouterr().err
     assert not (folder.parent / "ours").exists()
 
@@ -111,15 +112,15 @@ def test_links_and_pipes(folder, capsys):
     outside = folder.parent / "outside.safetensors"
     shard.rename(outside)
     shard.symlink_to(outside)
-    assert to_ours(folder, folder.parent / "ours") == 1
+    assert to_ours(folder, folder.parent / "ours") == BAD_INPUT
     assert "is not followed" in capsys.readouterr().err
     shard.unlink()
     os.mkfifo(shard)  # opening it would wait for ever
-    assert to_ours(folder, folder.parent / "ours") == 1
+    assert to_ours(folder, folder.parent / "ours") == BAD_INPUT
     assert "not a regular file" in capsys.readouterr().err
     shard.unlink()
     shard.symlink_to(shard)
-    assert to_ours(folder, folder.parent / "ours") == 1
+    assert to_ours(folder, folder.parent / "ours") == BAD_INPUT
     assert "no such file" in capsys.readouterr().err
     shard.unlink()
     outside.rename(folder / "inside.safetensors")
@@ -133,7 +134,7 @@ def test_links_out_of_our_checkpoints(folder, capsys):
     file = next(ours.glob("*.safetensors"))
     file.rename(folder.parent / "elsewhere")
     file.symlink_to(folder.parent / "elsewhere")
-    assert to_theirs(ours, folder.parent / "export") == 1
+    assert to_theirs(ours, folder.parent / "export") == BAD_INPUT
     assert "is not followed" in capsys.readouterr().err
 
 
@@ -142,7 +143,7 @@ def test_pickles_are_refused_with_the_way_out(tmp_path, capsys):
     folder.mkdir()
     torch.save({}, folder / "pytorch_model.bin")
     (folder / "config.json").write_text("{}")
-    assert to_ours(folder, tmp_path / "ours") == 1
+    assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
     told = capsys.readouterr().err
     assert "pickle" in told and "save_pretrained" in told
 
@@ -151,13 +152,13 @@ def test_targets_are_never_replaced(folder, capsys):
     target = folder.parent / "ours"
     target.mkdir()
     (target / "precious").write_text("x")
-    assert to_ours(folder, target) == 1
+    assert to_ours(folder, target) == BAD_INPUT
     assert "exists" in capsys.readouterr().err
     assert [p.name for p in target.iterdir()] == ["precious"]
     other = folder.parent / ".converting-new"
     other.mkdir()
     (other / "precious").write_text("x")
-    assert to_ours(folder, folder.parent / "new") == 1
+    assert to_ours(folder, folder.parent / "new") == BAD_INPUT
     assert "in the way" in capsys.readouterr().err
     assert (other / "precious").exists()
 
@@ -224,7 +225,7 @@ def test_what_fails_midway_leaves_nothing(folder, monkeypatch, capsys):
         raise ConversionError("the source changed")
 
     monkeypatch.setattr(job, "write_file", broken)
-    assert to_ours(folder, folder.parent / "ours") == 1
+    assert to_ours(folder, folder.parent / "ours") == BAD_INPUT
     assert [p.name for p in folder.parent.iterdir()] == ["hf"]
 
 
@@ -261,6 +262,6 @@ def test_a_source_that_changes_meanwhile_is_noticed(folder, monkeypatch, capsys)
         return real(path, *rest)
 
     monkeypatch.setattr(job, "write_file", changing)
-    assert to_ours(folder, folder.parent / "ours") == 1
+    assert to_ours(folder, folder.parent / "ours") == BAD_INPUT
     assert "changed meanwhile" in capsys.readouterr().err
     assert [p.name for p in folder.parent.iterdir()] == ["hf"]

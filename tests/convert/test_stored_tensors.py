@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_hybrid.base.errors import BAD_INPUT
 from megatron_hybrid.base.lfs import is_lfs_pointer
 from megatron_hybrid.convert.verify import verify
 from tests.convert.folders import BASE, weights, write_folder
@@ -49,7 +50,7 @@ def test_computed_tensors_are_left_out(folder, tmp_path, capsys):
 def test_other_tensors_are_refused(name, folder, tmp_path, capsys):
     path = folder / "model.safetensors"
     save_file(load_file(path) | {name: torch.zeros(4)}, path)
-    assert to_ours(folder, tmp_path / "ours") == 1
+    assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
     assert name in capsys.readouterr().err
 
 
@@ -83,7 +84,7 @@ def test_fp64_becomes_fp32_and_that_is_said(folder, tmp_path, capsys):
     assert equal(weights(tmp_path / "ours"), weights(tmp_path / "ours2"))
 
 
-@pytest.mark.parametrize(("scale", "status"), [(1.0, 0), (1.01, 1)])
+@pytest.mark.parametrize(("scale", "status"), [(1.0, 0), (1.01, BAD_INPUT)])
 def test_a_tied_copy_in_another_type(scale, status, tmp_path, capsys):
     folder = tmp_path / "tied"
     write_folder(folder, BASE | dict(tie_embeddings=True))
@@ -114,7 +115,7 @@ def test_a_snapshot_of_the_cache_is_read(folder, tmp_path, capsys):
     assert not verify(tmp_path / "ours", snapshot).problems
     assert to_theirs(tmp_path / "ours", tmp_path / "out", "--tokenizer", str(snapshot)) == 0
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}" and not (tmp_path / "out/tokenizer.json").is_symlink()
-    assert to_ours(snapshot.parent.parent, tmp_path / "ours2") == 1
+    assert to_ours(snapshot.parent.parent, tmp_path / "ours2") == BAD_INPUT
     assert f"give a snapshot of this Hugging Face cache: {snapshot}" in capsys.readouterr().err
 
 
@@ -128,7 +129,7 @@ def test_other_links_of_a_snapshot_are_not_followed(target, folder, tmp_path, ca
     secret.write_text((snapshot / "config.json").read_text())
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(target)
-    assert to_ours(snapshot, tmp_path / "ours") == 1
+    assert to_ours(snapshot, tmp_path / "ours") == BAD_INPUT
     assert "is not followed" in capsys.readouterr().err
 
 
@@ -137,7 +138,7 @@ def test_blobs_that_are_a_link_themselves(folder, tmp_path, capsys):
     blobs = snapshot.parent.parent / "blobs"
     blobs.rename(tmp_path / "elsewhere")
     blobs.symlink_to(tmp_path / "elsewhere")
-    assert to_ours(snapshot, tmp_path / "ours") == 1
+    assert to_ours(snapshot, tmp_path / "ours") == BAD_INPUT
     assert "is not followed" in capsys.readouterr().err
 
 
@@ -154,7 +155,7 @@ def test_lfs_pointers_are_named(name, folder, tmp_path, capsys):
     if name == "model.safetensors.index.json":
         (folder / "model.safetensors").unlink()
     (folder / name).write_text(POINTER)
-    assert to_ours(folder, tmp_path / "ours") == 1
+    assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
     said = capsys.readouterr().err
     assert f"{folder / name}: a Git LFS pointer" in said and "git lfs pull" in said
 
@@ -163,7 +164,7 @@ def test_lfs_pointers_in_our_checkpoints_are_named(folder, tmp_path, capsys):
     assert to_ours(folder, tmp_path / "ours") == 0
     for path in (next((tmp_path / "ours").glob("*.safetensors")), tmp_path / "ours/index.json"):
         path.write_text(POINTER)
-        assert to_theirs(tmp_path / "ours", tmp_path / "out") == 1
+        assert to_theirs(tmp_path / "ours", tmp_path / "out") == BAD_INPUT
         assert f"{path}: a Git LFS pointer" in capsys.readouterr().err
     with pytest.raises(ValueError, match="git lfs pull"):
         verify(tmp_path / "ours")
@@ -172,5 +173,5 @@ def test_lfs_pointers_in_our_checkpoints_are_named(folder, tmp_path, capsys):
 def test_an_adapter_is_named(tmp_path, capsys):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
-    assert to_ours(tmp_path / "adapter", tmp_path / "ours") == 1
+    assert to_ours(tmp_path / "adapter", tmp_path / "ours") == BAD_INPUT
     assert "merge_and_unload" in capsys.readouterr().err

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.hf_export import hf_from_model
+from megatron_hybrid.convert.hf.config import hf_from_model
+from megatron_hybrid.convert.hf.registry import huggingface_name
+from megatron_hybrid.convert.io.writer import OutputTensor
 from megatron_hybrid.convert.job import split_into_files
-from megatron_hybrid.convert.names import huggingface_name
 from megatron_hybrid.convert.ranks import Ranks, find_ranks
-from megatron_hybrid.convert.safetensors_writer import OutputTensor
 from testing.models import hybrid
 from tests.convert.folders import BASE, write_folder
 
@@ -28,10 +28,10 @@ LARGE = hybrid("GGGA*2", 512, 8, 48, ffn_hidden_size=4096, vocab_size=40_000)
 MEASURE = """
 import json, sys
 from pathlib import Path
-from megatron_hybrid.convert.from_hf import from_huggingface
+from megatron_hybrid.convert.hf.importer import from_huggingface
 from megatron_hybrid.convert.job import run
 from megatron_hybrid.convert.ranks import Ranks
-from megatron_hybrid.convert.to_hf import to_huggingface
+from megatron_hybrid.convert.hf.exporter import to_huggingface
 import torch
 
 def resident():

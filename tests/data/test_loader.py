@@ -33,24 +33,22 @@ class Numbers:
 
 def firsts(batches) -> list[list[int]]:
     """The first token, here the sample's number, of every sequence of every micro-batch."""
-    return [batch["tokens"][:, 0].tolist() for batch in batches]
+    return [batch.tokens[:, 0].tolist() for batch in batches]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_what_a_micro_batch_holds(workers):
     with BatchLoader(Numbers(), 2, num_workers=workers) as loader:
         first, second = loader.global_batch(10, 4)
-    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in first.items()} == {
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in first.tensors().items()} == {
         "tokens": (torch.int64, (2, 4)),
         "labels": (torch.int64, (2, 4)),
         "loss_mask": (torch.float32, (2, 4)),
-        "position_ids": (torch.int64, (2, 4)),
     }
-    assert first["tokens"].tolist() == [[10, 11, 12, 13], [11, 12, 13, 14]]
-    assert first["labels"].tolist() == [[11, 12, 13, 14], [12, 13, 14, 15]]
-    assert first["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
-    assert (first["loss_mask"] == 1).all() and second["tokens"][0, 0] == 12
-    assert all(tensor.is_contiguous() for tensor in first.values())
+    assert first.tokens.tolist() == [[10, 11, 12, 13], [11, 12, 13, 14]]
+    assert first.labels.tolist() == [[11, 12, 13, 14], [12, 13, 14, 15]]
+    assert (first.loss_mask == 1).all() and second.tokens[0, 0] == 12
+    assert all(tensor.is_contiguous() for tensor in first.tensors().values())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -144,12 +142,6 @@ def test_close_ends_the_threads():
     for use in (lambda: loader.global_batch(0, 8), lambda: next(batches)):
         with pytest.raises(ValueError, match="closed"):
             use()
-
-
-def test_the_end_of_a_document_can_be_masked():
-    loader = BatchLoader(Numbers(), 1, num_workers=0, mask_end_of_document=11)
-    (batch,) = loader.global_batch(10, 1)
-    assert batch["tokens"].tolist() == [[10, 11, 12, 13]] and batch["loss_mask"].tolist() == [[1, 0, 1, 1]]
 
 
 @pytest.mark.parametrize(

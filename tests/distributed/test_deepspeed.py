@@ -78,55 +78,6 @@ def test_the_curve_of_a_tied_model_is_megatron_s(ranks):
         assert_same(result, expected)
 
 
-def nvme_works() -> bool:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    return AsyncIOBuilder().is_compatible()
-
-
-needs_libaio = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),  # the first time, C++ is compiled
-    pytest.mark.skipif("not nvme_works()", reason="libaio and its headers are not installed"),
-]
-WIDE = MODEL | {"hidden_size": 192, "head_dim": 32, "ffn_hidden_size": 4096}
-"""Enough that DeepSpeed does swap: what lies below a mebibyte stays in memory."""
-
-
-@pytest.mark.parametrize(
-    ("offload", "dtype"),
-    [
-        pytest.param({"offload_optimizer": "nvme"}, "fp32", marks=needs_libaio),
-        pytest.param({"offload_optimizer": "nvme", "offload_parameters": "cpu"}, "bf16", marks=needs_libaio),
-    ],
-)
-def test_what_lies_on_nvme_gives_the_same_curve_and_is_saved(offload, dtype, ranks, tmp_path):
-    common = dict(model=WIDE, parallel=layout(), train=ZERO | {"dtype": dtype}, timeout=850)
-    expected = ranks.run(jobs.curve, 2, steps=6, zero={"stage": 3}, **common)[0]
-    zero = {"stage": 3, "nvme_path": str(tmp_path / "nvme"), **offload}
-    first = ranks.run(jobs.curve, 2, steps=3, save=str(tmp_path / "run"), zero=zero, **common)[0]
-    assert any((tmp_path / "nvme").rglob("*_gradient_*.swp")), "gradients that DeepSpeed reads back from the disk"
-    second = ranks.run(jobs.curve, 2, start=3, steps=6, load=first["path"], zero=zero, **common)[0]
-    tolerance = 1e-5 if dtype == "fp32" else 2e-3
-    assert_same({what: first[what] + second[what] for what in ("losses", "norms")}, expected, tolerance)
-
-
-@pytest.mark.parametrize("width", [pytest.param(4095, marks=needs_libaio)])
-def test_what_deepspeed_would_read_back_wrongly_is_refused(width, ranks, tmp_path):
-    zero = {"stage": 3, "nvme_path": str(tmp_path), "offload_optimizer": "nvme"}
-    with pytest.raises(AssertionError, match=r"zero.offload_optimizer: nvme needs parameters of whole pages"):
-        ranks.run(
-            jobs.curve,
-            1,
-            model=WIDE | {"ffn_hidden_size": width},
-            parallel=layout(),
-            train=ZERO,
-            zero=zero,
-            steps=1,
-            timeout=850,
-        )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_curve_in_bf16_is_near_megatron_s(stage, ranks):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_hybrid.observe.plot import Curve, draw, plot_file, smooth, thin
+from megatron_hybrid.observe.plot import Curve, draw, smooth, thin
 
 
 def records(count, top=5.5, bottom=2.2, every=None):
@@ -83,5 +83,5 @@ def test_from_a_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 51, "lo')
     curve = Curve.read(tmp_path / "metrics.jsonl")
     assert len(curve.steps) == 50 and list(curve.eval_steps) == [25, 50] and curve.tokens == 50 * 8192
-    plot_file(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    draw(curve, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10_000

@@ -1,8 +1,5 @@
-"""What test_data_check.py and test_inference.py run on ranks."""
+"""Jobs of test_data_check.py, which run on ranks."""
 
-import contextlib
-import io
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,9 +8,7 @@ import torch.distributed as dist
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data import validate
-from megatron_hybrid.distributed.process_groups import leave_groups
 from megatron_hybrid.train import data_check
-from testing import jobs
 
 
 def check(config: dict, all_at_once: bool = False, missing_on: int | None = None) -> dict:
@@ -50,29 +45,3 @@ def check(config: dict, all_at_once: bool = False, missing_on: int | None = None
 
 def _gone(run: RunConfig):
     return run.data.train[0].model_copy(update={"path": "/nowhere/gone.npy"})
-
-
-def tools_on_a_run(config: dict, calls: list[tuple[str, list[str]]]) -> list[tuple[int, str, str]]:
-    """Train a run, then call tools on it in this process: (status, stdout, stderr) of each call."""
-    jobs.pretrain_run(config)
-    results = []
-    for tool, arguments in calls:
-        leave_groups()
-        results.append(_call(tool, arguments))
-    return results
-
-
-def _call(tool: str, arguments: list[str]) -> tuple[int, str, str]:
-    from importlib import import_module
-
-    from megatron_hybrid.distributed import process_groups as launch
-
-    launch.stop_distributed = lambda: None  # the next call uses the same process group
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    sys.argv = [f"tools/{tool}.py", *arguments]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            import_module(f"tools.{tool}").main()
-        except SystemExit as end:
-            status = end.code or 0
-    return status, out.getvalue(), err.getvalue()

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.launch.environment import Launch
+from megatron_hybrid.train.callbacks.base import StepOutcome
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.trainer import Trainer, pretrain
 
@@ -30,10 +31,11 @@ def interrupted(config: dict, signum: int, at: int, rank: int) -> dict:
     run = RunConfig(**config)
     step = Trainer.step
 
-    def signalled(self: Trainer) -> None:
-        step(self)
+    def signalled(self: Trainer) -> StepOutcome:
+        outcome = step(self)
         if self.progress.step == at and dist.get_rank() == rank:
             os.kill(os.getpid(), signum)
+        return outcome
 
     Trainer.step = signalled
     progress = pretrain(run, Launch.from_environment())

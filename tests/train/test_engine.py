@@ -19,7 +19,7 @@ def what_is_left(train: dict, parallel: dict) -> list[str]:
         parts = {
             "parameter": next(engine.chunks[0].parameters()),
             "gradient buffer": engine.wrapped[0].buffers[0],
-            "optimizer state": engine.optimizer._adams()[0].param_groups[0]["params"][0],
+            "optimizer state": engine.optimizer._inner_optimizers()[0].param_groups[0]["params"][0],
         }
         engine.close()
         return {name: weakref.ref(part) for name, part in parts.items()}

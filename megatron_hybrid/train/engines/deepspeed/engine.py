@@ -1,41 +1,43 @@
-"""The model under DeepSpeed: ZeRO over data parallel ranks, tensor parallelism by our own groups, offload to host or NVMe.
+"""DeepSpeed engine: ZeRO over the data parallel ranks, tensor parallelism by our own groups, offload to host memory.
 
-What megatron-core's wrappers do for MegatronEngine and DeepSpeed does not is done here: gradients of weights that
-sequence parallelism replicates are summed over the tensor parallel ranks, and A_log and dt_bias stay in fp32.
-Checkpoints are this project's own (checkpoint/): a run goes on under either engine.
+Two things that megatron-core's wrappers do and DeepSpeed does not are done here. Gradients of weights that sequence
+parallelism replicates are summed over the tensor parallel ranks, and A_log and dt_bias stay in fp32. Checkpoints have
+this project's own format (checkpoint/), so a run can continue under either engine.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.zero import ZeroConfig
+from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.model.formats import format_table
 from megatron_hybrid.model.hybrid_model import build_model
 from megatron_hybrid.model.initialize import initialize
+from megatron_hybrid.model.output_layer import TokenLosses
 from megatron_hybrid.model.param_layout import ParamLayout
+from megatron_hybrid.train.engines.base import BatchLosses, mean_losses, run_model
 from megatron_hybrid.train.engines.deepspeed.fp32_scalars import Fp32Scalars
-from megatron_hybrid.train.engines.deepspeed.optimizer import ZeroCollector, ZeroOptimizer, make_adam
-from megatron_hybrid.train.engines.deepspeed.settings import import_deepspeed, settings, start_engine
-from megatron_hybrid.train.engines.deepspeed.swapped import in_order_of_alignment
-from megatron_hybrid.train.optimizers.megatron import exempt_from_decay
-from megatron_hybrid.train.step import Batch, Losses, mean_losses, on_device
+from megatron_hybrid.train.engines.deepspeed.optimizer import ZeroCollector, ZeroOptimizer, build_optimizer
+from megatron_hybrid.train.engines.deepspeed.settings import deepspeed_config, import_deepspeed, start_engine
+from megatron_hybrid.train.engines.megatron import Fill
+from megatron_hybrid.train.optimizers.decay_groups import exempt_from_decay
 
 
 class DeepSpeedEngine:
-    """The model on this rank in DeepSpeed's engine; the trainer uses it as it uses MegatronEngine.
+    """The model on this rank in DeepSpeed's engine. Implements the `Engine` protocol, as MegatronEngine does.
 
-    Each rank builds the whole model (its tensor parallel part of it) before stage 3 shares the parameters out.
+    Each rank builds its whole tensor parallel part of the model before stage 3 shards the parameters.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or cannot offload on this machine as it is asked to.
+        ConfigError: DeepSpeed is not installed, or the requested offload cannot run on this machine.
     """
 
     def __init__(
@@ -46,32 +48,32 @@ class DeepSpeedEngine:
         sequence_length: int,
         groups: ProcessGroupCollection,
         precision: PrecisionConfig = PrecisionConfig(),  # noqa: B008 - frozen
-        fill: Callable = initialize,
+        fill: Fill = initialize,
         zero: ZeroConfig = ZeroConfig(),  # noqa: B008 - frozen
-    ):
+    ) -> None:
         deepspeed = import_deepspeed(zero)
         self.groups, self.z_loss = groups, train.z_loss
         self.chunks = build_model(model, parallel, precision, train.dtype, sequence_length, groups)
         (chunk,) = self.chunks
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         fill(self.chunks, self.layout, train.seed)
-        # now: some are about to be taken out, and stage 3 empties the others
+        # collected now: the fp32 scalars are about to be taken out, and stage 3 empties the other parameters
         self.parameters = list(self.layout.parameters(self.chunks))
         _use_plain_gradients(chunk)
         self._sum_replicated_gradients(chunk)
 
-        adam = train.optimizer
-        exempt = exempt_from_decay(self.layout, self.chunks, set(adam.no_decay))
-        scalars = Fp32Scalars(chunk, groups, adam)
-        ordered = in_order_of_alignment(chunk.parameters(), groups.dp.size())
-        optimizer = make_adam([p for p in ordered if p not in exempt], [p for p in ordered if p in exempt], adam, zero)
-        name = f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}, {_in_words(zero)}"
+        spec, settings = OPTIMIZERS[train.optimizer.name], train.optimizer
+        exempt = exempt_from_decay(self.layout, self.chunks, set(settings.no_decay))
+        scalars = Fp32Scalars(chunk, groups, spec, settings)
+        decayed = [p for p in chunk.parameters() if p not in exempt]
+        optimizer = build_optimizer(decayed, [p for p in chunk.parameters() if p in exempt], spec, settings, zero)
+        name = f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}, {_describe(zero)}"
         self._formats = format_table(self.chunks, precision, train.dtype, sequence_length, train.micro_batch_size, name)
-        self.engine = start_engine(deepspeed, chunk, optimizer, groups, settings(train, zero))
-        self.optimizer = ZeroOptimizer(self.engine, scalars, name)
+        self.engine = start_engine(deepspeed, chunk, optimizer, groups, deepspeed_config(train, zero))
+        self.optimizer = ZeroOptimizer(self.engine, scalars, spec, name)
 
     def _sum_replicated_gradients(self, chunk: torch.nn.Module) -> None:
-        """Under sequence parallelism each tensor parallel rank sees its own tokens' part of a norm's gradient."""
+        """Sum gradients of replicated weights: under sequence parallelism each rank has those of its own tokens only."""
 
         def over_tensor_parallel_ranks(gradient: torch.Tensor) -> torch.Tensor:
             total = gradient.float().contiguous()
@@ -81,50 +83,54 @@ class DeepSpeedEngine:
         if self.groups.tp.size() > 1:
             for parameter in chunk.parameters():
                 if getattr(parameter, "sequence_parallel", False):
-                    parameter.register_hook(over_tensor_parallel_ranks)
+                    parameter.register_hook(over_tensor_parallel_ranks)  # type: ignore[no-untyped-call]
 
-    def forward_backward(self, batches: list[Batch]) -> Losses:
-        """Mean losses over the global batch; its gradients are ready when this returns."""
+    def forward_backward(self, batches: list[Batch]) -> BatchLosses:
+        """Run forward and backward over this rank's micro-batches and return the mean losses of the global batch.
+
+        Gradients of a skipped step are discarded.
+        """
         self.optimizer.expect_gradients()
         self.engine.train()
-        losses = []
+        found = []
         for number, batch in enumerate(batches, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
-            total, *parts = self._forward(batch)
-            self.engine.backward(total / len(batches), scale_wrt_gas=False)
-            losses.append(torch.stack(parts))
+            losses = self._forward(batch)
+            self.engine.backward(losses.total / len(batches), scale_wrt_gas=False)
+            found.append(torch.stack((losses.cross_entropy, losses.z_loss)))
         self.optimizer.scalars.reduce()
-        return mean_losses(losses, self.groups)
+        return mean_losses(found, self.groups)
 
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch = on_device(batch)
-        return self.engine(batch["tokens"], batch["labels"], batch["loss_mask"], self.z_loss)
+    def _forward(self, batch: Batch) -> TokenLosses:
+        losses: TokenLosses = run_model(self.engine, batch.to(local_device()), self.z_loss)
+        return losses
 
     def gradient_norm(self) -> float:
+        """Return the global gradient norm before clipping."""
         return self.optimizer.gradient_norm()
 
     def update(self, lr: float, gradient_norm: float) -> None:
-        """Clip and step. Not calling it skips the step: nothing has changed."""
+        """Clip by the given norm and update. To skip a step, do not call this: then nothing has changed."""
         self.optimizer.step(lr, gradient_norm)
 
     @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> Losses:
-        """Mean losses over a global batch, without gradients."""
+    def evaluate(self, batches: list[Batch]) -> BatchLosses:
+        """Return the mean losses over a global batch, without gradients."""
         self.engine.eval()
         losses = [torch.stack(self._forward(batch)[1:]) for batch in batches]
         self.engine.train()
         return mean_losses(losses, self.groups)
 
     def collector(self) -> Collector:
-        """This rank's part of weights and optimizer state, to save or to load."""
+        """Return the object that reads and writes this rank's weights and optimizer state for checkpoints."""
         return ZeroCollector(self.optimizer, self.parameters, self.chunks, self.layout, self.groups)
 
     def backends(self, batch_size: int) -> list[str]:
-        """Which formats and kernels this rank runs, and why: a table."""
+        """Return a table of the formats and kernels that this rank runs, with reasons."""
         return self._formats
 
     def close(self) -> None:
-        """Let go of the memory. Stage 3's goes with the process: DeepSpeed's own hooks keep it."""
+        """Release GPU memory. Stage 3's is released only when the process ends: DeepSpeed's own hooks keep it."""
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
         self.engine.destroy()
@@ -132,13 +138,13 @@ class DeepSpeedEngine:
 
 
 def _use_plain_gradients(chunk: torch.nn.Module) -> None:
-    """Transformer Engine's linears add weight gradients to megatron's fp32 buffers; DeepSpeed reads the plain ones."""
+    """Make Transformer Engine's linears write plain gradients, which DeepSpeed reads, not megatron's fp32 buffers."""
     for module in chunk.modules():
         if getattr(module, "fuse_wgrad_accumulation", False):
-            module.fuse_wgrad_accumulation = False
+            module.fuse_wgrad_accumulation = False  # type: ignore[assignment]
 
 
-def _in_words(zero: ZeroConfig) -> str:
+def _describe(zero: ZeroConfig) -> str:
     words = f"DeepSpeed's ZeRO {zero.stage}"
     if zero.offload_optimizer != "none":
         share = "" if zero.offload_fraction == 1 else f"{zero.offload_fraction:.0%} of "

@@ -1,9 +1,11 @@
-"""Our configuration in DeepSpeed's terms, and DeepSpeed itself: imported here alone, and only when it is asked for."""
+"""Translates our configuration to DeepSpeed's and starts DeepSpeed. Only this file imports DeepSpeed, when it is needed."""
 
 import logging
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,15 +17,17 @@ from megatron_hybrid.config.zero import ZeroConfig
 from megatron_hybrid.distributed.device import has_cuda
 
 SUB_GROUP = 180_000_000
-"""Parameters whose state stage 3 updates, offloads and page-locks at once, and as many more as the last of them has. Under
-2^28 with any matrix of the 7B: page-locked buffers are rounded up to a power of two, here of a gibibyte."""
+"""Parameters whose state stage 3 updates, offloads and page-locks at once. The last of them may exceed this number.
+
+With any matrix of the 7B model the sum stays below 2^28. Page-locked buffers are rounded up to a power of two, here 1 GiB.
+"""
 
 
 def import_deepspeed(zero: ZeroConfig) -> ModuleType:
-    """DeepSpeed, computing on this rank's device.
+    """Import DeepSpeed, set up for this rank's device.
 
     Raises:
-        ConfigError: it is not installed, or what is to be offloaded cannot be on this machine.
+        ConfigError: DeepSpeed is not installed, or the requested offload cannot run on this machine.
     """
     if find_spec("deepspeed") is None:
         raise ConfigError.at(
@@ -33,10 +37,9 @@ def import_deepspeed(zero: ZeroConfig) -> ModuleType:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_cuda() else "cpu")  # read on import
     device = torch.cuda.current_device() if has_cuda() else 0
     os.environ.setdefault("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(device)))
-    import deepspeed
-
+    deepspeed = import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # on CPU ranks it would compile collectives over shared memory first, for minutes; gloo's are there
+    # on CPU ranks it would spend minutes compiling collectives over shared memory; gloo has collectives
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _check_offload(zero)
     return deepspeed
@@ -47,15 +50,15 @@ def start_engine(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     groups: ProcessGroupCollection,
-    config: dict,
-):
-    """DeepSpeed's engine around the model, talking through the process groups that are there: what deepspeed.initialize does."""
+    config: dict[str, Any],
+) -> Any:
+    """Build DeepSpeed's engine around the model, as deepspeed.initialize does, with the existing process groups."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    class ZeroEngine(DeepSpeedEngine):
-        def _do_optimizer_sanity_check(self, basic_optimizer):
-            # engine.py:2303: bf16 at stage 1 would get BF16_Optimizer, whose step cannot be skipped; ZeRO's can do that as well
+    class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]
+        def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+            # engine.py:2303: bf16 at stage 1 would get BF16_Optimizer, whose step cannot be skipped. ZeRO's optimizer works too.
             return "zero_optimization"
 
     deepspeed.init_distributed(dist_init_required=False)
@@ -71,20 +74,14 @@ def _check_offload(zero: ZeroConfig) -> None:
             "zero.offload_fraction",
             f"{zero.offload_fraction:g} leaves a part on a GPU, and there is none; set it to 1.0",
         )
-    if zero.offload_optimizer == "nvme":
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
-        if not AsyncIOBuilder().is_compatible():
-            raise ConfigError.at(
-                "zero.offload_optimizer", "nvme needs libaio and its headers (apt install libaio-dev); or set it to cpu"
-            )
 
 
 class Mpu:
-    """The tensor and data parallel groups, under the names that DeepSpeed asks for ("model parallel" is tensor parallel)."""
+    """Tensor and data parallel groups under the names that DeepSpeed uses ("model parallel" is tensor parallel)."""
 
-    def __init__(self, groups: ProcessGroupCollection):
-        self._tensor, self._data = groups.tp, groups.dp
+    def __init__(self, groups: ProcessGroupCollection) -> None:
+        self._tensor: dist.ProcessGroup = groups.tp
+        self._data: dist.ProcessGroup = groups.dp
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self._tensor
@@ -115,21 +112,23 @@ class Mpu:
         return dist.get_process_group_ranks(self._data)
 
 
-def settings(train: TrainConfig, zero: ZeroConfig) -> dict:
-    """DeepSpeed's configuration. Its own gradient accumulation stays at 1: the engine says where a step ends, so that the
-    batch may grow from step to step."""
+def deepspeed_config(train: TrainConfig, zero: ZeroConfig) -> dict[str, Any]:
+    """Return DeepSpeed's configuration.
+
+    DeepSpeed's own gradient accumulation stays at 1. The engine marks the end of each step, so that the batch size may
+    change from step to step.
+    """
     pinned = has_cuda()
-    stage: dict = {
+    stage: dict[str, Any] = {
         "stage": zero.stage,
         "contiguous_gradients": True,
         "overlap_comm": has_cuda(),
         "sub_group_size": SUB_GROUP,
-        "memory_efficient_linear": False,  # it replaces torch's linear for the whole process; our linears are megatron-core's
+        "memory_efficient_linear": False,  # it would replace torch's linear in the whole process; our linears are megatron-core's
     }
     if zero.offload_optimizer != "none":
         stage["offload_optimizer"] = {
             "device": zero.offload_optimizer,
-            "nvme_path": zero.nvme_path,
             "pin_memory": pinned,
             "ratio": zero.offload_fraction,
         }

@@ -1,0 +1,18 @@
+"""Registry of optimizers. To add one, write a file like `adamw.py` and list it here."""
+
+from typing import TYPE_CHECKING, Literal
+
+from megatron_hybrid.arch.optimizers import adamw
+from megatron_hybrid.arch.optimizers.spec import OptimizerSpec
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    spec.name: spec
+    for spec in (
+        adamw.SPEC,
+    )
+}  # fmt: skip
+
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]  # so that validation names the choices

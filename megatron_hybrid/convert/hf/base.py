@@ -1,0 +1,67 @@
+"""The interface of an architecture of transformers.
+
+To add one: a file with a subclass of `Architecture`, and a line in registry.py.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from megatron_hybrid.arch.model import LayerKind, ModelConfig
+from megatron_hybrid.convert.hf.fields import Fields, FieldTable
+from megatron_hybrid.convert.hf.names import LayerNames, TensorNames
+from megatron_hybrid.convert.hf.rope import RopeForms
+
+
+class Architecture(ABC):
+    """A decoder of transformers, in both directions: fields of config.json, and names of tensors."""
+
+    model_type: ClassVar[str]
+    """`model_type` in config.json."""
+    class_name: ClassVar[str]
+    """The only entry of `architectures` in config.json."""
+    layer_types: ClassVar[Mapping[str, LayerKind]]
+    """Entry of `layer_types` in config.json -> symbol in ModelConfig.layer_pattern."""
+    fields: ClassVar[FieldTable]
+    """Fields of config.json that only this architecture has, and defaults."""
+    rope: ClassVar[RopeForms]
+    """Forms of rotary embedding in config.json."""
+    layers: ClassVar[Mapping[str, LayerNames]]
+    """Symbol in ModelConfig.layer_pattern -> names of the layer's tensors."""
+
+    @abstractmethod
+    def unsupported_reason(self, model: ModelConfig) -> str | None:
+        """Return why this architecture cannot compute a model, or None if it can."""
+
+    @abstractmethod
+    def default_layer_types(self, count: int) -> list[str]:
+        """Return the `layer_types` that transformers takes if config.json has none."""
+
+    @abstractmethod
+    def read(self, fields: Fields, layer_types: Sequence[str]) -> dict[str, Any]:
+        """Return the fields of ModelConfig that only this architecture has. Problems are added to `fields`."""
+
+    @abstractmethod
+    def write(self, model: ModelConfig, positions: int) -> dict[str, Any]:
+        """Return the fields of config.json that only this architecture has.
+
+        Args:
+            positions: max_position_embeddings.
+        """
+
+    def card_rows(self, model: ModelConfig) -> dict[str, str]:
+        """Return rows for the model card's table."""
+        return {}
+
+    def export_notes(self, model: ModelConfig) -> list[str]:
+        """Return notes for users who export a model: versions of transformers that compute something else."""
+        return []
+
+    def names(self, model: ModelConfig) -> TensorNames:
+        """Return the names of a model's tensors."""
+        return TensorNames(model, self.layers)
+
+    def their_layer_types(self, model: ModelConfig) -> list[str]:
+        """Return the model's `layer_types`."""
+        names = {symbol: name for name, symbol in self.layer_types.items()}
+        return [names[symbol] for symbol in model.layers]

@@ -1,0 +1,3 @@
+from megatron_hybrid.distributed.quiet import silence_known_warnings
+
+silence_known_warnings()

@@ -1,0 +1,31 @@
+"""Callbacks of the trainer, and those of an ordinary run in their order."""
+
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.loader import BatchLoader
+from megatron_hybrid.train.callbacks.base import Callback
+from megatron_hybrid.train.callbacks.checkpoints import Checkpoints
+from megatron_hybrid.train.callbacks.expected_memory import ExpectedMemory
+from megatron_hybrid.train.callbacks.graceful_shutdown import GracefulShutdown
+from megatron_hybrid.train.callbacks.outlier_skipping import OutlierSkipping
+from megatron_hybrid.train.callbacks.periodic_evaluation import PeriodicEvaluation
+from megatron_hybrid.train.callbacks.step_metrics import StepMetrics
+from megatron_hybrid.train.interrupt import Interrupt
+
+
+def default_callbacks(config: RunConfig, validation: BatchLoader | None, interrupt: Interrupt | None) -> list[Callback]:
+    """Return the callbacks of a run, in the order in which their hooks are called.
+
+    A step is logged before anything that may end the run. It is evaluated before it is saved.
+
+    Args:
+        validation: loader of the validation data; None: do not evaluate.
+        interrupt: receives signals that ask the run to stop; None: the process handles signals itself.
+    """
+    callbacks: list[Callback] = [StepMetrics(), OutlierSkipping(config.train.skip_step)]
+    if config.train.engine == "megatron":
+        callbacks.append(ExpectedMemory())
+    if validation is not None:
+        callbacks.append(PeriodicEvaluation(config.train, validation))
+    if interrupt is not None:
+        callbacks.append(GracefulShutdown(interrupt))
+    return [*callbacks, Checkpoints()]

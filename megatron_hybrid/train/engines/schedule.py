@@ -1,0 +1,104 @@
+"""Runs micro-batches through megatron-core's pipeline schedules."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.distributed.device import local_device
+from megatron_hybrid.model.output_layer import TokenLosses
+from megatron_hybrid.train.engines.base import BatchLosses, mean_losses, run_model
+
+_SCHEDULE_FIELDS = ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func")
+
+
+class BatchRunner:
+    """Runs the micro-batches of a global batch through the pipeline.
+
+    Args:
+        chunks: this rank's model chunks, in their data parallel wrappers or bare.
+        z_loss: weight of the z-loss in the differentiated loss.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        groups: ProcessGroupCollection,
+        sequence_length: int,
+        micro_batch_size: int,
+        z_loss: float,
+    ) -> None:
+        self.chunks, self.groups, self.z_loss = chunks, groups, z_loss
+        self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
+        self.run_schedule = get_forward_backward_func()
+
+    def __call__(self, batches: list[Batch], forward_only: bool = False) -> BatchLosses:
+        """Run forward (and backward) over this rank's micro-batches. The gradients are reduced over all ranks on return.
+
+        Args:
+            batches: micro-batches of whole sequences, the same on all context parallel ranks of a replica.
+        """
+        several = len(self.chunks) > 1
+        iterators = [iter(batches) for _ in self.chunks]
+        outputs = self.run_schedule(
+            forward_step_func=self.forward_step,
+            data_iterator=iterators if several else iterators[0],
+            model=self.chunks if several else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=self.sequence_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return self._mean(outputs)
+
+    def forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        """Run the model on the next micro-batch. Returns its output and the function that makes the loss from it."""
+        context_parallel = self.groups.cp
+        batch = next(batches).slice(context_parallel.rank(), context_parallel.size()).to(local_device())
+        return run_model(model, batch, self.z_loss), self._loss
+
+    def _loss(self, losses: TokenLosses) -> tuple[Tensor, dict[str, Tensor]]:
+        # megatron-core multiplies the loss by the context parallel size (schedules.py, forward_step_calc_loss) and averages
+        # gradients over these ranks too. All slices have the same number of tokens, so the mean of their means is exact.
+        means = torch.stack((losses.cross_entropy, losses.z_loss))
+        return losses.total / self.groups.cp.size(), {"losses": means}
+
+    def _mean(self, outputs: Iterable[dict[str, Tensor]]) -> BatchLosses:
+        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            return mean_losses([output["losses"] for output in outputs], self.groups)
+        return mean_losses([torch.zeros(2, device=local_device())], self.groups)  # the last stage's losses are added
+
+
+class LossScaler(Protocol):
+    """The part of an optimizer that the schedules use."""
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Multiply the loss by the gradient scale."""
+
+
+def prepare_for_training(wrapped: list[DistributedDataParallel], optimizer: LossScaler) -> None:
+    """Tell megatron-core's schedules how to finish gradients and when to communicate."""
+    config = wrapped[0].module.config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    ddp = wrapped[0].ddp_config
+
+    def for_all(method: str) -> Any:
+        calls = [getattr(chunk, method) for chunk in wrapped]
+        return calls if len(calls) > 1 else calls[0]
+
+    if ddp.overlap_grad_reduce:
+        config.no_sync_func = for_all("no_sync")
+        if len(wrapped) > 1:
+            config.grad_sync_func = for_all("start_grad_sync")
+    if ddp.overlap_param_gather and len(wrapped) > 1:
+        config.param_sync_func = for_all("start_param_sync")
+    for chunk in wrapped[1:]:
+        for field in _SCHEDULE_FIELDS:
+            setattr(chunk.module.config, field, getattr(config, field))

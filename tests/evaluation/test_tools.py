@@ -1,0 +1,59 @@
+"""tools/evaluate.py and tools/generate.py on a trained run: numbers, data and prompts that are wrong end with a message."""
+
+import json
+
+import numpy as np
+import pytest
+
+from testing.models import SMALLEST
+from tests.data.files import write_raw
+from tests.evaluation import jobs
+
+
+@pytest.fixture
+def config(tmp_path):
+    tokens = write_raw(tmp_path / "a.npy", np.tile(np.arange(20, 80), 20))
+    return dict(
+        run_dir=str(tmp_path / "run"),
+        model=SMALLEST,
+        data=dict(train=[{"path": tokens}], sequence_length=16),
+        train=dict(steps=1, global_batch_size=2, micro_batch_size=2, dtype="fp32"),
+        logging=dict(plot_interval=0, tensorboard=False),
+    )
+
+
+def test_the_tools_on_a_run(ranks, config, tmp_path):
+    run, good = config["run_dir"], config["data"]["train"][0]["path"]
+    write_raw(tmp_path / "bad.npy", [5, 6, 300, 7] * 50)
+    write_raw(tmp_path / "wide.npy", [5, 6, 90, 7] * 50, "uint32")
+    write_raw(tmp_path / "short.npy", [5, 6])
+    evaluate = [run, str(tmp_path / "bad.npy")], [run, str(tmp_path / "wide.npy")], [run, str(tmp_path / "short.npy")]
+    calls = [("evaluate", arguments) for arguments in evaluate]
+    calls += [
+        ("evaluate", [run, good, "--json"]),
+        ("evaluate", [run, str(tmp_path / "wide.npy"), "--dtype", "uint32"]),
+        ("evaluate", [run, f"{tmp_path}/a.bin"]),
+        ("evaluate", ["none", good]),
+        ("generate", [run, "--prompt", ""]),
+        ("generate", [run, "--prompt", "~~~~"]),
+        ("generate", [run, "--prompt", "\udcff"]),
+        ("generate", [run, "--prompt", "0" * 40, "--max-tokens", "2", "--temperature", "1e-320"]),
+    ]
+    (results,) = ranks.run(jobs.tools_on_a_run, 1, config=config, calls=calls)
+    bad, wide, short, good_data, as_uint32, pair, no_folder, empty, outside, no_text, long = results
+    expected = [
+        (bad, "bad.npy: byte 4: token 300"),
+        (wide, "uint32"),
+        (short, "do not make one sample"),
+        (pair, "give their prefix"),
+        (no_folder, "none: no such folder"),
+        (empty, "no tokens"),
+        (outside, "prompt has token 126: the model's vocabulary is 97"),
+        (no_text, "--prompt is not UTF-8"),
+    ]
+    for (status, _, stderr), message in expected:
+        assert status == 78 and message in stderr and "Traceback" not in stderr, stderr
+    assert good_data[0] == 0 and json.loads(good_data[1])["tokens"] == 1184
+    assert as_uint32[0] == 0 and "over 192 tokens" in as_uint32[1], as_uint32
+    assert long[0] == 0 and long[1].startswith("0" * 40)
+    assert "the prompt has 40 tokens, the model was trained on sequences of 16" in long[2]
