@@ -2,8 +2,9 @@
 
     python benchmarks/delta_rule_before_after.py --before FOLDER
 
-FOLDER holds the `kernels` folder of the earlier commit. Cases: whole sequences, few heads, documents, other widths, and one slice
-of a sequence shared by two ranks (the other rank is a mirror without communication). This tree's number of segments is also varied.
+FOLDER holds the `kernels` folder of an earlier commit, whose Hopper backend was named "hopper": `git archive 6089959 kernels`.
+Cases: whole sequences, few heads, documents, other widths, and one slice of a sequence shared by two ranks (the other rank is a
+mirror without communication). The number of segments of this tree is varied as well.
 """
 
 import argparse

@@ -52,7 +52,8 @@ def unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
         return f"key_head_dim {q.shape[-1]} is none of {', '.join(map(str, KEY_DIMS))}"
     if v.shape[0] * v.shape[1] * v.shape[2] >= 2**31:
         return "batch * tokens * heads must fit in 31 bits"
-    return _library(q.shape[-1])[1]
+    reason: str | None = _unbuilt_reason(q.shape[-1])
+    return reason
 
 
 def segments_of(v: torch.Tensor, dim_k: int, cu_seqlens: torch.Tensor | None) -> int:
@@ -82,6 +83,11 @@ def _library(key_dim: int) -> tuple[ctypes.CDLL | None, str | None]:
     library.prepare.argtypes = [*[pointer] * 7, ctypes.POINTER(Sizes), ctypes.c_int, pointer]
     library.prepare.restype = ctypes.c_char_p
     return library, None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that torch.compile can trace a dispatch
+def _unbuilt_reason(key_dim: int) -> str | None:
+    return _library(key_dim)[1]
 
 
 def prepare(
