@@ -1,7 +1,7 @@
 """Shared libraries of CUDA C++ sources: built by nvcc at the first use, cached on disk, called through ctypes.
 
-torch.utils.cpp_extension would add torch's headers to each build, which takes longer to compile than the kernels do, and it needs
-ninja and a host compiler that matches torch's. These kernels take pointers and sizes only.
+torch.utils.cpp_extension needs ninja and compiles torch's headers with each extension. These kernels take pointers and sizes only, so
+they need neither.
 """
 
 import ctypes
