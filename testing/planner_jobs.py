@@ -1,4 +1,4 @@
-"""Jobs of the planner's tests, run on ranks."""
+"""Functions that the planner's tests run on ranks."""
 
 from torch.distributed import get_rank
 

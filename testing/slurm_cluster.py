@@ -69,7 +69,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float) -> Any:
 
 
 def find_daemon(name: str) -> str | None:
-    """Return the path of a daemon's program, or None if it is not installed."""
+    """Return the path of a daemon, or None if it is not installed."""
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
@@ -137,7 +137,7 @@ class Cluster:
         )
 
     def output(self, *command) -> str:
-        """Run a command that must succeed, and return its output."""
+        """Return the output of a command that must succeed."""
         done = self.run(*command)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()

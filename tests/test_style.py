@@ -15,7 +15,6 @@ BANNED = re.compile(
     re.IGNORECASE,
 )
 
-
 def packages() -> dict[str, list[Path]]:
     """Source files by package: `megatron_hybrid/config`, `kernels/hybrid_kernels`, `tools`."""
     found: dict[str, list[Path]] = {}

@@ -100,7 +100,9 @@ def _heads(config: RunConfig) -> list[str]:
     if ranks == 1:
         return []
     groups = (mixer_spec(block.mixer).head_groups(model, block) for block in model.blocks_by_symbol.values())
-    counts = dict.fromkeys((name, true, group.padded(true, ranks)) for group in groups for name, true in group.heads)
+    counts = {
+        (name, true, group.padded(true, ranks)): None for group in groups for name, true in group.heads
+    }  # a set that keeps its order
     rows = [("heads", "true", "padded to", "per rank")]
     rows += [
         (name, str(true), str(padded) if padded > true else "-", str(padded // ranks)) for name, true, padded in counts

@@ -48,7 +48,7 @@ def _head_limits(model: ModelConfig) -> list[tuple[int, str]]:
 
 
 def check_context_parallel(data: DataConfig, parallel: ParallelConfig, problems: Problems) -> None:
-    """Check that every context parallel rank has an equal slice of every sequence."""
+    """Check that every context parallel rank has an equal slice of each sequence."""
     size, sequence = parallel.context_parallel_size, data.sequence_length
     if size == 1:
         return

@@ -43,6 +43,7 @@ def check_precision(
 
 
 def _check_attention(model: ModelConfig, problems: Problems) -> None:
+    """Check that a layer supports it. Each mixer checks its own rules (`MixerSpec.check_layout`)."""
     if not any("fp8_attention" in mixer_spec(block.mixer).supports for block in model.blocks_by_symbol.values()):
         known = [s for s, block in default_blocks().items() if "fp8_attention" in mixer_spec(block.mixer).supports]
         problems.add(

@@ -64,6 +64,17 @@ class RunConfig(Section):
         self.section_problems().raise_if_any()
         return self
 
+    @property
+    def layout(self) -> Layout:
+        """Numbers of the layout that mixers may depend on."""
+        return Layout(
+            tensor_parallel_size=self.parallel.tensor_parallel_size,
+            context_parallel_size=self.parallel.context_parallel_size,
+            sequence_length=self.data.sequence_length,
+            fp8=self.precision.fp8,
+            fp8_attention=self.precision.fp8_attention,
+        )
+
     def section_problems(self) -> Problems:
         """Return the contradictions between sections."""
         model, data, train, parallel, precision = self.model, self.data, self.train, self.parallel, self.precision

@@ -25,7 +25,7 @@ from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.packing import PackedParameter
 from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.distributed.device import has_cuda, local_device
-from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
+from megatron_hybrid.mixers.gated_delta_net.spec import sizes as gdn_sizes
 from megatron_hybrid.precision.recipes import transformer_engine_recipe
 
 Point = dict[str, Any]
@@ -176,8 +176,7 @@ def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, 
 
 def delta_rule_points(model: ModelConfig, degree: int, sequence: int, batch: int = 1) -> Iterator[Point]:
     """Yield the points of gated_delta_rule with a rank's heads."""
-    gdn, in_proj = model.section("gdn"), mixer_parameters(model, "gated_delta_net")["in_proj.weight"]
-    assert isinstance(gdn, GatedDeltaNetConfig)
+    gdn, in_proj = gdn_sizes(model), mixer_parameters(model, "gated_delta_net")["in_proj.weight"]
     q_width, _, _, _, _, heads = in_proj.rank_sizes(degree)
     key_heads = q_width // gdn.key_head_dim
     device, dtype = local_device(), torch.bfloat16
@@ -193,8 +192,7 @@ def delta_rule_points(model: ModelConfig, degree: int, sequence: int, batch: int
 
 def glue_points(model: ModelConfig, degree: int, tokens: int) -> Iterator[Point]:
     """Yield the points of conv_gates and gated_rmsnorm, the operations between projections and delta rule."""
-    gdn, parameters = model.section("gdn"), mixer_parameters(model, "gated_delta_net")
-    assert isinstance(gdn, GatedDeltaNetConfig)
+    gdn, parameters = gdn_sizes(model), mixer_parameters(model, "gated_delta_net")
     q_width, _, v_width, _, _, value_heads = parameters["in_proj.weight"].rank_sizes(degree)
     device, dtype = local_device(), torch.bfloat16
     packed = torch.randn(
