@@ -92,17 +92,6 @@ class RunConfig(Section):
         check_engine(train, parallel, precision, self.zero, problems)
         return problems
 
-    @property
-    def layout(self) -> Layout:
-        """Sizes of the layout on which the rules of mixers may depend."""
-        return Layout(
-            tensor_parallel_size=self.parallel.tensor_parallel_size,
-            context_parallel_size=self.parallel.context_parallel_size,
-            sequence_length=self.data.sequence_length,
-            fp8=self.precision.fp8,
-            fp8_attention=self.precision.fp8_attention,
-        )
-
     def check_world(self, world_size: int) -> None:
         """Check the parallel degrees and batch sizes against the number of ranks.
 
