@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment, then: ruff, mypy on config/, pytest. Arguments go to pytest: bash tests/run.sh -m "not slow"
+# Sets up the environment, then: ruff, mypy, pytest. Arguments go to pytest: bash tests/run.sh -m "not slow"
 # Two tests run at a time, as half of them use one core and many wait: one at a time by -n 0, and where there is a GPU.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

@@ -4,11 +4,13 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("megatron_hybrid", "kernels", "tools", "testing")
+LONGEST_MEDIAN_FILE, LONGEST_MEDIAN_FUNCTION = 110, 7  # lines
 NOT_A_BEGINNING = ("Of", "What", "Whether", "Who", "How", "Where", "By", "Those")
 BANNED = re.compile(
     r"\b(anew|in vain|for good|whoever|hush(?:es)?|let(?:s|ting)? go of|is told of|goes on|beside|lies)\b",
@@ -59,3 +61,11 @@ def test_offences_are_seen():
 @pytest.mark.parametrize("name", sorted(packages()))
 def test_prose_follows_the_style_guide(name):
     assert not of_package(name)
+
+
+def test_files_and_functions_stay_short():
+    trees = [ast.parse(path.read_text()) for folder in FOLDERS[:2] for path in (ROOT / folder).rglob("*.py")]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    files = [len(path.read_text().splitlines()) for folder in FOLDERS[:2] for path in (ROOT / folder).rglob("*.py")]
+    assert median(n for n in files if n) <= LONGEST_MEDIAN_FILE
+    assert median(node.end_lineno - node.lineno + 1 for node in functions) <= LONGEST_MEDIAN_FUNCTION
