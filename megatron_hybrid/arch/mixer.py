@@ -72,6 +72,15 @@ class MixerSpec(ABC):
     init_fields: ClassVar[tuple[str, ...]] = ()
     """Fields of config_class that set initial values only: a trained model computes the same with others."""
 
+    has_rates: ClassVar[bool] = False
+    """Its folder has `rates.py`, which measures its operations for the planner's hardware files: `points(model, block, degree,
+    tokens, form)`."""
+
+    @property
+    def rates(self) -> str:
+        """Dotted name of the file that measures its operations: `rates.py` next to the spec."""
+        return f"{type(self).__module__.rpartition('.')[0]}.rates"
+
     @property
     def module(self) -> str:
         """Dotted name of the file with its torch module: `module.py` next to the spec."""
@@ -83,6 +92,10 @@ class MixerSpec(ABC):
 
         Tensor names are relative to the mixer (`q_proj.weight`); parameter names to its module (`in_proj.weight`).
         """
+
+    def parameter(self, name: str, model: ModelFields, block: Block) -> PackedParameter:
+        """Return one of its parameters by its name."""
+        return next(parameter for parameter in self.parameters(model, block) if parameter.name == name)
 
     @abstractmethod
     def head_groups(self, model: ModelFields, block: Block) -> HeadGroups:

@@ -1,5 +1,7 @@
 """Transformer Engine's recipe objects."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -29,3 +31,11 @@ def attention_recipe(amax_history_len: int) -> Any:
         amax_compute_algo="max",
         fp8_dpa=True,
     )
+
+
+def fp8_context(recipe: Fp8Recipe, **options: bool) -> Callable[[], AbstractContextManager[object]]:
+    """Return the context factory in which Transformer Engine's modules run in FP8."""
+    import transformer_engine.pytorch as te
+
+    scaling = transformer_engine_recipe(recipe, **options)
+    return lambda: te.fp8_autocast(enabled=True, fp8_recipe=scaling)
