@@ -1,0 +1,27 @@
+"""Measurements for the planner's hardware files: every mixer's operations, with positive times, from which rates are fitted."""
+
+from megatron_hybrid.config.presets import olmo_hybrid_tiny, preset
+from megatron_hybrid.planner.hardware import load
+from megatron_hybrid.planner.points import from_points
+from megatron_hybrid.profiling.device_rates import device_points
+
+
+def test_every_mixer_measures_its_operations(ranks):
+    model = olmo_hybrid_tiny()
+    (points,) = ranks.run(measured, 1)
+    assert all(point["seconds"] >= 0 for point in points)
+    mixers = {"attention", "recurrence", "conv_gates", "gated_norm"}
+    assert {point["op"] for point in points} == {"copy", "linear", *mixers}
+    base = load("h200")
+    found = from_points(points, model, base, name="cpu", measured="here", memory_bytes=1e9)
+    assert found.name == "cpu" and found.recurrence != base.recurrence and found.attention != base.attention
+
+
+def test_a_model_without_a_mixer_does_not_measure_it(ranks):
+    (points,) = ranks.run(measured, 1, pattern="A")
+    assert {point["op"] for point in points} == {"copy", "linear", "attention"}
+
+
+def measured(pattern: str = "GA") -> list[dict]:
+    model = preset("olmo_hybrid_tiny").model_copy(update={"layer_pattern": pattern})
+    return list(device_points(model, tokens=128, degrees=(1, 2)))
