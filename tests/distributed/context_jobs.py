@@ -1,4 +1,4 @@
-"""What tests/launch/test_context.py runs on ranks."""
+"""Functions that tests/distributed/test_context.py runs on ranks."""
 
 import torch
 import torch.distributed as dist
