@@ -1,5 +1,5 @@
-"""The layer spec in a GPTModel of plain megatron-core on one GPU: curves in every format beside the CPU's, gradients, recompute,
-and the mixer's time beside megatron-core's own Gated DeltaNet.
+"""The layer spec in a GPTModel of plain megatron-core on one GPU: curves in every format against the CPU's, gradients, recompute,
+and the mixer's time against megatron-core's own Gated DeltaNet.
 
     --cpu FILE    only the CPU's curve, in fp32: its initial weights and losses go to FILE (the benchmark runs this itself)
 """

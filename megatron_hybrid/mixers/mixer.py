@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -49,6 +49,9 @@ class Mixer(MegatronModule):
     Args:
         packing: the parameters that its spec declares.
     """
+
+    uses_rotary_embedding: ClassVar[bool] = False
+    """Rotary embedding applies to this mixer. Other mixers ignore it: the model passes it to every layer."""
 
     def __init__(
         self,
@@ -200,6 +203,54 @@ class Mixer(MegatronModule):
         """Compute the weight gradients that `delay_wgrad_compute` put off."""
         for module in self.children():
             module.backward_dw()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        inference_context: object = None,
+        rotary_pos_emb: torch.Tensor | None = None,
+        rotary_pos_cos: torch.Tensor | None = None,
+        rotary_pos_sin: torch.Tensor | None = None,
+        rotary_pos_cos_sin: torch.Tensor | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: object = None,
+        sequence_len_offset: object = None,
+        *,
+        inference_params: object = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mix hidden_states [s, b, h]: this rank's tokens under sequence and context parallelism.
+
+        The arguments are those with which TransformerLayer calls its attention.
+
+        Args:
+            rotary_pos_emb: angles of this rank's tokens; None: no rotary embedding.
+
+        Returns:
+            ([s, b, h], None)
+
+        Raises:
+            UserError: another mask than the causal one, or an input that this mixer would have to ignore.
+        """
+        self.check_mask(attention_mask)
+        self.refuse(
+            inference_context=inference_context,
+            inference_params=inference_params,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+            sequence_len_offset=sequence_len_offset,
+        )
+        if self.uses_rotary_embedding:
+            self.refuse(
+                rotary_pos_cos=rotary_pos_cos, rotary_pos_sin=rotary_pos_sin, rotary_pos_cos_sin=rotary_pos_cos_sin
+            )
+        return self.mix(hidden_states, rotary_pos_emb)
+
+    def mix(
+        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return ([s, b, h], None) for hidden_states [s, b, h]. A subclass implements it."""
+        raise NotImplementedError
 
     def refuse(self, **inputs: object) -> None:
         """Raise UserError, naming the input, if one that this mixer would have to ignore is there."""

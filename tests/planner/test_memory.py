@@ -52,7 +52,7 @@ def test_context_parallelism_divides_activations_and_not_parameters():
     assert (halves.weights, halves.gradients) == (whole.weights, whole.gradients)
     assert halves.optimizer == pytest.approx(whole.optimizer), "the same ranks share it out"
     gdn, attention = (halves.activations[name] / whole.activations[name] for name in ("Gated DeltaNet", "attention"))
-    assert 0.5 < gdn < 0.51, "beside tokens, states and transitions"
+    assert 0.5 < gdn < 0.51, "next to tokens, states and transitions"
     assert 0.5 < attention < 0.56, "attention's output once more"
 
 

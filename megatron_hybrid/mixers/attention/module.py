@@ -86,6 +86,8 @@ class SelfAttention(Mixer):
     The arguments after `submodules` are TransformerLayer's, except for `sizes`. None: those of the TransformerConfig.
     """
 
+    uses_rotary_embedding = True
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -156,44 +158,10 @@ class SelfAttention(Mixer):
         attention: torch.nn.Module = kind(**self.core_arguments)
         return attention
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        inference_context: object = None,
-        rotary_pos_emb: torch.Tensor | None = None,
-        rotary_pos_cos: torch.Tensor | None = None,
-        rotary_pos_sin: torch.Tensor | None = None,
-        rotary_pos_cos_sin: torch.Tensor | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: object = None,
-        sequence_len_offset: object = None,
-        *,
-        inference_params: object = None,
-    ) -> tuple[torch.Tensor, None]:
-        """Mix hidden_states [s, b, h]: this rank's tokens under sequence and context parallelism.
-
-        Args:
-            rotary_pos_emb: angles [s, 1, 1, head_dim] of this rank's tokens, or [2, s, 1, 1, head_dim]: plain and scaled.
-                None: no rotary embedding.
-
-        Returns:
-            ([s, b, h], None)
-
-        Raises:
-            UserError: any other input than these and the causal mask.
-        """
-        self.check_mask(attention_mask)
-        self.refuse(
-            inference_context=inference_context,
-            inference_params=inference_params,
-            rotary_pos_cos=rotary_pos_cos,
-            rotary_pos_sin=rotary_pos_sin,
-            rotary_pos_cos_sin=rotary_pos_cos_sin,
-            attention_bias=attention_bias,
-            packed_seq_params=packed_seq_params,
-            sequence_len_offset=sequence_len_offset,
-        )
+    def mix(
+        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend. rotary_pos_emb: [s, 1, 1, head_dim], or [2, s, 1, 1, head_dim]: plain and scaled angles; None: no rotation."""
         qkv, _ = self.linear_qkv(hidden_states)
         angles = rotary_pos_emb
         if angles is not None and angles.dim() == 5:

@@ -125,43 +125,14 @@ class GatedDeltaNet(Mixer):
                     f"{field}: a rank's weights have {size} columns, which FP8 needs to be a multiple of {FP8_ALIGNMENT}"
                 )
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        inference_context: object = None,
-        rotary_pos_emb: torch.Tensor | None = None,
-        rotary_pos_cos: torch.Tensor | None = None,
-        rotary_pos_sin: torch.Tensor | None = None,
-        rotary_pos_cos_sin: torch.Tensor | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: object = None,
-        sequence_len_offset: object = None,
-        *,
-        inference_params: object = None,
+    def mix(
+        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mix hidden_states [s, b, h]: this rank's tokens under sequence and context parallelism.
-
-        Rotary embeddings are for the model's attention layers. This mixer does not need them.
-
-        Returns:
-            ([s, b, h], None)
-
-        Raises:
-            UserError: any other input than the causal mask.
-        """
-        self.check_mask(attention_mask)
-        self.refuse(
-            inference_context=inference_context,
-            inference_params=inference_params,
-            attention_bias=attention_bias,
-            packed_seq_params=packed_seq_params,
-            sequence_len_offset=sequence_len_offset,
-        )
+        """Project, convolve, apply the delta rule and its norm, and project back. Angles are for attention layers."""
         packed, _ = self.in_proj(hidden_states)
-        return between_linears(self._mix, packed, self.out_proj, self.recompute and self.training)
+        return between_linears(self._between_projections, packed, self.out_proj, self.recompute and self.training)
 
-    def _mix(self, packed_sbw: torch.Tensor) -> torch.Tensor:
+    def _between_projections(self, packed_sbw: torch.Tensor) -> torch.Tensor:
         packed_sbw, halo_sbw = with_halo(packed_sbw, self.gdn.conv_kernel_size - 1, self.cp_group)
         # conv_gates returns the gate as well: slicing it here would cost one more gradient as wide as in_proj's output
         q, k, v, g, beta, gate = conv_gates(

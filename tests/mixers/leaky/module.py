@@ -43,9 +43,7 @@ class LeakyMixer(Mixer):
         self.decay = self.new_parameter("decay")
         self.finish()
 
-    def forward(self, hidden_states, attention_mask=None, rotary_pos_emb=None, **inputs):
-        self.check_mask(attention_mask)
-        self.refuse(**{name: value for name, value in inputs.items() if not name.startswith("rotary")})
+    def mix(self, hidden_states, rotary_pos_emb):
         x, gate = self.in_proj(hidden_states)[0].chunk(2, dim=-1)
         a = torch.sigmoid(self.decay).repeat_interleave(self.head_dim).to(x.dtype)
         state, outputs = torch.zeros_like(x[0]), []
