@@ -9,6 +9,7 @@ from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.arch.padding import PaddedSizes
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, join
+from megatron_hybrid.config.document_checks import check_documents
 from megatron_hybrid.config.fp8_checks import check_precision
 from megatron_hybrid.config.zero import check_engine
 
@@ -32,6 +33,7 @@ def section_problems(run: "RunConfig") -> Problems:
     except ConfigError as error:
         problems += [(join("parallel", field), message) for field, message in error.problems]
     _check_data(run, problems)
+    check_documents(run.data, problems)
     check_precision(run, problems)
     check_engine(run, problems)
     return problems
