@@ -53,8 +53,8 @@ def test_through_the_loader(paths):
     train, _ = build_train_and_validation(config(paths), 257)
     (whole,) = BatchLoader(train, 8).global_batch(24, 8)
     halves = [BatchLoader(train, 2, data_parallel_rank=r, data_parallel_size=2).global_batch(24, 8) for r in range(2)]
-    rows = [row for step in zip(*halves, strict=True) for part in step for row in part["tokens"].tolist()]
-    assert rows == whole["tokens"].tolist()
+    rows = [row for step in zip(*halves, strict=True) for part in step for row in part.tokens.tolist()]
+    assert rows == whole.tokens.tolist()
 
 
 def test_bad_data_is_found_before_training(tmp_path, paths):
