@@ -31,6 +31,16 @@ class SampleCounts:
         """Tokens read from the data."""
         return self.slots - self.padding
 
+    def metrics(self) -> dict[str, float]:
+        """Return the values to log: shares of the slots, and the number of filtered samples."""
+        slots = max(self.slots, 1)
+        return {
+            "counted_share": self.counted / slots,
+            "padding_share": self.padding / slots,
+            "filtered_share": self.filtered / slots,
+            "filtered_samples": self.filtered_samples,
+        }
+
 
 @dataclass(frozen=True)
 class Sample:

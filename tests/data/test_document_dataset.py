@@ -249,7 +249,15 @@ def test_identity(tmp_path):
 
 def test_counts_add_up():
     counts = SampleCounts(10, 6, 2, 0, 2)
-    assert counts + replace(counts, filtered_samples=1) == SampleCounts(20, 12, 4, 0, 4, 1) and counts.tokens == 8
+    both = counts + replace(counts, counted=0, filtered=6, filtered_samples=1)
+    assert both == SampleCounts(20, 6, 4, 6, 4, 1) and both.tokens == 16
+    assert both.metrics() == {
+        "counted_share": 0.3,
+        "padding_share": 0.2,
+        "filtered_share": 0.3,
+        "filtered_samples": 1,
+    }
+    assert SampleCounts().metrics()["counted_share"] == 0
 
 
 @pytest.mark.parametrize("rows", [1, 3])
