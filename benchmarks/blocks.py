@@ -31,20 +31,22 @@ PEER = "megatron-core 0.19.2"
 
 def our_stack(model, parallel, precision, groups, symbol: str):
     """A stack of one layer, as the trainer builds it."""
+    from megatron_hybrid.model.backends.choose import choose_backend
     from megatron_hybrid.model.hybrid_model import HybridLayers
-    from megatron_hybrid.model.layer_specs import stack_submodules
+    from megatron_hybrid.model.hybrid_stack import SLOT, one_slot
+    from megatron_hybrid.model.layer_specs import layer_specs
     from megatron_hybrid.model.megatron_config import transformer_config
-    from megatron_hybrid.model.parts import choose_parts
 
-    parts, _ = choose_parts(model.backend, precision, "bf16")
+    backend, _ = choose_backend(model.backend, precision, "bf16")
+    one_layer = model.model_copy(update=dict(layer_pattern={"G": "G", "*": "A"}[symbol]))
     config = transformer_config(model, parallel, precision, "bf16")
     return HybridLayers(
         config,
-        stack_submodules(model, parts),
-        norm=parts.norm,
+        one_slot(layer_specs(one_layer, backend)),
+        norm=backend.norm,
         precision=precision,
         post_process=False,
-        layer_type_list=[symbol],
+        layer_type_list=[SLOT],
         pg_collection=groups,
     )
 

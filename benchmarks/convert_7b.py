@@ -34,18 +34,18 @@ def generate(folder: Path, preset: str) -> None:
     from megatron_hybrid.config.presets import preset as find_preset
     from megatron_hybrid.convert.hf.config import hf_from_model
     from megatron_hybrid.convert.hf.exporter import MAX_SHARD_BYTES
-    from megatron_hybrid.convert.hf.registry import huggingface_name
+    from megatron_hybrid.convert.hf.registry import architecture_for
     from megatron_hybrid.convert.io.writer import OutputTensor, header_bytes
     from megatron_hybrid.convert.job import split_into_files
 
     model = find_preset(preset)
+    names = architecture_for(model).names(model)
     noise = torch.randn((8 << 20) + 4096, generator=torch.Generator().manual_seed(0))
     pools = {"BF16": noise.bfloat16().view(torch.uint8).numpy(), "F32": noise.view(torch.uint8).numpy()}
     tensors = []
     for name, spec in model_tensors(model).items():
-        shape = (spec.shape[0], 1, spec.shape[1]) if spec.kind == "conv" else spec.shape
         dtype = "F32" if spec.always_fp32 else "BF16"
-        tensors.append(OutputTensor(huggingface_name(model, name), dtype, shape, lambda: None))  # type: ignore[arg-type,return-value]
+        tensors.append(OutputTensor(names.theirs(name), dtype, names.their_shape(name), lambda: None))  # type: ignore[arg-type,return-value]
     folder.mkdir(parents=True)
     files = split_into_files(tensors, MAX_SHARD_BYTES)
     for number, (name, group) in enumerate(files.items()):

@@ -1,5 +1,7 @@
-"""The planner's predictions beside what planner_memory.py measured: memory of every layout, step time before and after
-calibration, and the ranking of one job's layouts. Factors are fitted to the cases that are not held out.
+"""Compare the planner's predictions with what planner_memory.py measured.
+
+Memory of every layout, step time before and after calibration, and the ranking of one job's layouts. Factors are fitted to the cases
+that are not held out.
 
 python benchmarks/planner_errors.py benchmarks/measured/planner-H200.json [--hardware FILE]
 """
@@ -18,49 +20,49 @@ from report import bounded, row, write  # noqa: E402
 from megatron_hybrid.config.presets import expand  # noqa: E402
 from megatron_hybrid.config.renames import rename_saved  # noqa: E402
 from megatron_hybrid.config.run import RunConfig  # noqa: E402
+from megatron_hybrid.planner.calibration import GROUPS, fit_factors, group_seconds  # noqa: E402
 from megatron_hybrid.planner.hardware import load  # noqa: E402
-from megatron_hybrid.planner.measured import GROUPS, fitted, grouped  # noqa: E402
 from megatron_hybrid.planner.memory import fullest  # noqa: E402
 from megatron_hybrid.planner.plan import Plan  # noqa: E402
 from megatron_hybrid.planner.search import device_bytes  # noqa: E402
-from megatron_hybrid.planner.timing import Clock  # noqa: E402
+from megatron_hybrid.planner.timing import StepPredictor  # noqa: E402
 
 MEMORY_GOALS, TIME_GOALS = (0.05, 0.10), (0.20, 0.10)
 
 
-def predicted(case: dict, clock: Clock) -> dict:
-    """A measured case with its prediction."""
+def predicted(case: dict, predictor: StepPredictor) -> dict:
+    """Return a measured case with its prediction."""
     saved = rename_saved(case["config"])
     config = RunConfig.model_validate(saved | {"model": expand(saved["model"])})
     plan = Plan.of(config, case["world"])
     memory = fullest(plan)
-    step = grouped(clock.step(plan, played=True))
+    step = group_seconds(predictor.step(plan, simulated=True))
     return case | {
         "plan": plan,
         "memory": memory.total,
         "predicted": step,
-        "device": device_bytes(memory, clock.hardware),
+        "device": device_bytes(memory, predictor.hardware),
     }
 
 
 def after(case: dict, factors: dict) -> float:
-    """Seconds of a step with calibrated factors."""
+    """Return the seconds of a step with calibrated factors."""
     return sum(case["predicted"][group] * factors[group] for group in GROUPS)
 
 
 def by_layer(case: dict) -> None:
-    """What each layer was seen to keep, beside the table."""
-    from megatron_hybrid.planner.activations import Setting, layer_bytes
+    """Print what each layer saved, measured and predicted."""
+    from megatron_hybrid.planner.activations import layer_bytes
 
     if not case.get("saved_by_layer"):
         return
     plan = case["plan"]
     _, *layers, head = case["saved_by_layer"]
-    for kind in dict.fromkeys(plan.model.layers):
-        table = layer_bytes(kind, plan.widths, Setting.of(plan), plan.parallel.recompute_granularity).saved
-        seen = [size / plan.tokens for size, k in zip(layers, plan.model.layers) if k == kind]
+    for symbol, shard in plan.shards.items():
+        table = layer_bytes(shard, plan.parallel.recompute_granularity).saved
+        seen = [size / plan.tokens for size, s in zip(layers, plan.model.layers) if s == symbol]
         print(
-            f"    {kind}: {mean(seen):,.0f} bytes a token (from {min(seen):,.0f} to {max(seen):,.0f}), table {table:,.0f}"
+            f"    {symbol}: {mean(seen):,.0f} bytes per token (from {min(seen):,.0f} to {max(seen):,.0f}), table {table:,.0f}"
         )
     print(f"    head: {head / 1e9:.3f} GB; resting {case['resting_bytes'] / 1e9:.3f} GB")
 
@@ -72,10 +74,10 @@ def main() -> None:
     arguments, _ = parser.parse_known_args()
     data = json.loads(arguments.measured.read_text())
     hardware = load(arguments.hardware or ("h200" if "H200" in data["device"] else "h100-80gb"))
-    clock = Clock(hardware)
-    everything = [predicted(case, clock) for case in data["cases"]]
+    predictor = StepPredictor(hardware)
+    everything = [predicted(case, predictor) for case in data["cases"]]
     cases = [case for case in everything if "seconds" in case]
-    factors = fitted([case for case in cases if not case["held_out"]])
+    factors = fit_factors([case for case in cases if not case["held_out"]])
     print("factors:", {name: round(x, 3) for name, x in factors.items()})
     rows, memory, before, calibrated = [], [], [], []
     for case in cases:
@@ -101,7 +103,7 @@ def main() -> None:
             sizes = [abs(error) for _, error in some]
             rows.append(bounded(f"{name}, {which} ({len(sizes)})", "mean error", "share", mean(sizes), goals[0]))
             rows.append(bounded(f"{name}, {which} ({len(sizes)})", "worst error", "share", max(sizes), goals[1]))
-    wrong = [c for c in everything if c.get("out_of_memory") and c["device"] <= hardware.memory]
+    wrong = [c for c in everything if c.get("out_of_memory") and c["device"] <= hardware.memory_bytes]
     rows.append(bounded("every case", "said to fit, and ran out of memory", "cases", len(wrong), 0))
     rows += ranking(cases, factors)
     for line in rows[3 * len(cases) :]:
@@ -116,7 +118,7 @@ def main() -> None:
 
 
 def ranking(cases: list[dict], factors: dict) -> list[dict]:
-    """The place of the measured best among the predictions, for the layouts of one job."""
+    """Return the place of the measured best among the predictions, for the layouts of one job."""
     job = [case for case in cases if case["case"].startswith("7B")]
     if len(job) < 3:
         return []

@@ -1,4 +1,4 @@
-"""What the planner says exactly: parameters, and bytes of weights, gradients and optimizer state; and its time for 1,024 GPUs.
+"""Check the planner's exact predictions (parameters, bytes of state), and time it for 1,024 GPUs.
 
 python benchmarks/planner_exact.py        parameters against transformers' model, bytes against those that CPU ranks allocate
 """
@@ -16,11 +16,11 @@ QUESTION = ["--model", "olmo_hybrid_7b", "--gpus", "1024", "--sequence-length", 
 
 
 def parameter_rows() -> list[dict]:
-    """OLMo Hybrid 7B, by pipeline ranks: the planner's sum without padding, beside transformers' count."""
+    """Compare the planner's count for OLMo Hybrid 7B, without padding, with transformers', by pipeline ranks."""
     from report import bounded
 
     from megatron_hybrid.config.presets import olmo_hybrid_7b
-    from megatron_hybrid.planner.parameters import dummy_head_parameters, rank_parameters
+    from megatron_hybrid.planner.parameters import padding_parameters, rank_parameters
     from testing.peers import transformers_count
     from testing.planner_cases import layout, plan_of
 
@@ -28,17 +28,17 @@ def parameter_rows() -> list[dict]:
     theirs = transformers_count(model)
     for pp in (1, 2, 4, 8):
         plan = plan_of(model, layout(pp=pp), pp)
-        ours = sum(rank_parameters(plan, rank) - dummy_head_parameters(plan, rank) for rank in range(pp))
+        ours = sum(rank_parameters(plan, rank) - padding_parameters(plan, rank) for rank in range(pp))
         case = f"olmo_hybrid_7b, PP{pp}: {ours:,.0f} parameters"
         rows.append(bounded(case, "difference from transformers' model", "", abs(ours - theirs), 0))
     return rows
 
 
 def state_rows() -> list[dict]:
-    """Predicted and allocated bytes of every rank, by layout."""
+    """Compare predicted and allocated bytes of every rank, by layout."""
     from report import bounded
 
-    from megatron_hybrid.planner.parameters import rank_state
+    from megatron_hybrid.planner.state import rank_state
     from testing import planner_jobs as jobs
     from testing.planner_cases import CASES, plan_of
     from testing.ranks import RankPool
@@ -57,7 +57,7 @@ def state_rows() -> list[dict]:
 
 
 def seconds() -> float:
-    """Of the tool, from its start to its table."""
+    """Return the seconds of one run of the tool."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "tools/tune_parallelism.py", *QUESTION], cwd=ROOT, check=True, capture_output=True)
     return time.perf_counter() - start

@@ -1,6 +1,7 @@
-"""Memory and step time of the trainer's engine over many layouts of OLMo Hybrid 7B's widths, for the planner to be held
-against. One GPU's cases run on every GPU at once, then those of two GPUs in one torchrun; each process builds, measures
-and takes down one engine after another.
+"""Measure memory and step time of the trainer's engine over many layouts, to validate the planner.
+
+The layouts have OLMo Hybrid 7B's widths. Cases of one GPU run on every GPU at once, then those of two GPUs in one torchrun. Each
+process builds, measures and closes one engine after another.
 
 python benchmarks/planner_memory.py [--seconds 210] [--ranks 2] [--out FOLDER]      writes FOLDER/planner-<gpu>.json
 """
@@ -25,7 +26,7 @@ SLICE, WHOLE = "GGGA*2", "GGGA*8"
 
 @dataclass(frozen=True)
 class Case:
-    """One layout. `held_out`: not to be fitted to. `microbatches` a rank a step."""
+    """One layout. `held_out`: no factor is fitted to it. `microbatches`: per rank and step."""
 
     name: str
     world: int = 1
@@ -35,12 +36,12 @@ class Case:
     microbatches: int = 2
     held_out: bool = False
     gigabytes: int = 80
-    """Of a device that it fits."""
+    """Memory of the smallest device that it fits."""
     parallel: dict = field(default_factory=dict)
     precision: dict = field(default_factory=dict)
 
     def config(self) -> dict:
-        """As a run's configuration."""
+        """Return the configuration of the run."""
         degrees = (self.parallel.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline", "context"))
         replicas = self.world // math.prod(degrees)
         return {
@@ -92,7 +93,7 @@ CASES = [
     Case("DP2, overlapped", 2, parallel=_split(**OVERLAP)),
     Case("DP2, 12 layers, sequence 4096, micro-batch 2, plain optimizer, full", 2, "GGGA*3", 4096, 2, held_out=True,
          gigabytes=141, parallel=_split(distributed_optimizer=False, recompute_granularity="full")),
-    # one and the same job under every layout that fits two H200s: the planner's ranking
+    # the same job under every layout that fits two H200s, for the planner's ranking
     Case("7B, TP2", 2, WHOLE, microbatches=4, gigabytes=141, parallel=_split(2)),
     Case("7B, TP2, selective, micro-batch 2", 2, WHOLE, micro_batch=2, held_out=True, gigabytes=141,
          parallel=_split(2, recompute_granularity="selective")),
@@ -107,7 +108,7 @@ CASES = [
 
 
 def run_cases(cases: list[Case], out: Path, deadline: float) -> None:
-    """In this process, one after another; `out` is written after each."""
+    """Run cases one after another in this process, and write `out` after each."""
     import torch
 
     from megatron_hybrid.config.run import RunConfig
@@ -159,7 +160,7 @@ def _expanded(case: Case) -> dict:
 
 
 def _is_late(deadline: float, launch) -> bool:
-    """Rank 0's clock decides for all."""
+    """Return True if the deadline has passed by rank 0's clock."""
     import torch
     import torch.distributed as dist
 
@@ -171,7 +172,7 @@ def _is_late(deadline: float, launch) -> bool:
 
 
 def _forget(config) -> None:
-    """Leave the layout, but not the processes' own group."""
+    """Destroy the layout's process groups, but not the default one."""
     from kernel_timing import forget
 
     from megatron_hybrid.distributed.process_groups import leave_groups
@@ -185,7 +186,7 @@ def _forget(config) -> None:
 
 
 def lead(arguments) -> None:
-    """Start the processes, and put their results together."""
+    """Start the processes and merge their results."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -219,8 +220,10 @@ def lead(arguments) -> None:
 
 
 def again(case: dict, here: list[str], out: Path) -> dict:
-    """A case of one GPU that ran out of memory, alone in a process of its own, as a run would be: what earlier cases left outside
-    PyTorch's memory, communicators and workspaces, is not its own."""
+    """Repeat a case of one GPU that ran out of memory in a process of its own, as a run has it.
+
+    Communicators and workspaces of earlier cases stay outside of PyTorch's memory.
+    """
     path = out / "part-alone.json"
     path.unlink(missing_ok=True)
     subprocess.run([sys.executable, *here, "--only", f"^{re.escape(case['case'])}$", "--part", "alone"])

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.checkpoint import CheckpointConfig
@@ -64,7 +63,7 @@ def same_casts(engine: Engine, checkpoint: str) -> bool:
                 continue
             values = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             for piece in pieces:
-                piece.view(values).copy_(reader.read(piece.tensor.name, TensorSlice(piece.offset, piece.shape)))
+                piece.target.narrow(values).copy_(reader.read(piece.tensor.name, piece.source))
             if not torch.equal(parameter._get_quantizer().copy()(values).dequantize(), parameter.dequantize()):
                 return False
     return True
@@ -164,14 +163,11 @@ def logits_and_gradients(
     with torch.no_grad():
         for _, parameter, pieces in engine.layout.parameters([chunk]):
             for piece in pieces:
-                box = tensors[piece.tensor.name]
-                for dim, (at, n) in enumerate(zip(piece.offset, piece.shape, strict=True)):
-                    box = box.narrow(dim, at, n)
-                piece.view(parameter).copy_(box)
+                piece.target.narrow(parameter).copy_(piece.source.narrow(tensors[piece.tensor.name]))
     logits = chunk(tokens)
     chunk(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32))[0].backward()
     gradients = {
-        piece.tensor.name: piece.view(p.main_grad if p.grad is None else p.grad).clone()
+        piece.tensor.name: piece.target.narrow(p.main_grad if p.grad is None else p.grad).clone()
         for _, p, pieces in engine.layout.parameters([chunk])
         for piece in pieces
     }

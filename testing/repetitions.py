@@ -138,7 +138,7 @@ class Watch:
         numbers = torch.tensor(record.losses + record.norms + record.evaluations, dtype=torch.float64)
         record.digests["losses, norms and evaluations"] = digest(numbers)
         record.parameters = [
-            (piece.tensor.name, tuple(piece.offset), piece.view(parameter).detach().clone())
+            (piece.tensor.name, tuple(piece.source.offset), piece.target.narrow(parameter).detach().clone())
             for _, parameter, pieces in named_parameters(self.engine)
             for piece in pieces
         ]

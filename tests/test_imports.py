@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("data", "observe", "planner"),
     },
     "profiling": {"base", "arch", "config", "data", "distributed", "launch", "precision", "train"},
-    "convert": {"base", "arch", "config", "distributed", "checkpoint", "data"},
+    "convert": {"base", "arch", "config", "distributed", "mixers", "checkpoint", "data"},
 }
 # Libraries that only these rooms import. (train has no business with a kernel: the model calls them.)
 ONLY: dict[str, set[str]] = {
@@ -143,6 +143,23 @@ def test_libraries_stay_in_their_rooms(library):
 def test_rooms_that_do_without_torch(room):
     if (ROOT / "megatron_hybrid" / room).exists():
         assert not offences(f"megatron_hybrid/{room}", lambda _, name: any(is_within(name, lib) for lib in NO_TORCH))
+
+
+@pytest.mark.parametrize("file", ["config", "costs", "spec"])
+def test_a_mixers_description_needs_no_torch(file):
+    def wrong(path: Path, name: str) -> bool:
+        if path.stem != file:
+            return False
+        own = ".".join(path.relative_to(ROOT).parts[:-1])
+        known = is_within(name, own) or any(is_within(name, f"megatron_hybrid.{room}") for room in ("base", "arch"))
+        parent = is_within(own, name)  # `from a.b import c` names a.b as well
+        return (
+            is_within(name, "megatron_hybrid")
+            and not (known or parent)
+            or any(is_within(name, library) for library in NO_TORCH)
+        )
+
+    assert not offences("megatron_hybrid/mixers", wrong)
 
 
 def test_kernels_know_nothing_of_megatron():

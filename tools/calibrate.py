@@ -1,6 +1,6 @@
-"""Measure a GPU (and, under torchrun, a node's network) for the planner: what planner/gpus/*.yaml hold.
+"""Measure the rates of a GPU, and under torchrun of a node's network, and write them as a hardware file (planner/gpus/*.yaml).
 
-python tools/calibrate.py --gpu h100-80gb --output my-gpu.yaml          one GPU: matrix products, attention, delta rule, copies
+python tools/calibrate.py --gpu h100-80gb --output my-gpu.yaml          one GPU: GEMMs, attention, recurrences, copies
 torchrun --nproc-per-node 8 tools/calibrate.py --gpu h100-80gb --output my-node.yaml             and the collectives of a node
 """
 
@@ -18,10 +18,10 @@ from megatron_hybrid.launch import stop_signals
 def main() -> None:
     stop_signals.watch()
     parser = CommandLine(__doc__)
-    parser.add_argument("--gpu", default="h100-80gb", help="hardware file that gives what is not measured here")
+    parser.add_argument("--gpu", default="h100-80gb", help="hardware file for everything that is not measured")
     parser.add_argument("--model", default="olmo_hybrid_7b", help="preset at whose widths to measure")
-    parser.add_argument("--tokens", type=positive, default=8192, help="of a micro-batch")
-    parser.add_argument("--network-only", action="store_true", help="the collectives alone; the rest as in --gpu")
+    parser.add_argument("--tokens", type=positive, default=8192, help="tokens per micro-batch")
+    parser.add_argument("--network-only", action="store_true", help="measure only the collectives")
     parser.add_argument("--output", type=Path, required=True, help="the hardware file to write")
     parser.add_argument("--points", type=Path, help="also write every measured point, as JSON")
     arguments = parser.parse()
@@ -43,7 +43,7 @@ def main() -> None:
 
         launch = Launch.from_environment()
         start_distributed(launch, ParallelConfig(), seed=0)
-        # every rank measures its own device: one that idles would let the others boost
+        # every rank measures its own device, since an idle one would let the others clock higher
         points = [] if arguments.network_only else list(device_points(model, arguments.tokens))
         points += collective_points() if launch.world_size > 1 else []
         if launch.rank == 0:
@@ -51,9 +51,11 @@ def main() -> None:
             date = datetime.date.today().isoformat()
             ops = ", ".join(dict.fromkeys(point["op"] for point in points))
             measured = f"{ops} on {launch.world_size} x {device}, {date}; the rest as in {arguments.gpu}"
-            memory = float(torch.cuda.get_device_properties(0).total_memory) if has_cuda() else base.memory
-            found = from_points(points, model, base, name=device, measured=measured, memory=memory)
-            comment = f"# {device}, for the planner. Seconds, bytes, FLOPs. Written by tools/calibrate.py.\n"
+            memory = float(torch.cuda.get_device_properties(0).total_memory) if has_cuda() else base.memory_bytes
+            found = from_points(points, model, base, name=device, measured=measured, memory_bytes=memory)
+            comment = (
+                f"# Rates of {device} for the planner, in seconds, bytes and FLOPs, written by tools/calibrate.py.\n"
+            )
             arguments.output.write_text(dump(found, comment), encoding="utf-8")
             if arguments.points:
                 arguments.points.write_text(json.dumps(points))

@@ -1,4 +1,4 @@
-"""Mean loss and perplexity over a dataset: `python tools/evaluate.py runs/tiny data/tiny_validation`."""
+"""Print mean loss and perplexity over a data set: `python tools/evaluate.py runs/tiny data/tiny_validation`."""
 
 import json
 import math
@@ -17,16 +17,19 @@ def main() -> None:
     parser.add_argument(
         "--check", choices=["auto", "full", "sample", "none"], default="auto", help="as data.check of a run"
     )
-    parser.add_argument("--sequence-length", type=positive, help="tokens a sample has (default: the run's)")
+    parser.add_argument("--sequence-length", type=positive, help="tokens per sample (default: the run's)")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="a module of the run's plugins; may be repeated"
+    )
     arguments = parser.parse()
     with no_traceback():
         from megatron_hybrid.distributed.process_groups import stop_distributed
         from megatron_hybrid.evaluation.mean_loss import mean_loss, open_evaluation_data
         from megatron_hybrid.inference.load import load_model
 
-        model = load_model(arguments.checkpoint)
+        model = load_model(arguments.checkpoint, plugins=arguments.plugin)
         dataset = open_evaluation_data(
             model, arguments.data, arguments.dtype, arguments.sequence_length, arguments.check
         )
@@ -40,7 +43,7 @@ def main() -> None:
         perplexity = math.exp(loss) if loss < 700 else None  # larger than a double
         result = {"loss": loss, "perplexity": perplexity, "tokens": tokens, "step": model.step}
         shown = "over 1e304" if perplexity is None else f"{perplexity:.4f}"
-        text = f"loss {loss:.5f} nats a token, perplexity {shown}, over {tokens:,} tokens"
+        text = f"loss {loss:.5f} nats per token, perplexity {shown}, over {tokens:,} tokens"
         print(json.dumps(result) if arguments.json else text)
         stop_distributed()
 

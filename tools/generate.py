@@ -17,6 +17,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=non_negative_real, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=non_negative, default=50, help="0: no limit")
     parser.add_argument("--seed", type=non_negative, default=0)
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="a module of the run's plugins; may be repeated"
+    )
     arguments = parser.parse()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
@@ -26,7 +29,7 @@ def main() -> None:
         from megatron_hybrid.inference.generate import check_generation, generate, tokenize_prompt
         from megatron_hybrid.inference.load import load_model
 
-        model = load_model(arguments.checkpoint)
+        model = load_model(arguments.checkpoint, plugins=arguments.plugin)
         tokenizer, prompt = tokenize_prompt(model, arguments.prompt, arguments.tokenizer)
         how = (prompt, arguments.max_tokens, arguments.temperature, arguments.top_k, arguments.seed)
         check_generation(model.config.vocab_size, *how)

@@ -7,7 +7,7 @@ Engine's recipe objects. megatron-core must know the name too (`TransformerConfi
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_hybrid.arch.padding import FP8_ALIGNMENT
+from megatron_hybrid.arch.packing import FP8_ALIGNMENT
 
 HYBRID_FORMAT = "fp8 e4m3 (gradients e5m2)"
 

@@ -1,201 +1,84 @@
-"""The network: what its layers are and how wide. Layout (who holds which part) is not said here."""
+"""The network: what its layers are and how wide. How ranks share it is the layout's business."""
 
-import math
-import re
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, Literal
+from collections.abc import Mapping
+from string import ascii_uppercase
+from typing import Any, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails
 
+from megatron_hybrid.arch.blocks import Block, Blocks, complete_blocks
+from megatron_hybrid.arch.mixer import block_problems
+from megatron_hybrid.arch.model_fields import Backend, ModelFields, RopeScalingConfig
+from megatron_hybrid.arch.patterns import expand_pattern, fold_pattern
+from megatron_hybrid.arch.registry import default_blocks, first_blocks, mixer_spec, section_classes
 from megatron_hybrid.base import nearest
-from megatron_hybrid.base.errors import ConfigError, Problems, shown
-from megatron_hybrid.base.section import Section
+from megatron_hybrid.base.errors import ConfigError, Problems, join, shown
 
-Backend = Literal["auto", "transformer_engine", "local"]
-LayerKind = Literal["G", "A", "W"]
-LAYER_KINDS = {"G": "Gated DeltaNet", "A": "attention", "W": "sliding-window attention"}
-MAX_LAYERS = 4096
-"""More than any model has; a slip such as GGGA*999999999 must not cost memory."""
-_GROUP = re.compile(r"([GAW]+)(?:\*([1-9][0-9]*))?")
+__all__ = ["Backend", "ModelConfig", "RopeScalingConfig", "fold_pattern"]
 
 
-@lru_cache
-def expand_pattern(pattern: str) -> tuple[LayerKind, ...]:
-    """`"GGGA*2,GA"` -> `("G", "G", "G", "A", "G", "G", "G", "A", "G", "A")`.
+class ModelConfig(ModelFields):
+    """A decoder whose layers are blocks, one per symbol of layer_pattern.
 
-    Groups of layer symbols are separated by commas; `*n` repeats its group n times. Spaces do not count.
-
-    Raises:
-        ValueError: a symbol other than G, A, W, a malformed repeat, or more than MAX_LAYERS layers.
+    Every registered mixer that has a config_class adds a section by the name of its prefix, such as `gdn`; it is None where
+    the model has none.
     """
-    layers = ""
-    for group in pattern.replace(" ", "").split(","):
-        match = _GROUP.fullmatch(group)
-        if not match:
-            upper = pattern.upper()
-            hint = f"; did you mean {upper}?" if upper != pattern and _is_pattern(upper) else ""
-            symbols = ", ".join(f"{symbol} ({name})" for symbol, name in LAYER_KINDS.items())
-            raise ValueError(
-                f"{shown(group)} is not a group of layers; write symbols {symbols} and optionally *n, as in GGGA*8 or "
-                f"GGGA*7,GGA{hint}"
-            )
-        unit, repeats = match[1], match[2] or "1"
-        room = (MAX_LAYERS - len(layers)) // len(unit)
-        if len(repeats) > 9 or int(repeats) > room:
-            best = f"the nearest is {unit[:MAX_LAYERS]}*{room}" if room > 0 and len(unit) < 99 else "remove this group"
-            raise ValueError(f"{shown(group)} makes more than {MAX_LAYERS} layers; {best}")
-        layers += unit * int(repeats)
-    return tuple(layers)  # type: ignore[arg-type]
 
+    model_config = ConfigDict(extra="allow")
 
-def _is_pattern(text: str) -> bool:
-    return all(_GROUP.fullmatch(group) for group in text.replace(" ", "").split(","))
-
-
-def fold_pattern(layers: Sequence[LayerKind]) -> str:
-    """A short pattern that expands to `layers`: `GGGA*2` for `GGGAGGGA`, `GGGA*7,GGA` where a remainder is left."""
-    text = "".join(layers)
-    best = text
-    for width in range(1, len(text) // 2 + 1):
-        repeats = 1
-        while text.startswith(text[:width], repeats * width):
-            repeats += 1
-        rest = text[repeats * width :]
-        folded = f"{text[:width]}*{repeats}" + (f",{rest}" if rest else "")
-        best = min(best, folded, key=len) if repeats > 1 else best
-    return best
-
-
-class GatedDeltaNetConfig(Section):
-    """The Gated DeltaNet mixer (arXiv 2412.06464) as in OLMo Hybrid."""
-
-    num_key_heads: PositiveInt
-    """Heads of q and k."""
-    num_value_heads: PositiveInt
-    """Heads of v, the gate and the state; a multiple of num_key_heads (grouped value attention)."""
-    key_head_dim: PositiveInt
-    value_head_dim: PositiveInt
-    conv_kernel_size: Literal[4] = 4
-    """Taps of the causal depthwise convolution on q, k and v."""
-    allow_negative_eigenvalues: bool = True
-    """beta in (0, 2) instead of (0, 1)."""
-    norm_eps: PositiveFloat = 1e-5
-    """Epsilon of the gated output norm; its own, not the model's."""
-    a_init_range: tuple[float, float] = Field((0.0, 16.0), strict=False)
-    """A_log starts as the log of a uniform draw from this range."""
-    dt_init_range: tuple[PositiveFloat, PositiveFloat] = Field((1e-3, 0.1), strict=False)
-    """dt_bias starts as the inverse softplus of a log-uniform draw from this range."""
-    dt_init_floor: PositiveFloat = 1e-4
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate_sections(cls, data: Any, validate_fields: ModelWrapValidatorHandler[Self]) -> Self:
+        """Validate mixer sections next to the fields, and refuse names that are neither."""
+        if not isinstance(data, Mapping):
+            return validate_fields(data)
+        given, errors = {**data}, list[InitErrorDetails]()
+        for name, section in section_classes().items():
+            try:
+                given[name] = None if given.get(name) is None else section.model_validate(given[name])
+            except ValidationError as error:
+                errors += _located(error, name)
+        for name in set(given) - set(cls.fields()):
+            errors.append(InitErrorDetails(type="extra_forbidden", loc=(name,), input=given[name]))
+        given["blocks"] = complete_blocks(given.get("blocks", {}), default_blocks(), first_blocks())
+        try:
+            model = validate_fields(given)
+        except ValidationError as error:
+            errors += _located(error)
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return model
 
     @model_validator(mode="after")
-    def _check(self) -> "GatedDeltaNetConfig":
+    def _check(self) -> Self:
         problems = Problems()
-        if self.num_value_heads % self.num_key_heads:
-            problems.add(
-                "num_value_heads",
-                f"{self.num_value_heads} is not a multiple of num_key_heads = {self.num_key_heads}; "
-                f"the nearest is {nearest.multiple(self.num_value_heads, self.num_key_heads)}",
-            )
-        for name in ("a_init_range", "dt_init_range"):
-            low, high = getattr(self, name)
-            if not 0 <= low < high:
-                default = list(type(self).model_fields[name].default)
-                problems.add(name, f"[{low}, {high}] must have 0 <= low < high; give two such numbers, as in {default}")
-        if self.dt_init_floor > self.dt_init_range[1]:
-            problems.add(
-                "dt_init_floor",
-                f"{self.dt_init_floor} is above all of dt_init_range = {list(self.dt_init_range)}; give at most "
-                f"{self.dt_init_range[1]}",
-            )
+        self._check_blocks(problems)
+        self._check_heads(problems)
+        self._check_fields(problems)
         problems.raise_if_any()
         return self
 
-    @property
-    def key_dim(self) -> int:
-        """Width of q, and of k."""
-        return self.num_key_heads * self.key_head_dim
-
-    @property
-    def value_dim(self) -> int:
-        """Width of v, and of the gate."""
-        return self.num_value_heads * self.value_head_dim
-
-
-class RopeScalingConfig(Section):
-    """YaRN (arXiv 2309.00071): stretches the rotary embedding of A layers to longer sequences, as in OLMo 3.
-
-    W layers keep the plain rotary embedding. Fields are those of transformers' `rope_parameters`.
-    """
-
-    rope_type: Literal["yarn"] = "yarn"
-    factor: float = Field(ge=1)
-    """Longest sequence divided by original_max_position_embeddings."""
-    original_max_position_embeddings: PositiveInt
-    """Sequence length before the extension."""
-    attention_factor: PositiveFloat | None = None
-    """Multiplies the rotated queries and keys. None: 0.1 ln(factor) + 1."""
-    beta_fast: PositiveFloat = 32.0
-    """Dimensions that turn at least this often over the original length keep their frequency."""
-    beta_slow: PositiveFloat = 1.0
-    """Dimensions that turn at most this often are slowed down by the whole factor."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "RopeScalingConfig":
-        if self.beta_slow > self.beta_fast:
-            raise ConfigError.at(
-                "beta_slow",
-                f"{self.beta_slow} is above beta_fast = {self.beta_fast}; give at most that, such as 1.0",
-            )
-        return self
-
-    @property
-    def effective_attention_factor(self) -> float:
-        """attention_factor, or its default."""
-        return self.attention_factor if self.attention_factor is not None else 0.1 * math.log(self.factor) + 1.0
-
-
-class ModelConfig(Section):
-    """A decoder of G (pre-norm) and A / W (post-norm, QK norm over the whole projection) layers, each with a SwiGLU."""
-
-    layer_pattern: str
-    """Symbols G, A, W in groups: `GGGA*8` is 32 layers, an attention layer after every three of Gated DeltaNet."""
-    hidden_size: PositiveInt
-    ffn_hidden_size: PositiveInt
-    vocab_size: PositiveInt
-    """True vocabulary. Padding for tensor parallelism is added, and masked, by the layout."""
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
-    """None: as many as num_attention_heads. Fewer: grouped-query attention."""
-    head_dim: PositiveInt | None = None
-    """None: hidden_size / num_attention_heads."""
-    gdn: GatedDeltaNetConfig | None = None
-    """Needed where the pattern has a G."""
-    rope_theta: PositiveFloat | None = 500_000.0
-    """None: no rotary embedding (NoPE)."""
-    rope_scaling: RopeScalingConfig | None = None
-    """None: plain rotary embedding in all attention layers."""
-    sliding_window: PositiveInt | None = None
-    """Tokens a W layer sees, itself included."""
-    norm_eps: PositiveFloat = 1e-6
-    tie_embeddings: bool = False
-    init_std: PositiveFloat = 0.02
-    eos_token_id: int | None = Field(None, ge=0)
-    pad_token_id: int | None = Field(None, ge=0)
-    backend: Backend = "auto"
-    """Modules of linears, norms and attention. It is not part of the architecture: any backend loads any checkpoint. local:
-    megatron-core's linears and PyTorch's attention, on any device. auto: Transformer Engine in bf16 on a GPU if it is installed,
-    else local."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "ModelConfig":
-        problems = Problems()
-        layers: tuple[LayerKind, ...] = ()
+    def _check_blocks(self, problems: Problems) -> None:
+        for symbol, block in self.blocks.items():
+            if len(symbol) != 1 or symbol not in ascii_uppercase:
+                problems.add(join("blocks", symbol), "is not a symbol; write one capital letter, such as B")
+            try:
+                problems += block_problems(mixer_spec(block.mixer), block, join("blocks", symbol))
+            except ConfigError as error:
+                problems += [(join("blocks", symbol, field), text) for field, text in error.problems]
+        if problems:
+            return
         try:
-            layers = self.layers
+            blocks = self.blocks_by_symbol
         except ValueError as error:
             problems.add("layer_pattern", str(error))
-        self._check_heads(problems)
+            return
+        for symbol, block in blocks.items():
+            problems += mixer_spec(block.mixer).check(self, block, symbol)
+
+    def _check_fields(self, problems: Problems) -> None:
         for name in ("eos_token_id", "pad_token_id"):
             token = getattr(self, name)
             if token is not None and token >= self.vocab_size:
@@ -207,19 +90,8 @@ class ModelConfig(Section):
                 f"needs a rotary embedding to scale, and rope_theta is {shown(self.rope_theta)}; set rope_theta above 1, "
                 "or rope_scaling to null",
             )
-        if "G" in layers and self.gdn is None:
-            problems.add(
-                "gdn",
-                "is missing, and layer_pattern has G layers; give gdn.num_key_heads, num_value_heads, key_head_dim and "
-                "value_head_dim",
-            )
-        if "W" in layers and self.sliding_window is None:
-            problems.add(
-                "sliding_window",
-                "is missing, and layer_pattern has W layers; give the number of tokens they see, such as 4096",
-            )
-        problems.raise_if_any()
-        return self
+        if self.zero_centered_norm:
+            problems.add("zero_centered_norm", "true is not implemented; set it to false")
 
     def _check_heads(self, problems: Problems) -> None:
         heads, groups = self.num_attention_heads, self.kv_heads
@@ -242,23 +114,51 @@ class ModelConfig(Section):
                 f"{self.attention_head_dim + 1}, or set rope_theta to null",
             )
 
+    def __hash__(self) -> int:
+        return hash((self.layer_pattern, self.hidden_size, self.vocab_size))  # blocks are a dict, which has no hash
+
     def architecture(self) -> dict[str, Any]:
         """Return the fields that define the model, as checkpoints store them: all but the backend."""
         return self.model_dump(mode="json", exclude={"backend"})
 
+    @classmethod
+    def fields(cls) -> dict[str, FieldInfo]:
+        sections = {
+            name: FieldInfo(annotation=section | None, default=None)  # type: ignore[arg-type]
+            for name, section in section_classes().items()
+        }
+        return {**cls.model_fields, **sections}
+
     @property
-    def layers(self) -> tuple[LayerKind, ...]:
-        """The kind of each layer, first to last."""
-        return expand_pattern(self.layer_pattern)
+    def known_blocks(self) -> Blocks:
+        """Blocks by symbol: those that mixers bring, and this model's own."""
+        return {**default_blocks(), **self.blocks}
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The symbol of each layer, first to last."""
+        return expand_pattern(self.layer_pattern, {symbol: block.title for symbol, block in self.known_blocks.items()})
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
     @property
-    def kv_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
+    def blocks_by_symbol(self) -> Blocks:
+        """The blocks that layer_pattern uses, in the order of their first layers."""
+        known = self.known_blocks
+        return {symbol: known[symbol] for symbol in dict.fromkeys(self.layers)}
 
-    @property
-    def attention_head_dim(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+    def block(self, index: int) -> Block:
+        """Return the block of layer `index`, from 0."""
+        return self.known_blocks[self.layers[index]]
+
+
+def _located(error: ValidationError, *prefix: str) -> list[InitErrorDetails]:
+    """Return the errors of a section, located below `prefix`."""
+    return [
+        InitErrorDetails(
+            type=detail["type"], loc=(*prefix, *detail["loc"]), input=detail["input"], ctx=detail.get("ctx", {})
+        )
+        for detail in error.errors(include_url=False)
+    ]

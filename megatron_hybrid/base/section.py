@@ -1,6 +1,7 @@
 """What every section of a run's configuration has in common."""
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
@@ -18,3 +19,8 @@ class Section(BaseModel):
         strict=True,
         allow_inf_nan=False,
     )
+
+    @classmethod
+    def fields(cls) -> dict[str, FieldInfo]:
+        """Return all fields by name, with those that are known only while the process runs."""
+        return cls.model_fields

@@ -1,10 +1,10 @@
 """Conversion between this rank's parameters and optimizer state, and slices of true tensors to save or to load.
 
-Parameters are mapped to true tensors by their pieces (model/param_layout.py). If several ranks hold the same values, one of
+Parameters are mapped to true tensors by their slices (model/param_layout.py). If several ranks hold the same values, one of
 them saves them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -12,11 +12,12 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hybrid.arch.optimizers.spec import MASTER
+from megatron_hybrid.arch.packing import PackedSlice
 from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.checkpoint.format import slices_of_range, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import SlicedTensor
-from megatron_hybrid.model.param_layout import ParamLayout, Piece
+from megatron_hybrid.model.param_layout import ParamLayout
 from megatron_hybrid.precision.fp8_state import Fp8State
 
 
@@ -62,16 +63,6 @@ def select_from_range(part: TensorSlice, shape: tuple[int, ...], start: int, fla
     return flat[inside]
 
 
-def _local(piece: Piece) -> TensorSlice:
-    """Return the slice of the parameter that holds the piece."""
-    return TensorSlice(piece.local_offset, piece.shape)
-
-
-def _true(piece: Piece) -> TensorSlice:
-    """Return the slice of the true tensor that the piece is."""
-    return TensorSlice(piece.offset, piece.shape)
-
-
 def _without_range(tensor: SlicedTensor) -> Iterator[SlicedTensor]:
     """Split a flattened range into slices, because a checkpoint holds weights in slices."""
     if tensor.range is None:
@@ -98,7 +89,7 @@ class Collector:
 
     def __init__(
         self,
-        chunks: Iterable[torch.nn.Module],
+        chunks: Sequence[torch.nn.Module],
         layout: ParamLayout,
         groups: ProcessGroupCollection,
         optimizer_shards: dict[torch.nn.Parameter, OptimizerShard],
@@ -116,36 +107,36 @@ class Collector:
     def set_parameters(self) -> None:
         """Copy loaded masters to the parameters of `from_master`, on all ranks."""
 
-    def _writes(self, turn: int, name: str, piece: Piece, sharded: bool) -> tuple[bool, bool]:
-        """Return whether this rank saves the piece's weight, and whether it saves its optimizer state."""
+    def _writes(self, turn: int, name: str, part: PackedSlice, sharded: bool) -> tuple[bool, bool]:
+        """Return whether this rank saves the slice's weight, and whether it saves its optimizer state."""
         dp, tp = self.groups.dp_cp, self.groups.tp  # context parallel ranks hold the same parameters, too
         tied_copy = name == "output_layer.weight" and self.layout.model.tie_embeddings
-        mine = not tied_copy and (not piece.replicated or tp.rank() == 0)
+        mine = not tied_copy and (not part.replicated or tp.rank() == 0)
         my_turn = turn % dp.size() == dp.rank()
         return mine and my_turn, mine and (sharded or my_turn)
 
     def shards(self) -> Iterator[SlicedTensor]:
         """Yield what this rank saves, as views of live tensors where possible."""
         turn = 0
-        for name, parameter, pieces in self.parameters:
+        for name, parameter, slices in self.parameters:
             shard = self.optimizer_shards.get(parameter)
             sharded = self.optimizer_sharded and not (shard and shard.replicated)
-            for piece in pieces:
+            for part in slices:
                 turn += 1
-                weight, state = self._writes(turn, name, piece, sharded)
+                weight, state = self._writes(turn, name, part, sharded)
                 if weight and not self.from_master(parameter):
-                    data = piece.view(parameter.detach())
-                    yield SlicedTensor(piece.tensor.name, piece.tensor.shape, _true(piece), data)
+                    data = part.target.narrow(parameter.detach())
+                    yield SlicedTensor(part.tensor.name, part.tensor.shape, part.source, data)
                 if state and shard:
-                    yield from self._states(parameter, piece)
+                    yield from self._states(parameter, part)
         if self.groups.dp_cp.rank() == self.groups.tp.rank() == 0:
             for name, tensor in self.fp8.tensors().items():
                 shape = tuple(tensor.shape)
                 yield SlicedTensor(name, shape, TensorSlice.whole(shape), tensor)
 
-    def _states(self, parameter: torch.nn.Parameter, piece: Piece) -> Iterator[SlicedTensor]:
-        """Yield the optimizer state of a piece, and its weight if that comes from the master."""
-        shard, shape, local = self.optimizer_shards[parameter], full_shape(parameter), _local(piece)
+    def _states(self, parameter: torch.nn.Parameter, part: PackedSlice) -> Iterator[SlicedTensor]:
+        """Yield the optimizer state of a slice, and its weight if that comes from the master."""
+        shard, shape, local = self.optimizer_shards[parameter], full_shape(parameter), part.target
         start, stop = range_of_slice(local, shape, shard.start, shard.stop)
         if start == stop:
             return
@@ -153,14 +144,14 @@ class Collector:
         for state, flat in shard.states.items():
             data = select_from_range(local, shape, shard.start, flat)
             saved = SlicedTensor(
-                state_name(state, piece.tensor.name),
-                piece.tensor.shape,
-                _true(piece),
-                data.view(piece.shape) if whole else data,
+                state_name(state, part.tensor.name),
+                part.tensor.shape,
+                part.source,
+                data.view(part.source.shape) if whole else data,
                 None if whole else (start, stop),
             )
             if state == MASTER and self.from_master(parameter):
-                yield from _without_range(replace(saved, name=piece.tensor.name, data=saved.data.to(parameter.dtype)))
+                yield from _without_range(replace(saved, name=part.tensor.name, data=saved.data.to(parameter.dtype)))
                 if parameter.dtype == torch.float32:  # the weight is its own master
                     continue
             yield saved
@@ -168,12 +159,12 @@ class Collector:
     @torch.no_grad()
     def load_weights(self, reader: CheckpointReader) -> None:
         """Fill this rank's parameters; padding is zero. Parameters of `from_master` are filled by the next load of masters."""
-        for _, parameter, pieces in self.parameters:
+        for _, parameter, slices in self.parameters:
             if self.from_master(parameter):
                 continue
             parameter.zero_()
-            for piece in pieces:
-                piece.view(parameter).copy_(reader.read(piece.tensor.name, _true(piece)))
+            for part in slices:
+                part.target.narrow(parameter.data).copy_(reader.read(part.tensor.name, part.source))
 
     def load_optimizer(self, reader: CheckpointReader) -> None:
         """Fill this rank's optimizer state (moments and master weights) and the scales of FP8."""
@@ -189,7 +180,7 @@ class Collector:
     @torch.no_grad()
     def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...] | None = None) -> None:
         # only the rows that this rank's range touches are read
-        for _, parameter, pieces in self.parameters:
+        for _, parameter, slices in self.parameters:
             shard = self.optimizer_shards.get(parameter)
             if shard is None:
                 continue
@@ -200,21 +191,21 @@ class Collector:
                 if wanted is not None and state not in wanted:
                     continue
                 rows = torch.zeros(last - first, *shape[1:], dtype=flat.dtype)
-                for piece in pieces:
-                    self._read_rows(reader, piece, state, first, rows)
+                for part in slices:
+                    self._read_rows(reader, part, state, first, rows)
                 begin = shard.start - first * width
                 flat.copy_(rows.view(-1)[begin : begin + flat.numel()])
 
     @staticmethod
-    def _read_rows(reader: CheckpointReader, piece: Piece, state: str, first: int, rows: torch.Tensor) -> None:
-        """Fill `rows`, which are the parameter's rows from `first`, with the piece's values in these rows."""
-        local = _local(piece)
+    def _read_rows(reader: CheckpointReader, part: PackedSlice, state: str, first: int, rows: torch.Tensor) -> None:
+        """Fill `rows`, which are the parameter's rows from `first`, with the slice's values in these rows."""
+        local = part.target
         held = TensorSlice((first, *local.offset[1:]), (len(rows), *local.shape[1:]))
         if (shared := local.intersection(held)) is None:
             return
         inner = shared.relative_to(local.offset)
-        wanted = TensorSlice(tuple(a + b for a, b in zip(piece.offset, inner.offset, strict=True)), inner.shape)
-        has_state = state_name(state, piece.tensor.name) in reader.index.tensors
+        wanted = TensorSlice(tuple(a + b for a, b in zip(part.source.offset, inner.offset, strict=True)), inner.shape)
+        has_state = state_name(state, part.tensor.name) in reader.index.tensors
         source = state if has_state or state != MASTER else None  # an fp32 checkpoint's weight is its own master
-        data = reader.read(piece.tensor.name, wanted, state=source)
+        data = reader.read(part.tensor.name, wanted, state=source)
         shared.relative_to((first, *(0,) * (len(shared.offset) - 1))).narrow(rows).copy_(data)

@@ -20,10 +20,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensor_slice import TensorSlice
-from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.base.lfs import refuse_lfs_pointer
 from megatron_hybrid.config.renames import rename_saved
+from megatron_hybrid.config.translate import translate
 
 FORMAT = "megatron_hybrid/1"
 INDEX = "index.json"
@@ -115,7 +119,7 @@ class Index:
     run: dict[str, Any]
     """Configuration of the run, for the record, and the origin of its weights (checkpoint/origin.py)."""
     state: dict[str, Any]
-    """What the trainer resumes from: step, samples consumed, window of the skip-step, ..."""
+    """State that the trainer resumes from: step, samples consumed, window of the skip-step, ..."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """{file: {"bytes": int, "sha256": str}}"""
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
@@ -139,6 +143,23 @@ class Index:
                     f"{name}: ranks disagree, {mine.dtype} {mine.shape} and {entry.dtype} {entry.shape}"
                 )
             mine.slices += entry.slices
+
+    def model_config(self, folder: Path) -> ModelConfig:
+        """Return the configuration of the model.
+
+        Args:
+            folder: the checkpoint's folder, for errors.
+
+        Raises:
+            CheckpointError: it is not valid.
+        """
+        where = f"{folder}: the model in its {INDEX} is not valid"
+        try:
+            return ModelConfig.model_validate(self.model)
+        except ValidationError as error:
+            raise CheckpointError(f"{where}: {str(translate(error, ModelConfig))[:2000]}") from None
+        except (ConfigError, ValueError) as error:
+            raise CheckpointError(f"{where}: {error!s:.500}") from None
 
     def incomplete(self) -> Iterator[tuple[str, int, int]]:
         """Yield (name, number of stored values, number of values) of each tensor whose slices do not add up."""

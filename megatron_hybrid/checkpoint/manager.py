@@ -120,7 +120,7 @@ class CheckpointManager:
             CheckpointError: the checkpoint is of another model; names the first field that differs.
         """
         with CheckpointReader(folder) as reader:
-            check_same_tensors(folder, ModelConfig(**reader.index.model), ModelConfig(**self.model))
+            check_same_tensors(folder, reader.model, ModelConfig(**self.model))
             self.origin = Origin.of(folder, reader.index.run, with_files=self.rank == 0)
             self.collector.load_weights(reader)
             if weights_only:

@@ -11,16 +11,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
 from safetensors import safe_open
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.optimizers.spec import MASTER
 from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.arch.tensors import model_tensors
-from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.checkpoint.format import CheckpointError, StoredSlice, TensorEntry, read_index, state_name
-from megatron_hybrid.config.translate import translate
 
 if TYPE_CHECKING:
     import torch
@@ -58,13 +55,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: it is not valid.
         """
-        where = f"{self.folder}: its model is not valid"
-        try:
-            return ModelConfig.model_validate(self.index.model)
-        except ValidationError as error:
-            raise CheckpointError(f"{where}: {str(translate(error, ModelConfig))[:2000]}") from None
-        except (ConfigError, ValueError) as error:
-            raise CheckpointError(f"{where}: {error!s:.500}") from None
+        return self.index.model_config(self.folder)
 
     def has_optimizer(self) -> bool:
         """Return whether the checkpoint holds states of an optimizer besides the master weights."""

@@ -5,8 +5,9 @@ from operator import mul
 from typing import TYPE_CHECKING
 
 from megatron_hybrid.arch.fp8_recipes import RECOMMENDED
+from megatron_hybrid.arch.mixer import Layout, layout_problems
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
-from megatron_hybrid.arch.padding import PaddedSizes
+from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, join
 from megatron_hybrid.config.document_checks import check_documents
@@ -25,6 +26,7 @@ def section_problems(run: "RunConfig") -> Problems:
     problems = Problems()
     _check_tensor_parallel(run, problems)
     _check_context_parallel(run, problems)
+    _check_mixers(run, problems)
     _check_overlap(run, problems)
     _check_optimizer(run, problems)
     _check_offload(run, problems)
@@ -98,11 +100,11 @@ def _check_tensor_parallel(run: "RunConfig", problems: Problems) -> None:
 
 
 def _check_context_parallel(run: "RunConfig", problems: Problems) -> None:
-    """A slice of every sequence, and heads to attend with, for each context parallel rank."""
-    size, model, sequence = run.parallel.context_parallel_size, run.model, run.data.sequence_length
+    """Check that every context parallel rank has an equal slice of every sequence."""
+    size, sequence = run.parallel.context_parallel_size, run.data.sequence_length
     if size == 1:
         return
-    field, tensor = "parallel.context_parallel_size", run.parallel.tensor_parallel_size
+    tensor = run.parallel.tensor_parallel_size
     shared = tensor if run.parallel.sequence_parallel_on else 1
     words = f"context_parallel_size {size}" + (f" x tensor_parallel_size {tensor}" if shared > 1 else "")
     if sequence % (size * shared) and not (shared > 1 and sequence % shared):  # of that, tensor parallelism has told
@@ -110,19 +112,6 @@ def _check_context_parallel(run: "RunConfig", problems: Problems) -> None:
             "data.sequence_length",
             f"{sequence} is not a multiple of {words} = {size * shared}; the nearest is "
             f"{nearest.multiple(sequence, size * shared)}",
-        )
-    back = model.gdn.conv_kernel_size - 1 if model.gdn is not None and "G" in model.layers else 0
-    if sequence // size < back:
-        problems.add(
-            field,
-            f"{size} leaves {sequence // size} tokens of a sequence on each rank, and Gated DeltaNet's convolution looks back on "
-            f"{back}; the largest that fits is {max(1, sequence // back)}",
-        )
-    groups = PaddedSizes.of(model, tensor).num_key_value_heads // tensor
-    if set(model.layers) & {"A", "W"} and size > groups:
-        of = f" of each of {tensor} tensor parallel ranks" if tensor > 1 else ""
-        problems.add(
-            field, f"{size} exceeds the {groups} key/value heads{of}, which its ranks share; set it to {groups} at most"
         )
 
 
@@ -182,26 +171,30 @@ def _check_offload(run: "RunConfig", problems: Problems) -> None:
 
 
 def _head_limits(run: "RunConfig") -> list[tuple[int, str]]:
-    """Heads that tensor parallelism spreads, each with its name; more ranks than that would hold dummies alone."""
-    model = run.model
-    limits = []
-    if set(model.layers) & {"A", "W"}:
-        field = "num_attention_heads" if model.num_key_value_heads is None else "num_key_value_heads"
-        limits.append((model.kv_heads, f"key/value heads (model.{field})"))
-    if "G" in model.layers and model.gdn is not None:
-        limits.append((model.gdn.num_key_heads, "Gated DeltaNet key heads (model.gdn.num_key_heads)"))
-    return limits
+    """Return the head groups that tensor parallelism shares: more ranks than groups would hold dummies alone."""
+    groups = (mixer_spec(block.mixer).head_groups(run.model, block) for block in run.model.blocks_by_symbol.values())
+    return list(dict.fromkeys((group.count, f"{group.title} ({group.field})") for group in groups))
+
+
+def layout_of(run: "RunConfig") -> Layout:
+    """Return the numbers of the run's layout that mixers may depend on."""
+    return Layout(
+        tensor_parallel_size=run.parallel.tensor_parallel_size,
+        context_parallel_size=run.parallel.context_parallel_size,
+        sequence_length=run.data.sequence_length,
+        fp8=run.precision.fp8,
+        fp8_attention=run.precision.fp8_attention,
+    )
+
+
+def _check_mixers(run: "RunConfig", problems: Problems) -> None:
+    """Check the layout against the rules of each mixer in layer_pattern."""
+    for symbol, block in run.model.blocks_by_symbol.items():
+        problems += layout_problems(mixer_spec(block.mixer), run.model, block, symbol, layout_of(run))
 
 
 def _check_data(run: "RunConfig", problems: Problems) -> None:
     """What the model and the trainer ask of the data."""
-    window, sequence = run.model.sliding_window, run.data.sequence_length
-    if "W" in run.model.layers and window is not None and window > sequence:
-        problems.add(
-            "model.sliding_window",
-            f"{window} exceeds data.sequence_length = {sequence}, so W layers would be plain attention; give at most "
-            f"{sequence}, or write A for W in layer_pattern",
-        )
     if run.train.eval_interval is not None and not run.data.validation:
         problems.add(
             "train.eval_interval",

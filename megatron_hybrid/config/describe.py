@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from megatron_hybrid.arch import flops
-from megatron_hybrid.arch.model import LAYER_KINDS, fold_pattern
+from megatron_hybrid.arch.model import fold_pattern
+from megatron_hybrid.arch.registry import mixer_spec
+from megatron_hybrid.config.checks import layout_of
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
 
-_PART_NAMES = {"embedding": "embedding", "final_norm": "final norm", "output": "output", **LAYER_KINDS}
+_PART_NAMES = {"embedding": "embedding", "final_norm": "final norm", "output": "output"}
 
 
 def describe(config: RunConfig, world_size: int) -> str:
@@ -33,8 +35,9 @@ def _parameters(config: RunConfig) -> list[str]:
     work = flops.training_flops_by_part(model, sequence)
     rows = [("part", "layers", "parameters", "GFLOP a token")]
     for part, count in flops.parameters_by_part(model).items():
-        layers = str(model.layers.count(part)) if part in LAYER_KINDS else ""
-        rows.append((_PART_NAMES[part], layers, f"{count:,}", f"{work.get(part, 0) / 1e9:.4g}"))
+        block = model.blocks_by_symbol.get(part)
+        name, layers = (block.title, str(model.layers.count(part))) if block else (_PART_NAMES[part], "")
+        rows.append((name, layers, f"{count:,}", f"{work.get(part, 0) / 1e9:.4g}"))
     total = flops.training_flops_per_token(model, sequence)
     rows.append(("all", str(model.num_layers), f"{flops.count_parameters(model):,}", f"{total / 1e9:.4g}"))
     return ["Parameters, and training work (forward and backward)", *_table(rows)]
@@ -63,11 +66,9 @@ def _context(config: RunConfig) -> list[str]:
     if ranks == 1:
         return []
     words = f", {config.data.sequence_length // ranks:,} tokens of each sequence a rank"
-    if set(model.layers) & {"A", "W"}:
-        tensor = config.parallel.tensor_parallel_size
-        groups = config.parallel.padded_heads(model.kv_heads) // tensor
-        a_rank = -(-groups // ranks) * (model.num_attention_heads // model.kv_heads)
-        words += f", which attends with {a_rank} heads over whole sequences"
+    for block in model.blocks_by_symbol.values():
+        if note := mixer_spec(block.mixer).context_note(model, block, layout_of(config)):
+            return [f"  context   {ranks}{words}, {note}"]
     return [f"  context   {ranks}{words}"]
 
 
@@ -81,7 +82,7 @@ def _stages(config: RunConfig) -> list[str]:
     first = 0
     for stage, count in enumerate(parallel.stage_layers(model.num_layers)):
         kinds = model.layers[first : first + count]
-        size = sum(flops.layer_parameters(model, kind) for kind in kinds)
+        size = sum(flops.layer_size(model, kind) for kind in kinds)
         if stage == 0:
             size += outside["embedding"]
         if stage == parallel.num_stages - 1:
@@ -96,19 +97,13 @@ def _stages(config: RunConfig) -> list[str]:
 
 def _heads(config: RunConfig) -> list[str]:
     """Heads over the tensor parallel ranks, with the dummies that make them divide; nothing at one rank."""
-    model, parallel = config.model, config.parallel
-    ranks = parallel.tensor_parallel_size
+    model, ranks = config.model, config.parallel.tensor_parallel_size
     if ranks == 1:
         return []
-    counts: list[tuple[str, int, int]] = []
-    if set(model.layers) & {"A", "W"}:
-        padded = parallel.padded_heads(model.kv_heads, model.num_attention_heads)
-        counts.append(("attention query", model.num_attention_heads, padded))
-        counts.append(("attention key/value", model.kv_heads, parallel.padded_heads(model.kv_heads)))
-    if model.gdn is not None and "G" in model.layers:
-        keys, values = model.gdn.num_key_heads, model.gdn.num_value_heads
-        counts.append(("Gated DeltaNet key", keys, parallel.padded_heads(keys)))
-        counts.append(("Gated DeltaNet value", values, parallel.padded_heads(keys, values)))
+    groups = (mixer_spec(block.mixer).head_groups(model, block) for block in model.blocks_by_symbol.values())
+    counts = {
+        (name, true, group.padded(true, ranks)): None for group in groups for name, true in group.heads
+    }  # a set that keeps its order
     rows = [("heads", "true", "padded to", "a rank")]
     rows += [
         (name, str(true), str(padded) if padded > true else "-", str(padded // ranks)) for name, true, padded in counts

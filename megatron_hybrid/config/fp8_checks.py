@@ -2,15 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_hybrid.arch.padding import PaddedSizes, round_up
+from megatron_hybrid.arch.packing import round_up
+from megatron_hybrid.arch.registry import default_blocks, mixer_spec
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import Problems
 
 if TYPE_CHECKING:
     from megatron_hybrid.config.run import RunConfig
-
-ATTENTION_HEAD_DIM = 128
-"""Of FP8 attention on Hopper."""
 
 
 def check_precision(run: "RunConfig", problems: Problems) -> None:
@@ -47,19 +45,17 @@ def check_precision(run: "RunConfig", problems: Problems) -> None:
 def _check_widths(run: "RunConfig", unit: int, problems: Problems) -> None:
     """Check that rows and columns of every FP8 matrix on a rank are multiples of `unit`."""
     model, ranks = run.model, run.parallel.tensor_parallel_size
-    sizes = PaddedSizes.of(model, ranks)
     if model.hidden_size % unit:
         _add(problems, "model.hidden_size", model.hidden_size, unit, 1)
     if model.ffn_hidden_size % (unit * ranks) and model.ffn_hidden_size % ranks == 0:
         _add(problems, "model.ffn_hidden_size", model.ffn_hidden_size, unit, ranks)
-    if set(model.layers) & {"A", "W"}:
-        width = sizes.num_attention_heads * model.attention_head_dim
-        if width % (unit * ranks):
-            _heads(problems, "model.head_dim", model.attention_head_dim, unit, width // ranks)
-    if "G" in model.layers and model.gdn is not None:
-        width = sizes.gdn_value_heads * model.gdn.value_head_dim
-        if width % (unit * ranks):
-            _heads(problems, "model.gdn.value_head_dim", model.gdn.value_head_dim, unit, width // ranks)
+    for block in model.blocks_by_symbol.values():
+        spec = mixer_spec(block.mixer)
+        groups = spec.head_groups(model, block)
+        for parameter in spec.parameters(model, block):
+            width = parameter.rank_shape(ranks)[-1]
+            if parameter.split == "columns" and width % unit:
+                _heads(problems, groups.width_field, groups.width, unit, width)
     context = run.parallel.context_parallel_size
     shared = context * (ranks if run.parallel.sequence_parallel_on else 1)
     tokens = run.data.sequence_length * run.train.micro_batch_size
@@ -94,13 +90,9 @@ def _heads(problems: Problems, field: str, value: int, alignment: int, width: in
 def _check_attention(run: "RunConfig", problems: Problems) -> None:
     if not run.precision.fp8_attention:
         return
-    model = run.model
-    reason = None
-    if not set(model.layers) & {"A", "W"}:
-        reason = "has no layer to run in: layer_pattern has neither A nor W"
-    elif "W" in model.layers:
-        reason = "has no sliding window, and layer_pattern has W layers"
-    elif model.attention_head_dim != ATTENTION_HEAD_DIM:
-        reason = f"needs model.head_dim = {ATTENTION_HEAD_DIM} on Hopper, and it is {model.attention_head_dim}"
-    if reason:
-        problems.add("precision.fp8_attention", f"true {reason}; set it to false")
+    if not any("fp8_attention" in mixer_spec(block.mixer).supports for block in run.model.blocks_by_symbol.values()):
+        known = [s for s, block in default_blocks().items() if "fp8_attention" in mixer_spec(block.mixer).supports]
+        problems.add(
+            "precision.fp8_attention",
+            f"true has no layer to run in: layer_pattern has neither {' nor '.join(known)}; set it to false",
+        )

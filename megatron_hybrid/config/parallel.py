@@ -112,18 +112,6 @@ class ParallelConfig(Section):
         """How many shares of a batch `world_size` ranks make; `RunConfig.check_world` has checked that it is whole."""
         return world_size // self.replica_size
 
-    def padded_heads(self, groups: int, heads: int | None = None) -> int:
-        """Heads held over all tensor parallel ranks, dummies included.
-
-        Args:
-            groups: key/value heads of attention, key heads of Gated DeltaNet: padded up to a multiple of
-                tensor_parallel_size.
-            heads: query heads of attention, value heads of Gated DeltaNet: as many for each group as before. None: the
-                groups themselves are asked for.
-        """
-        padded = -(-groups // self.tensor_parallel_size) * self.tensor_parallel_size
-        return padded if heads is None else padded * (heads // groups)
-
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each virtual stage, in model order.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_hybrid.arch.model import GatedDeltaNetConfig, ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, shown
 
@@ -16,7 +16,7 @@ def olmo_hybrid_7b() -> ModelConfig:
         ffn_hidden_size=11008,
         vocab_size=100352,
         num_attention_heads=30,
-        gdn=GatedDeltaNetConfig(num_key_heads=30, num_value_heads=30, key_head_dim=96, value_head_dim=192),
+        gdn=dict(num_key_heads=30, num_value_heads=30, key_head_dim=96, value_head_dim=192),
         rope_theta=500_000.0,
         eos_token_id=100257,
         pad_token_id=100277,
@@ -31,7 +31,7 @@ def olmo_hybrid_tiny() -> ModelConfig:
         ffn_hidden_size=384,
         vocab_size=257,
         num_attention_heads=4,
-        gdn=GatedDeltaNetConfig(num_key_heads=4, num_value_heads=4, key_head_dim=24, value_head_dim=48),
+        gdn=dict(num_key_heads=4, num_value_heads=4, key_head_dim=24, value_head_dim=48),
         rope_theta=500_000.0,
         eos_token_id=256,
     )
@@ -67,10 +67,10 @@ def pure_gdn(of: str) -> ModelConfig:
     base = _sized(of)
     heads = base.num_attention_heads
     key_head_dim = 3 * base.hidden_size // (4 * heads)
-    gdn = base.gdn or GatedDeltaNetConfig(
+    gdn = base.section("gdn") or dict(
         num_key_heads=heads, num_value_heads=heads, key_head_dim=key_head_dim, value_head_dim=2 * key_head_dim
     )
-    return _changed(base, layer_pattern=f"G*{base.num_layers}", gdn=gdn.model_dump(), sliding_window=None)
+    return _changed(base, layer_pattern=f"G*{base.num_layers}", gdn=gdn, sliding_window=None)
 
 
 def pure_attention(of: str) -> ModelConfig:

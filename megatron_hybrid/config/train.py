@@ -5,8 +5,9 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_hybrid.arch.optimizers import OptimizerName
+from megatron_hybrid.arch.registry import decay_groups
 from megatron_hybrid.base import nearest
-from megatron_hybrid.base.errors import ConfigError, Problems
+from megatron_hybrid.base.errors import ConfigError, Problems, shown
 from megatron_hybrid.base.section import Section
 
 
@@ -19,8 +20,8 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
-    no_decay: tuple[Literal["embedding", "norm", "gdn_scalars"], ...] = Field(("embedding",), strict=False)
-    """Parameter groups without weight decay. gdn_scalars: A_log and dt_bias."""
+    no_decay: tuple[str, ...] = Field(("embedding",), strict=False)
+    """Parameter groups without weight decay: embedding, norm, and those of mixers. gdn_scalars: A_log and dt_bias."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
     offload_fraction: float = Field(0.0, ge=0, le=1)
@@ -35,6 +36,13 @@ class OptimizerConfig(Section):
                 "betas",
                 f"{list(self.betas)}: each must be at least 0 and below 1; give {legal}, say",
             )
+        legal_groups = decay_groups()
+        for index, group in enumerate(self.no_decay):
+            if group not in legal_groups:
+                raise ConfigError.at(
+                    f"no_decay.{index}",
+                    f"{shown(group)} is not one of {', '.join(legal_groups)}; the nearest is {nearest.word(group, legal_groups)}",
+                )
         return self
 
 

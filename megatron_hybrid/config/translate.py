@@ -1,7 +1,7 @@
 """pydantic's errors in this project's words: each wrong field with its remedy."""
 
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -40,21 +40,24 @@ def field_at(root: type[Section], location: Location) -> tuple[FieldInfo | None,
     """The field at `location`, and the section it holds, if it holds one."""
     field, section = None, root if not location else None
     here: type[Section] | None = root
+    keyed = False
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or keyed:  # an entry of a list or of a mapping
+            keyed = False
             continue
-        if here is None or part not in here.model_fields:
+        if here is None or part not in here.fields():
             return None, None
-        field = here.model_fields[part]
+        field = here.fields()[part]
         here = section = section_in(field.annotation)
+        keyed = get_origin(field.annotation) is Mapping
     return field, section
 
 
 def field_paths(root: type[Section], prefix: str = "") -> Iterator[str]:
     """Every field's path, sections included: `train`, `train.optimizer`, `train.optimizer.lr`, ..."""
-    for name, field in root.model_fields.items():
+    for name, field in root.fields().items():
         yield (path := join(prefix, name))
-        if section := section_in(field.annotation):
+        if get_origin(field.annotation) is not Mapping and (section := section_in(field.annotation)):
             yield from field_paths(section, path)
 
 
@@ -94,7 +97,7 @@ def _unknown(location: Location, root: type[Section]) -> str:
     """What is said of a field that does not exist."""
     name = str(location[-1])
     _, section = field_at(root, location[:-1])
-    names = list(section.model_fields) if section else []
+    names = list(section.fields()) if section else []
     elsewhere = [path for path in field_paths(root) if path.rpartition(".")[2] == name]
     if found := nearest.word(name, names, cutoff=0.7):
         hint = f"did you mean {found}?"
@@ -123,7 +126,7 @@ def _message(detail: ErrorDetails, root: type[Section]) -> tuple[Location, str]:
         case "missing":
             return location, f"is missing; {_wanted(field, section)}"
         case "model_type" | "model_attributes_type" | "dict_type":
-            names = f": its fields are {', '.join(section.model_fields)}" if section else ""
+            names = f": its fields are {', '.join(section.fields())}" if section else ""
             return location, f"{shown(value)} is not a section; write `name: value` lines{names}"
         case "literal_error":
             return location, _not_a_choice(value, field)
@@ -172,7 +175,7 @@ def _message(detail: ErrorDetails, root: type[Section]) -> tuple[Location, str]:
 
 def _wanted(field: FieldInfo | None, section: type[Section] | None) -> str:
     if section is not None:
-        needed = [name for name, inner in section.model_fields.items() if inner.is_required()]
+        needed = [name for name, inner in section.fields().items() if inner.is_required()]
         return f"give the section with {', '.join(needed)}" if needed else "give the section, or leave it out"
     about = field.description.splitlines()[0] if field is not None and field.description else ""
     return f"give it{': ' + about.replace('`', '') if about else ''}{_such_as(field)}"

@@ -1,4 +1,4 @@
-"""What the conversion commands share: options, a progress bar, and errors without a traceback."""
+"""Shared parts of the conversion commands: options, a progress bar, and errors without a traceback."""
 
 import argparse
 import re

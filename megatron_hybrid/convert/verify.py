@@ -24,7 +24,7 @@ _NO_EFFECT = {"eos_token_id", "pad_token_id", "init_std", "a_init_range", "dt_in
 
 @dataclass
 class Verdict:
-    """What was checked, and what is wrong with it."""
+    """Result of a verification: what was checked, and problems."""
 
     files: int = 0
     tensors: int = 0

@@ -13,13 +13,6 @@ import torch.nn.functional as F
 
 from megatron_hybrid.base.errors import UserError
 
-
-def slice_of_sequences(x_bs: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return this rank's tokens [b, s / ranks] of x [b, s]."""
-    length = x_bs.shape[1] // group.size()
-    return x_bs[:, group.rank() * length : (group.rank() + 1) * length]
-
-
 # ---- halo of a convolution
 
 

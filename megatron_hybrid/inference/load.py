@@ -1,14 +1,15 @@
 """Loads a checkpoint into one process, without an optimizer."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.registry import import_plugins
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.checkpoint.folders import find_checkpoint
 from megatron_hybrid.checkpoint.format import CheckpointError
@@ -50,26 +51,26 @@ class LoadedModel:
         return data if isinstance(data, dict) else {}
 
 
-def load_model(path: str, dtype: str = "fp32") -> LoadedModel:
+def load_model(path: str, dtype: str = "fp32", plugins: Sequence[str] = ()) -> LoadedModel:
     """Load the weights of a checkpoint that was written under any layout.
 
     Args:
         path: folder of a checkpoint, or of a run, whose newest checkpoint is loaded.
+        plugins: modules to import first. No module is imported because a checkpoint names it.
 
     Raises:
-        CheckpointError: no complete checkpoint there.
+        CheckpointError: no complete checkpoint there, or its model is not valid.
+        ConfigError: a plug-in cannot be imported.
     """
     if not Path(path).is_dir():
         raise CheckpointError(f"{path}: no such folder; give a checkpoint's folder, or a run's")
+    import_plugins(plugins)
     folder = find_checkpoint(os.path.abspath(path), "checkpoint")
     parallel = ParallelConfig()
     torch.set_num_threads(os.cpu_count() or 1)  # unlike the ranks of a run, this process has the machine to itself
     groups = start_distributed(Launch(0, 0, 1), parallel, seed=0, quiet=True)
     with CheckpointReader(folder) as reader:
-        try:
-            config = ModelConfig(**reader.index.model)
-        except (ValidationError, TypeError) as error:
-            raise CheckpointError(f"{folder}: the model in its index is damaged: {error}") from error
+        config = reader.model
         (network,) = build_model(config, parallel, PrecisionConfig(), dtype, sequence_length=1, groups=groups)
         layout = ParamLayout(config, 0, 1)
         Collector([network], layout, groups, {}, optimizer_sharded=False).load_weights(reader)

@@ -1,37 +1,62 @@
-"""What both mixers share as modules of any megatron-core model: parameters, initial values, sharded state, and refusals."""
+"""Base class of mixers as modules of any megatron-core model: parameters, initial values, sharded state, and refusals."""
 
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
 
-from megatron_hybrid.arch.model import GatedDeltaNetConfig
+from hybrid_kernels.dispatch import Choice
+from megatron_hybrid.arch.packing import PackedParameter, PackedSlice
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.distributed.device import parameter_device
+from megatron_hybrid.mixers.backend import Backend
 from megatron_hybrid.mixers.initial_values import draw
 from megatron_hybrid.mixers.sharded_state import true_tensors
-from megatron_hybrid.mixers.tensor_slices import Piece, Pieces
 from megatron_hybrid.precision.fp8_parameters import is_fp8_param
 
 
-class Mixer(MegatronModule):
-    """A mixer whose parameters hold slices of true tensors (mixers/tensor_slices.py).
+@dataclass(frozen=True)
+class FormatQuery:
+    """Properties of a run that decide in which formats a mixer computes."""
 
-    A subclass sets `pieces` (this rank's) and `pieces_of_first_rank`, then calls `reset_parameters`.
+    sequence_length: int
+    """Length of whole sequences."""
+    batch_size: int
+    dtype: str
+    fp8_attention: bool
+    backend: Backend
+    reason: str
+    """Why this backend was chosen."""
+
+
+class Mixer(MegatronModule):
+    """A mixer whose parameters pack true tensors (arch/packing.py).
+
+    A subclass builds its linears and, by `new_parameter`, its own parameters. Then it calls `finish`.
+
+    Args:
+        packing: the parameters that its spec declares.
     """
 
-    pieces: Pieces
-    pieces_of_first_rank: Pieces
-
-    def __init__(self, config, layer_number: int, pg_collection: ProcessGroupCollection | None):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection | None,
+        packing: Iterable[PackedParameter],
+    ) -> None:
         super().__init__(config)
         if config.context_parallel_size > 1:  # this package's own trainer leaves it at 1: its slices are contiguous
             raise UserError(
@@ -40,19 +65,42 @@ class Mixer(MegatronModule):
             )
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group, self.cp_group, self.layer_number = groups.tp, groups.cp, layer_number
+        self.packing = {parameter.name: parameter for parameter in packing}
 
-    def new_parameter(self, *shape: int, dtype: torch.dtype | None = None, sharded: bool = True) -> torch.nn.Parameter:
-        """Return a parameter of zeros; `sharded`: rows of other heads are on other tensor parallel ranks."""
-        device, dtype = parameter_device(self.config), dtype or self.config.params_dtype
-        parameter = torch.nn.Parameter(torch.zeros(*shape, device=device, dtype=dtype))
-        if sharded:
+    def new_parameter(self, name: str) -> torch.nn.Parameter:
+        """Return the parameter called `name` in the packing, filled with zeros."""
+        packed = self.packing[name]
+        dtype = torch.float32 if self._is_fp32(packed) else self.config.params_dtype
+        values = torch.zeros(packed.rank_shape(self.tp_group.size()), device=parameter_device(self.config), dtype=dtype)
+        parameter = torch.nn.Parameter(values)
+        if packed.split != "replicated":  # rows of other heads are on other tensor parallel ranks
             set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         return parameter
+
+    @staticmethod
+    def _is_fp32(packed: PackedParameter) -> bool:
+        return any(tensor.always_fp32 for tensor in packed.tensors)
+
+    @property
+    def fp32_parameters(self) -> list[str]:
+        """Names of parameters that stay fp32 in a model of any dtype."""
+        return [name for name, packed in self.packing.items() if self._is_fp32(packed)]
+
+    def finish(self) -> None:
+        """Initialise the parameters. A post-norm's linear is inside a wrapper, which changes the name of its weight."""
+        names = dict(self.named_parameters())
+        wrapped = {name: name.replace(".weight", ".linear.weight") for name in self.packing if name not in names}
+        self.packing = {wrapped.get(name, name): packed for name, packed in self.packing.items()}
+        self.reset_parameters()
+
+    def slices(self, name: str, rank: int | None = None) -> tuple[PackedSlice, ...]:
+        """Return what this rank, or another, holds in the parameter called `name`."""
+        return self.packing[name].slices(self.tp_group.rank() if rank is None else rank, self.tp_group.size())
 
     # ---- initial values
 
     @torch.no_grad()
-    def reset_parameters(self, gdn: GatedDeltaNetConfig | None = None) -> None:
+    def reset_parameters(self) -> None:
         """Draw this module's own parameters, and zero the padding that the linears have drawn with their weights.
 
         As megatron-core does: from the CPU's generator with `use_cpu_initialization`, whole tensors of which each rank takes its
@@ -60,19 +108,21 @@ class Mixer(MegatronModule):
         """
         if not self.config.perform_initialization:
             return
-        on_cpu = self.config.use_cpu_initialization
-        with nullcontext() if on_cpu else get_cuda_rng_tracker().fork():
-            for name, pieces in self.pieces.items():
+        with nullcontext() if self.config.use_cpu_initialization else get_cuda_rng_tracker().fork():
+            for name in self.packing:
                 parameter = self.get_parameter(name)
                 if "." in name:
-                    self._zero_padding(name, parameter, pieces)
-                    continue
-                for piece in pieces:
-                    whole = torch.empty(piece.tensor.shape, dtype=torch.float32, device=parameter.device)
-                    drawn = draw(whole, piece.tensor.kind, self.config.init_method_std, gdn)
-                    piece.view(parameter).copy_(piece.of_true(drawn))
+                    self._zero_padding(name, parameter)
+                else:
+                    self._draw(name, parameter)
 
-    def _zero_padding(self, name: str, parameter: torch.nn.Parameter, pieces: list[Piece]) -> None:
+    def _draw(self, name: str, parameter: torch.nn.Parameter) -> None:
+        for part in self.slices(name):
+            whole = torch.empty(part.tensor.shape, dtype=torch.float32, device=parameter.device)
+            drawn = draw(whole, part.tensor.init, self.config.init_method_std)
+            part.target.narrow(parameter.data).copy_(part.source.narrow(drawn))
+
+    def _zero_padding(self, name: str, parameter: torch.nn.Parameter) -> None:
         if is_fp8_param(parameter):
             if self.has_dummy_heads:
                 raise UserError(
@@ -82,38 +132,67 @@ class Mixer(MegatronModule):
             return  # what is left are rows that nothing reads
         values = parameter.clone()
         parameter.zero_()
-        for piece in pieces:
-            piece.view(parameter).copy_(piece.view(values))
+        for part in self.slices(name):
+            part.target.narrow(parameter.data).copy_(part.target.narrow(values))
 
     @property
     def has_dummy_heads(self) -> bool:
-        """Whether tensor parallelism adds heads that the model does not have, on any rank."""
-        raise NotImplementedError
+        """True if tensor parallelism adds heads that the model does not have, on any rank."""
+        ranks = self.tp_group.size()
+        return any(p.split != "replicated" and p.padded_groups(ranks) != p.groups for p in self.packing.values())
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Convert the module, as `bfloat16()` and `to()` do, except for parameters that stay fp32.
+
+        megatron-core's Float16Module converts whole models. Half precision would move decay rates (Megatron-LM issue 3634).
+        """
+        kept = {name: self._parameters[name] for name in self.fp32_parameters if name in self._parameters}
+        before = {name: parameter.data for name, parameter in kept.items()}
+        super()._apply(fn, recurse)
+        for name, values in before.items():
+            parameter = self._parameters[name]
+            if parameter.dtype != values.dtype:
+                parameter.data = values.to(parameter.device)
+        return self
 
     # ---- checkpoints of megatron-core
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None, tp_group=None):
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+        tp_group: torch.distributed.ProcessGroup | None = None,
+    ) -> dict[str, Any]:
         """Describe the true tensors to megatron-core: one entry per tensor, without padding, whatever the degree.
 
         A checkpoint that is saved at one tensor parallel size loads at any other.
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         groups = dict(tp_group=tp_group or self.tp_group, dp_cp_group=metadata["dp_cp_group"])
-        own: dict = {}
+        own: dict[str, Any] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
-        rows = {name: 0 for name in own if not self._replicated(name)}
-        state = make_sharded_tensors_for_checkpoint(own, prefix, rows, sharded_offsets, **groups)
+        rows = {name: 0 for name in own if name in self.packing and self.packing[name].split != "replicated"}
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(own, prefix, rows, sharded_offsets, **groups)
         for name, module in self.named_children():
             options = dict(metadata=metadata, tp_group=groups["tp_group"])
             state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, **options))
-        for name, pieces in self.pieces.items():
-            if not self._replicated(name):
-                key, first = f"{prefix}{name}", self.pieces_of_first_rank[name]
-                state[key] = true_tensors(state[key], pieces, first, tuple(sharded_offsets))
+        for name, packed in self.packing.items():
+            if packed.split != "replicated":
+                key, first = f"{prefix}{name}", self.slices(name, rank=0)
+                state[key] = true_tensors(state[key], self.slices(name), first, tuple(sharded_offsets))
         return state
 
-    def _replicated(self, name: str) -> bool:
-        return self.pieces_of_first_rank[name][0].replicated
+    # ---- what a run reports
+
+    def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
+        """Return which backend each kernel uses for a micro-batch of this rank's tokens, and why."""
+        return []
+
+    def formats(self, query: FormatQuery) -> list[tuple[str, str, str, str]]:
+        """Return (part, format, backend, reason) of everything between its linears."""
+        tokens = query.sequence_length // self.cp_group.size()
+        return [(c.op, query.dtype, c.backend, full_reason(c)) for c in self.backends(tokens, query.batch_size)]
 
     # ---- what TransformerLayer and schedules call
 
@@ -122,7 +201,7 @@ class Mixer(MegatronModule):
         for module in self.children():
             module.backward_dw()
 
-    def refuse(self, **inputs) -> None:
+    def refuse(self, **inputs: object) -> None:
         """Raise UserError, naming the input, if one that this mixer would have to ignore is there."""
         for name, value in inputs.items():
             if value is not None:
@@ -151,12 +230,17 @@ _REASONS = {
 }
 
 
+def full_reason(choice: Choice) -> str:
+    """Return the reason of a choice, and those for which other backends were rejected."""
+    return "; ".join([choice.reason, *(f"not {name}: {lack}" for name, lack in choice.rejected.items())])
+
+
 def _is_causal(mask: torch.Tensor) -> bool:
-    """Whether a mask [..., s, s] hides just the future. Looked at once: all layers are passed the same tensor."""
+    """Return whether a mask [..., s, s] hides just the future. It is checked once: all layers are passed the same tensor."""
     known = getattr(mask, "_hides_just_the_future", None)
     if known is None:
         s = mask.shape[-1]
         future = torch.ones(s, s, dtype=torch.bool, device=mask.device).triu_(1)
         known = mask.dtype == torch.bool and mask.shape[-2:] == (s, s) and bool((mask == future).all())
-        mask._hides_just_the_future = known
+        mask._hides_just_the_future = known  # type: ignore[attr-defined]
     return known

@@ -1,22 +1,28 @@
-"""Selective recompute: a cheap function between two linears runs again in the backward pass, and nothing of it is kept but its
-input. Not even its output, which the linear behind it saves for its weight's gradient.
+"""Selective recompute of a cheap function between two linears.
+
+The function runs again in the backward pass, so that only its input is kept. Its output, which the linear behind it saves for its
+weight's gradient, is not kept either.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+Function = Callable[[torch.Tensor], torch.Tensor]
+Linear = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+
 
 class _Recomputed(torch.autograd.Function):
-    """run(x) without a graph; the backward pass goes through the graph that `Recompute.again` has made by then."""
+    """run(x) without a graph. The backward pass uses the graph that `Recompute.again` has built by then."""
 
     @staticmethod
-    def forward(ctx, x, recompute):
+    def forward(ctx: Any, x: torch.Tensor, recompute: "Recompute") -> torch.Tensor:
         ctx.recompute, recompute.input = recompute, x.detach()
         return recompute.run(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         x, y = ctx.recompute.graph
         ctx.recompute.graph = None
         torch.autograd.backward(y, grad)
@@ -24,47 +30,51 @@ class _Recomputed(torch.autograd.Function):
 
 
 class Recompute:
-    """One call of `run` whose output's memory is given back until the backward pass asks for it.
+    """One call of `run` whose output's memory is released until the backward pass needs it.
 
-    It holds no tensor that has a graph: the graph holds it, and Python does not see cycles through C++, so that a forward pass
-    without a backward one would never be freed.
+    It holds no tensor that has a graph: the graph holds it, and Python does not see cycles through C++, so a forward pass without
+    a backward pass would never be freed.
     """
 
-    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]):
+    def __init__(self, run: Function) -> None:
         self.run = run
-        self.input = self.storage = self.graph = None
+        self.input: torch.Tensor | None = None
+        self.storage: torch.UntypedStorage | None = None
+        self.graph: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        output = _Recomputed.apply(x, self)
+        output: torch.Tensor = _Recomputed.apply(x, self)
         self.storage = output.untyped_storage()
         return output
 
     def release(self, after: torch.Tensor) -> None:
-        """Free the output. Its values are back once the gradient of `after`, the next linear's output, is there."""
+        """Free the output. Its values return before the gradient of `after`, the next linear's output, is used."""
+        assert self.storage is not None
         self.size = self.storage.nbytes()
         self.storage.resize_(0)
         after.register_hook(self.again)
 
-    def again(self, _) -> None:
-        """Run once more, with a graph, and put the values where whoever saved the output will look for them."""
+    def again(self, _: torch.Tensor) -> None:
+        """Run again, with a graph, and restore the values in the storage that the next linear has saved."""
+        assert self.input is not None and self.storage is not None
         x = self.input.requires_grad_()
         with torch.enable_grad():
             y = self.run(x)
         self.storage.resize_(self.size)
-        # of the storage: autograd's version of the tensor stays
+        # copying the storage leaves autograd's version of the tensor as it is
         self.storage.copy_(y.detach().contiguous().untyped_storage())
         self.graph, self.input, self.storage = (x, y), None, None
 
 
 def between_linears(
-    run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, linear: Callable, recompute: bool
+    run: Function, x: torch.Tensor, linear: Linear, recompute: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """linear(run(x)), where `linear` returns (output, bias) as megatron-core's do.
+    """Return linear(run(x)).
 
     Args:
-        run: of one tensor to a new, contiguous one; it must give the same again, and may use parameters.
-        linear: saves its input, or a cast of it, for its own backward pass.
-        recompute: keep x alone. An x without a gradient has no graph that would run it again: then it is kept as it is.
+        run: makes a new, contiguous tensor of one tensor, the same each time. It may use parameters.
+        linear: returns (output, bias), as megatron-core's do. It saves its input, or a cast of it, for its backward pass.
+        recompute: keep x only. An x without a gradient has no graph in which `run` could run again, so nothing is released.
     """
     if not (recompute and torch.is_grad_enabled() and x.requires_grad):
         return linear(run(x))

@@ -1,4 +1,6 @@
-"""The whole network: megatron-core's HybridModel with our layers, our final norm and our losses."""
+"""The whole network: megatron-core's HybridModel with our layers, final norm and losses."""
+
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -6,55 +8,57 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import Yar
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hybrid.arch.layer import outer_parameters
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.arch.padding import PaddedSizes
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
-from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm
-from megatron_hybrid.model.layer_specs import stack_submodules
+from megatron_hybrid.mixers.backend import Backend
+from megatron_hybrid.model.backends.choose import choose_backend
+from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm, one_slot
+from megatron_hybrid.model.layer_specs import layer_specs
 from megatron_hybrid.model.megatron_config import hybrid_layer_pattern, transformer_config
 from megatron_hybrid.model.output_layer import OutputLayer, TokenLosses
-from megatron_hybrid.model.parts import Parts, choose_parts
 from megatron_hybrid.precision.context import around_layers
 
 
 class HybridLayers(HybridStackWithNorm):
     """The layers of a stage, in their FP8 context."""
 
-    def __init__(self, config, *args, precision: PrecisionConfig, **kwargs):
+    def __init__(self, config: TransformerConfig, *args: Any, precision: PrecisionConfig, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.precision = precision
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with around_layers(self.precision, self.config):
             return super().forward(*args, **kwargs)
 
 
 class HybridLanguageModel(HybridModel):
-    """One pipeline stage (or one virtual stage of it) of the language model."""
+    """One stage of the language model's pipeline, or one virtual stage."""
 
     def __init__(
         self,
         model: ModelConfig,
         parallel: ParallelConfig,
         precision: PrecisionConfig,
-        parts: Parts,
+        backend: Backend,
         dtype: str,
         sequence_length: int,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None,
-    ):
+    ) -> None:
         self.model, tied = model, model.tie_embeddings
         layers = ModuleSpec(
             module=HybridLayers,
-            params=dict(norm=parts.norm, precision=precision),
-            submodules=stack_submodules(model, parts),
+            params=dict(norm=backend.norm, precision=precision),
+            submodules=one_slot(layer_specs(model, backend)),
         )
         super().__init__(
             transformer_config(model, parallel, precision, dtype),
             layers,
-            PaddedSizes.of(model, parallel.tensor_parallel_size).vocab_size,
+            _padded_vocabulary(model, parallel.tensor_parallel_size),
             sequence_length,
             hybrid_layer_pattern=hybrid_layer_pattern(model, parallel),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -70,7 +74,10 @@ class HybridLanguageModel(HybridModel):
             self.output_layer.__class__ = OutputLayer  # megatron-core has no slot for it
 
     def _scaled_rotary_embedding(self) -> YarnRotaryEmbedding | None:
-        """YaRN's angles for A layers. Its attention factor is part of their softmax scale (mixers/attention/module.py)."""
+        """Return YaRN's angles for attention without a window.
+
+        Its attention factor is part of the softmax scale (mixers/attention/module.py).
+        """
         scaling = self.model.rope_scaling
         if scaling is None:
             return None
@@ -86,10 +93,10 @@ class HybridLanguageModel(HybridModel):
         )
 
     def _rotary_angles(self, length: int) -> torch.Tensor | None:
-        """Angles of this rank's `length` positions: [s, 1, 1, d]; with rope_scaling [2, s, 1, 1, d], plain and scaled."""
+        """Return the angles of this rank's `length` positions: [s, 1, 1, d]; with rope_scaling [2, s, 1, 1, d], plain and scaled."""
         if self.position_embedding_type != "rope":
             return None
-        # packed_seq: not megatron-core's slices, which are two a rank, one from either end
+        # packed_seq: positions are contiguous. megatron-core's own slices are two per rank, one from either end
         positions = dict(offset=self.pg_collection.cp.rank() * length, packed_seq=True)
         plain = self.rotary_pos_emb(length, **positions)
         if self.scaled_rotary_pos_emb is None:
@@ -116,11 +123,16 @@ class HybridLanguageModel(HybridModel):
         if not self.post_process:
             return x_sbh
         weight = self.shared_embedding_or_output_weight() if self.model.tie_embeddings else None
-        if labels is None:
+        if labels is None or loss_mask is None:
             logits, _ = self.output_layer(x_sbh, weight=weight)
             return logits.transpose(0, 1).contiguous()
         options = dict(true_vocab_size=self.model.vocab_size, z_loss_weight=z_loss)
         return self.output_layer(x_sbh, weight=weight, labels=labels.t(), loss_mask=loss_mask.t(), **options)
+
+
+def _padded_vocabulary(model: ModelConfig, ranks: int) -> int:
+    table = outer_parameters(model)["embedding"]
+    return table.padded_size(table.tensors[0], ranks)
 
 
 def build_model(
@@ -131,16 +143,18 @@ def build_model(
     sequence_length: int,
     groups: ProcessGroupCollection,
 ) -> list[HybridLanguageModel]:
-    """This rank's model chunks, one a virtual stage, on its device. Weights are not initialised (model/initialize.py).
+    """Return this rank's model chunks, one per virtual stage, on its device. Weights are not initialised (model/initialize.py).
 
     Raises:
-        ConfigError: a format or parts that cannot run here.
+        ConfigError: a format or backend that cannot run here.
     """
-    parts, _ = choose_parts(model.backend, precision, dtype)
+    backend, _ = choose_backend(model.backend, precision, dtype)
     chunks = []
     for stage in range(parallel.virtual_pipeline_parallel_size):
         vp_stage = stage if parallel.virtual_pipeline_parallel_size > 1 else None
         if vp_stage is not None:
             parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
-        chunks.append(HybridLanguageModel(model, parallel, precision, parts, dtype, sequence_length, groups, vp_stage))
+        chunks.append(
+            HybridLanguageModel(model, parallel, precision, backend, dtype, sequence_length, groups, vp_stage)
+        )
     return chunks

@@ -1,84 +1,77 @@
-"""Specs of both kinds of layers, made of a run's or a library user's parts (model/parts.py).
+"""Layer specs, made of a block's mixer and of the modules of a backend.
 
-Both kinds are megatron-core TransformerLayers, mixer and MLP in one. Gated DeltaNet layers are pre-norm: the norms are the
-layer's own, or part of the linears behind them. Attention layers are post-norm: their output projections end in a norm
-(RowParallelLinearWithNorm).
+Every layer is a megatron-core TransformerLayer: mixer and MLP in one. Norm placement is decided here for all mixers. A pre-norm
+is the layer's own, or fused into the linear behind it. A post-norm follows the output projection (RowParallelLinearWithNorm).
 """
 
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_hybrid.arch.model import GatedDeltaNetConfig, ModelConfig
-from megatron_hybrid.mixers.attention.module import AttentionSizes, SelfAttention, SelfAttentionSubmodules
-from megatron_hybrid.mixers.gated_delta_net.module import GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron_hybrid.arch.blocks import Block
+from megatron_hybrid.arch.layer import fused_norms
+from megatron_hybrid.arch.mixer import MixerSpec
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.registry import mixer_spec
+from megatron_hybrid.mixers.backend import Backend, Linears
 from megatron_hybrid.model.norms import RowParallelLinearWithNorm
-from megatron_hybrid.model.parts import Parts
-
-_KEYS_OF_FUSED_NORMS = {
-    "input_layernorm.": "self_attention.in_proj.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
-"""megatron-core's checkpoints name norms as Transformer Engine's linears do, so that they load with and without it."""
 
 
-def _mlp(parts: Parts, linear_fc1, linear_fc2) -> partial:
-    return partial(parts.mlp.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=linear_fc2))
+def layer_specs(model: ModelConfig, backend: Backend) -> list[ModuleSpec]:
+    """Return the spec of every layer of the model, first to last."""
+    by_symbol = {symbol: _layer_of_block(model, block, backend) for symbol, block in model.blocks_by_symbol.items()}
+    return [by_symbol[symbol] for symbol in model.layers]
 
 
-def gdn_layer_spec(gdn: GatedDeltaNetConfig, parts: Parts, mlp: bool = True) -> ModuleSpec:
-    """Return the spec of x + gdn(norm(x)), then, with `mlp`, x + mlp(norm(x))."""
-    norm, linear = (IdentityOp, parts.norm_column_linear)
-    if linear is None:
-        norm, linear = parts.norm, parts.column_linear
-    keys = _KEYS_OF_FUSED_NORMS if parts.norm_column_linear is None else {}
-    second = {}
+def _layer_of_block(model: ModelConfig, block: Block, backend: Backend) -> ModuleSpec:
+    spec = mixer_spec(block.mixer)
+    module_spec = import_module(spec.module).module_spec
+    return layer_spec(spec, block, backend, partial(module_spec, model, block, backend))
+
+
+def layer_spec(
+    spec: MixerSpec, block: Block, backend: Backend, mixer: Callable[[Linears], ModuleSpec], mlp: bool = True
+) -> ModuleSpec:
+    """Return the spec of a layer: x + mixer(x), then, with `mlp`, x + mlp(x), each with the block's norm.
+
+    Args:
+        mixer: makes the spec of the mixer from its linears.
+    """
+    norm, linears = _norm_and_linears(block, backend)
+    second: dict[str, Any] = {}
     if mlp:
-        second = dict(pre_mlp_layernorm=norm, mlp=_mlp(parts, linear, parts.row_linear), mlp_bda=get_bias_dropout_add)
+        submodules = MLPSubmodules(linear_fc1=linears.input, linear_fc2=linears.output)
+        make_mlp = partial(backend.mlp.as_mlp_submodule, submodules=submodules)
+        second = dict(pre_mlp_layernorm=norm, mlp=make_mlp, mlp_bda=get_bias_dropout_add)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=GatedDeltaNet,
-                params=dict(gdn=gdn),
-                submodules=GatedDeltaNetSubmodules(in_proj=linear, out_proj=parts.row_linear),
-            ),
+            self_attention=mixer(linears),
             self_attn_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=keys,
+            sharded_state_dict_keys_map=_keys_of_fused_norms(spec) if norm is not IdentityOp else {},
             **second,
         ),
     )
 
 
-def attention_layer_spec(sizes: AttentionSizes | None, parts: Parts) -> ModuleSpec:
-    """Return the spec of x + norm(attention(x)), then x + norm(mlp(x)). No sizes: those of the TransformerConfig."""
-    row_with_norm = partial(RowParallelLinearWithNorm, linear=parts.row_linear, norm=parts.norm)
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params=dict(sizes=sizes),
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=parts.column_linear, core_attention=parts.attention, linear_proj=row_with_norm
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp,
-            mlp=_mlp(parts, parts.column_linear, row_with_norm),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
+def _norm_and_linears(block: Block, backend: Backend) -> tuple[Any, Linears]:
+    """Return the norm in front of each sublayer, and the sublayers' linears."""
+    if block.norm == "post":
+        output = partial(RowParallelLinearWithNorm, linear=backend.row_linear, norm=backend.norm)
+        return IdentityOp, Linears(backend.column_linear, output)
+    if backend.norm_column_linear is None:
+        return backend.norm, Linears(backend.column_linear, backend.row_linear)
+    return IdentityOp, Linears(backend.norm_column_linear, backend.row_linear)
 
 
-def stack_submodules(model: ModelConfig, parts: Parts) -> HybridStackSubmodules:
-    """Return the specs for megatron-core's slots `G` and `*`."""
-    gdn = gdn_layer_spec(model.gdn, parts) if model.gdn else IdentityOp
-    return HybridStackSubmodules(gdn_layer=gdn, attention_layer=attention_layer_spec(AttentionSizes.of(model), parts))
+def _keys_of_fused_norms(spec: MixerSpec) -> dict[str, str]:
+    """Return prefixes of norms' keys. megatron-core's checkpoints name norms as if they were fused, whether they are or not."""
+    return {own.removesuffix("weight"): fused.removesuffix("weight") for fused, own in fused_norms(spec).items()}

@@ -1,37 +1,34 @@
-"""Our configuration in megatron-core's terms."""
+"""Translation of a run's configuration into megatron-core's."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.arch.padding import PaddedSizes
+from megatron_hybrid.arch.packing import round_up
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.distributed.device import has_cuda
 from megatron_hybrid.distributed.tp_comm_overlap import scatters_gradients
+from megatron_hybrid.model.hybrid_stack import SLOT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def apex_weight_gradients() -> bool:
-    """Whether megatron-core's own linears add weight gradients to DDP's fp32 buffer in the matrix product, by Apex's kernel."""
+    """Return whether megatron-core's own linears add weight gradients to DDP's fp32 buffer in the GEMM, by Apex's kernel."""
     return has_cuda() and find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def hybrid_layer_pattern(model: ModelConfig, parallel: ParallelConfig) -> str:
-    """megatron-core's pattern: `G` a Gated DeltaNet layer, `*` attention (windowed or not), `|` between virtual stages."""
-    symbols = "".join("G" if kind == "G" else "*" for kind in model.layers)
-    stages, at = [], 0
-    for count in parallel.stage_layers(model.num_layers):
-        stages.append(symbols[at : at + count])
-        at += count
-    return "|".join(stages)
+    """Return megatron-core's pattern: every layer in the same slot (model/hybrid_stack.py), `|` between virtual stages."""
+    return "|".join(SLOT * count for count in parallel.stage_layers(model.num_layers))
 
 
-def _fp8(precision: PrecisionConfig) -> dict:
+def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
     if not precision.fp8:
         return {}
     start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
@@ -51,31 +48,33 @@ def _fp8(precision: PrecisionConfig) -> dict:
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, dtype: str
 ) -> TransformerConfig:
-    """The TransformerConfig of a run. Heads and vocabulary are the padded ones; everything else is the model's.
+    """Return the TransformerConfig of a run. Heads are padded. Everything else is the model's.
 
-    Its context_parallel_size stays 1: it is what would have Transformer Engine's attention exchange keys on its own. What
-    megatron-core itself divides by context parallel ranks (gradients, pipeline tensors, losses) it divides by their group's size.
+    Its context_parallel_size stays 1: otherwise Transformer Engine's attention would exchange keys on its own. megatron-core
+    divides gradients, pipeline tensors and losses by the size of the context parallel group, not by this field.
     """
-    cuda, sizes = has_cuda(), PaddedSizes.of(model, parallel.tensor_parallel_size)
+    cuda = has_cuda()
+    groups = round_up(model.kv_heads, parallel.tensor_parallel_size)
     virtual = parallel.virtual_pipeline_parallel_size
     params_dtype = DTYPES[dtype]
-    window = {}
-    if "W" in model.layers:
+    window: dict[str, Any] = {}
+    if any(block.sliding_window for block in model.blocks_by_symbol.values()):
+        assert model.sliding_window is not None, "validated: a model with such blocks has a window"
         window = dict(
             window_size=(model.sliding_window - 1, 0),
-            window_attn_skip_freq=[int(kind == "W") for kind in model.layers],
+            window_attn_skip_freq=[int(model.known_blocks[symbol].sliding_window) for symbol in model.layers],
         )
-    recompute = {
+    modes: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": dict(recompute_granularity="selective", recompute_modules=[]),
         "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-    }[parallel.recompute_granularity]
+    }
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=sizes.num_attention_heads,
-        num_query_groups=sizes.num_key_value_heads,
+        num_attention_heads=groups * (model.num_attention_heads // model.kv_heads),
+        num_query_groups=groups,
         kv_channels=model.attention_head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
@@ -89,28 +88,28 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         sequence_parallel=parallel.sequence_parallel_on,
         tp_comm_overlap=parallel.tp_comm_overlap,
-        tp_comm_bulk_dgrad=False,  # NCCL's, which overlap these products as well (distributed/tp_comm_overlap.py)
+        tp_comm_bulk_dgrad=False,  # NCCL overlaps these GEMMs as well (distributed/tp_comm_overlap.py)
         tp_comm_bulk_wgrad=False,
         tp_comm_overlap_rs_dgrad=scatters_gradients(parallel, precision),
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=dtype == "bf16",
-        perform_initialization=False,  # model/param_layout.py does it, the same under every layout
+        perform_initialization=False,  # model/initialize.py does it, the same under every layout
         use_cpu_initialization=not cuda,
-        gradient_accumulation_fusion=apex_weight_gradients(),  # Transformer Engine's parts have their own (te_parts.py)
+        gradient_accumulation_fusion=apex_weight_gradients(),  # Transformer Engine's modules have their own switch
         bias_activation_fusion=cuda,
         bias_dropout_fusion=cuda,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         cross_entropy_loss_fusion=False,
         apply_rope_fusion=False,
-        # in a batch, NCCL and gloo match the sends and receives of two ranks by their order alone: where two interleaved stages are
-        # each other's next and previous one, activations and gradients change places, silently
+        # in a batch, NCCL and gloo match the sends and receives of two ranks by their order alone. Where two interleaved stages are
+        # each other's next and previous one, activations and gradients would be swapped, silently
         batch_p2p_comm=False,
         overlap_p2p_comm=virtual > 1 and parallel.overlap_p2p_comm,
         deallocate_pipeline_outputs=True,
         moe_token_dispatcher_type="alltoall",
         **window,
-        **recompute,
+        **modes[parallel.recompute_granularity],
         **_fp8(precision),
     )

@@ -1,7 +1,10 @@
 """RMSNorm over the hidden width, before a layer's linears or after a row-parallel one."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
@@ -9,22 +12,22 @@ from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.distributed.device import parameter_device
 
 
-def _ones(size: int, config) -> nn.Parameter:
+def _ones(size: int, config: TransformerConfig) -> nn.Parameter:
     return nn.Parameter(torch.ones(size, device=parameter_device(config), dtype=config.params_dtype))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32 inside.
+    """x / rms(x) * weight over the last dimension, computed in fp32.
 
-    megatron-core's WrappedTorchNorm refuses sequence parallelism; this one marks its weight, whose gradient is then
-    summed over the tensor parallel ranks with the other norms'.
+    megatron-core's WrappedTorchNorm refuses sequence parallelism. This one marks its weight, so that its gradient is summed over
+    the tensor parallel ranks together with the other norms'.
     """
 
-    def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
         self.weight = _ones(hidden_size, config)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
@@ -34,15 +37,15 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """torch's LayerNorm whose parameters are marked as RMSNorm's is."""
 
-    def __init__(self, config, hidden_size: int, eps: float):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         options = dict(device=parameter_device(config), dtype=config.params_dtype)
         super().__init__(hidden_size, eps=eps, **options)
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def norm_of_config(
-    config,
+    config: TransformerConfig,
     hidden_size: int,
     eps: float = 1e-5,
     persist_layer_norm: bool = False,
@@ -52,7 +55,7 @@ def norm_of_config(
 ) -> nn.Module:
     """Return the norm that `config.normalization` names, without Transformer Engine.
 
-    The last four arguments are WrappedTorchNorm's and TENorm's, which go by the config, too.
+    The last four arguments complete the signature of WrappedTorchNorm and TENorm, which follow the config as well.
 
     Raises:
         UserError: a norm that only Transformer Engine has.
@@ -66,12 +69,14 @@ def norm_of_config(
 
 
 class RowParallelLinearWithNorm(nn.Module):
-    """A row-parallel linear followed by RMSNorm: the end of a post-norm sublayer.
+    """A row-parallel linear followed by a norm: the end of a post-norm sublayer.
 
-    The norm runs on what the linear leaves on this rank: its share of the tokens under sequence parallelism.
+    The norm runs on the linear's output on this rank: its share of the tokens under sequence parallelism.
     """
 
-    def __init__(self, input_size: int, output_size: int, *, linear: type, norm: type, config, **kwargs):
+    def __init__(
+        self, input_size: int, output_size: int, *, linear: Any, norm: Any, config: TransformerConfig, **kwargs: Any
+    ):
         super().__init__()
         if kwargs.get("bias"):
             raise UserError("add_bias_linear: the norm follows the linear, and would miss its bias; set it to False")
@@ -86,9 +91,14 @@ class RowParallelLinearWithNorm(nn.Module):
     def backward_dw(self) -> None:
         self.linear.backward_dw()
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Describe both to megatron-core's checkpoints: the linear's columns are sharded, the norm is not."""
-        state = {}
+        state: dict[str, Any] = {}
         for name, module in self.named_children():
             options = dict(metadata=metadata, tp_group=self.tp_group)
             state.update(sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, **options))

@@ -1,6 +1,6 @@
 """Output layer: from the last hidden states to logits, or to the losses without materializing all logits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -28,13 +28,13 @@ class _GradientIsInMainGrad(torch.autograd.Function):
     """Identity on a weight whose gradient a kernel adds to `main_grad`: tells DDP so and triggers its hook."""
 
     @staticmethod
-    def forward(ctx, weight):
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.weight = weight
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, _: torch.Tensor) -> torch.Tensor:
         ctx.weight.grad_added_to_main_grad = True
         return torch.empty_like(ctx.weight)  # never read
 
@@ -45,8 +45,18 @@ class OutputLayer(ColumnParallelLinear):
     It stays a module of its own, so that DDP's forward hook waits for its weight.
     """
 
-    def forward(self, x_sbh, weight=None, runtime_gather_output=None, *, labels=None, loss_mask=None, **loss_options):
-        """
+    def forward(
+        self,
+        x_sbh: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        **loss_options: Any,
+    ) -> tuple[torch.Tensor, None] | TokenLosses:
+        """Return logits, or the losses of labels.
+
         Args:
             x_sbh: [s, b, h], this rank's tokens under sequence parallelism.
             weight: the embedding's weight if it is shared; None: this layer's own.
@@ -56,7 +66,7 @@ class OutputLayer(ColumnParallelLinear):
         Returns:
             (logits [s, b, vocabulary / tp], None); with labels, the TokenLosses.
         """
-        if labels is None:
+        if labels is None or loss_mask is None:
             return super().forward(x_sbh, weight=weight, runtime_gather_output=runtime_gather_output)
         group, buffer = self.tp_group, None
         if self.sequence_parallel:

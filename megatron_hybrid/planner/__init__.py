@@ -1,12 +1,13 @@
-"""Which parallel degrees to train with: memory and time of every legal layout, predicted. No torch: it answers on a laptop.
+"""Planner: predicts memory and step time of every legal layout of a run, without torch, so that it runs on a laptop.
 
 plan            a model and its batch under one layout
-parameters      a rank's weights, gradients and optimizer state, exact to the byte
-activations     what each kind of layer keeps for its backward pass: the table to edit when a layer changes
-memory          the two together, by part:  `expected(config, world_size).line()` is what the trainer prints
-hardware        a GPU and its network, as measured (gpus/*.yaml), and calibration laid over it
-network         collectives by size and placement
-timing          a step's time by part;  schedule: the pipeline, event by event
-search          every layout, ranked, or rejected with the reason
-report, emit, measured, plot, command     what tools/tune_parallelism.py does with it
+parameters      parameters of a rank;  state: bytes of weights, gradients and optimizer state, exact
+activations     activation memory of a layer, from the operations of mixers/*/costs.py and block_costs
+memory          peak memory by part: `expected(config, world_size).line()` is what the trainer prints
+hardware        measured rates of a GPU and its network (gpus/*.yaml);  points: rates from measured points
+layer_time      time of a layer by part, from the work of mixers/*/costs.py and block_costs;  network: time of collectives
+timing          time of a step by part;  schedule: the pipeline, event by event
+job, layouts, search    a job, its layouts, and their ranking
+measure, calibration, fit       measured steps, and the factors fitted to them
+command, emit, query, report, plot      tools/tune_parallelism.py
 """

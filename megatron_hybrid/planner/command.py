@@ -1,24 +1,27 @@
-"""What tools/tune_parallelism.py does with its arguments."""
+"""Command of tools/tune_parallelism.py: search, measure, and write or print the result."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.command_line import check_output_file
 from megatron_hybrid.config.load import dump_run
-from megatron_hybrid.planner import measured, plot, report
-from megatron_hybrid.planner.emit import base_run, emitted
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.planner import calibration, measure, plot, report
+from megatron_hybrid.planner.emit import apply_plan, load_base_run
 from megatron_hybrid.planner.hardware import load
-from megatron_hybrid.planner.search import Answer, Job, search
+from megatron_hybrid.planner.job import Job
+from megatron_hybrid.planner.search import Candidate, SearchResult, search
 
 MOST_GPUS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Question:
-    """The arguments, by their names on the command line."""
+class Request:
+    """Arguments, by their names on the command line."""
 
     model: str
     gpus: int
@@ -38,73 +41,75 @@ class Question:
     measure: int = 0
 
 
-def answer(question: Question) -> str:
-    """What to print; files asked for are written.
+def answer(request: Request) -> str:
+    """Search, write the files that are asked for, and return the text to print.
 
     Raises:
-        ConfigError, UserError: what is wrong with the question, or with a run that was to be measured.
+        ConfigError: the request is wrong.
+        UserError: a run that was to be measured failed.
     """
-    _check(question)
-    hardware = load(question.hardware or question.gpu)
-    if question.gpus_per_node:
-        hardware = replace(hardware, gpus_per_node=question.gpus_per_node)
-    runs = measured.read_calibration(question.calibration, hardware) if question.calibration else []
-    run = base_run(question.model, question.sequence_length, question.global_batch_size, question.precision)
-    job = Job.of(run, question.gpus, hardware, question.recompute)
-    texts = []
+    _check(request)
+    hardware = load(request.hardware or request.gpu)
+    if request.gpus_per_node:
+        hardware = replace(hardware, gpus_per_node=request.gpus_per_node)
+    runs = calibration.read_calibration(request.calibration, hardware) if request.calibration else []
+    run = load_base_run(request.model, request.sequence_length, request.global_batch_size, request.precision)
+    job = Job.of(run, request.gpus, hardware, request.recompute)
     plain = search(job)
-    found = _calibrated(job, runs) if runs else plain
-    if question.measure:
-        measured.check_devices_here(hardware, question.gpus)
-        chosen = {c.plan.label for c in found.candidates[: question.measure]}
-        # the factors are fitted to predictions without any
-        fresh = [measured.measure(run, c) for c in _by_label(plain, chosen)]
+    found, texts = _calibrated(job, runs) if runs else plain, []
+    if request.measure:
+        measure.check_local_devices(hardware, request.gpus)
+        chosen = {c.plan.label for c in found.candidates[: request.measure]}
+        # factors are fitted to predictions without factors
+        fresh = [measure.measure(run, candidate) for candidate in _by_label(plain, chosen)]
         runs = [old for old in runs if old["layout"] not in chosen or old.get("gpus") != job.gpus] + fresh
-        factors = measured.fitted(runs)
-        if question.calibration:
-            measured.write_calibration(question.calibration, hardware, runs)
-        texts.append(measured.comparison(fresh, factors))
+        factors = calibration.fit_factors(runs)
+        if request.calibration:
+            calibration.write_calibration(request.calibration, hardware, runs)
+        texts.append(calibration.format_comparison(fresh, factors))
         found = _calibrated(job, runs)
-    return "\n\n".join([*texts, _say(question, found, run)])
+    return "\n\n".join([*texts, _write(request, found, run)])
 
 
-def _check(question: Question) -> None:
+def _check(request: Request) -> None:
     """Check numbers, and that results can be written, before the search."""
     for name in ("gpus", "top", "gpus_per_node", "sequence_length", "global_batch_size"):
-        value = getattr(question, name)
+        value = getattr(request, name)
         if value is not None and value < 1:
             raise ConfigError.at(name, f"{value} is not a positive number; give at least 1")
-    if question.gpus > MOST_GPUS:
-        raise ConfigError.at("gpus", f"{question.gpus} is more than the planner enumerates; give at most {MOST_GPUS}")
-    if question.measure < 0:
-        raise ConfigError.at("measure", f"{question.measure} is negative; give the number of layouts to measure")
-    for name in ("emit", "plot") + (("calibration",) if question.measure else ()):
-        check_output_file(name, getattr(question, name))
-    if question.plot:
-        plot.check_format(question.plot)
-    if question.calibration and not question.measure and not question.calibration.exists():
-        raise ConfigError.at("calibration", f"{question.calibration}: no such file; make it with --measure")
+    if request.gpus > MOST_GPUS:
+        raise ConfigError.at("gpus", f"{request.gpus} is more than the planner enumerates; give at most {MOST_GPUS}")
+    if request.measure < 0:
+        raise ConfigError.at("measure", f"{request.measure} is negative; give the number of layouts to measure")
+    for name in ("emit", "plot") + (("calibration",) if request.measure else ()):
+        check_output_file(name, getattr(request, name))
+    if request.plot:
+        plot.check_format(request.plot)
+    if request.calibration and not request.measure and not request.calibration.exists():
+        raise ConfigError.at("calibration", f"{request.calibration}: no such file; make it with --measure")
 
 
-def _say(question: Question, found: Answer, run) -> str:
-    if (question.emit or question.plot) and not found.candidates:
-        raise ConfigError.at("gpus", f"{question.gpus}: no layout fits\n" + "\n".join(report.summary(found.rejections)))
-    if question.emit:
-        question.emit.write_text(dump_run(emitted(run, found.candidates[0].plan)), encoding="utf-8")
-    if question.plot:
-        plot.draw(found, question.plot)
-    if question.json:
-        return json.dumps(report.as_json(found, question.top), indent=1)
-    texts = [report.why(found, condition) for condition in question.why]
+def _write(request: Request, found: SearchResult, run: RunConfig) -> str:
+    """Write the files that are asked for, and return the text of the result."""
+    if (request.emit or request.plot) and not found.candidates:
+        reasons = "\n".join(report.summarize_rejections(found.rejections))
+        raise ConfigError.at("gpus", f"{request.gpus}: no layout fits\n{reasons}")
+    if request.emit:
+        request.emit.write_text(dump_run(apply_plan(run, found.candidates[0].plan)), encoding="utf-8")
+    if request.plot:
+        plot.draw(found, request.plot)
+    if request.json:
+        return json.dumps(report.as_json(found, request.top), indent=1)
+    texts = [report.explain(found, condition) for condition in request.why]
     if not texts:
-        texts = [report.table(found, question.top)]
-        texts += [report.detail(found.candidates[0], found.job)] if found.candidates else []
+        texts = [report.format_table(found, request.top)]
+        texts += [report.format_candidate(found.candidates[0], found.job)] if found.candidates else []
     return "\n\n".join(texts)
 
 
-def _calibrated(job: Job, runs: Sequence[dict]) -> Answer:
-    return search(replace(job, hardware=job.hardware.calibrated(measured.fitted(runs))))
+def _calibrated(job: Job, runs: Sequence[Mapping[str, Any]]) -> SearchResult:
+    return search(replace(job, hardware=job.hardware.calibrated(calibration.fit_factors(runs))))
 
 
-def _by_label(answer: Answer, labels: set[str]):
-    return [candidate for candidate in answer.candidates if candidate.plan.label in labels]
+def _by_label(found: SearchResult, labels: set[str]) -> list[Candidate]:
+    return [candidate for candidate in found.candidates if candidate.plan.label in labels]

@@ -1,5 +1,7 @@
-"""What the planner is asked about, and what it answers with, as run configurations."""
+"""Run configurations that the planner reads and writes."""
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +15,47 @@ from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.plan import Plan
 
 DATA = "data/train"
-"""Where an emitted run looks for its tokens, unless the run that was given says."""
+"""Path of the tokens in a run that names none."""
 
 
-def base_run(
+def load_base_run(
     name_or_path: str, sequence_length: int | None, global_batch_size: int | None, precision: str | None
 ) -> RunConfig:
-    """The run to plan for.
+    """Load the run to plan for.
 
     Args:
-        name_or_path: a preset's name; a YAML file with a model's fields; or a whole run's, whose data, training and
-            precision are kept, and its parallel.tp_comm_overlap for the layouts that can have it.
-        sequence_length, global_batch_size, precision: laid over it. precision: bf16, fp8 (the recommended recipe), or an FP8 recipe.
+        name_or_path: name of a preset, YAML file with a model's fields, or YAML file of a whole run. A run keeps its data, training
+            and precision, and its parallel.tp_comm_overlap for the layouts that support it.
+        sequence_length, global_batch_size: override the run's.
+        precision: bf16, fp8 (the recommended recipe) or an FP8 recipe; overrides the run's.
 
     Raises:
-        ConfigError: whatever is wrong with any of them.
+        ConfigError: any of them is wrong.
     """
-    data, path, overlap = {}, Path(name_or_path), False
+    data: dict[str, Any] = {}
+    path, overlap = Path(name_or_path), False
     if path.suffix in (".yaml", ".yml") and path.is_file():
         data, overlap = _read(path)
     elif name_or_path in (*presets.SIZED, *presets.UNSIZED):
         data = {"model": name_or_path}
     else:
-        load_run(name_or_path)  # raises, and says what there is
+        load_run(name_or_path)  # raises, with the presets in the message
+    run = _load(data, _overrides(data, sequence_length, global_batch_size, precision))
+    if run.train.engine != "megatron":
+        raise ConfigError.at(
+            "train.engine",
+            f"{run.train.engine} cannot be planned: rates and layouts are those of megatron-core. Its only degrees are "
+            "parallel.tensor_parallel_size, zero.stage and what zero offloads; choose them by hand; or set train.engine to "
+            "megatron and leave zero out",
+        )
+    # not validated: without tensor parallelism there is nothing to overlap yet
+    return run.model_copy(update={"parallel": run.parallel.model_copy(update={"tp_comm_overlap": overlap})})
+
+
+def _overrides(
+    data: Mapping[str, Any], sequence_length: int | None, global_batch_size: int | None, precision: str | None
+) -> list[str]:
+    """Return overrides that complete a run and apply the arguments."""
     missing = {"run_dir": "runs/planned", "data.train": [{"path": DATA}], "train.steps": 1000}
     overrides = [f"{key}={yaml_text.write(value).strip()}" for key, value in missing.items() if _absent(data, key)]
     given = {"data.sequence_length": sequence_length, "train.global_batch_size": global_batch_size}
@@ -47,20 +67,11 @@ def base_run(
             raise ConfigError.at(key, f"is missing; give {option}, or a run's YAML file that has it")
     if precision is not None:
         overrides.append(f"precision.fp8_recipe={_RECIPES.get(precision, precision.removeprefix('fp8_'))}")
-    run = _load(data, overrides)
-    if run.train.engine != "megatron":
-        raise ConfigError.at(
-            "train.engine",
-            f"{run.train.engine} cannot be planned: rates and layouts are those of megatron-core. Its only degrees are "
-            "parallel.tensor_parallel_size and zero.stage, with what zero offloads: choose them by hand; or set train.engine to "
-            "megatron and leave zero out",
-        )
-    # unchecked: layouts come later, and this one has nothing to overlap
-    return run.model_copy(update={"parallel": run.parallel.model_copy(update={"tp_comm_overlap": overlap})})
+    return overrides
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bool]:
-    """Return a file's sections, and its parallel.tp_comm_overlap. A file of a model's fields becomes a section."""
+    """Return a file's sections, and its parallel.tp_comm_overlap. A model's fields become the section `model`."""
     read = yaml_text.read(read_text("model", path), str(path))
     if not isinstance(read, dict):
         raise ConfigError.at(str(path), f"holds {shown(read)}; write a model's fields, or a run's sections")
@@ -73,7 +84,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bool]:
 _RECIPES = {"bf16": "null", "fp8": RECOMMENDED.name}
 
 
-def _absent(data: dict[str, Any], key: str) -> bool:
+def _absent(data: Mapping[str, Any], key: str) -> bool:
     section, _, name = key.partition(".")
     inner = data.get(section)
     if name and inner is not None and not isinstance(inner, dict):
@@ -82,9 +93,7 @@ def _absent(data: dict[str, Any], key: str) -> bool:
 
 
 def _load(data: dict[str, Any], overrides: list[str]) -> RunConfig:
-    """Through `load_run`, so that presets, overrides and errors are the trainer's; layouts come later, batch checks too."""
-    import tempfile
-
+    """Load sections with `load_run`, so that presets, overrides and errors are the trainer's. The layout is left out."""
     data = {key: value for key, value in data.items() if key != "parallel"}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(yaml_text.write(data))
@@ -92,8 +101,8 @@ def _load(data: dict[str, Any], overrides: list[str]) -> RunConfig:
         return load_run(file.name, overrides)
 
 
-def emitted(run: RunConfig, plan: Plan) -> RunConfig:
-    """The run under the plan's layout, checked as the trainer checks it."""
+def apply_plan(run: RunConfig, plan: Plan) -> RunConfig:
+    """Return the run with the plan's layout, checked as the trainer checks it."""
     data = run.model_dump(mode="json")
     data["parallel"] = plan.parallel.model_dump(mode="json") | {"sequence_parallel": plan.parallel.sequence_parallel}
     data["train"]["micro_batch_size"] = plan.micro_batch_size

@@ -1,4 +1,4 @@
-"""A GPU and its network, as measured: gpus/*.yaml, made by tools/calibrate.py, and the calibration laid over them."""
+"""Measured rates of a GPU and its network, as gpus/*.yaml hold them (tools/calibrate.py writes such files)."""
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,31 @@ from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.command_line import read_text
 
 FOLDER = Path(__file__).parent / "gpus"
-TOKENS = 8192
-"""Of a sequence for which the delta rule's times are tabled."""
+RECURRENCE_TOKENS = 8192
+"""Tokens per sequence in the table of recurrence times."""
+RECURRENCE_STATE = 96 * 192
+"""Entries of a head's state in the table of recurrence times."""
+RENAMED = {
+    "delta_rule": "recurrence",
+    "copy": "copy_bytes_per_second",
+    "efficiency": "copy_efficiency",
+    "node": "intra_node",
+    "across": "inter_node",
+    "host_layer": "host_seconds_per_layer",
+    "host_collective": "host_seconds_per_collective",
+    "host_step": "host_seconds_per_step",
+    "reserve": "reserved_bytes",
+    "memory": "memory_bytes",
+    "fp8_tensorwise": "tensorwise",
+    "fp8_delayed": "delayed",
+    "fp8_blockwise": "blockwise",
+}
+"""Earlier names of keys in hardware files, which still load."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Seconds of an operation: latency + work / speed + bytes / bandwidth, of which each may be missing."""
+    """Time of an operation: latency + FLOPs / rate + bytes / bandwidth. A term that is missing is zero."""
 
     latency: float
     per_flop: float
@@ -29,70 +47,79 @@ class Rate:
 
 @dataclass(frozen=True)
 class Link:
-    """A collective's seconds: latency a hop, and bytes through the slowest wire."""
+    """Time of a collective: latency per hop, and bytes through the slowest link."""
 
     latency: float
-    bytes_a_second: float
+    bytes_per_second: float
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Of one kind of GPU. Seconds, bytes and FLOPs; a table's keys are as the YAML file has them."""
+    """Rates of one kind of GPU, in seconds, bytes and FLOPs. Tables have the keys of the YAML file."""
 
     name: str
-    memory: float
-    """Bytes that torch sees."""
+    memory_bytes: float
+    """Device memory that PyTorch sees."""
     peak_flops: float
-    """Dense bf16, what MFU is a share of."""
+    """Dense bf16 FLOP/s, of which MFU is a share."""
     gpus_per_node: int
     measured: str
-    """When, on what, and what of it was not measured."""
+    """Date and place of the measurements, and what was not measured."""
     linear: Mapping[str, Mapping[str, Rate]]
-    """By format, forward and backward."""
+    """GEMMs of a linear, by format and direction."""
     attention: Mapping[str, Mapping[str, Rate]]
-    delta_rule: Mapping[str, Mapping[float, float]]
-    """forward, backward -> heads x sequences -> seconds for 8192 tokens at a state of 96 x 192."""
-    copy: float
-    """Bytes a second, read and written."""
-    efficiency: Mapping[str, float]
-    """Share of `copy` that memory-bound operations reach: conv_gates, gated_norm, other."""
-    node: Mapping[str, Link]
+    """Softmax attention, by format and direction."""
+    recurrence: Mapping[str, Mapping[float, float]]
+    """Seconds of a linear recurrence, by direction and heads x sequences, for RECURRENCE_TOKENS and RECURRENCE_STATE."""
+    copy_bytes_per_second: float
+    """Bytes read and written by a copy."""
+    copy_efficiency: Mapping[str, float]
+    """Share of the copy rate that memory-bound operations reach, by name; `other` for all that are not listed."""
+    intra_node: Mapping[str, Link]
     """Collectives over NVLink."""
-    across: Mapping[str, Link]
-    """Collectives over the network between nodes, of one GPU's share of it."""
-    host_layer: float
-    """Seconds that Python needs to launch one layer's forward or backward pass."""
-    host_collective: float
-    """Seconds that a launch-bound layer takes more for each collective among its tensor parallel ranks: Python, and ranks that wait
-    for whichever launches last."""
-    host_step: float
-    """Of a step, outside the layers."""
-    reserve: float
-    """Bytes that CUDA, NCCL and other libraries take outside of torch's tensors."""
+    inter_node: Mapping[str, Link]
+    """Collectives over the network, for one GPU's share of it."""
+    host_seconds_per_layer: float
+    """Time in which Python launches one layer's forward or backward pass."""
+    host_seconds_per_collective: float
+    """Additional time of a launch-bound layer per collective among its tensor parallel ranks: Python, and ranks that wait for the
+    last one to launch."""
+    host_seconds_per_step: float
+    """Time per step outside of the layers."""
+    reserved_bytes: float
+    """Device memory that CUDA, NCCL and other libraries take outside of PyTorch's tensors."""
     fragmentation: float
     """Share of the tensors' peak that the allocator may not be able to use."""
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Calibration by part of the step time; 1 where none is given."""
+    """Calibration factors by part of the step time; 1 for parts that are not listed."""
 
     def factor(self, part: str) -> float:
         return self.factors.get(part, 1.0)
 
     def calibrated(self, factors: Mapping[str, float]) -> "Hardware":
-        """With these factors in place of its own."""
+        """Return the hardware with these calibration factors instead of its own."""
         return replace(self, factors=dict(factors))
 
-    def delta_rule_seconds(self, which: str, sequence: int, rows: float, state: int) -> float:
-        """Of the gated delta rule: `rows` heads x sequences of `sequence` tokens, a state of `state` entries a head.
+    def copy_seconds(self, operation: str, size: float) -> float:
+        """Return the time of a memory-bound operation that reads and writes `size` bytes."""
+        efficiency = self.copy_efficiency.get(operation, self.copy_efficiency["other"])
+        return size / (self.copy_bytes_per_second * efficiency)
 
-        Between measured points linear in the rows; beyond them, as the last two lie. FLOPs do not predict it: few rows
-        leave a serial chain of chunks, many fill the device.
+    def recurrence_seconds(self, direction: str, tokens: float, rows: float, state: int) -> float:
+        """Return the time of a linear recurrence over `rows` heads x sequences of `tokens` tokens.
+
+        The time is linear in the rows between measured points. FLOPs do not predict it: few rows leave a serial chain of chunks,
+        many fill the device.
+
+        Args:
+            state: entries of a head's state.
         """
-        table = sorted(self.delta_rule[which].items())
-        return interpolate(table, rows) * sequence / TOKENS * state / (96 * 192)
+        table = sorted(self.recurrence[direction].items())
+        return interpolate(table, rows) * tokens / RECURRENCE_TOKENS * state / RECURRENCE_STATE
 
 
 def interpolate(table: Sequence[tuple[float, float]], x: float) -> float:
-    """Piecewise linear; the outer pieces go on (to no less than the smallest value)."""
+    """Interpolate piecewise linearly. The outer pieces are extrapolated, down to half of the smallest value."""
     if len(table) == 1:
         return table[0][1]
     at = min(max(bisect_left(table, (x,)), 1), len(table) - 1)
@@ -101,66 +128,66 @@ def interpolate(table: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def load(name_or_path: str) -> Hardware:
-    """A hardware file by name (`h100-80gb`, in planner/gpus/) or by path.
+    """Load a hardware file by name (`h100-80gb`, in planner/gpus/) or by path.
 
     Raises:
-        ConfigError: no such file, or one that lacks something.
+        ConfigError: there is no such file, or it lacks something.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name_or_path}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
-        hint = nearest.word(name_or_path, known)
-        raise ConfigError.at("gpu", f"{name_or_path} has no hardware file; the nearest of {', '.join(known)} is {hint}, or "
-                             "measure one with tools/calibrate.py")  # fmt: skip
+        raise ConfigError.at(
+            "gpu",
+            f"{name_or_path} has no hardware file; the nearest of {', '.join(known)} is {nearest.word(name_or_path, known)}, or "
+            "measure one with tools/calibrate.py",
+        )
     data = yaml_text.read(read_text("gpu", path), str(path))
     try:
-        return _hardware(data)  # type: ignore[arg-type]
+        return _hardware(_renamed(data))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError.at(
             str(path), f"is not a hardware file ({error!r}); compare it with {FOLDER / 'h100-80gb.yaml'}"
         ) from None
 
 
-def _hardware(data: Mapping[str, Any]) -> Hardware:
-    def rates(name: str) -> dict[str, dict[str, Rate]]:
-        # files of earlier versions name the recipes fp8_tensorwise, ...
-        return {
-            form.removeprefix("fp8_"): {way: _rate_in(**rate) for way, rate in ways.items()}
-            for form, ways in data[name].items()
-        }
+def _renamed(data: Any) -> Any:
+    """Return a file's data with today's keys, on all levels."""
+    return {RENAMED.get(key, key): _renamed(value) for key, value in data.items()} if isinstance(data, dict) else data
 
-    tables = {way: {float(rows): float(s) for rows, s in row.items()} for way, row in data["delta_rule"].items()}
-    links = {where: {op: _link_in(**link) for op, link in data[where].items()} for where in ("node", "across")}
-    plain = ("name", "measured", "efficiency")
-    numbers = ("memory", "peak_flops", "copy", "host_layer", "host_collective", "host_step", "reserve", "fragmentation")
-    return Hardware(
-        **{name: data[name] for name in plain},
-        **{name: float(data[name]) for name in numbers},
-        gpus_per_node=int(data["gpus_per_node"]),
-        linear=rates("linear"),
-        attention=rates("attention"),
-        delta_rule=tables,
-        **links,
-    )
+
+def _hardware(data: Mapping[str, Any]) -> Hardware:
+    found: dict[str, Any] = {}
+    for item in fields(Hardware):
+        if item.name == "factors":
+            continue
+        value = data[item.name]
+        if item.name in ("linear", "attention"):
+            value = {form: {way: _rate_in(**rate) for way, rate in ways.items()} for form, ways in value.items()}
+        elif item.name in ("intra_node", "inter_node"):
+            value = {operation: _link_in(**link) for operation, link in value.items()}
+        elif item.name == "recurrence":
+            value = {way: {float(rows): float(s) for rows, s in row.items()} for way, row in value.items()}
+        found[item.name] = item.type(value) if item.type in (float, int) else value
+    return Hardware(**found)
 
 
 def dump(hardware: Hardware, comment: str = "") -> str:
-    """As YAML, which `load` reads back (to five digits)."""
+    """Return the hardware as YAML, which `load` reads back (to five digits)."""
     data: dict[str, Any] = {}
     for item in fields(hardware):
         value = getattr(hardware, item.name)
         if item.name in ("linear", "attention"):
             value = {form: {way: _rate_out(rate) for way, rate in ways.items()} for form, ways in value.items()}
-        elif item.name in ("node", "across"):
-            value = {op: _link_out(link) for op, link in value.items()}
+        elif item.name in ("intra_node", "inter_node"):
+            value = {operation: _link_out(link) for operation, link in value.items()}
         if item.name != "factors":
             data[item.name] = _short(value)
     return comment + yaml_text.write(data)
 
 
-# In a file: microseconds, TFLOP/s, GB/s; null where a term is missing.
+# Files have microseconds, TFLOP/s and GB/s, and null where a term is missing.
 
 
 def _rate_out(rate: Rate) -> dict[str, float | None]:
@@ -173,7 +200,7 @@ def _rate_in(latency_us: float, tflops: float | None, gb_s: float | None) -> Rat
 
 
 def _link_out(link: Link) -> dict[str, float]:
-    return {"latency_us": link.latency * 1e6, "gb_s": link.bytes_a_second / 1e9}
+    return {"latency_us": link.latency * 1e6, "gb_s": link.bytes_per_second / 1e9}
 
 
 def _link_in(latency_us: float, gb_s: float) -> Link:

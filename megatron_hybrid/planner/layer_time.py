@@ -1,54 +1,56 @@
-"""Seconds of a layer, the embedding and the head, by part, for one micro-batch: forward and backward."""
+"""Seconds of a layer, the embedding and the head, by part, for one micro-batch forward or backward."""
 
-from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from megatron_hybrid.arch.model import LayerKind
+from megatron_hybrid.arch.costs import (
+    AttentionWork,
+    CollectiveWork,
+    Direction,
+    Gemm,
+    MemoryWork,
+    RecurrenceWork,
+    Shard,
+    Work,
+)
+from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.activations import LOGITS_CHUNK_BYTES
-from megatron_hybrid.planner.hardware import Hardware, Rate
+from megatron_hybrid.planner.block_costs import mlp_work, norm_work, residual_work
+from megatron_hybrid.planner.hardware import Hardware
+from megatron_hybrid.planner.parts import GEMMS, MEMORY_BOUND, TP, TP_HIDDEN, Parts
 from megatron_hybrid.planner.plan import Plan
-from megatron_hybrid.planner.work import attention_flops, glue_bytes, linear_bytes, linear_flops
 
-Parts = Counter[str]
-LIGHT_SCAN = {"forward": 0.75, "backward": 0.3}
-"""What a slice's first pass takes of the delta rule's time, as 15 heads in two segments do: 192 us of 255 forward and of 647
-backward (hybrid_kernels/NOTES.md)."""
-HIDDEN = ("TP communication, hidden", "DP communication, hidden")
+RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.5, "full": 1.0}
+"""Share of a layer's forward kernels that the backward pass launches again."""
 
 
-def scaled(parts: Parts, count: float) -> Parts:
-    """Every part times `count`."""
-    return Counter({name: seconds * count for name, seconds in parts.items()})
-
-
-class Layers:
-    """Times of everything a plan's chunks are made of. Plans that differ in pipeline and replicas alone share one."""
+class LayerTimes:
+    """Times of everything that a plan's chunks consist of. Plans that differ only in pipeline and replicas share one."""
 
     def __init__(self, plan: Plan, hardware: Hardware) -> None:
-        self.plan, self.hardware, self.w = plan, hardware, plan.widths
-        groups = network.groups(plan, hardware.gpus_per_node)
-        self.group, self.context = groups["tp"], groups["cp"]
-        self.compute, self.talk = hardware.factor("compute"), hardware.factor("communication")
-        self._layers: dict[tuple[LayerKind, str, bool], Parts] = {}
-        self.chunks: dict[tuple, Parts] = {}
-        """What a Clock has put together of these."""
+        self.plan, self.hardware = plan, hardware
+        self.groups = network.groups(plan, hardware.gpus_per_node)
+        self.compute, self.communication = hardware.factor("compute"), hardware.factor("communication")
+        self._layers: dict[tuple[str, Direction, bool], Parts] = {}
+        self.chunks: dict[tuple[object, ...], Parts] = {}
+        """Times of chunks, which StepPredictor keeps here."""
 
-    def host(self, way: str) -> float:
-        """Seconds that Python needs for one layer."""
-        again = (
-            {"none": 0.0, "selective": 0.5, "full": 1.0}[self.plan.parallel.recompute_granularity]
-            if way == "backward"
-            else 0.0
-        )
-        collectives = self._waits(way)
-        if way == "backward" and self.plan.parallel.recompute_granularity == "full":
-            collectives += self._waits("forward")
-        seconds = self.hardware.host_layer * (1 + again) + self.hardware.host_collective * collectives
-        return seconds * self.hardware.factor("host")
+    def host(self, direction: Direction) -> float:
+        """Return the time in which Python launches one layer."""
+        recompute = self.plan.parallel.recompute_granularity
+        share = RECOMPUTED_SHARE[recompute] if direction == "backward" else 0.0
+        collectives = self._host_collectives(direction)
+        if direction == "backward" and recompute == "full":
+            collectives += self._host_collectives("forward")
+        hardware = self.hardware
+        seconds = hardware.host_seconds_per_layer * (1 + share) + hardware.host_seconds_per_collective * collectives
+        return seconds * hardware.factor("host")
 
-    def _waits(self, way: str) -> int:
-        """Collectives of a layer among tensor parallel ranks. With parallel.tp_comm_overlap its exchanges are part of its products,
-        and FP8's scales of what is exchanged are left."""
+    def _host_collectives(self, direction: Direction) -> int:
+        """Return how many collectives of a layer among tensor parallel ranks the host launches.
+
+        With parallel.tp_comm_overlap the exchanges of activations are part of the GEMMs.
+        """
         plan = self.plan
         if plan.tp == 1:
             return 0
@@ -57,140 +59,133 @@ class Layers:
             return scales
         if not plan.parallel.sequence_parallel_on:
             return 2 + scales
-        return {"forward": 4, "backward": 6}[way] + scales
+        return {"forward": 4, "backward": 6}[direction] + scales
 
-    def layer(self, kind: LayerKind, way: str, fp8: bool = True) -> Parts:
-        """One layer. `fp8`: whether it is among those that run in the plan's FP8 format, if there is one."""
-        key = kind, way, fp8
+    def layer(self, symbol: str, direction: Direction, fp8: bool = True) -> Parts:
+        """Return the time of one layer.
+
+        Args:
+            fp8: its linears use the plan's FP8 recipe, if there is one.
+        """
+        key = symbol, direction, fp8
         if key not in self._layers:
-            self._layers[key] = self._layer(kind, way, fp8)
+            self._layers[key] = self._layer(self.plan.shards[symbol], direction, fp8)
         return self._layers[key]
 
-    def _layer(self, kind: LayerKind, way: str, fp8: bool) -> Parts:
-        total: Parts = Counter()
-        total.update(self._mixer(kind, way))
-        total.update(self._around(kind, way, fp8))
+    def _layer(self, shard: Shard, direction: Direction, fp8: bool) -> Parts:
+        mixer, mlp = mixer_spec(shard.block.mixer).work(shard, direction), mlp_work(shard, direction)
+        total = Parts()
+        total.add(self._between_linears(mixer, direction))
+        total.add(self._around(shard, (mixer, mlp), direction, fp8))
         recompute = self.plan.parallel.recompute_granularity
-        if way == "backward" and recompute == "full":
-            total.update(self._layer(kind, "forward", fp8))
-        elif way == "backward" and recompute == "selective":
-            total.update(self._again(kind))
+        if direction == "backward" and recompute == "full":
+            total.add(self._layer(shard, "forward", fp8))
+        elif direction == "backward" and recompute == "selective":
+            total.add(self._recomputed(shard))
         return total
 
-    def _again(self, kind: LayerKind) -> Parts:
-        """Selective recompute: what lies between the linears, and a copy of each result to where its linear looks for it."""
-        w, e = self.w, self.plan.element
-        total = Counter({"glue": self._glue("swiglu", "forward") + self._move(2 * e * w.ffn * self.plan.tokens)})
-        if kind == "G":
-            total.update(self._mixer(kind, "forward"))
-            total["glue"] += self._move(2 * e * w.gdn_value * self.plan.tokens)
+    def _between_linears(self, work: Iterable[Work], direction: Direction) -> Parts:
+        seconds: dict[str, list[float]] = {}
+        for one in work:
+            if not isinstance(one, Gemm) or one.parallel is None:
+                seconds.setdefault(one.part, []).append(self.seconds(one, direction))
+        return Parts({part: sum(times) for part, times in seconds.items()})
+
+    def _around(self, shard: Shard, sublayers: tuple[Sequence[Work], ...], direction: Direction, fp8: bool) -> Parts:
+        """Return the time of linears with their collectives, of the MLP, norms and residual additions."""
+        parts = Parts()
+        for work in sublayers:
+            linears = [
+                (one, self.seconds(one, direction, fp8)) for one in work if isinstance(one, Gemm) and one.parallel
+            ]
+            parts[GEMMS] += sum(seconds for _, seconds in linears)
+            self._add_collectives(direction, sum(s for one, s in linears if one.parallel == "column"), parts)
+        _, mlp = sublayers
+        parts.add(self._between_linears(mlp, direction))
+        norms = 2 if shard.block.norm == "peri" else 1
+        norm, residual = (self.seconds(one, direction) for one in (norm_work(shard, direction), residual_work(shard)))
+        parts[MEMORY_BOUND] += len(sublayers) * (norms * norm + residual)
+        return parts
+
+    def _recomputed(self, shard: Shard) -> Parts:
+        """Return the time of selective recompute: a copy puts each result where its linear looks for it."""
+        spec, total = mixer_spec(shard.block.mixer), Parts()
+        sublayers = [mlp_work(shard, "forward")]
+        if any(operation.recomputed for operation in spec.operations(shard)):
+            sublayers.append(spec.work(shard, "forward"))
+        for work in sublayers:
+            total.add(self._between_linears(work, "forward"))
+            for one in work:
+                if isinstance(one, Gemm) and one.parallel == "row":
+                    total[MEMORY_BOUND] += self._move(2 * shard.element * one.k * one.m)
         return total
 
-    def _mixer(self, kind: LayerKind, way: str) -> Parts:
-        """Between the projections."""
-        plan, w, parts = self.plan, self.w, Counter()
-        assert plan.model.gdn is not None or kind != "G"
-        if kind == "G":
-            gdn = plan.model.gdn
-            state = gdn.key_head_dim * gdn.value_head_dim  # type: ignore[union-attr]
-            rows = w.gdn_heads * plan.micro_batch_size
-            seconds = self.hardware.delta_rule_seconds(way, plan.slice_length, rows, state)
-            parts["delta rule"] = seconds * self.compute
-            if plan.cp > 1:
-                parts["delta rule"] *= 1 + LIGHT_SCAN[way]
-                ends = 4 * rows * gdn.key_head_dim * (gdn.value_head_dim + gdn.key_head_dim)  # type: ignore[union-attr]
-                parts["CP communication"] = self._exchange("all_gather", plan.cp * ends)
-            parts["glue"] = self._glue("conv_gates", way) + self._glue("gated_norm", way)
-            return parts
-        window = plan.model.sliding_window if kind == "W" else None
-        flops = attention_flops(plan.sequence_length, plan.micro_batch_size, w.q * plan.dummies / plan.cp, way, window)
-        rate = self.hardware.attention["fp8" if plan.precision.fp8_attention else "bf16"][way]
-        parts["attention"] = rate.seconds(flops) * self.compute
-        parts["glue"] = self._glue("qk_norm_rope", way)
-        if plan.cp > 1:  # q, k, v and the output to other ranks or back
-            size = plan.element * plan.dummies * plan.tokens
-            parts["CP communication"] = sum(self._exchange("all_gather", size * n) for n in (w.q, w.kv, w.kv, w.q))
-        if plan.tp > 1:  # two sums a token, each way
-            parts["TP communication"] = self._talk("all_reduce", 8 * plan.tokens)
-        return parts
+    def seconds(self, work: Work, direction: Direction, fp8: bool = False) -> float:
+        """Return the time of one piece of work at the hardware's rates."""
+        hardware = self.hardware
+        match work:
+            case Gemm():
+                rate = hardware.linear[self.plan.gemm_format if fp8 else "bf16"][direction]
+                return rate.seconds(work.flops(direction), work.bytes(direction)) * self.compute
+            case AttentionWork():
+                rate = hardware.attention[self.plan.attention_format][direction]
+                return rate.seconds(work.flops) * self.compute
+            case RecurrenceWork():
+                seconds = hardware.recurrence_seconds(direction, work.tokens, work.rows, work.state)
+                return seconds * self.compute * work.factor
+            case MemoryWork():
+                return hardware.copy_seconds(work.operation, work.bytes) * self.compute
+            case CollectiveWork():
+                return self._collective(work.operation, work.bytes, work.group)
 
-    def _around(self, kind: LayerKind, way: str, fp8: bool) -> Parts:
-        """Projections, MLP, norms and residual additions, and the collectives around the linears."""
-        w, h, parts = self.w, self.w.hidden, Counter()
-        packed, inner = (w.gdn_packed, w.gdn_value) if kind == "G" else (w.q + 2 * w.kv, w.q)
-        for first, last in (((packed, h), (h, inner)), ((2 * w.ffn, h), (h, w.ffn))):
-            column, row = self._linear(*first, way, fp8), self._linear(*last, way, fp8)
-            parts["products"] += column + row
-            self._collectives(way, column, parts)
-        parts["glue"] += self._glue("swiglu", way)
-        parts["glue"] += 2 * (self._glue("norm", way) + self._glue("residual", way))
-        return parts
+    def _collective(self, operation: str, size: float, group: str = "tp") -> float:
+        return network.seconds(operation, size, self.groups[group], self.hardware) * self.communication
 
-    def _linear(self, n: float, k: float, way: str, fp8: bool) -> float:
-        precision, m = self.plan.precision.fp8_recipe if fp8 else None, self.plan.tokens
-        rate: Rate = self.hardware.linear[precision or "bf16"][way]
-        return rate.seconds(linear_flops(m, n, k, way), linear_bytes(m, n, k, way)) * self.compute
+    def _move(self, size: float) -> float:
+        """Return the time to read and write `size` bytes."""
+        return self.hardware.copy_seconds("other", size) * self.compute
 
-    def _collectives(self, way: str, column: float, parts: Parts) -> None:
-        """Of one pair of column- and row-parallel linears."""
+    def _add_collectives(self, direction: Direction, column: float, parts: Parts) -> None:
+        """Add the collectives of a sublayer, whose column-parallel linears take `column` seconds."""
         plan = self.plan
         if plan.tp == 1:
             return
-        size = plan.element * plan.tokens * self.w.hidden
-        visible, behind = "TP communication", "TP communication, hidden"
+        size = plan.element * plan.tokens * plan.model.hidden_size
         if not plan.parallel.sequence_parallel_on:
-            reduce = self._talk("all_reduce", size)
-            hides = column / 2 if way == "backward" else 0.0  # behind the weight's gradient
-            parts[visible] += max(0.0, reduce - hides)
-            parts[behind] += min(reduce, hides)
+            reduce = self._collective("all_reduce", size)
+            hides = column / 2 if direction == "backward" else 0.0  # behind the weight gradient
+            parts[TP] += max(0.0, reduce - hides)
+            parts[TP_HIDDEN] += min(reduce, hides)
             return
-        gather, scatter = self._talk("all_gather", size), self._talk("reduce_scatter", size)
-        if way == "forward":
-            parts[visible] += gather + scatter
+        gather, scatter = self._collective("all_gather", size), self._collective("reduce_scatter", size)
+        if direction == "forward":
+            parts[TP] += gather + scatter
             return
-        # the row-parallel linear waits for its gradient; the column-parallel one gathers its input behind the input's
-        # gradient, and scatters that behind the weight's
-        parts[visible] += gather + max(0.0, gather - column / 2) + max(0.0, scatter - column / 2)
-        parts[behind] += min(gather, column / 2) + min(scatter, column / 2)
+        # The row-parallel linear waits for its gradient. The column-parallel one gathers its input while it computes the input's
+        # gradient, which it scatters while it computes the weight's.
+        parts[TP] += gather + max(0.0, gather - column / 2) + max(0.0, scatter - column / 2)
+        parts[TP_HIDDEN] += min(gather, column / 2) + min(scatter, column / 2)
 
-    def _glue(self, op: str, way: str) -> float:
-        tokens = self.plan.tokens
-        if op in ("norm", "residual") and self.plan.parallel.sequence_parallel_on:
-            tokens /= self.plan.tp
-        share = self.hardware.efficiency.get(op, self.hardware.efficiency["other"])
-        size = tokens * glue_bytes(op, self.w, way, self.plan.element)
-        return size / (self.hardware.copy * share) * self.compute
+    def embedding(self, direction: Direction) -> Parts:
+        """Return the time of the look-up, or of its gradient: whole, then added to the fp32 buffer."""
+        plan, h = self.plan, self.plan.model.hidden_size
+        size, table = plan.element * plan.tokens * h, plan.vocab * h
+        moved = 2 * size if direction == "forward" else 2 * size + table * (3 * plan.element + 8)
+        return Parts({MEMORY_BOUND: self._move(moved), TP: self._collective("all_reduce", size) / 2})
 
-    def _talk(self, op: str, size: float) -> float:
-        return network.seconds(op, size, self.group, self.hardware) * self.talk
-
-    def _exchange(self, op: str, size: float) -> float:
-        return network.seconds(op, size, self.context, self.hardware) * self.talk
-
-    def _move(self, size: float) -> float:
-        """Seconds to read and write `size` bytes."""
-        return size / (self.hardware.copy * self.hardware.efficiency["other"]) * self.compute
-
-    def embedding(self, way: str) -> Parts:
-        """A look-up, and its gradient: whole, then added to the fp32 buffer."""
-        plan, w = self.plan, self.w
-        size, table = plan.element * plan.tokens * w.hidden, w.vocab * w.hidden
-        moved = 2 * size if way == "forward" else 2 * size + table * (3 * plan.element + 8)
-        return Counter({"glue": self._move(moved), "TP communication": self._talk("all_reduce", size) / 2})
-
-    def head(self, way: str) -> Parts:
-        """Final norm, output layer and losses: all three products are in the forward pass, chunk by chunk."""
-        plan, w, parts = self.plan, self.w, Counter()
-        m, table = plan.tokens, w.vocab * w.hidden
-        if way == "backward":  # the gradients, scaled by the loss's own
-            parts["glue"] = self._move(table * (16 + plan.element) + 3 * plan.element * m * w.hidden)
-            parts["TP communication"] = self._talk("reduce_scatter", plan.element * m * w.hidden)
+    def head(self, direction: Direction) -> Parts:
+        """Return the time of final norm, output layer and losses. All three GEMMs are in the forward pass, chunk by chunk."""
+        plan, h, parts = self.plan, self.plan.model.hidden_size, Parts()
+        m, vocab, table = plan.tokens, plan.vocab, plan.vocab * h
+        if direction == "backward":  # scales the gradients by the loss's own
+            parts[MEMORY_BOUND] = self._move(table * (16 + plan.element) + 3 * plan.element * m * h)
+            parts[TP] = self._collective("reduce_scatter", plan.element * m * h)
             return parts
-        chunks = -(-plan.element * m * w.vocab // LOGITS_CHUNK_BYTES)
-        forward, backward = (self.hardware.linear["bf16"][direction] for direction in ("forward", "backward"))
-        flops = 2.0 * m * w.vocab * w.hidden
-        parts["products"] = (forward.seconds(flops) + backward.seconds(2 * flops)) * self.compute
-        parts["glue"] = self._move(3 * plan.element * m * w.vocab + chunks * 8 * table)
-        parts["TP communication"] = self._talk("all_gather", plan.element * m * w.hidden)
-        parts["TP communication"] += chunks * self._talk("all_gather", 12 * m * plan.tp / chunks)
+        chunks = -(-plan.element * m * vocab // LOGITS_CHUNK_BYTES)
+        forward, backward = (self.hardware.linear["bf16"][way] for way in ("forward", "backward"))
+        flops = 2.0 * m * vocab * h
+        parts[GEMMS] = (forward.seconds(flops) + backward.seconds(2 * flops)) * self.compute
+        parts[MEMORY_BOUND] = self._move(3 * plan.element * m * vocab + chunks * 8 * table)
+        parts[TP] = self._collective("all_gather", plan.element * m * h)
+        parts[TP] += chunks * self._collective("all_gather", 12 * m * plan.tp / chunks)
         return parts

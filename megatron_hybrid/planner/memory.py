@@ -1,98 +1,102 @@
-"""The most memory that a rank's CUDA tensors take, by part. Its states are exact; its activations follow the table."""
+"""Peak memory of a rank's CUDA tensors, by part. Weights, gradients and optimizer state are exact; activations are estimated."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from megatron_hybrid.arch.model import LAYER_KINDS, LayerKind
+from megatron_hybrid.arch.costs import Shard
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.planner.activations import Setting, head_bytes, layer_bytes
-from megatron_hybrid.planner.parameters import MATRICES, dummy_head_parameters, layer_parameters, rank_state
-from megatron_hybrid.planner.plan import Chunk, Plan, Widths
+from megatron_hybrid.planner.activations import LayerBytes, head_bytes, layer_bytes
+from megatron_hybrid.planner.parameters import gemm_weights, padding_parameters
+from megatron_hybrid.planner.plan import Chunk, Plan
 from megatron_hybrid.planner.schedule import chunks_in_flight
+from megatron_hybrid.planner.state import per_parameter_bytes, rank_state
 
 GB = 1e9
 FIXED_BYTES = 0.15e9
 """cuBLAS and Transformer Engine workspaces, rotary angles, batches."""
+BATCH_BYTES = 24.0
+"""Tokens, labels and positions, in bytes per token."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part of one rank, at the worst time of a step."""
+    """Memory of one rank at the peak of a step, in bytes by part."""
 
     weights: float
     gradients: float
     optimizer: float
     fp8_weights: float
     """FP8 copies of the weights."""
-    activations: dict[LayerKind, float]
-    """Kept by each kind of layer, over all micro-batches in flight."""
+    activations: dict[str, float]
+    """Saved by each kind of layer, by its title, over all micro-batches in flight."""
     ends: float
-    """Kept by the embedding's and the head's part."""
+    """Saved by the embedding and the head."""
     logits: float
-    """A chunk of the logits, and the output weight's gradient."""
+    """Chunk of the logits, and the output weight's gradient."""
     transient: float
-    """What a backward pass needs beyond all this, and workspaces."""
+    """Peak of a backward pass beyond all this, and workspaces."""
     padding: float = field(compare=False, default=0.0)
-    """How much of all these only dummy heads and padded widths take."""
+    """Share of all these that only dummy heads and padded widths take."""
     pipeline_rank: int = 0
     host: float = 0.0
-    """Of the host, for the optimizer's state that train.optimizer.offload_fraction puts there."""
+    """Host memory, for the optimizer state that train.optimizer.offload_fraction puts there."""
 
     @property
     def total(self) -> float:
-        """What torch.cuda.max_memory_allocated is to show."""
+        """Value that torch.cuda.max_memory_allocated is expected to return."""
         parts = (self.weights, self.gradients, self.optimizer, self.fp8_weights, self.ends, self.logits, self.transient)
         return sum(parts) + sum(self.activations.values())
 
     def parts(self) -> dict[str, float]:
-        """Name -> bytes of what is there, largest groups first as a person would ask for them."""
+        """Return the bytes of every part that is not empty, by name."""
         named = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
         named["FP8 weights"] = self.fp8_weights
-        named |= {f"activations: {LAYER_KINDS[kind]}": size for kind, size in self.activations.items()}
+        named |= {f"activations: {title}": size for title, size in self.activations.items()}
         named |= {"activations: ends": self.ends, "logits": self.logits, "backward and workspaces": self.transient}
         return {name: size for name, size in named.items() if size}
 
     def line(self) -> str:
-        """`expected memory: 57.8 GB a GPU at most (weights 14.9, gradients 29.7, ...)`, for a run's start."""
+        """Return the line that a run prints at its start.
+
+        `expected memory: at most 57.8 GB of tensors per GPU (weights 14.9, gradients 29.7, ...)`
+        """
         short = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer + self.fp8_weights}
         short["activations"] = sum(self.activations.values()) + self.ends
         short["logits and backward"] = self.logits + self.transient
         parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in short.items())
-        host = f", and at least {self.host / GB:.1f} GB of host memory a GPU" if self.host else ""
-        return f"expected memory: {self.total / GB:.1f} GB of tensors a GPU at most ({parts}){host}"
+        host = f", and at least {self.host / GB:.1f} GB of host memory per GPU" if self.host else ""
+        return f"expected memory: at most {self.total / GB:.1f} GB of tensors per GPU ({parts}){host}"
 
 
 def expected(config: RunConfig, world_size: int) -> Memory:
-    """Of the run's fullest rank; `config.check_world(world_size)` has passed."""
+    """Return the memory of a run's fullest rank. `config.check_world(world_size)` has passed."""
     return fullest(Plan.of(config, world_size))
 
 
 def fullest(plan: Plan) -> Memory:
-    """Of the pipeline rank that needs most. Of ranks with the same layers, the first has most in flight: it alone is looked at."""
+    """Return the memory of the pipeline rank that needs most.
+
+    Of ranks with the same layers, only the first is looked at: it has most micro-batches in flight.
+    """
     like: dict[object, int] = {}
     for rank in range(plan.pp):
-        like.setdefault(tuple((c.kinds, c.embedding, c.head) for c in plan.chunks_of(rank)), rank)
+        like.setdefault(tuple((c.symbols, c.embedding, c.head) for c in plan.chunks_of(rank)), rank)
     return max((rank_memory(plan, rank) for rank in like.values()), key=lambda memory: memory.total)
 
 
 def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
-    """Of one pipeline rank (data parallel rank 0, which holds no less than the others)."""
-    state = rank_state(plan, pipeline_rank)
-    chunks, of = plan.chunks_of(pipeline_rank), Setting.of(plan)
+    """Return the memory of one pipeline rank. Of its data parallel ranks it is rank 0, which holds no less than the others."""
+    state, chunks = rank_state(plan, pipeline_rank), plan.chunks_of(pipeline_rank)
     flying = chunks_in_flight(plan.pp, plan.vpp, plan.microbatches, pipeline_rank)
-    activations: dict[LayerKind, float] = {}
-    padding, ends, logits, transient = _state_padding(plan, pipeline_rank), 0.0, 0.0, 0.0
+    ends = logits = transient = 0.0
     for chunk, count in zip(chunks, flying, strict=True):
-        for kind in dict.fromkeys(chunk.kinds):
-            size, true = (_saved(plan, kind, widths, of) for widths in (plan.widths, plan.true_widths))
-            layers = chunk.kinds.count(kind) * count * plan.tokens
-            activations[kind] = activations.get(kind, 0.0) + layers * size
-            padding += layers * (size - true)
-        ends += _ends(plan, chunk, count, of)
-        during = _backward(plan, chunk, of)
+        if chunk.embedding or chunk.head:
+            ends += BATCH_BYTES * plan.tokens * count
+        during = _backward(plan, chunk)
         if chunk.head:
-            head = head_bytes(plan)
-            ends += head.saved - 4 * plan.widths.vocab * plan.widths.hidden
-            logits = 4 * plan.widths.vocab * plan.widths.hidden + head.logits
+            head, weight_gradient = head_bytes(plan), 4 * plan.vocab * plan.model.hidden_size
+            ends += head.saved - weight_gradient
+            logits = weight_gradient + head.logits
             during = max(0.0, during - logits)  # never at the same time
         transient = max(transient, during)
     return Memory(
@@ -100,94 +104,106 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
         gradients=state.gradients,
         optimizer=state.optimizer,
         fp8_weights=_fp8_weights(plan, chunks, flying),
-        activations=activations,
+        activations=_activations(plan, chunks, flying),
         ends=ends,
         logits=logits,
-        transient=transient + FIXED_BYTES + _dummy_weight_gradients(plan, chunks) + _exchange_buffers(plan),
-        padding=padding,
+        transient=transient + FIXED_BYTES + _dummy_weight_gradients(plan, chunks) + _overlap_buffers(plan),
+        padding=_padding(plan, pipeline_rank, chunks, flying),
         pipeline_rank=pipeline_rank,
         host=state.host,
     )
 
 
-def _saved(plan: Plan, kind: LayerKind, widths: Widths, of: Setting) -> float:
-    return layer_bytes(kind, widths, of, plan.parallel.recompute_granularity).saved
+def _activations(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> dict[str, float]:
+    """Return the bytes that each kind of layer saves, by its title."""
+    found: dict[str, float] = {}
+    for symbol, tokens in _saved_tokens(plan, chunks, in_flight):
+        title, saved = plan.blocks[symbol].title, _layer(plan, plan.shards[symbol]).saved
+        found[title] = found.get(title, 0.0) + tokens * saved
+    return found
 
 
-def _ends(plan: Plan, chunk: Chunk, in_flight: int, of: Setting) -> float:
-    """A chunk's tokens and labels; the last stage's outputs are freed once sent."""
-    return 24.0 * plan.tokens * in_flight if chunk.embedding or chunk.head else 0.0
+def _padding(plan: Plan, pipeline_rank: int, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> float:
+    """Return the bytes that only padding of heads and widths takes."""
+    padding = padding_parameters(plan, pipeline_rank) * per_parameter_bytes(plan)
+    for symbol, tokens in _saved_tokens(plan, chunks, in_flight):
+        saved, true = (_layer(plan, shards[symbol]).saved for shards in (plan.shards, plan.unpadded_shards))
+        padding += tokens * (saved - true)
+    return padding
 
 
-def _backward(plan: Plan, chunk: Chunk, of: Setting) -> float:
-    """The most that a chunk's backward pass needs beyond all that is kept: later layers have freed theirs by then."""
+def _saved_tokens(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """Yield the kinds of layers of every chunk, with the tokens for which they save activations, summed over layers."""
+    for chunk, count in zip(chunks, in_flight, strict=True):
+        for symbol in dict.fromkeys(chunk.symbols):
+            yield symbol, chunk.symbols.count(symbol) * count * plan.tokens
+
+
+def _layer(plan: Plan, shard: Shard) -> LayerBytes:
+    return layer_bytes(shard, plan.parallel.recompute_granularity)
+
+
+def _backward(plan: Plan, chunk: Chunk) -> float:
+    """Return the peak of a chunk's backward pass beyond all that is saved. Later layers have freed theirs by then."""
+    layers = {symbol: _layer(plan, plan.shards[symbol]) for symbol in dict.fromkeys(chunk.symbols)}
     most, freed = 0.0, 0.0
-    for kind in reversed(chunk.kinds):
-        layer = layer_bytes(kind, plan.widths, of, plan.parallel.recompute_granularity)
+    for symbol in reversed(chunk.symbols):
+        layer = layers[symbol]
         most = max(most, layer.transient * plan.tokens - freed)
         freed += layer.saved * plan.tokens
-    if chunk.embedding:  # its gradient comes whole, in the weight's dtype
-        most = max(most, plan.widths.vocab * plan.widths.hidden * plan.element - freed)
+    if chunk.embedding:  # its gradient is whole, in the weight's dtype
+        most = max(most, plan.vocab * plan.model.hidden_size * plan.element - freed)
     return most
 
 
-def _matrices(plan: Plan, kind: LayerKind) -> dict[str, float]:
-    """Elements of a layer's matrices that Transformer Engine multiplies."""
-    return {name: size for name, size, _ in layer_parameters(plan.model, kind, plan.widths) if name in MATRICES}
+def _fp8_weights(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> float:
+    """Return the bytes of FP8 copies of weights.
 
-
-def _fp8_weights(plan: Plan, chunks: tuple[Chunk, ...], in_flight: tuple[int, ...]) -> float:
-    """A cast of each matrix and its transpose; beside weights that are held in FP8, their transposes alone. Kept over the
-    micro-batches of a step, or else made by each micro-batch's forward pass and kept for its backward pass."""
-    if plan.precision.fp8_recipe is None:
+    There is a cast of each matrix and its transpose. Next to weights that are held in FP8 there is the transpose alone. Copies
+    are kept over the micro-batches of a step, or else made by each forward pass and kept for its backward pass.
+    """
+    recipe = plan.precision.recipe
+    if recipe is None:
         return 0.0
-    low, high = (
-        plan.precision.num_layers_at_start_in_bf16,
-        plan.model.num_layers - plan.precision.num_layers_at_end_in_bf16,
-    )
-    copies = 1 if plan.precision.fp8_param_gather else 2
+    copies = recipe.weight_copy_bytes - plan.precision.fp8_param_gather
+    sizes = {
+        symbol: copies * sum(gemm_weights(plan.model, block, plan.tp).values()) for symbol, block in plan.blocks.items()
+    }
     layers = [
-        (copies * sum(_matrices(plan, kind).values()), count)
+        (sizes[symbol], count)
         for chunk, count in zip(chunks, in_flight, strict=True)
-        for index, kind in enumerate(chunk.kinds, chunk.first_layer)
-        if low <= index < high
+        for index, symbol in enumerate(chunk.symbols, chunk.first_layer)
+        if index in plan.fp8_layers
     ]
     if plan.precision.cache_fp8_weights:
         return sum(size for size, _ in layers)
     if plan.parallel.recompute_granularity == "full":
-        return max((size for size, _ in layers), default=0.0)
+        return max((size for size, _ in layers), default=0)
     return sum(size * count for size, count in layers)
 
 
-def _dummy_weight_gradients(plan: Plan, chunks: tuple[Chunk, ...]) -> float:
-    """Transformer Engine adds weight gradients to DDP's buffer and hands autograd a dummy, one for each shape."""
-    if not plan.transformer_engine:
-        return plan.element * max(max(_matrices(plan, kind).values()) for chunk in chunks for kind in chunk.kinds)
-    shapes = {
-        (name if name in ("fc1", "fc2") else f"{name} {kind == 'G'}"): size
-        for chunk in chunks
-        for kind in dict.fromkeys(chunk.kinds)
-        for name, size in _matrices(plan, kind).items()
-    }
-    return plan.element * sum(shapes.values())
+def _dummy_weight_gradients(plan: Plan, chunks: Sequence[Chunk]) -> float:
+    """Return the bytes of the gradients that linears hand to autograd.
+
+    Transformer Engine adds weight gradients to DDP's buffer, and returns one dummy per kind of linear. PyTorch's are freed one by
+    one.
+    """
+    symbols = {symbol for chunk in chunks for symbol in chunk.symbols}
+    sizes: dict[str, int] = {}
+    for symbol in symbols:
+        sizes.update(gemm_weights(plan.model, plan.blocks[symbol], plan.tp))
+    return plan.element * (sum(sizes.values()) if plan.transformer_engine else max(sizes.values()))
 
 
-def _exchange_buffers(plan: Plan) -> float:
+def _overlap_buffers(plan: Plan) -> float:
     """Return the bytes of Transformer Engine's user buffers (distributed/tp_comm_overlap.py), outside of PyTorch's memory.
 
-    There are eight buffers that gather, whichever are used, two that a kernel would scatter from, and two that copy
-    engines scatter from, with room for the chunk of every other rank.
+    There are eight buffers that gather, whichever are used, two that a kernel would scatter from, and two that copy engines
+    scatter from, with room for the chunk of every other rank.
     """
     if not plan.parallel.tp_comm_overlap:
         return 0.0
-    some_in_bf16 = plan.precision.num_layers_at_start_in_bf16 + plan.precision.num_layers_at_end_in_bf16 > 0
+    some_in_bf16 = len(plan.fp8_layers) < plan.model.num_layers
     formats = [1 if plan.precision.fp8_recipe else plan.element, *([plan.element] if some_in_bf16 else [])]
     scattering = plan.element * (2 + 2 * (2 * plan.tp - 1) / plan.tp)
-    return plan.tokens * plan.widths.hidden * sum(8 * gathered + scattering for gathered in formats)
-
-
-def _state_padding(plan: Plan, pipeline_rank: int) -> float:
-    sharded = plan.parallel.distributed_optimizer
-    state = (12 if plan.element == 2 else 8) * (1 - plan.offload_fraction)
-    per_parameter = plan.element + 4 + state / (plan.sharing if sharded else 1)
-    return dummy_head_parameters(plan, pipeline_rank) * per_parameter
+    return plan.tokens * plan.model.hidden_size * sum(8 * gathered + scattering for gathered in formats)

@@ -9,61 +9,75 @@ from dataclasses import dataclass
 
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.plan import Plan
-from megatron_hybrid.planner.work import hops, wire_bytes
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that talk to one another."""
+    """Communicating ranks."""
 
     ranks: int
-    in_node: int
-    """Of them, in each node."""
+    ranks_per_node: int
 
     @property
     def nodes(self) -> int:
-        return -(-self.ranks // self.in_node)
+        return -(-self.ranks // self.ranks_per_node)
 
 
 def groups(plan: Plan, gpus_per_node: int) -> dict[str, Group]:
-    """Tensor, context, data (with context) and pipeline parallel groups of a plan; of the last, two neighbours."""
-    tp, cp, dp = plan.tp, plan.cp, plan.sharing
-    neighbours_share = plan.world_size <= gpus_per_node
+    """Return a plan's tensor, context, data (with context) and pipeline parallel groups. The last is two neighbors."""
+    tp, cp, dp = plan.tp, plan.cp, plan.dp_cp
+    neighbors_share_a_node = plan.world_size <= gpus_per_node
     return {
         "tp": Group(tp, min(tp, gpus_per_node)),
         "cp": Group(cp, max(1, min(cp, gpus_per_node // tp))),
         "dp": Group(dp, max(1, min(dp, gpus_per_node // tp))),
-        "pp": Group(min(plan.pp, 2), min(plan.pp, 2) if neighbours_share else 1),
+        "pp": Group(min(plan.pp, 2), min(plan.pp, 2) if neighbors_share_a_node else 1),
     }
 
 
-def seconds(op: str, size: float, group: Group, hardware: Hardware) -> float:
-    """Of one collective: all_reduce, all_gather, reduce_scatter of a whole tensor of `size` bytes, or p2p. An all-to-all puts as
-    much on the wire as an all-gather of a tensor of the size that each rank has."""
+def hops(operation: str, ranks: int) -> float:
+    """Return the steps of a ring."""
+    return {"all_reduce": 2.0 * (ranks - 1), "p2p": 1.0}.get(operation, float(ranks - 1))
+
+
+def wire_bytes(operation: str, ranks: int, size: float) -> float:
+    """Return the bytes that each rank sends, for a whole tensor of `size` bytes."""
+    share = (ranks - 1) / ranks
+    return {"all_reduce": 2 * share * size, "p2p": size}.get(operation, share * size)
+
+
+def seconds(operation: str, size: float, group: Group, hardware: Hardware) -> float:
+    """Return the time of one collective.
+
+    Args:
+        operation: all_reduce, all_gather, reduce_scatter or p2p. An all-to-all sends as much as an all-gather of a tensor of
+            the size that each rank has.
+        size: bytes of the whole tensor.
+    """
     if group.ranks == 1:
         return 0.0
-    wire, near = wire_bytes(op, group.ranks, size), hardware.node[op]
-    time = wire / near.bytes_a_second
+    wire, near = wire_bytes(operation, group.ranks, size), hardware.intra_node[operation]
+    time = wire / near.bytes_per_second
     if group.nodes == 1:
-        return time + hops(op, group.ranks) * near.latency
-    far = hardware.across[op]
-    rounds = hops(op, group.ranks) / max(1, group.ranks - 1)
+        return time + hops(operation, group.ranks) * near.latency
+    far = hardware.inter_node[operation]
+    rounds = hops(operation, group.ranks) / max(1, group.ranks - 1)
     latency = rounds * ((group.nodes - 1) * far.latency + (group.ranks - group.nodes) * near.latency)
-    return max(time, wire / (group.in_node * far.bytes_a_second)) + latency
+    return max(time, wire / (group.ranks_per_node * far.bytes_per_second)) + latency
 
 
 def assumptions(hardware: Hardware) -> list[str]:
-    """What predictions beyond one node rest on, in words."""
-    far = hardware.across["all_gather"]
+    """Return the assumptions behind a prediction, one per line."""
+    far = hardware.inter_node["all_gather"]
     return [
         f"nodes of {hardware.gpus_per_node} GPUs, ranks placed tensor parallel first, then context, data, pipeline",
-        f"between nodes {far.bytes_a_second / 1e9:.0f} GB/s a GPU and {far.latency * 1e6:.0f} us a hop (assumed unless the "
+        f"between nodes {far.bytes_per_second / 1e9:.0f} GB/s per GPU and {far.latency * 1e6:.0f} us per hop (assumed unless the "
         "hardware file says otherwise); no congestion, no stragglers",
         "inside a node NVLink at the measured rate, whatever else runs at the same time",
-        "context parallelism is predicted, not measured: all-to-alls at the rate of all-gathers, and the delta rule's second scans "
-        "in proportion to its own",
-        "pipeline transfers are waited for on both sides; tensor parallel collectives of the backward pass hide behind the "
-        "products they can hide behind, those of the forward pass behind nothing (parallel.tp_comm_overlap is not predicted); "
-        "gradient reduction and weight gathering hide behind a backward and a forward pass where they are overlapped",
+        "context parallelism is predicted, not measured: all-to-alls take the rate of all-gathers, and a recurrence's second "
+        "scan of a slice takes a measured share of its first",
+        "both sides wait for pipeline transfers; the backward pass hides tensor parallel collectives behind GEMMs, the forward "
+        "pass hides none (the gain of parallel.tp_comm_overlap is not predicted); a backward and a forward pass hide gradient "
+        "reduction and parameter gathering where these overlap",
         f"rates: {hardware.name}, {hardware.measured}",
     ]

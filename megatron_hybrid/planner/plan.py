@@ -1,12 +1,14 @@
-"""A model and its batch under one layout: what memory and time are predicted of."""
+"""Plan: a model and its batch under one layout, for which memory and step time are predicted."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
-from megatron_hybrid.arch.model import LayerKind, ModelConfig
-from megatron_hybrid.arch.padding import PackedWidths, PaddedSizes
+from megatron_hybrid.arch.blocks import Block
+from megatron_hybrid.arch.costs import Shard
+from megatron_hybrid.arch.layer import outer_parameters
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.packing import PackedParameter
+from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import RunConfig
@@ -23,14 +25,16 @@ class Plan:
     micro_batch_size: int
     global_batch_size: int
     dtype: str = "bf16"
-    """Of weights and activations: train.dtype."""
+    """Dtype of weights and activations (train.dtype)."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     offload_fraction: float = 0.0
     """train.optimizer.offload_fraction."""
+    optimizer: str = "adamw"
+    """train.optimizer.name."""
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> "Plan":
-        """Of a run that `check_world` has passed."""
+        """Return the plan of a run that `check_world` has accepted."""
         train = config.train
         return cls(
             config.model,
@@ -42,6 +46,7 @@ class Plan:
             train.dtype,
             config.precision,
             train.optimizer.offload_fraction,
+            train.optimizer.name,
         )
 
     @property
@@ -65,68 +70,100 @@ class Plan:
         return self.parallel.data_parallel_size(self.world_size)
 
     @property
-    def sharing(self) -> int:
-        """Ranks that hold the same parameters, and share out the optimizer's state: data and context parallel ones."""
+    def dp_cp(self) -> int:
+        """Data and context parallel ranks: they hold the same parameters and shard the optimizer state."""
         return self.dp * self.cp
 
     @property
     def microbatches(self) -> int:
-        """That a pipeline runs in a step."""
+        """Micro-batches per step and pipeline."""
         return self.global_batch_size // (self.micro_batch_size * self.dp)
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, on a rank before tensor parallelism shares them."""
-        return self.slice_length * self.micro_batch_size
-
-    @property
-    def slice_length(self) -> int:
-        """Tokens of a sequence on a context parallel rank."""
-        return self.sequence_length // self.cp
-
-    @property
-    def dummies(self) -> float:
-        """Heads that the context parallel ranks of a tensor parallel rank attend with, for each of its heads."""
-        groups = PaddedSizes.of(self.model, self.tp).num_key_value_heads // self.tp
-        return -(-groups // self.cp) * self.cp / groups
+        """Tokens of a micro-batch on a context parallel rank, over all tensor parallel ranks."""
+        return self.sequence_length // self.cp * self.micro_batch_size
 
     @property
     def element(self) -> int:
-        """Bytes of a weight or an activation."""
+        """Bytes per weight or activation."""
         return 4 if self.dtype == "fp32" else 2
 
     @property
     def transformer_engine(self) -> bool:
-        """Whether a GPU would build the layers from Transformer Engine's parts."""
+        """True if a GPU builds the layers from Transformer Engine's modules."""
         return self.dtype == "bf16" and self.model.backend != "local"
+
+    @property
+    def gemm_format(self) -> str:
+        """Format in which the linears multiply: bf16 or an FP8 recipe."""
+        return self.precision.fp8_recipe or "bf16"
+
+    @property
+    def attention_format(self) -> str:
+        """Format in which softmax attention multiplies: bf16 or fp8."""
+        return "fp8" if self.precision.fp8_attention else "bf16"
+
+    @cached_property
+    def fp8_layers(self) -> range:
+        """Layers whose linears multiply in FP8, if the run uses FP8."""
+        return range(
+            self.precision.num_layers_at_start_in_bf16, self.model.num_layers - self.precision.num_layers_at_end_in_bf16
+        )
 
     @cached_property
     def chunks(self) -> tuple["Chunk", ...]:
         """Every virtual stage of the pipeline, in model order."""
-        kinds, at, found = self.model.layers, 0, []
-        counts = self.parallel.stage_layers(len(kinds))
+        symbols, at, found = self.model.layers, 0, []
+        counts = self.parallel.stage_layers(len(symbols))
         for stage, count in enumerate(counts):
-            found.append(Chunk(stage, at, kinds[at : at + count], stage == 0, stage == len(counts) - 1))
+            found.append(Chunk(stage, at, symbols[at : at + count], stage == 0, stage == len(counts) - 1))
             at += count
         return tuple(found)
 
     def chunks_of(self, pipeline_rank: int) -> tuple["Chunk", ...]:
-        """The virtual stages that a pipeline rank holds, in the order it holds them."""
+        """Return the virtual stages of a pipeline rank, in the order in which it holds them."""
         return self.chunks[pipeline_rank :: self.pp]
 
     @cached_property
-    def widths(self) -> "Widths":
-        """With dummy heads."""
-        return Widths.padded(self.model, self.tp)
+    def blocks(self) -> dict[str, Block]:
+        """The model's blocks, by layer_pattern symbol."""
+        return dict(self.model.blocks_by_symbol)
 
     @cached_property
-    def true_widths(self) -> "Widths":
-        """As if heads could be split anywhere."""
-        return Widths.true(self.model, self.tp)
+    def vocab(self) -> int:
+        """Vocabulary rows per tensor parallel rank, padding included."""
+        return outer_parameters(self.model)["embedding"].rank_shape(self.tp)[0]
+
+    @cached_property
+    def shards(self) -> dict[str, Shard]:
+        """Share of a rank in each kind of layer, by layer_pattern symbol."""
+        return {symbol: self._shard(block) for symbol, block in self.blocks.items()}
+
+    @cached_property
+    def unpadded_shards(self) -> dict[str, Shard]:
+        """`shards` as if heads could be split anywhere."""
+        return {symbol: replace(shard, padded=False) for symbol, shard in self.shards.items()}
+
+    def _shard(self, block: Block) -> Shard:
+        return Shard(
+            self.model,
+            block,
+            _mixer_parameters(self.model, block),
+            self.element,
+            self.sequence_length,
+            self.micro_batch_size,
+            tensor_parallel_size=self.tp,
+            sequence_parallel=self.parallel.sequence_parallel_on,
+            context_parallel_size=self.cp,
+            transformer_engine=self.transformer_engine,
+            fp8=self.precision.fp8_recipe is not None,
+            fp8_attention=self.precision.fp8_attention,
+        )
 
     @property
     def label(self) -> str:
-        """`TP2 CP2 PP4 VPP2 DP8 mbs1 selective`."""
+        """`TP2 CP2 PP4 VPP2 DP8 mbs1 recompute-selective`."""
         sizes = (("TP", self.tp), ("CP", self.cp), ("PP", self.pp), ("VPP", self.vpp))
         parts = [f"{name}{size}" for name, size in sizes if size > 1]
         if self.tp > 1 and not self.parallel.sequence_parallel_on:
@@ -137,60 +174,18 @@ class Plan:
         return " ".join(parts)
 
 
+@lru_cache(maxsize=256)
+def _mixer_parameters(model: ModelConfig, block: Block) -> tuple[PackedParameter, ...]:
+    return mixer_spec(block.mixer).parameters(model, block)
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """A virtual stage: some of the layers, and the embedding or the head at the ends."""
+    """Virtual stage: some of the layers, and the embedding or the head at the model's ends."""
 
     stage: int
     first_layer: int
-    kinds: tuple[LayerKind, ...]
+    symbols: tuple[str, ...]
+    """Layers, by their layer_pattern symbols."""
     embedding: bool
     head: bool
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Of one tensor parallel rank's slices, in elements."""
-
-    hidden: float
-    q: float
-    kv: float
-    heads: float
-    ffn: float
-    vocab: float
-    gdn_key: float = 0
-    gdn_value: float = 0
-    gdn_heads: float = 0
-    gdn_packed: float = 0
-    """Of in_proj's output."""
-    key_head_dim: int = 1
-
-    @classmethod
-    def padded(cls, model: ModelConfig, tp: int) -> "Widths":
-        """What the trainer allocates."""
-        sizes, d = PaddedSizes.of(model, tp), model.attention_head_dim
-        more: Mapping[str, Any] = {}
-        if model.gdn is not None:
-            packed = PackedWidths.of(model, tp)
-            more = dict(gdn_key=packed.q, gdn_value=packed.v, gdn_heads=packed.a, gdn_packed=packed.total)
-            more = {**more, "key_head_dim": model.gdn.key_head_dim}
-        heads, groups = sizes.num_attention_heads // tp, sizes.num_key_value_heads // tp
-        ffn, vocab = model.ffn_hidden_size // tp, sizes.vocab_size // tp
-        return cls(model.hidden_size, heads * d, groups * d, heads, ffn, vocab, **more)
-
-    @classmethod
-    def true(cls, model: ModelConfig, tp: int) -> "Widths":
-        """Without padding: what the difference to `padded` is measured from."""
-        d, more = model.attention_head_dim, {}
-        if (gdn := model.gdn) is not None:
-            packed = 2 * (gdn.key_dim + gdn.value_dim + gdn.num_value_heads)
-            more = dict(
-                gdn_key=gdn.key_dim / tp,
-                gdn_value=gdn.value_dim / tp,
-                gdn_heads=gdn.num_value_heads / tp,
-                gdn_packed=packed / tp,
-                key_head_dim=gdn.key_head_dim,
-            )
-        heads, groups = model.num_attention_heads / tp, model.kv_heads / tp
-        ffn, vocab = model.ffn_hidden_size / tp, model.vocab_size / tp
-        return cls(model.hidden_size, heads * d, groups * d, heads, ffn, vocab, **more)

@@ -1,12 +1,13 @@
-"""A picture of the best layouts: what fills a GPU's memory, and what a step's time goes to."""
+"""Plot of the best layouts: memory and step time by part."""
 
 from pathlib import Path
+from typing import Any
 
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.planner.report import heading
-from megatron_hybrid.planner.search import Answer
+from megatron_hybrid.planner.search import SearchResult
 
-COLOURS = (
+COLORS = (
     "#2563eb",
     "#ea580c",
     "#16a34a",
@@ -22,45 +23,45 @@ COLOURS = (
 
 
 def check_format(image: Path) -> None:
-    """Check that an image's name ends in a format that can be drawn.
+    """Check the format that an image's name ends in.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: matplotlib cannot write it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
     if image.suffix.removeprefix(".").lower() not in formats:
         raise ConfigError.at(
-            "plot", f"{image} ends in no format of pictures; end it in .png, or one of {', '.join(formats)}"
+            "plot", f"{image} does not end in an image format; end it in .png, or one of {', '.join(formats)}"
         )
 
 
-def draw(answer: Answer, image: Path | str, top: int = 6) -> None:
-    """Stacked bars of the best `top` candidates, memory above and time below, as PNG or whatever `image` ends in."""
+def draw(found: SearchResult, image: Path | str, top: int = 6) -> None:
+    """Draw the best `top` candidates as stacked bars, memory above and time below, in the format that `image` ends in."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    best = answer.candidates[:top]
+    best = found.candidates[:top]
     figure = Figure(figsize=(11, 2.4 + 0.9 * len(best)), layout="constrained")
     FigureCanvasAgg(figure)
     memory, time = figure.subplots(2, 1)
     labels = [c.plan.label for c in best]
     outside = "reserve, fragmentation"
     bytes_ = [{**c.memory.parts(), outside: c.need - c.memory.total} for c in best]
-    _bars(memory, labels, [{name: size / 1e9 for name, size in parts.items()} for parts in bytes_], "GB of a GPU")
-    memory.axvline(answer.job.hardware.memory / 1e9, color="#111827", linestyle="--", linewidth=1)
-    _bars(time, labels, [dict(c.step.parts) for c in best], "seconds a step")
-    figure.suptitle(heading(answer.job), fontsize=10)
+    _bars(memory, labels, [{name: size / 1e9 for name, size in parts.items()} for parts in bytes_], "GB per GPU")
+    memory.axvline(found.job.hardware.memory_bytes / 1e9, color="#111827", linestyle="--", linewidth=1)
+    _bars(time, labels, [dict(c.step.parts) for c in best], "seconds per step")
+    figure.suptitle(heading(found.job), fontsize=10)
     figure.savefig(image, dpi=140)
 
 
-def _bars(axes, labels: list[str], rows: list[dict[str, float]], unit: str) -> None:
+def _bars(axes: Any, labels: list[str], rows: list[dict[str, float]], unit: str) -> None:
     names = dict.fromkeys(name for row in rows for name in row)
     left = [0.0] * len(rows)
-    for name, colour in zip(names, COLOURS * 2):
+    for name, color in zip(names, COLORS * 2):
         values = [row.get(name, 0.0) for row in rows]
-        axes.barh(labels, values, left=left, color=colour, label=name, height=0.7)
+        axes.barh(labels, values, left=left, color=color, label=name, height=0.7)
         left = [a + b for a, b in zip(left, values)]
     axes.invert_yaxis()
     axes.set_xlabel(unit)

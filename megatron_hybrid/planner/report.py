@@ -1,125 +1,123 @@
-"""An answer in words: the ranked table, the reasons, the breakdown of one plan, and all of it as JSON."""
+"""Text and JSON of a search: the ranked table, one plan by part, and reasons for rejections."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_hybrid.base.errors import ConfigError, shown
+from megatron_hybrid.base.errors import shown
 from megatron_hybrid.planner import network
-from megatron_hybrid.planner.search import Answer, Candidate, Job, Rejection, degrees_of
+from megatron_hybrid.planner.job import Job
+from megatron_hybrid.planner.layouts import degrees_of
+from megatron_hybrid.planner.query import matches, parse_condition
+from megatron_hybrid.planner.search import Candidate, Rejection, SearchResult
 
 GB = 1e9
-_YES = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+HEADER = ("", "TP", "CP", "PP", "VPP", "DP", "mbs", "recompute", "GB", "s/step", "tokens/s/GPU", "MFU", "largest parts")
+LEFT_ALIGNED = ("recompute", "largest parts")
 
 
-def table(answer: Answer, top: int) -> str:
-    """The best `top` candidates, one a line."""
-    job = answer.job
-    lines = [heading(job), ""]
-    if not answer.candidates:
-        return "\n".join([*lines, "no layout fits.", *summary(answer.rejections)])
-    rows = [
-        (
-            "",
-            "TP",
-            "CP",
-            "PP",
-            "VPP",
-            "DP",
-            "mbs",
-            "recompute",
-            "GB",
-            "s/step",
-            "tokens/s/GPU",
-            "MFU",
-            "where the time goes",
-        )
-    ]
-    for place, candidate in enumerate(answer.candidates[:top], 1):
-        plan, step = candidate.plan, candidate.step
-        sizes = (plan.tp, plan.cp, plan.pp, plan.vpp, plan.dp, plan.micro_batch_size)
-        rows.append(
-            (f"{place}.", *map(str, sizes), plan.parallel.recompute_granularity, f"{candidate.need / GB:.1f}", f"{step.seconds:.3f}",
-             f"{step.tokens_per_gpu:,.0f}", f"{step.mfu:.1%}", _where(step.parts))
-        )  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def format_table(found: SearchResult, top: int) -> str:
+    """Return the table of the best `top` candidates."""
+    lines = [heading(found.job), ""]
+    if not found.candidates:
+        return "\n".join([*lines, "no layout fits.", *summarize_rejections(found.rejections)])
+    rows = [HEADER, *(_row(place, candidate) for place, candidate in enumerate(found.candidates[:top], 1))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     for row in rows:
         cells = [
-            cell.ljust(width) if i in (7, 12) else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            cell.ljust(width) if name in LEFT_ALIGNED else cell.rjust(width)
+            for name, cell, width in zip(HEADER, row, widths)
         ]
         lines.append("  ".join(cells).rstrip())
-    lines += ["", f"{len(answer.candidates)} layouts fit; {len(answer.rejections)} do not (--why tp=4 tells why)"]
+    count, rejected = len(found.candidates), len(found.rejections)
+    lines += ["", f"{count} layouts fit; {rejected} are rejected (--why tp=4 gives the reasons)"]
     return "\n".join(lines)
 
 
+def _row(place: int, candidate: Candidate) -> tuple[str, ...]:
+    plan, step = candidate.plan, candidate.step
+    sizes = (plan.tp, plan.cp, plan.pp, plan.vpp, plan.dp, plan.micro_batch_size)
+    return (
+        f"{place}.",
+        *map(str, sizes),
+        plan.parallel.recompute_granularity,
+        f"{candidate.need / GB:.1f}",
+        f"{step.seconds:.3f}",
+        f"{step.tokens_per_gpu:,.0f}",
+        f"{step.mfu:.1%}",
+        _largest_parts(step.parts),
+    )
+
+
 def heading(job: Job) -> str:
-    """What was asked."""
+    """Return a line with the job."""
     precision = f"fp8_{job.precision.fp8_recipe}" if job.precision.fp8_recipe else job.dtype
     tokens = job.global_batch_size * job.sequence_length
     return (
         f"{job.model.num_layers} layers on {job.gpus} x {job.hardware.name}, {precision}: {job.global_batch_size} sequences of "
-        f"{job.sequence_length} a step ({tokens:,} tokens)"
+        f"{job.sequence_length} tokens per step ({tokens:,} tokens)"
     )
 
 
-def _where(parts: dict[str, float]) -> str:
+def _largest_parts(parts: Mapping[str, float]) -> str:
     total = sum(parts.values())
     most = sorted(parts.items(), key=lambda part: -part[1])[:4]
     return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in most)
 
 
-def detail(candidate: Candidate, job: Job) -> str:
-    """One plan by part: memory, time, and what they rest on."""
-    memory, step, of = candidate.memory, candidate.step, candidate.need
+def format_candidate(candidate: Candidate, job: Job) -> str:
+    """Return memory and time of one candidate by part, with the assumptions behind them."""
+    memory, step = candidate.memory, candidate.step
+
+    def size_line(name: str, size: float, of: str = "GB") -> str:
+        return f"    {name:<42} {size / GB:8.2f} {of}"
+
     lines = [candidate.plan.label, f"  memory of the fullest GPU (pipeline rank {memory.pipeline_rank})"]
-    lines += [f"    {name:<42} {size / GB:8.2f} GB" for name, size in memory.parts().items()]
-    lines.append(f"    {'tensors at most':<42} {memory.total / GB:8.2f} GB")
+    lines += [size_line(name, size) for name, size in memory.parts().items()]
+    lines.append(size_line("peak of all tensors", memory.total))
     if memory.padding:
-        lines.append(f"    {'of it for dummy heads and padding':<42} {memory.padding / GB:8.2f} GB")
-    lines.append(f"    {'with reserve and fragmentation':<42} {of / GB:8.2f} of {job.hardware.memory / GB:.1f} GB")
+        lines.append(size_line("share of dummy heads and padding", memory.padding))
+    available = f"of {job.hardware.memory_bytes / GB:.1f} GB"
+    lines.append(size_line("with reserve and fragmentation", candidate.need, available))
     lines.append("  step")
     lines += [f"    {name:<42} {seconds:8.3f} s  {seconds / step.seconds:6.1%}" for name, seconds in step.parts.items()]
-    lines.append(
-        f"    {'in all':<42} {step.seconds:8.3f} s, {step.tokens_per_gpu:,.0f} tokens/s/GPU, MFU {step.mfu:.1%}"
-    )
+    total = f"{step.seconds:8.3f} s, {step.tokens_per_gpu:,.0f} tokens/s/GPU, MFU {step.mfu:.1%}"
+    lines.append(f"    {'total':<42} {total}")
     lines += [f"    {name:<42} {seconds:8.3f} s" for name, seconds in step.hidden.items()]
     return "\n".join([*lines, "  assumed", *(f"    {line}" for line in network.assumptions(job.hardware))])
 
 
-def why(answer: Answer, condition: str) -> str:
-    """What became of the layouts that a condition such as `tp=4` or `tp=4,recompute=none` names.
+def explain(found: SearchResult, condition: str) -> str:
+    """Return the outcome of the layouts that a condition such as `tp=4` or `tp=4,recompute=none` selects.
 
     Raises:
-        ConfigError: it names something else.
+        ConfigError: the condition cannot be read.
     """
-    wanted = _condition(condition)
+    wanted = parse_condition(condition)
     lines = [f"{condition}:"]
-    fits = [(place, c) for place, c in enumerate(answer.candidates, 1) if _matches(degrees_of(c.plan), wanted)]
+    fits = [(place, c) for place, c in enumerate(found.candidates, 1) if matches(degrees_of(c.plan), wanted)]
     if fits:
         place, best = fits[0]
-        first = answer.candidates[0]
         lines.append(f"  {len(fits)} layouts fit; the best is number {place}: {best.plan.label}")
         if place > 1:
-            lines += _behind(best, first)
-    refused = [r for r in answer.rejections if _matches(r.degrees, wanted)]
-    return (
-        "\n".join(lines + summary(refused))
-        if fits or refused
-        else f"{condition}: no such layout of {answer.job.gpus} GPUs"
-    )
+            lines.append(_difference(best, found.candidates[0]))
+    refused = [rejection for rejection in found.rejections if matches(rejection.degrees, wanted)]
+    if not fits and not refused:
+        return f"{condition}: no such layout of {found.job.gpus} GPUs"
+    return "\n".join(lines + summarize_rejections(refused))
 
 
-def _behind(one: Candidate, best: Candidate) -> list[str]:
-    """By what a candidate is slower than the best."""
+def _difference(one: Candidate, best: Candidate) -> str:
+    """Return by how much, and in which parts, a candidate is slower than the best."""
     slower = one.step.seconds - best.step.seconds
     names = {**best.step.parts, **one.step.parts}
     more = {name: one.step.parts.get(name, 0.0) - best.step.parts.get(name, 0.0) for name in names}
     most = ", ".join(f"{name} {s:+.3f} s" for name, s in sorted(more.items(), key=lambda part: -abs(part[1]))[:4])
-    return [f"  {slower:.3f} s ({slower / best.step.seconds:.1%}) slower than {best.plan.label}: {most}"]
+    return f"  {slower:.3f} s ({slower / best.step.seconds:.1%}) slower than {best.plan.label}: {most}"
 
 
-def summary(rejections: Iterable[Rejection], most: int = 12) -> list[str]:
-    """Reasons, each with how many layouts it rules out and the first of them; of memory, the nearest to fitting."""
+def summarize_rejections(rejections: Iterable[Rejection], most: int = 12) -> list[str]:
+    """Return a line per reason, with the number of layouts and an example. For memory it is the layout nearest to fitting."""
     grouped: dict[str, list[Rejection]] = {}
     for rejection in rejections:
         grouped.setdefault(_kind(rejection.reason), []).append(rejection)
@@ -132,49 +130,27 @@ def summary(rejections: Iterable[Rejection], most: int = 12) -> list[str]:
 
 
 def _kind(reason: str) -> str:
-    """Reasons that differ only in their numbers count as one."""
+    """Return a key that reasons which differ only in their numbers share."""
     return "memory" if reason.startswith("needs ") else "".join(c for c in reason if not c.isdigit())
 
 
-def _condition(text: str) -> dict[str, Any]:
-    names: dict[str, Callable[[str], Any]] = dict.fromkeys(("tp", "pp", "vpp", "cp", "dp", "mbs"), int)
-    names |= {"recompute": str, "sp": lambda value: _YES[value.lower()], "zero": lambda value: _YES[value.lower()]}
-    wanted = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        try:
-            wanted[name] = names[name](value)
-        except (KeyError, ValueError):
-            raise ConfigError.at(
-                "why", f"{shown(part)} is not one of {', '.join(names)} with a value, as in tp=4"
-            ) from None
-    return wanted
-
-
-def _matches(degrees: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """A rejection that says nothing of a degree is about all of its values."""
-    return all(degrees.get(name, value) == value for name, value in wanted.items()) and any(
-        n in degrees for n in wanted
-    )
-
-
-def as_json(answer: Answer, top: int) -> dict[str, Any]:
-    """The best `top`, with every part, and the count of rejections by reason."""
-    reasons = Counter(_kind(r.reason) for r in answer.rejections)
+def as_json(found: SearchResult, top: int) -> dict[str, Any]:
+    """Return the best `top` candidates with every part, and the number of rejections by reason."""
+    reasons = Counter(_kind(rejection.reason) for rejection in found.rejections)
     return {
-        "gpus": answer.job.gpus,
-        "gpu": answer.job.hardware.name,
-        "measured": answer.job.hardware.measured,
-        "sequence_length": answer.job.sequence_length,
-        "global_batch_size": answer.job.global_batch_size,
-        "assumptions": network.assumptions(answer.job.hardware),
-        "candidates": [candidate_json(c) for c in answer.candidates[:top]],
+        "gpus": found.job.gpus,
+        "gpu": found.job.hardware.name,
+        "measured": found.job.hardware.measured,
+        "sequence_length": found.job.sequence_length,
+        "global_batch_size": found.job.global_batch_size,
+        "assumptions": network.assumptions(found.job.hardware),
+        "candidates": [candidate_json(candidate) for candidate in found.candidates[:top]],
         "rejected": dict(reasons.most_common()),
     }
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
-    """Degrees, bytes and seconds by part."""
+    """Return degrees, bytes and seconds by part."""
     step, memory = candidate.step, candidate.memory
     return {
         **degrees_of(candidate.plan),

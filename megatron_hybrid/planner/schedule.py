@@ -1,11 +1,11 @@
-"""Pipeline schedules: the order in which a rank runs its forward and backward passes, and a step's time from it.
+"""Pipeline schedules: the order of a rank's forward and backward passes, and the time of a step.
 
-1F1B, and interleaved 1F1B with virtual stages, in megatron-core's order (pipeline_parallel/schedules.py). `simulate` plays a
-step event by event; `analytic_seconds` is the closed form for equal stages that it is checked against.
+1F1B and interleaved 1F1B, in megatron-core's order (pipeline_parallel/schedules.py). `simulate` plays a step event by event.
+`analytic_seconds` is the closed form, which is exact for equal stages.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,11 +17,11 @@ class Pass(NamedTuple):
     forward: bool
     microbatch: int
     position: int
-    """Of the virtual stage among its rank's."""
+    """Place of the virtual stage among its rank's."""
 
 
 def warmup_passes(pp: int, vpp: int, microbatches: int, rank: int) -> int:
-    """Forward passes of a rank before it alternates with backward passes."""
+    """Return the number of forward passes before a rank alternates forward and backward passes."""
     if pp == 1:
         return 0
     count = pp - rank - 1 if vpp == 1 else 2 * (pp - rank - 1) + (vpp - 1) * pp
@@ -30,15 +30,18 @@ def warmup_passes(pp: int, vpp: int, microbatches: int, rank: int) -> int:
 
 @lru_cache(maxsize=512)
 def forward_order(pp: int, vpp: int, microbatches: int) -> tuple[tuple[int, int], ...]:
-    """(micro-batch, position) of every forward pass: groups of `pp` micro-batches go through one virtual stage after the
-    other. Backward passes come in the same order with the positions reversed."""
+    """Return (micro-batch, position) of every forward pass.
+
+    Groups of `pp` micro-batches go through one virtual stage after the other. Backward passes run in the same order with the
+    positions reversed.
+    """
     groups = [range(at, min(at + pp, microbatches)) for at in range(0, microbatches, pp)]
     return tuple((m, position) for group in groups for position in range(vpp) for m in group)
 
 
 @lru_cache(maxsize=2048)
 def passes(pp: int, vpp: int, microbatches: int, rank: int) -> tuple[Pass, ...]:
-    """All passes of a rank in order."""
+    """Return all passes of a rank in order."""
     forwards = [Pass(True, m, position) for m, position in forward_order(pp, vpp, microbatches)]
     backwards = [Pass(False, m, vpp - 1 - position) for m, position in forward_order(pp, vpp, microbatches)]
     warmup = warmup_passes(pp, vpp, microbatches, rank)
@@ -50,7 +53,7 @@ def passes(pp: int, vpp: int, microbatches: int, rank: int) -> tuple[Pass, ...]:
 
 @lru_cache(maxsize=4096)
 def chunks_in_flight(pp: int, vpp: int, microbatches: int, rank: int) -> tuple[int, ...]:
-    """Micro-batches whose activations each virtual stage of a rank holds when its first backward pass begins: the most."""
+    """Return the most micro-batches whose activations each virtual stage of a rank holds: at the rank's first backward pass."""
     count = min(warmup_passes(pp, vpp, microbatches, rank) + 1, microbatches * vpp)
     held = Counter(position for _, position in forward_order(pp, vpp, min(microbatches, 4 * pp))[:count])
     return tuple(held[position] for position in range(vpp))
@@ -58,7 +61,7 @@ def chunks_in_flight(pp: int, vpp: int, microbatches: int, rank: int) -> tuple[i
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds of one micro-batch, by virtual stage in model order, and of handing its activations on."""
+    """Seconds of one micro-batch by virtual stage in model order, and of sending its activations to the next stage."""
 
     forward: Sequence[float]
     backward: Sequence[float]
@@ -67,7 +70,7 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class Event:
-    """A pass, when it ran and where."""
+    """Pass with its place and time."""
 
     rank: int
     stage: int
@@ -78,26 +81,26 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A step's passes on every pipeline rank."""
+    """Passes of a step on every pipeline rank."""
 
     events: tuple[Event, ...]
     seconds: float
     busy: tuple[float, ...]
-    """By rank."""
+    """Seconds by rank."""
     most_in_flight: tuple[int, ...]
-    """By rank: micro-batches held at a time, those of each of its virtual stages counted."""
+    """Most micro-batches held at a time by rank, summed over its virtual stages."""
 
     @property
     def bubble(self) -> float:
-        """The share of the step that the busiest rank waits."""
+        """Share of the step in which the busiest rank waits."""
         return 1 - max(self.busy) / self.seconds
 
 
 def simulate(times: StageTimes, pp: int, microbatches: int) -> Timeline:
-    """Play a step: each rank runs its passes in order, each as soon as its input has arrived. Sending blocks nobody.
+    """Play a step: each rank runs its passes in order, each as soon as its input has arrived. Sends do not block.
 
     Raises:
-        ValueError: an interleaved schedule whose micro-batches are no multiple of pp.
+        ValueError: the schedule is interleaved, and the micro-batches are not a multiple of pp.
     """
     stages = len(times.forward)
     vpp = stages // pp
@@ -106,7 +109,8 @@ def simulate(times: StageTimes, pp: int, microbatches: int) -> Timeline:
     orders = [passes(pp, vpp, microbatches, rank) for rank in range(pp)]
     ends: dict[tuple[bool, int, int], float] = {}
     at, clock, busy, held = [0] * pp, [0.0] * pp, [0.0] * pp, [0] * pp
-    most, events, waiting = [0] * pp, [], list(range(pp))
+    most, waiting = [0] * pp, list(range(pp))
+    events: list[Event] = []
     while waiting:
         rank = waiting.pop()
         while at[rank] < len(orders[rank]):
@@ -125,12 +129,14 @@ def simulate(times: StageTimes, pp: int, microbatches: int) -> Timeline:
             events.append(Event(rank, stage, step, start, clock[rank]))
             at[rank] += 1
             waiting += [r for r in ((rank + 1) % pp, (rank - 1) % pp) if r != rank and r not in waiting]
-    assert all(i == len(order) for i, order in zip(at, orders)), "the schedule waits for itself"
+    assert all(i == len(order) for i, order in zip(at, orders)), "deadlock in the schedule"
     return Timeline(tuple(events), max(clock), tuple(busy), tuple(most))
 
 
-def _ready(step: Pass, stage: int, stages: int, ends: dict, transfer: float) -> float | None:
-    """When a pass's input is there; None: not yet known."""
+def _ready(
+    step: Pass, stage: int, stages: int, ends: Mapping[tuple[bool, int, int], float], transfer: float
+) -> float | None:
+    """Return the time at which a pass's input arrives. None: not yet known."""
     if step.forward:
         return 0.0 if stage == 0 else _arrival(ends.get((True, step.microbatch, stage - 1)), transfer)
     own = ends.get((True, step.microbatch, stage))
@@ -145,8 +151,10 @@ def _arrival(end: float | None, transfer: float) -> float | None:
 
 
 def analytic_seconds(times: StageTimes, pp: int, microbatches: int) -> float:
-    """m + (p - 1) / v micro-batches of the slowest rank: exact for equal stages and free transfers, and close to the
-    truth for others. A transfer is waited for on the way in and out, 2 (p v - 1) of them in all."""
+    """Return the time of m + (p - 1) / v micro-batches of the slowest rank, and of the transfers while the pipeline fills and drains.
+
+    This is exact for equal stages and free transfers, and close to the simulation otherwise.
+    """
     stages = len(times.forward)
     vpp = stages // pp
     work = [sum(times.forward[rank::pp]) + sum(times.backward[rank::pp]) for rank in range(pp)]

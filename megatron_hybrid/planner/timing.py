@@ -1,22 +1,30 @@
-"""A step's time by part: what every layer has to do (work.py), at the rates of the hardware, through the pipeline."""
+"""Time of a step by part: the work of every layer at the hardware's rates, through the pipeline."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_hybrid.arch.costs import Direction
 from megatron_hybrid.arch.flops import training_flops_per_token
-from megatron_hybrid.arch.model import LayerKind
+from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.hardware import Hardware
-from megatron_hybrid.planner.layer_time import HIDDEN, Layers, Parts, scaled
-from megatron_hybrid.planner.parameters import rank_parameters, rank_state
+from megatron_hybrid.planner.layer_time import LayerTimes
+from megatron_hybrid.planner.parameters import rank_parameters
+from megatron_hybrid.planner.parts import BUBBLE, DP, DP_HIDDEN, HIDDEN, LAUNCHES, OPTIMIZER, PP, Parts
 from megatron_hybrid.planner.plan import Chunk, Plan
 from megatron_hybrid.planner.schedule import StageTimes, analytic_seconds, simulate
+from megatron_hybrid.planner.state import GRADIENT_BYTES, rank_state
 
-OPTIMIZER_BYTES = 46
-"""A parameter of the shard: norm 4, clip 8, Adam 28 of gradient, master weight and moments, weight 6."""
-GRADIENT_BYTES = 12
-"""A parameter of the rank: set to zero 4, scaled by the number of replicas 8."""
+SHARD_TRAFFIC = 18
+"""Bytes per parameter of the shard, besides the optimizer's update: norm 4, clip 8, weight 6."""
+GRADIENT_TRAFFIC = 12
+"""Bytes per parameter of the rank: set to zero 4, scaled by the number of replicas 8."""
+LARGEST_HIDDEN_SHARE = 0.95
+"""Share of a data parallel collective that overlap can hide. The first bucket is always waited for."""
+OVERLAPPED_SHARE = 0.9
+"""Share of a pass behind which data parallel collectives can hide."""
+DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -24,15 +32,16 @@ class StepTime:
     """Seconds of a step by part, as the busiest pipeline rank spends them."""
 
     parts: Mapping[str, float]
-    """products, attention, delta rule, glue, launches; TP, CP, PP and DP communication that is waited for; bubble; optimizer."""
+    """GEMMs, attention, recurrences, memory-bound operations, kernel launches, exposed communication by group, bubble, optimizer."""
     hidden: Mapping[str, float]
-    """Communication behind computation: no part of the step's time."""
+    """Communication hidden behind computation, which takes no time of the step."""
     tokens: int
-    """Of a step, over all GPUs."""
+    """Tokens per step, over all GPUs."""
     gpus: int
     flops: float
-    """The model's, of a step."""
+    """FLOPs of the model per step."""
     peak: float
+    """Peak FLOP/s of a GPU."""
 
     @property
     def seconds(self) -> float:
@@ -40,41 +49,43 @@ class StepTime:
 
     @property
     def tokens_per_gpu(self) -> float:
-        """A second."""
+        """Tokens/s per GPU."""
         return self.tokens / self.seconds / self.gpus
 
     @property
     def mfu(self) -> float:
-        """Share of the peak, 0 to 1; recomputation counts for nothing."""
+        """Share of peak FLOP/s, 0 to 1. Recomputation is not counted."""
         return self.flops / self.seconds / self.gpus / self.peak
 
 
-class Clock:
-    """Predicts step times on one kind of hardware. Remembers layers: thousands of plans share them."""
+class StepPredictor:
+    """Predicts step times on one kind of hardware, and caches layers, which thousands of plans share."""
 
     def __init__(self, hardware: Hardware) -> None:
         self.hardware = hardware
-        self._layers: dict[tuple, Layers] = {}
-        self._flops: dict[tuple, float] = {}
+        self._layers: dict[tuple[object, ...], LayerTimes] = {}
+        self._flops: dict[tuple[object, ...], float] = {}
 
-    def step(self, plan: Plan, played: bool = False) -> StepTime:
-        """Of one optimizer step. `played`: by the schedule event by event, else by its closed form."""
-        hardware, layers = self.hardware, self._of(plan)
-        ways = [[self._chunk(plan, chunk, layers, way) for way in ("forward", "backward")] for chunk in plan.chunks]
-        times = StageTimes(*([_visible(parts) for parts in way] for way in zip(*ways)))
+    def step(self, plan: Plan, simulated: bool = False) -> StepTime:
+        """Predict one optimizer step.
+
+        Args:
+            simulated: play the pipeline schedule event by event. False: use its closed form.
+        """
+        layers = self._layer_times(plan)
+        passes = [[self._chunk(plan, chunk, layers, direction) for direction in DIRECTIONS] for chunk in plan.chunks]
+        forward, backward = ([parts.exposed for parts in direction] for direction in zip(*passes))
+        times = StageTimes(forward, backward)
         m, pp = plan.microbatches, plan.pp
-        pipeline = simulate(times, pp, m).seconds if played else analytic_seconds(times, pp, m)
+        pipeline = simulate(times, pp, m).seconds if simulated else analytic_seconds(times, pp, m)
         busiest = max(range(pp), key=lambda rank: sum(times.forward[rank::pp]) + sum(times.backward[rank::pp]))
-        total: Parts = Counter()
-        for parts in ways[busiest::pp]:
-            for part in parts:
-                total.update(scaled(part, m))
-        total["bubble"] = max(0.0, pipeline - _visible(total))
-        self._data_parallel(plan, busiest, times, total)
-        shard = rank_parameters(plan, busiest)
-        own = shard / plan.sharing if plan.parallel.distributed_optimizer else shard
-        optimizer = (own * OPTIMIZER_BYTES + shard * GRADIENT_BYTES) / (hardware.copy * hardware.efficiency["other"])
-        total["optimizer"] = (optimizer + hardware.host_step) * hardware.factor("optimizer")
+        total = Parts()
+        for chunk in passes[busiest::pp]:
+            for parts in chunk:
+                total.add(parts.scaled(m))
+        total[BUBBLE] = max(0.0, pipeline - total.exposed)
+        self._add_data_parallel(plan, busiest, times, total)
+        total[OPTIMIZER] = self._optimizer_seconds(plan, busiest)
         tokens = plan.global_batch_size * plan.sequence_length
         return StepTime(
             {part: s for part, s in total.items() if part not in HIDDEN and s > 1e-9},
@@ -82,80 +93,75 @@ class Clock:
             tokens,
             plan.world_size,
             self._model_flops(plan) * tokens,
-            hardware.peak_flops,
+            self.hardware.peak_flops,
         )
 
-    def _of(self, plan: Plan) -> Layers:
+    def _optimizer_seconds(self, plan: Plan, rank: int) -> float:
+        held, update = rank_parameters(plan, rank), OPTIMIZERS[plan.optimizer].update_bytes
+        updated = held / plan.dp_cp if plan.parallel.distributed_optimizer else held
+        moved = self.hardware.copy_seconds("other", updated * (SHARD_TRAFFIC + update) + held * GRADIENT_TRAFFIC)
+        return (moved + self.hardware.host_seconds_per_step) * self.hardware.factor("optimizer")
+
+    def _layer_times(self, plan: Plan) -> LayerTimes:
         key = (plan.tp, plan.cp, plan.parallel.sequence_parallel_on, plan.parallel.tp_comm_overlap, plan.micro_batch_size,
-               plan.parallel.recompute_granularity, plan.precision, plan.dtype, plan.sequence_length, plan.model.layer_pattern,
-               plan.model.hidden_size)  # fmt: skip
+               plan.parallel.recompute_granularity, plan.precision, plan.dtype, plan.sequence_length, plan.model)  # fmt: skip
         if key not in self._layers:
-            self._layers[key] = Layers(plan, self.hardware)
+            self._layers[key] = LayerTimes(plan, self.hardware)
         return self._layers[key]
 
     def _model_flops(self, plan: Plan) -> float:
-        key = (plan.model.layer_pattern, plan.model.hidden_size, plan.sequence_length)
+        key = (plan.model, plan.sequence_length)
         if key not in self._flops:
             self._flops[key] = training_flops_per_token(plan.model, plan.sequence_length)
         return self._flops[key]
 
-    def _chunk(self, plan: Plan, chunk: Chunk, layers: Layers, way: str) -> Parts:
-        """Of one micro-batch through a virtual stage, its transfers included."""
-        key = chunk.kinds, chunk.embedding, chunk.head, way, plan.pp > 1, plan.world_size > self.hardware.gpus_per_node
-        if plan.precision.num_layers_at_start_in_bf16 or plan.precision.num_layers_at_end_in_bf16:
-            key += (chunk.first_layer,)
+    def _chunk(self, plan: Plan, chunk: Chunk, layers: LayerTimes, direction: Direction) -> Parts:
+        """Return the time of one micro-batch through a virtual stage, with its transfers."""
+        fp8 = tuple(layer in plan.fp8_layers for layer, _ in enumerate(chunk.symbols, chunk.first_layer))
+        spans_nodes = plan.world_size > self.hardware.gpus_per_node
+        key = chunk.symbols, fp8, chunk.embedding, chunk.head, direction, plan.pp > 1, spans_nodes
         if key not in layers.chunks:
-            layers.chunks[key] = self._new_chunk(plan, chunk, layers, way)
+            layers.chunks[key] = self._new_chunk(plan, chunk, layers, direction, fp8)
         return layers.chunks[key]
 
-    def _new_chunk(self, plan: Plan, chunk: Chunk, layers: Layers, way: str) -> Parts:
-        total: Parts = Counter()
-        precise = (
-            plan.precision.num_layers_at_start_in_bf16,
-            plan.model.num_layers - plan.precision.num_layers_at_end_in_bf16,
-        )
-        counts: Counter[tuple[LayerKind, bool]] = Counter(
-            (kind, precise[0] <= i < precise[1]) for i, kind in enumerate(chunk.kinds, chunk.first_layer)
-        )
-        for (kind, fp8), count in counts.items():
-            total.update(scaled(layers.layer(kind, way, fp8), count))
-        total["launches"] = max(0.0, len(chunk.kinds) * layers.host(way) - _visible(total))
+    def _new_chunk(
+        self, plan: Plan, chunk: Chunk, layers: LayerTimes, direction: Direction, fp8: Sequence[bool]
+    ) -> Parts:
+        total = Parts()
+        for (symbol, in_fp8), count in Counter(zip(chunk.symbols, fp8)).items():
+            total.add(layers.layer(symbol, direction, in_fp8).scaled(count))
+        total[LAUNCHES] = max(0.0, len(chunk.symbols) * layers.host(direction) - total.exposed)
         if chunk.embedding:
-            total.update(layers.embedding(way))
+            total.add(layers.embedding(direction))
         if chunk.head:
-            total.update(layers.head(way))
+            total.add(layers.head(direction))
         if plan.pp > 1:
             group = network.groups(plan, self.hardware.gpus_per_node)["pp"]
-            size = plan.tokens * plan.model.hidden_size * plan.element
-            size /= plan.tp if plan.parallel.sequence_parallel_on else 1
+            whole = plan.tokens * plan.model.hidden_size * plan.element
+            size = whole / plan.tp if plan.parallel.sequence_parallel_on else whole
             one = network.seconds("p2p", size, group, self.hardware)
-            total["PP communication"] = one * self.hardware.factor("communication")
+            total[PP] = one * self.hardware.factor("communication")
         return total
 
-    def _data_parallel(self, plan: Plan, rank: int, times: StageTimes, total: Parts) -> None:
-        """Reduction of gradients and gathering of weights, once a step."""
-        if plan.sharing == 1:
+    def _add_data_parallel(self, plan: Plan, rank: int, times: StageTimes, total: Parts) -> None:
+        """Add the reduction of gradients and the gathering of parameters, once per step."""
+        if plan.dp_cp == 1:
             return
         hardware, parallel = self.hardware, plan.parallel
         group = network.groups(plan, hardware.gpus_per_node)["dp"]
-        count = rank_parameters(plan, rank)
+        gradients = GRADIENT_BYTES * rank_parameters(plan, rank)
         if not parallel.distributed_optimizer:
-            reduce, gather = network.seconds("all_reduce", 4 * count, group, hardware), 0.0
+            reduce, gather = network.seconds("all_reduce", gradients, group, hardware), 0.0
         else:
-            reduce = network.seconds("reduce_scatter", 4 * count, group, hardware)
+            reduce = network.seconds("reduce_scatter", gradients, group, hardware)
             gather = network.seconds("all_gather", rank_state(plan, rank).weights, group, hardware)
         factor = hardware.factor("communication")
+        # The last micro-batch's backward pass hides the reduction, the first one's forward pass the gathering.
         for cost, overlapped, passes in (
             (reduce * factor, parallel.overlap_grad_reduce, times.backward),
             (gather * factor, parallel.overlap_param_gather, times.forward),
         ):
-            # the last micro-batch's backward pass hides the reduction, the first one's forward pass the gathering; the first
-            # bucket's part is always waited for
-            room = 0.9 * sum(passes[rank :: plan.pp]) if overlapped else 0.0
-            hidden = min(cost * 0.95, room)
-            total["DP communication"] += cost - hidden
-            total["DP communication, hidden"] += hidden
-
-
-def _visible(parts: Parts) -> float:
-    return sum(seconds for part, seconds in parts.items() if part not in HIDDEN)
+            room = OVERLAPPED_SHARE * sum(passes[rank :: plan.pp]) if overlapped else 0.0
+            hidden = min(cost * LARGEST_HIDDEN_SHARE, room)
+            total[DP] += cost - hidden
+            total[DP_HIDDEN] += hidden

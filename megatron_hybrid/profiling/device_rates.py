@@ -19,8 +19,10 @@ from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.gated_delta_rule import gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
 from megatron_hybrid.arch.fp8_recipes import ATTENTION, FP8_RECIPES, Fp8Recipe
+from megatron_hybrid.arch.layer import layer_parameters
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.arch.padding import PackedWidths, PaddedSizes
+from megatron_hybrid.arch.packing import PackedParameter
+from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.distributed.device import has_cuda, local_device
 from megatron_hybrid.precision.recipes import transformer_engine_recipe
 
@@ -77,14 +79,14 @@ def device_points(model: ModelConfig, tokens: int = 8192, degrees: Sequence[int]
             for n, k in sorted(linear_shapes(model, degree)):
                 yield from _tried(linear_points(form, tokens, n, k), form)
         for sequence in (tokens // 4, tokens, 4 * tokens) if degree <= 2 else (tokens,):
-            if set(model.layers) - {"G"}:
+            if mixer_parameters(model, "attention"):
                 for form in ("bf16", "fp8") if len(formats) > 1 else ("bf16",):
                     yield from _tried(attention_points(form, model, degree, sequence), form)
-            if model.gdn is not None:
+            if mixer_parameters(model, "gated_delta_net"):
                 yield from delta_rule_points(model, degree, sequence)
-        if model.gdn is not None:
+        if mixer_parameters(model, "gated_delta_net"):
             yield from glue_points(model, degree, tokens)
-    if model.gdn is not None:
+    if mixer_parameters(model, "gated_delta_net"):
         yield from delta_rule_points(model, 1, tokens, batch=4)
 
 
@@ -99,15 +101,15 @@ def _tried(points: Iterator[Point], form: str) -> Iterator[Point]:
 
 
 def linear_shapes(model: ModelConfig, degree: int) -> set[tuple[int, int]]:
-    """(out, in) of the matrices on a rank."""
-    h, f, sizes = model.hidden_size, model.ffn_hidden_size // degree, PaddedSizes.of(model, degree)
-    d = model.attention_head_dim
-    q, kv = sizes.num_attention_heads * d // degree, sizes.num_key_value_heads * d // degree
-    shapes = {(2 * f, h), (h, f), (q + 2 * kv, h), (h, q)}
-    if model.gdn is not None:
-        widths = PackedWidths.of(model, degree)
-        shapes |= {(widths.total, h), (h, widths.v)}
-    return shapes
+    """Return the (out, in) shapes of all linears on a rank."""
+    parameters = (p for block in model.blocks_by_symbol.values() for p in layer_parameters(model, block) if p.is_gemm)
+    return {(rows, columns) for rows, columns in (parameter.rank_shape(degree) for parameter in parameters)}
+
+
+def mixer_parameters(model: ModelConfig, name: str) -> dict[str, PackedParameter]:
+    """Return the parameters of the mixer called `name` by their names; none where the model has no such layer."""
+    blocks = [block for block in model.blocks_by_symbol.values() if block.mixer == name]
+    return {p.name: p for block in blocks[:1] for p in mixer_spec(name).parameters(model, block)}
 
 
 def linear_points(form: str, m: int, n: int, k: int) -> Iterator[Point]:
@@ -142,8 +144,8 @@ def _fp8_context(recipe: Fp8Recipe, **options) -> Callable[[], AbstractContextMa
 
 def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, batch: int = 1) -> Iterator[Point]:
     """Causal attention of a rank's heads; in FP8 with delayed scaling."""
-    sizes, d = PaddedSizes.of(model, degree), model.attention_head_dim
-    heads, groups = sizes.num_attention_heads // degree, sizes.num_key_value_heads // degree
+    d, qkv = model.attention_head_dim, mixer_parameters(model, "attention")["linear_qkv.weight"]
+    heads, groups, _ = (width // d for width in qkv.rank_sizes(degree))
     device, dtype = local_device(), torch.bfloat16
     q = torch.randn(sequence, batch, heads, d, device=device, dtype=dtype, requires_grad=True)
     k, v = (torch.randn(sequence, batch, groups, d, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
@@ -169,27 +171,31 @@ def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, 
 
 def delta_rule_points(model: ModelConfig, degree: int, sequence: int, batch: int = 1) -> Iterator[Point]:
     """gated_delta_rule with a rank's heads."""
-    gdn, sizes = model.gdn, PaddedSizes.of(model, degree)
-    key_heads, heads = sizes.gdn_key_heads // degree, sizes.gdn_value_heads // degree
+    gdn, in_proj = model.gdn, mixer_parameters(model, "gated_delta_net")["in_proj.weight"]
+    q_width, _, _, _, _, heads = in_proj.rank_sizes(degree)
+    key_heads = q_width // gdn.key_head_dim
     device, dtype = local_device(), torch.bfloat16
     q, k = (torch.randn(batch, sequence, key_heads, gdn.key_head_dim, device=device) for _ in range(2))
     q, k = (F.normalize(t, dim=-1).to(dtype).requires_grad_() for t in (q, k))
     v = torch.randn(batch, sequence, heads, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
     g = (-0.1 * torch.rand(batch, sequence, heads, device=device)).requires_grad_()
     beta = (2 * torch.rand(batch, sequence, heads, device=device)).requires_grad_()
-    sizes_ = {"op": "delta_rule", "sequence": sequence, "batch": batch, "heads": heads}
+    sizes_ = {"op": "recurrence", "sequence": sequence, "batch": batch, "heads": heads}
     sizes_ |= {"key_head_dim": gdn.key_head_dim, "value_head_dim": gdn.value_head_dim}
     yield from _both(sizes_, lambda: gated_delta_rule(q, k, v, g, beta)[0])
 
 
 def glue_points(model: ModelConfig, degree: int, tokens: int) -> Iterator[Point]:
     """conv_gates and gated_rmsnorm: what stands between projections and the delta rule."""
-    gdn, widths = model.gdn, PackedWidths.of(model, degree)
+    gdn, parameters = model.gdn, mixer_parameters(model, "gated_delta_net")
+    q_width, _, v_width, _, _, value_heads = parameters["in_proj.weight"].rank_sizes(degree)
     device, dtype = local_device(), torch.bfloat16
-    packed = torch.randn(tokens, 1, widths.total, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.randn(widths.conv, gdn.conv_kernel_size, device=device, dtype=dtype, requires_grad=True)
-    a, dt = (torch.rand(widths.a, device=device).requires_grad_() for _ in range(2))
-    heads = dict(num_key_heads=widths.q // gdn.key_head_dim, num_value_heads=widths.a)
+    packed = torch.randn(
+        tokens, 1, parameters["in_proj.weight"].rank_shape(degree)[0], device=device, dtype=dtype, requires_grad=True
+    )
+    weight = torch.randn(parameters["conv_weight"].rank_shape(degree), device=device, dtype=dtype, requires_grad=True)
+    a, dt = (torch.rand(value_heads, device=device).requires_grad_() for _ in range(2))
+    heads = dict(num_key_heads=q_width // gdn.key_head_dim, num_value_heads=value_heads)
     heads |= dict(key_head_dim=gdn.key_head_dim, value_head_dim=gdn.value_head_dim)
     sizes = {"tokens": tokens, "degree": degree}
 
@@ -198,8 +204,8 @@ def glue_points(model: ModelConfig, degree: int, tokens: int) -> Iterator[Point]
         return _Join.apply(*outputs, gate)
 
     yield from _both({"op": "conv_gates", **sizes}, all_outputs)
-    o = torch.randn(1, tokens, widths.a, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
-    gate = torch.randn(tokens, 1, widths.v, device=device, dtype=dtype, requires_grad=True)
+    o = torch.randn(1, tokens, value_heads, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
+    gate = torch.randn(tokens, 1, v_width, device=device, dtype=dtype, requires_grad=True)
     ones = torch.ones(gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
     yield from _both({"op": "gated_norm", **sizes}, lambda: gated_rmsnorm(o, gate, ones, gdn.norm_eps))
 

@@ -10,7 +10,7 @@ Sizes that are not Gated DeltaNet's (hidden size, norm, MLP, dtype, parallelism,
 Importing this changes nothing in the process: no patches, no warning filters, no environment variables.
 """
 
-from megatron_hybrid.arch.model import GatedDeltaNetConfig
+from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_hybrid.spec.cpu import enable_cpu_backend
 from megatron_hybrid.spec.layers import gated_delta_net_layer_spec, olmo_hybrid_stack_spec
 from megatron_hybrid.spec.optimizer import optimizer_config_overrides

@@ -6,21 +6,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.registry import mixer_specs
 from megatron_hybrid.base.errors import shown
 from megatron_hybrid.checkpoint.format import CheckpointError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.fingerprint import identity_changes
 
-NOT_COMPUTED = (
+_NOT_COMPUTED = (
     "model.init_std",
-    "model.gdn.a_init_range",
-    "model.gdn.dt_init_range",
-    "model.gdn.dt_init_floor",
     "model.eos_token_id",
     "model.pad_token_id",
     "model.backend",
 )
-"""Model fields that leave a trained model's outputs as they are. Their changes are reported, not refused."""
+"""Model fields that leave a trained model's outputs as they are, besides those that mixers name. Their changes are reported,
+not refused."""
 _ABSENT = "(absent)"
 
 
@@ -60,8 +59,13 @@ def model_changes(before: ModelConfig, after: ModelConfig) -> dict[str, str]:
     return {
         field: f"{old.get(field, _ABSENT)} before, {new.get(field, _ABSENT)} now"
         for field in {**old, **new}
-        if old.get(field) != new.get(field) and field not in NOT_COMPUTED
+        if old.get(field) != new.get(field) and field not in _not_computed()
     }
+
+
+def _not_computed() -> set[str]:
+    mixers = (f"model.{spec.prefix}.{field}" for spec in mixer_specs() for field in spec.init_fields)
+    return {*_NOT_COMPUTED, *mixers}
 
 
 def _written_out(model: ModelConfig) -> dict[str, Any]:

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
-from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.checkpoint.folders import (
     check_same_tensors,
     checkpoint_step,
@@ -102,10 +99,7 @@ def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] 
     if start.folder is None:
         return []
     index = read_index(start.folder)
-    try:
-        theirs = ModelConfig(**index.model)
-    except ValidationError:
-        raise CheckpointError(f"{start.folder}: its index.json describes no model; use another checkpoint") from None
+    theirs = index.model_config(start.folder)
     check_same_tensors(start.folder, theirs, config.model)
     if not start.weights_only:
         _check_work_left(config, start.folder, index.state.get("step", 0))

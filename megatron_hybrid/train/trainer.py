@@ -6,23 +6,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_hybrid.arch.flops import training_flops_per_token
 from megatron_hybrid.checkpoint.format import read_index
-from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import check_run_dir
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.fingerprint import data_identity
-from megatron_hybrid.data.loader import BatchLoader
-from megatron_hybrid.distributed.device import has_cuda
 from megatron_hybrid.distributed.process_groups import stop_distributed
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
-from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.observe.sinks import check_sinks
 from megatron_hybrid.train.callbacks import default_callbacks
 from megatron_hybrid.train.callbacks.base import Callback, StepOutcome
@@ -31,6 +25,7 @@ from megatron_hybrid.train.engines.build import build_engine
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.progress import Progress
 from megatron_hybrid.train.schedules import learning_rate
+from megatron_hybrid.train.setup import build_loader, build_logger, write_config
 from megatron_hybrid.train.start import check_start_point, choose_start
 from megatron_hybrid.train.start_checks import check_start, newest_step, on_first_rank, run_folder
 
@@ -86,13 +81,14 @@ class Trainer:
         training, validation = open_data(config)
         self.data_identity, self.changes = on_first_rank(lambda: self._compare(training))
         self.engine = build_engine(config, groups)
-        self.loader = self._make_loader(training, config.data.num_workers)
-        validation_loader = self._make_loader(validation, num_workers=0) if validation else None
+        self.loader = build_loader(config, groups, training, config.data.num_workers)
+        validation_loader = build_loader(config, groups, validation, num_workers=0) if validation else None
         self.callbacks = [*callbacks, *default_callbacks(config, validation_loader, interrupt)]
         for callback in self.callbacks:
             callback.setup(self)
-        self._write_config()
-        self.logger = self._make_logger()
+        if launch.rank == 0:
+            write_config(config)
+        self.logger = build_logger(config, launch, self.progress, continues=self.start.kind == "resume")
         for line in self.engine.backends(config.train.micro_batch_size):
             self.logger.info(line)
         for callback in self.callbacks:
@@ -102,38 +98,6 @@ class Trainer:
         """Return the identity of this run's data, and a line for each change since the checkpoint's run."""
         identity = data_identity(training, self.config.data.seed)
         return identity, check_start_point(self.config, self.start, identity)
-
-    def _make_loader(self, data: Blend, num_workers: int) -> BatchLoader:
-        return BatchLoader(
-            data,
-            self.config.train.micro_batch_size,
-            data_parallel_rank=self.groups.dp.rank(),
-            data_parallel_size=self.groups.dp.size(),
-            num_workers=num_workers,
-            pin_memory=has_cuda(),
-        )
-
-    def _write_config(self) -> None:
-        if self.launch.rank == 0:
-            run_dir = Path(self.config.run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(dump_run(self.config))
-
-    def _make_logger(self) -> RunLogger:
-        config = self.config
-        return RunLogger(
-            config.logging,
-            config.run_dir,
-            self.launch.rank,
-            total_steps=config.train.steps,
-            start_step=self.progress.step,
-            start_tokens=self.progress.tokens,
-            flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
-            num_devices=self.launch.world_size,
-            device_name=torch.cuda.get_device_name() if has_cuda() else None,
-            settings=config.model_dump(mode="json"),
-            continues=self.start.kind == "resume",
-        )
 
     def __enter__(self) -> Self:
         return self

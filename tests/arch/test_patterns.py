@@ -5,14 +5,16 @@ import time
 
 import pytest
 
-from megatron_hybrid.arch.model import MAX_LAYERS, expand_pattern, fold_pattern
+from megatron_hybrid.arch.patterns import MAX_LAYERS, expand_pattern, fold_pattern
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.parallel import ParallelConfig
 
+TITLES = {"G": "Gated DeltaNet", "A": "attention", "W": "sliding-window attention"}
+
 
 def test_expand_by_hand() -> None:
-    assert "".join(expand_pattern("GGGA*2,GA")) == "GGGAGGGAGA"
-    assert "".join(expand_pattern(" G * 2 , W")) == "GGW"
+    assert "".join(expand_pattern("GGGA*2,GA", TITLES)) == "GGGAGGGAGA"
+    assert "".join(expand_pattern(" G * 2 , W", TITLES)) == "GGW"
 
 
 def test_expand_and_fold_random_patterns() -> None:
@@ -22,11 +24,11 @@ def test_expand_and_fold_random_patterns() -> None:
             ("".join(draw.choices("GAW", k=draw.randint(1, 5))), draw.randint(1, 9)) for _ in range(draw.randint(1, 4))
         ]
         pattern = ",".join(unit + (f"*{n}" if n > 1 or draw.random() < 0.5 else "") for unit, n in groups)
-        layers = expand_pattern(pattern)
+        layers = expand_pattern(pattern, TITLES)
         assert "".join(layers) == "".join(unit * n for unit, n in groups)
         folded = fold_pattern(layers)
-        assert expand_pattern(folded) == layers and len(folded) <= len(layers)
-    assert fold_pattern(expand_pattern("GGGA*7,GGA")) == "GGGA*7,GGA"
+        assert expand_pattern(folded, TITLES) == layers and len(folded) <= len(layers)
+    assert fold_pattern(expand_pattern("GGGA*7,GGA", TITLES)) == "GGGA*7,GGA"
 
 
 @pytest.mark.parametrize(
@@ -35,16 +37,16 @@ def test_expand_and_fold_random_patterns() -> None:
 )
 def test_malformed_patterns(pattern: str) -> None:
     with pytest.raises(ValueError, match="is not a group of layers"):
-        expand_pattern(pattern)
+        expand_pattern(pattern, TITLES)
 
 
 def test_absurd_patterns_neither_hang_nor_eat_memory() -> None:
     start = time.process_time()
     for pattern in ("GGGA*999999999", "G*" + "9" * 10**5, "G" * 10**6, ",".join(["GGGA*999"] * 10**4)):
         with pytest.raises(ValueError, match=f"more than {MAX_LAYERS} layers") as caught:
-            expand_pattern(pattern)
+            expand_pattern(pattern, TITLES)
         assert len(str(caught.value)) < 300
-    assert len(expand_pattern(f"G*{MAX_LAYERS}")) == MAX_LAYERS
+    assert len(expand_pattern(f"G*{MAX_LAYERS}", TITLES)) == MAX_LAYERS
     assert time.process_time() - start < 1
 
 
@@ -74,7 +76,7 @@ def test_a_given_split_is_taken() -> None:
 
 
 def test_remedies_for_too_many_stages_are_legal() -> None:
-    """What a message of stage_layers says to set is then taken."""
+    """The remedy in a message of stage_layers is accepted."""
     for pipeline in range(2, 12):
         for virtual in range(1, 8):
             for layers in range(1, min(40, pipeline * virtual)):
@@ -89,10 +91,3 @@ def test_remedies_for_too_many_stages_are_legal() -> None:
                     pipeline_, virtual_ = numbers[0], 1 if "virtual" in text else virtual
                 remedied = ParallelConfig(pipeline_parallel_size=pipeline_, virtual_pipeline_parallel_size=virtual_)
                 assert sum(remedied.stage_layers(layers)) == layers
-
-
-def test_padded_heads() -> None:
-    parallel = ParallelConfig(tensor_parallel_size=4)
-    assert parallel.padded_heads(30) == 32 and parallel.padded_heads(32) == 32
-    assert parallel.padded_heads(6, 24) == 32  # 4 query heads a group, before and after
-    assert ParallelConfig().padded_heads(30, 30) == 30

@@ -1,4 +1,4 @@
-"""Checkpoint folders: written whole or not at all, read back box by box, refused when damaged."""
+"""Checkpoint folders: written completely or not at all, read back slice by slice, refused when damaged."""
 
 import json
 import random
@@ -20,7 +20,7 @@ STATE = {"step": 7}
 
 
 def split(tensor: torch.Tensor, parts: int, name: str, rng: random.Random) -> list[SlicedTensor]:
-    """The tensor cut into row blocks, some of which are flattened and cut again anywhere."""
+    """Return the tensor in row blocks, some of which are flattened and split again at random."""
     shards, cuts = [], sorted(rng.sample(range(1, tensor.shape[0]), parts - 1))
     for start, stop in zip([0, *cuts], [*cuts, tensor.shape[0]], strict=True):
         block = tensor[start:stop]
@@ -52,7 +52,7 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_box_of_a_tensor_cut_anyhow(seed, tmp_path):
+def test_any_slice_of_a_tensor_stored_in_any_slices(seed, tmp_path):
     rng = random.Random(seed)
     tensors = {"a": torch.randn(13, 7), "b": torch.randn(31), "c": torch.randn(8, 4).bfloat16()}
     shards = [s for n, t in tensors.items() for s in split(t, rng.randint(2, 5), n, rng)]

@@ -9,9 +9,10 @@ from megatron_hybrid.arch.flops import (
     training_flops_by_part,
     training_flops_per_token,
 )
-from megatron_hybrid.arch.model import GatedDeltaNetConfig, ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.config import presets
+from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 from testing.peers import transformers_count
 
 SMALL = ModelConfig(

@@ -1,4 +1,4 @@
-"""Hugging Face folders in every spelling met, with random weights."""
+"""Hugging Face folders in every known spelling, with random weights."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ SPELLINGS = ("transformers", "joined", "separate", "released", "exporter")
 
 
 def spelled(model: ModelConfig, tensors: dict[str, torch.Tensor], spelling: str) -> dict[str, torch.Tensor]:
-    """A state dict with transformers' own names in another spelling."""
+    """Return a state dict with transformers' names in another spelling."""
     result = {}
     for name, tensor in tensors.items():
         if name.endswith("linear_attn.conv1d.weight") and spelling != "joined":
@@ -49,7 +49,7 @@ def spelled(model: ModelConfig, tensors: dict[str, torch.Tensor], spelling: str)
 def write_folder(
     folder: Path, fields: dict, spelling: str = "transformers", dtype: torch.dtype = torch.float32, shard: str = "5GB"
 ):
-    """Write a folder with random weights; returns transformers' model, whose weights they are."""
+    """Write a folder with random weights, and return the transformers model that has them."""
     model = ModelConfig(**fields)
     peer = transformers_model(model).to(dtype)
     peer.config.eos_token_id, peer.config.pad_token_id = model.eos_token_id, model.pad_token_id
@@ -63,7 +63,7 @@ def write_folder(
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder's safetensors."""
+    """Return every tensor of a folder's safetensors files."""
     return {n: t for path in sorted(folder.glob("*.safetensors")) for n, t in load_file(path).items()}
 
 

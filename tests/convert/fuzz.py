@@ -1,4 +1,4 @@
-"""Damages files of both formats and converts them, again and again; prints what came of it as one line of JSON.
+"""Damage files of both formats and convert them, many times. Prints the results as one line of JSON.
 
 python -m tests.convert.fuzz FOLDER SEED COUNT SECONDS      (FOLDER/hf and FOLDER/ours are converted to FOLDER/out/target)
 """
@@ -38,13 +38,13 @@ class OpenedFiles:
         self._watching = False
 
     def outside(self, folder: Path) -> list[str]:
-        """Those that neither the folder, nor Python, nor this project holds."""
+        """Return the paths outside the folder, Python and this project."""
         known = {os.path.realpath(p) + os.sep for p in (folder, sys.prefix, sys.base_prefix, os.getcwd())}
         return [path for path in self.paths if not path.startswith(tuple(known))]
 
 
 def convert(folder: Path, kind: str, target: Path) -> None:
-    """The whole conversion, one way or the other.
+    """Run a whole conversion, in one of the directions.
 
     Raises:
         ConversionError: the files are refused.
@@ -69,7 +69,7 @@ def main(folder: Path, seed: int, count: int, seconds: float) -> None:
         victims = rng.sample(places[kind], rng.choice([1, 1, 1, 2]))
         for path in victims:
             path.write_bytes(mutated(rng, originals[path], path.suffix == ".json"))
-        began = time.process_time()  # other tests run beside it
+        began = time.process_time()  # other tests run at the same time
         try:
             with opened:
                 convert(folder, kind, target)
@@ -87,7 +87,7 @@ def main(folder: Path, seed: int, count: int, seconds: float) -> None:
 
 
 def mutated(rng: random.Random, data: bytes, is_json: bool) -> bytes:
-    """One of many kinds of damage, from a flipped bit to a header that means harm."""
+    """Return the data with one of many kinds of damage, from a flipped bit to a malicious header."""
     if not is_json and rng.random() < 0.6:  # aim at the header
         length = int.from_bytes(data[:8], "little")
         header = _mutated_json(rng, data[8 : 8 + length])

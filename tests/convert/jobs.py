@@ -1,4 +1,4 @@
-"""What the conversion tests run on ranks."""
+"""Functions that the conversion tests run on ranks."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ import torch
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.checkpoint import CheckpointConfig
-from megatron_hybrid.distributed.context_parallel import slice_of_sequences
 from testing.jobs import make_engine
 
 _TRAIN = {"steps": 1, "global_batch_size": 1, "dtype": "fp32"}
@@ -20,9 +19,9 @@ def logits(checkpoint: str, tokens: torch.Tensor, new_tokens: int = 0, parallel:
         model = reader.index.model
         engine = make_engine(model, parallel or {}, _TRAIN, tokens.shape[1])
         engine.collector().load_weights(reader)
-    (chunk,) = engine.chunks
+    (chunk,), context = engine.chunks, engine.groups.cp
     with torch.no_grad():
-        result = chunk(slice_of_sequences(tokens, engine.groups.cp))
+        result = chunk(tokens.chunk(context.size(), dim=1)[context.rank()])
         longer = tokens
         for _ in range(new_tokens):
             following = chunk(longer)[:, -1, : model["vocab_size"]].argmax(-1)

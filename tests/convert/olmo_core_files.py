@@ -1,4 +1,4 @@
-"""Checkpoints as OLMo-core writes them, made here with random weights."""
+"""Checkpoints in OLMo-core's format, with random weights."""
 
 import json
 import warnings
@@ -8,7 +8,7 @@ import torch
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
-from megatron_hybrid.convert.olmo_core.importer import olmo_core_names
+from megatron_hybrid.convert.olmo_core.names import olmo_core_names
 from testing.peers import transformers_model, true_tensors_of
 from tools import convert_from_olmo_core
 
@@ -20,7 +20,7 @@ def to_ours(source, target, *options) -> int:
 
 
 def olmo_core_config(model: ModelConfig, old: bool = False) -> dict:
-    """What OLMo-core's ConfigSaver writes for this model."""
+    """Return the configuration that OLMo-core's ConfigSaver writes for this model."""
     rope = dict(name="default", theta=model.rope_theta, full_precision=True, scaling=None) if model.rope_theta else None
     attention = dict(
         name="default", n_heads=model.num_attention_heads, bias=False, rope=rope, qk_norm=NORM, backend="flash_2", type="attention"
@@ -72,14 +72,14 @@ def olmo_core_config(model: ModelConfig, old: bool = False) -> dict:
 
 
 def olmo_core_state(model: ModelConfig, old: bool = False, optimizer: bool = False) -> dict:
-    """A state dict with OLMo-core's names and random weights."""
+    """Return a state dict with OLMo-core's names and random weights."""
     tensors = true_tensors_of(transformers_model(model), model)
     state: dict = {"model": {}}
     moments: dict = {}
     generator = torch.Generator().manual_seed(2)
-    for name, spec in model_tensors(model).items():
+    for name in model_tensors(model):
         key = olmo_core_names(name)[-1 if old else 0]
-        tensor = tensors[name].unsqueeze(1) if spec.kind == "conv" else tensors[name]
+        tensor = tensors[name].unsqueeze(1) if name.endswith("_conv.weight") else tensors[name]
         state["model"][key] = tensor.clone()
         for part in ("exp_avg", "exp_avg_sq"):
             moments[f"state.{key}.{part}"] = torch.rand(tensor.shape, generator=generator)

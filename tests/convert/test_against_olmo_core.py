@@ -1,4 +1,4 @@
-"""OLMo-core itself beside ours: checkpoints that it writes, and its logits."""
+"""Comparison with OLMo-core itself: checkpoints that it writes, and its logits."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import torch
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.reader import CheckpointReader
-from megatron_hybrid.convert.olmo_core.importer import olmo_core_names
+from megatron_hybrid.convert.olmo_core.names import olmo_core_names
 from megatron_hybrid.convert.verify import verify
 from tests.convert import jobs as convert_jobs
 from tests.convert.folders import BASE

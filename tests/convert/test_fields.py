@@ -1,4 +1,4 @@
-"""config.json's fields: what changes no logit is taken, what is absent has transformers' default, the rest is refused."""
+"""Fields of config.json: harmless ones are accepted, absent ones take transformers' defaults, all others are refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Hugging Face to ours and back: every spelling, bit for bit."""
+"""Conversion from Hugging Face and back: every spelling, bit for bit."""
 
 import json
 import logging

@@ -11,7 +11,7 @@ from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.base.errors import BAD_INPUT
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.convert.olmo_core.config import model_from_olmo_core
-from megatron_hybrid.convert.olmo_core.importer import olmo_core_names
+from megatron_hybrid.convert.olmo_core.names import olmo_core_names
 from megatron_hybrid.convert.verify import verify
 from testing.peers import transformers_model, true_tensors_of
 from tests.convert import jobs as convert_jobs
@@ -145,7 +145,7 @@ def test_missing_and_unknown_tensors(tmp_path, capsys):
 
 
 def test_released_shapes_are_understood():
-    """The two 7B models as OLMo-core describes them."""
+    """Return OLMo-core's configurations of the two 7B models."""
     from megatron_hybrid.config.presets import olmo3_7b, olmo_hybrid_7b
 
     for preset in (olmo_hybrid_7b(), olmo3_7b()):

@@ -1,4 +1,4 @@
-"""Hostile and damaged checkpoints of OLMo-core: refused, and never a pickle run."""
+"""Hostile and damaged checkpoints of OLMo-core are refused, and no pickle is run."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ from tests.convert.olmo_core_files import olmo_core_config, olmo_core_state, sav
 
 
 class Hostile:
-    """Unpickled as usual, it would make a file."""
+    """An object whose normal unpickling creates a file."""
 
     def __init__(self, path: Path):
         self.path = str(path)

@@ -1,4 +1,4 @@
-"""What lies next to the weights of a Hugging Face model is there again in an export, after training too."""
+"""Files next to the weights of a Hugging Face model: an export contains them again, also after training."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ TOKENIZER = {
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A model with all that belongs to one."""
+    """A model with all files that usually are next to it."""
     write_folder(tmp_path / "hf", BASE)
     edit_json(tmp_path / "hf/config.json", bos_token_id=3, max_position_embeddings=4096)
     edit_json(tmp_path / "hf/generation_config.json", **GENERATION)

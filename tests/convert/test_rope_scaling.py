@@ -42,7 +42,7 @@ FORMS = {
 
 
 def config_with(**rope) -> dict:
-    """config.json of MODEL with its rotary embedding said in another way."""
+    """Return config.json of MODEL with another form of rotary embedding."""
     config = hf_from_model(ModelConfig(**MODEL), "float32", 128)
     return {name: value for name, value in config.items() if not name.startswith("rope_")} | rope
 

@@ -1,4 +1,4 @@
-"""Hostile and damaged files: a typed error, quickly, and nothing written."""
+"""Hostile and damaged files give a typed error quickly, and nothing is written."""
 
 import json
 import os
@@ -163,7 +163,7 @@ def test_targets_are_never_replaced(folder, capsys):
     assert (other / "precious").exists()
 
 
-def test_interrupted_conversion_goes_on(folder, monkeypatch, capsys):
+def test_an_interrupted_conversion_resumes(folder, monkeypatch, capsys):
     from megatron_hybrid.checkpoint.folders import complete_checkpoints, find_checkpoint
     from megatron_hybrid.convert import job
     from tools import convert_to_hf
@@ -200,7 +200,7 @@ def test_interrupted_conversion_goes_on(folder, monkeypatch, capsys):
     assert find_checkpoint(str(ours), "checkpoint.resume") == ours
 
 
-def test_a_changed_source_starts_anew(folder, monkeypatch):
+def test_a_changed_source_starts_over(folder, monkeypatch):
     from megatron_hybrid.convert import job
 
     target = folder.parent / "ours"

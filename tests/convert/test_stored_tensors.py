@@ -1,4 +1,4 @@
-"""How weights are stored: buffers among them, copies in other types, Hugging Face's cache, Git LFS pointers."""
+"""Storage of weights: buffers in the same file, copies in other types, Hugging Face's cache, Git LFS pointers."""
 
 import hashlib
 import shutil
@@ -97,7 +97,7 @@ def test_a_tied_copy_in_another_type(scale, status, tmp_path, capsys):
 
 
 def cached(source: Path, repository: Path) -> Path:
-    """The folder as the Hugging Face cache has it: a snapshot of links to blobs."""
+    """Return the folder as in the Hugging Face cache: a snapshot of links to blobs."""
     snapshot, blobs = repository / "snapshots/0123abcd", repository / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()

@@ -1,10 +1,13 @@
-"""Memory stays bounded however large the model, and ranks that share a conversion write the same bytes."""
+"""Memory is bounded for any model size, and ranks that share a conversion write the same bytes."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,11 @@ from safetensors.torch import save_file
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.convert import job
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf.config import hf_from_model
-from megatron_hybrid.convert.hf.registry import huggingface_name
+from megatron_hybrid.convert.hf.importer import from_huggingface
+from megatron_hybrid.convert.hf.registry import architecture_for
 from megatron_hybrid.convert.io.writer import OutputTensor
 from megatron_hybrid.convert.job import split_into_files
 from megatron_hybrid.convert.ranks import Ranks, find_ranks
@@ -53,9 +58,9 @@ def test_memory_is_bounded(tmp_path):
     specs = model_tensors(model)
     folder = tmp_path / "hf"
     folder.mkdir()
-    conv = {n: (s.shape[0], 1, s.shape[1]) for n, s in specs.items() if s.kind == "conv"}
+    names = architecture_for(model).names(model)
     save_file(
-        {huggingface_name(model, n): torch.zeros(conv.get(n, s.shape)) for n, s in specs.items()},
+        {names.theirs(name): torch.zeros(names.their_shape(name)) for name in specs},
         folder / "model.safetensors",
     )
     (folder / "config.json").write_text(json.dumps(hf_from_model(model, "float32", 512)))
@@ -107,6 +112,70 @@ def test_mpirun_without_mpi4py_is_an_error(monkeypatch):
         find_ranks()
 
 
+class Communicator:
+    """The part of an MPI communicator that conversions use, for ranks in threads."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, slots: list):
+        self.rank, self.barrier, self.slots = rank, barrier, slots
+
+    def Get_rank(self) -> int:
+        return self.rank
+
+    def Get_size(self) -> int:
+        return self.barrier.parties
+
+    def Ibarrier(self) -> "Communicator":
+        return self
+
+    def Test(self) -> bool:
+        self.barrier.wait(60)
+        return True
+
+    def allgather(self, value: object) -> list:
+        self.slots[self.rank] = value
+        self.barrier.wait(60)
+        found = list(self.slots)
+        self.barrier.wait(60)
+        return found
+
+
+def run_in_threads(count: int, plan: Callable[[], job.Conversion]) -> list[str]:
+    """Run a conversion on ranks in threads, and return the error of each rank, or ""."""
+    barrier, slots = threading.Barrier(count), [None] * count
+
+    def work(rank: int) -> str:
+        try:
+            job.run(plan(), Ranks(Communicator(rank, barrier, slots)), lambda total: lambda count: None)
+        except ConversionError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
+
+
+def test_ranks_in_threads_write_the_same_bytes_as_one_process(tmp_path, monkeypatch):
+    write_folder(tmp_path / "hf", BASE)
+    assert run_in_threads(1, lambda: from_huggingface(tmp_path / "hf", tmp_path / "one", max_file_bytes=8000)) == [""]
+    assert (
+        run_in_threads(3, lambda: from_huggingface(tmp_path / "hf", tmp_path / "three", max_file_bytes=8000))
+        == [""] * 3
+    )
+    assert contents(tmp_path / "one") == contents(tmp_path / "three") and len(contents(tmp_path / "one")) > 6
+
+    real = job.write_file
+
+    def broken(path, *rest):
+        if path.name.startswith("model-00002"):
+            raise ConversionError("damaged")
+        return real(path, *rest)
+
+    monkeypatch.setattr(job, "write_file", broken)
+    errors = run_in_threads(2, lambda: from_huggingface(tmp_path / "hf", tmp_path / "two", max_file_bytes=8000))
+    assert sorted(errors) == sorted(["damaged", f"rank {errors.index('damaged')} failed: ConversionError: damaged"])
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "one", "three"}
+
+
 def mpirun(count: int, *command: str, timeout: float = 120) -> subprocess.CompletedProcess:
     if shutil.which("mpirun") is None:
         pytest.skip("no mpirun here: apt-get install openmpi-bin")
@@ -117,7 +186,7 @@ def mpirun(count: int, *command: str, timeout: float = 120) -> subprocess.Comple
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_ranks_write_the_same_bytes_as_one_process(tmp_path):

@@ -1,4 +1,4 @@
-"""A trained checkpoint, whatever layout trained it, is in transformers the same model; and theirs is ours under any layout."""
+"""A checkpoint trained under any layout is the same model in transformers, and a converted model is the same under any layout."""
 
 import pytest
 import torch

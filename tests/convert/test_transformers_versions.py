@@ -41,7 +41,7 @@ SCRIPT = Path(__file__).with_name("logits_of.py")
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
-    """By family: the export, and the logits of the model it was made of."""
+    """Return the export of each family, and the logits of the exported model."""
     found = {}
     for name, fields in FAMILIES.items():
         folder = tmp_path_factory.mktemp(name)
@@ -54,7 +54,7 @@ def exports(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
 
 
 def installed(version: str) -> Path:
-    """A folder with this transformers and what it needs, but torch; made on first use."""
+    """Return a folder with this version of transformers and its dependencies without torch. It is created on first use."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron-hybrid"
     target, making = cache / f"transformers-{version}", cache / f".transformers-{version}-{os.getpid()}"
     if not target.is_dir():

@@ -7,8 +7,9 @@ import pytest
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.model import formats
-from megatron_hybrid.model import parts as parts_module
-from megatron_hybrid.model.parts import LOCAL, choose_parts
+from megatron_hybrid.model.backends import choose
+from megatron_hybrid.model.backends.choose import choose_backend
+from megatron_hybrid.model.backends.local import LOCAL
 from testing import jobs
 from testing.models import SMALL
 
@@ -107,10 +108,10 @@ def test_the_table_tells_of_weights_held_in_fp8():
     ],
 )
 def test_what_cannot_run_here_is_an_error(backend, recipe, dtype, cuda, field, why, monkeypatch):
-    monkeypatch.setattr(parts_module, "has_cuda", lambda: cuda)
-    monkeypatch.setattr(parts_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(choose, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        choose_parts(backend, PrecisionConfig(fp8_recipe=recipe), dtype)
+        choose_backend(backend, PrecisionConfig(fp8_recipe=recipe), dtype)
     assert [name for name, _ in caught.value.problems] == [field]
     assert why in str(caught.value)
 
@@ -124,9 +125,9 @@ def test_what_cannot_run_here_is_an_error(backend, recipe, dtype, cuda, field, w
         ("local", "bf16", True, True, "model.backend = local"),
     ],
 )
-def test_local_parts_come_with_a_reason(backend, dtype, cuda, installed, why, monkeypatch):
-    monkeypatch.setattr(parts_module, "has_cuda", lambda: cuda)
-    monkeypatch.setattr(parts_module, "find_spec", lambda name: object() if installed else None)
-    parts, reason = choose_parts(backend, PrecisionConfig(), dtype)
-    assert parts is LOCAL
+def test_the_local_backend_comes_with_a_reason(backend, dtype, cuda, installed, why, monkeypatch):
+    monkeypatch.setattr(choose, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(choose, "find_spec", lambda name: object() if installed else None)
+    chosen, reason = choose_backend(backend, PrecisionConfig(), dtype)
+    assert chosen is LOCAL
     assert why in reason

@@ -1,4 +1,4 @@
-"""What megatron-core is told: how pipeline stages exchange is the same on GPUs as on the CPU ranks that other tests compare."""
+"""Settings of megatron-core: pipeline stages communicate in the same way on GPUs as on the CPU ranks of other tests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The search and tools/tune_parallelism.py: what it ranks, refuses, writes and says."""
+"""Search and tools/tune_parallelism.py: ranking, rejections, files and text."""
 
 import json
 import subprocess
@@ -9,15 +9,17 @@ import pytest
 
 from megatron_hybrid.base.errors import BAD_INPUT, ConfigError, UserError
 from megatron_hybrid.config.load import dump_run, load_run
-from megatron_hybrid.planner import measured, report
-from megatron_hybrid.planner.command import Question, answer
+from megatron_hybrid.planner import calibration, measure, report
+from megatron_hybrid.planner.command import Request, answer
 from megatron_hybrid.planner.hardware import load
-from megatron_hybrid.planner.search import Job, degrees_of, search
+from megatron_hybrid.planner.job import Job
+from megatron_hybrid.planner.layouts import degrees_of
+from megatron_hybrid.planner.search import search
 from tests.planner.test_memory import MODEL
 
-ASK = Question("olmo_hybrid_7b", 64, sequence_length=8192, global_batch_size=512)
+ASK = Request("olmo_hybrid_7b", 64, sequence_length=8192, global_batch_size=512)
 FEW = replace(ASK, gpus=8, global_batch_size=64)
-"""A node: fewer layouts to look at."""
+"""One node, which has fewer layouts."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def test_all_that_fits_fits_and_is_in_order(found):
     times = [c.step.seconds for c in found.candidates[:40]]
     assert times == sorted(times)
     for candidate in found.candidates:
-        assert candidate.need <= found.job.hardware.memory
+        assert candidate.need <= found.job.hardware.memory_bytes
         assert (
             candidate.plan.global_batch_size
             == candidate.plan.micro_batch_size * candidate.plan.dp * candidate.plan.microbatches
@@ -39,7 +41,7 @@ def test_all_that_fits_fits_and_is_in_order(found):
 
 def test_more_memory_never_slows_the_best(found):
     roomy = search(replace(found.job, hardware=load("h200")))
-    twin = replace(found.job.hardware, memory=load("h200").memory)
+    twin = replace(found.job.hardware, memory_bytes=load("h200").memory_bytes)
     more = search(replace(found.job, hardware=twin))
     assert len(more.candidates) > len(found.candidates)
     assert more.candidates[0].step.seconds <= found.candidates[0].step.seconds
@@ -99,11 +101,11 @@ def test_overlapped_tensor_parallelism_is_kept_where_it_fits(tmp_path):
     ],
 )
 def test_why(found, condition, says):
-    assert says in report.why(found, condition)
+    assert says in report.explain(found, condition)
 
 
 def test_long_sequences_are_shared_and_the_run_says_so(tmp_path):
-    """65,536 tokens on 512 GPUs: 64 sequences a step leave eight GPUs for each."""
+    """65,536 tokens on 512 GPUs: 64 sequences per step leave eight GPUs for each."""
     path = tmp_path / "run.yaml"
     question = replace(ASK, gpus=512, sequence_length=65536, global_batch_size=64, emit=path)
     best = json.loads(answer(replace(question, json=True)))["candidates"][0]
@@ -117,7 +119,7 @@ def test_long_sequences_are_shared_and_the_run_says_so(tmp_path):
 def test_the_table_and_the_breakdown():
     text = answer(replace(FEW, top=3))
     assert "3." in text and "4. " not in text.split("\n\n")[1]
-    for part in ("weights", "activations: Gated DeltaNet", "products", "delta rule", "assumed", "between nodes"):
+    for part in ("weights", "activations: Gated DeltaNet", "GEMMs", "delta rule", "assumed", "between nodes"):
         assert part in text
 
 
@@ -150,24 +152,24 @@ def test_the_tool_ends_with_its_status(root):
 
 def test_the_planner_does_without_torch(root):
     code = (
-        "import sys; from megatron_hybrid.planner.command import Question, answer;"
-        "answer(Question('olmo_hybrid_7b', 1024, sequence_length=8192, global_batch_size=1024));"
+        "import sys; from megatron_hybrid.planner.command import Request, answer;"
+        "answer(Request('olmo_hybrid_7b', 1024, sequence_length=8192, global_batch_size=1024));"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 
 def test_measurements_calibrate(tmp_path, monkeypatch):
-    """The real trainer's part is a stand-in that takes a quarter longer than predicted."""
+    """Steps take a quarter longer than predicted; no trainer runs."""
 
-    def measure(run, candidate):
-        predicted = measured.grouped(candidate.step)
+    def measured(run, candidate):
+        predicted = calibration.group_seconds(candidate.step)
         seconds = 1.25 * sum(predicted.values())
         return dict(layout=candidate.plan.label, gpus=candidate.plan.world_size, seconds=seconds, predicted=predicted,
                     peak_bytes=1.02 * candidate.memory.total, memory=candidate.memory.total)  # fmt: skip
 
-    monkeypatch.setattr(measured, "measure", measure)
-    monkeypatch.setattr(measured, "check_devices_here", lambda hardware, gpus: None)
+    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(measure, "check_local_devices", lambda hardware, gpus: None)
     path = tmp_path / "calibration.yaml"
     text = answer(replace(ASK, measure=3, calibration=path))
     assert text.startswith("measured:") and "before -20.0%" in text
@@ -182,19 +184,19 @@ def test_measurements_calibrate(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny():
-    """A run of the tiny model, and a candidate for one rank of this machine."""
+    """Run of the tiny model, and a candidate for one rank of this machine."""
     run = load_run("olmo_hybrid_tiny", ["run_dir=x", "train.steps=1", "train.global_batch_size=1",
                                         "data.train=[{path: x}]", "data.sequence_length=64"])  # fmt: skip
     return run, search(Job(run.model, 1, load("h200"), 64, 1)).candidates[0]
 
 
 def test_a_candidate_is_measured_through_the_real_engine(tiny):
-    seen = measured.measure(*tiny, steps=2)
-    assert seen["seconds"] > 0 and seen["device"] == "cpu" and set(seen["predicted"]) == set(measured.GROUPS)
+    seen = measure.measure(*tiny, steps=2)
+    assert seen["seconds"] > 0 and seen["device"] == "cpu" and set(seen["predicted"]) == set(calibration.GROUPS)
 
 
 def test_a_run_that_fails_says_its_last_words(tiny):
     run, candidate = tiny
     broken = run.model_copy(update={"model": run.model.model_copy(update={"backend": "transformer_engine"})})
     with pytest.raises(UserError, match="could not be measured:(.|\\n)*transformer_engine cannot run"):
-        measured.measure(broken, candidate, steps=2)
+        measure.measure(broken, candidate, steps=2)

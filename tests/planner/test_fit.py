@@ -1,9 +1,9 @@
-"""Least squares against numpy, and rates that are not negative."""
+"""Least squares against numpy, and non-negative rates."""
 
 import numpy as np
 import pytest
 
-from megatron_hybrid.planner.fit import nonnegative, solve, towards_one
+from megatron_hybrid.planner.fit import fit_near_one, fit_nonnegative, solve
 
 
 def test_solve_is_numpys():
@@ -19,18 +19,18 @@ def test_a_singular_system_leaves_its_free_unknown_at_zero():
 def test_exact_times_are_explained_exactly():
     flops, size = [1e12, 2e12, 5e12, 1e13], [3e8, 1e9, 2e9, 1e9]
     times = [2e-5 + f / 7e14 + b / 3e12 for f, b in zip(flops, size)]
-    latency, per_flop, per_byte = nonnegative([[1.0] * 4, flops, size], times)
+    latency, per_flop, per_byte = fit_nonnegative([[1.0] * 4, flops, size], times)
     assert (latency, 1 / per_flop, 1 / per_byte) == pytest.approx((2e-5, 7e14, 3e12), rel=1e-6)
 
 
 def test_no_rate_is_negative():
     flops = [1e12, 2e12, 4e12]
     times = [f / 7e14 - 1e-4 for f in flops]  # would need a negative latency
-    latency, per_flop = nonnegative([[1.0] * 3, flops], times)
+    latency, per_flop = fit_nonnegative([[1.0] * 3, flops], times)
     assert latency == 0 and per_flop > 0
 
 
 def test_factors_stay_at_one_where_nothing_is_said():
-    compute, host = towards_one([[1.0, 2.0], [0.0, 0.0]], [1.2, 2.4], strength=1e-6)
+    compute, host = fit_near_one([[1.0, 2.0], [0.0, 0.0]], [1.2, 2.4], strength=1e-6)
     assert (compute, host) == pytest.approx((1.2, 1.0), rel=1e-4)
-    assert towards_one([[1.0]], [9.0], strength=1e-6) == [2.0], "no factor beyond two"
+    assert fit_near_one([[1.0]], [9.0], strength=1e-6) == [2.0], "no factor beyond two"

@@ -1,13 +1,13 @@
-"""Hardware files, and what measured points make of them."""
+"""Hardware files, and rates fitted to measured points."""
 
 import pytest
 
+from megatron_hybrid.arch.costs import Gemm, attention_flops
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.presets import olmo_hybrid_7b
-from megatron_hybrid.planner.hardware import FOLDER, Rate, dump, interpolate, load
-from megatron_hybrid.planner.plan import Widths
-from megatron_hybrid.planner.points import from_points
-from megatron_hybrid.planner.work import attention_flops, glue_bytes, hops, linear_bytes, linear_flops, wire_bytes
+from megatron_hybrid.planner.hardware import FOLDER, RENAMED, Rate, dump, interpolate, load
+from megatron_hybrid.planner.network import hops, wire_bytes
+from megatron_hybrid.planner.points import from_points, memory_bytes_per_token
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -17,9 +17,18 @@ def test_what_ships_reads_back(name, tmp_path):
     hardware = load(name)
     (tmp_path / "copy.yaml").write_text(dump(hardware))
     assert dump(load(str(tmp_path / "copy.yaml"))) == dump(hardware)
-    assert hardware.measured and 4e10 < hardware.memory < 3e11
+    assert hardware.measured and 4e10 < hardware.memory_bytes < 3e11
     for form in ("bf16", "tensorwise", "delayed", "blockwise"):
         assert set(hardware.linear[form]) == {"forward", "backward"}
+
+
+def test_files_with_earlier_names_load(tmp_path):
+    text, earlier = dump(load("h200")), {new: old for old, new in RENAMED.items()}
+    for new, old in earlier.items():
+        text = text.replace(f"{new}:", f"{old}:")
+    assert "delta_rule:" in text and "fp8_tensorwise:" in text and "recurrence:" not in text
+    (tmp_path / "old.yaml").write_text(text)
+    assert dump(load(str(tmp_path / "old.yaml"))) == dump(load("h200"))
 
 
 def test_an_unknown_gpu_names_the_nearest():
@@ -38,12 +47,13 @@ def test_rates_are_found_again_in_the_points_they_made():
     points = []
     for way in ("forward", "backward"):
         for m, n, k in ((8192, 17344, 3840), (8192, 3840, 5760), (2048, 3840, 1440), (8192, 22016, 3840)):
-            seconds = true.seconds(linear_flops(m, n, k, way), linear_bytes(m, n, k, way))
+            gemm = Gemm(m, n, k)
+            seconds = true.seconds(gemm.flops(way), gemm.bytes(way))
             points.append({"op": "linear", "format": "bf16", "pass": way, "m": m, "n": n, "k": k, "seconds": seconds})
         for rows, seconds in ((15, 2e-4), (30, 3e-4)):
             sizes = {"sequence": 16384, "batch": 1, "heads": rows, "key_head_dim": 96, "value_head_dim": 192}
-            points.append({"op": "delta_rule", "pass": way, "seconds": seconds, **sizes})
-        size = 8192 * glue_bytes("conv_gates", Widths.padded(model, 2), way)
+            points.append({"op": "recurrence", "pass": way, "seconds": seconds, **sizes})
+        size = 8192 * memory_bytes_per_token(model, "conv_gates", 2, way)
         points.append({"op": "conv_gates", "pass": way, "tokens": 8192, "degree": 2, "seconds": size / 2e12})
     points.append({"op": "copy", "pass": "none", "bytes": 8e9, "seconds": 2e-3})
     for size in (2**16, 2**24, 2**29):
@@ -55,10 +65,12 @@ def test_rates_are_found_again_in_the_points_they_made():
         assert (rate.latency, rate.per_flop, rate.per_byte) == pytest.approx(
             (true.latency, true.per_flop, true.per_byte), rel=1e-3
         )
-    assert found.delta_rule_seconds("forward", 8192, 15, 96 * 192) == pytest.approx(1e-4)
-    assert found.copy == 4e12 and found.efficiency["conv_gates"] == pytest.approx(0.5)
-    assert (found.node["all_gather"].latency, found.node["all_gather"].bytes_a_second) == pytest.approx((5e-6, 3e11))
-    assert found.node["all_reduce"] == base.node["all_reduce"], "what was not measured stays"
+    assert found.recurrence_seconds("forward", 8192, 15, 96 * 192) == pytest.approx(1e-4)
+    assert found.copy_bytes_per_second == 4e12 and found.copy_efficiency["conv_gates"] == pytest.approx(0.5)
+    assert (found.intra_node["all_gather"].latency, found.intra_node["all_gather"].bytes_per_second) == pytest.approx(
+        (5e-6, 3e11)
+    )
+    assert found.intra_node["all_reduce"] == base.intra_node["all_reduce"], "what was not measured stays"
 
 
 def test_between_points_times_are_linear():

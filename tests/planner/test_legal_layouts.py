@@ -1,4 +1,4 @@
-"""Every layout that the planner ranks passes the trainer's own checks, and wrong questions end without a traceback."""
+"""Every ranked layout passes the trainer's own checks, and wrong requests end without a traceback."""
 
 import itertools
 from dataclasses import replace
@@ -8,14 +8,15 @@ import pytest
 
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.load import load_run
-from megatron_hybrid.planner import measured
-from megatron_hybrid.planner.command import Question, answer
-from megatron_hybrid.planner.emit import base_run, emitted
+from megatron_hybrid.planner import measure
+from megatron_hybrid.planner.command import Request, answer
+from megatron_hybrid.planner.emit import apply_plan, load_base_run
 from megatron_hybrid.planner.hardware import load
-from megatron_hybrid.planner.search import Job, search
+from megatron_hybrid.planner.job import Job
+from megatron_hybrid.planner.search import search
 
 RUN = ["run_dir=x", "train.steps=100", "train.global_batch_size=32", "data.train=[{path: x}]"]
-ASK = Question("olmo_hybrid_tiny", 8, sequence_length=64, global_batch_size=8)
+ASK = Request("olmo_hybrid_tiny", 8, sequence_length=64, global_batch_size=8)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_every_ranked_layout_is_one_that_the_trainer_takes(overrides):
     found = search(Job.of(run.model_copy(update={"parallel": wanted}), 8, load("h200")))
     degrees = set()
     for candidate in found.candidates:
-        checked = emitted(run, candidate.plan)  # RunConfig, and check_world
+        checked = apply_plan(run, candidate.plan)  # RunConfig, and check_world
         degrees |= {name for name in ("tp", "cp", "pp", "vpp", "dp") if getattr(candidate.plan, name) > 1}
         unit = candidate.plan.micro_batch_size * candidate.plan.dp
         assert all(checked.train.batch_size_at(at) % unit == 0 for at in (0, 30, 60, 99))
@@ -62,7 +63,7 @@ def test_deepspeed_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match="train.engine: deepspeed cannot be planned: .*choose them by hand; or set train.engine"
     ):
-        base_run(str(path), None, None, None)
+        load_base_run(str(path), None, None, None)
 
 
 RUN_ON_CPU = (
@@ -102,12 +103,12 @@ def test_only_the_gpu_asked_about_is_measured(monkeypatch, here, gpus, says):
     class Asked:
         returncode, stdout = 0, f"a warning\n{here}\n"
 
-    monkeypatch.setattr(measured.subprocess, "run", lambda *args, **kwargs: Asked)
+    monkeypatch.setattr(measure.subprocess, "run", lambda *args, **kwargs: Asked)
     if says is None:
-        measured.check_devices_here(load("h200"), gpus)
+        measure.check_local_devices(load("h200"), gpus)
         return
     with pytest.raises(ConfigError, match=says):
-        measured.check_devices_here(load("h200"), gpus)
+        measure.check_local_devices(load("h200"), gpus)
 
 
 def test_files_that_cannot_be(tmp_path):

@@ -1,15 +1,17 @@
-"""The activation table and what memory is made of it: sums by hand, and what must grow or shrink with a layout."""
+"""Activation memory and peak memory: sums by hand, and how they change with a layout."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron_hybrid.arch.costs import Operation
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.presets import olmo3_7b, olmo_hybrid_7b
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.planner.activations import Op, Setting, backward_peak, layer_bytes, layer_ops
+from megatron_hybrid.mixers.attention.costs import Widths
+from megatron_hybrid.planner.activations import backward_peak, layer_bytes, layer_operations
 from megatron_hybrid.planner.memory import expected, fullest, rank_memory
 from megatron_hybrid.planner.plan import Plan
 
@@ -25,7 +27,7 @@ def test_a_gated_delta_net_layer_by_hand():
     h, f, key, value, heads, packed = 3840, 11008, 2880, 5760, 30, 17344
     stream = 4 * 2 * h + 8  # two residual inputs and two norms' outputs, with the norms' statistics
     mixer = 2 * packed + 2 * (2 * key + value) + 8 * heads + heads * (2 * 64 * 2 + 4) + 2 * value + 2 * value
-    found = layer_bytes("G", plan().widths, Setting.of(plan()), "none")
+    found = layer_bytes(plan().shards["G"], "none")
     assert found.saved == stream + mixer + 2 * 3 * f
 
 
@@ -33,59 +35,66 @@ def test_an_attention_layer_by_hand():
     h, f, heads = 3840, 11008, 30
     stream = 4 * 2 * h + 8  # two linears' inputs, and the inputs of two norms
     mixer = 2 * 3 * h + 8 + 2 * 3 * h + 2 * h + 4 * heads  # qkv before and after the norm, output, log-sum-exp
-    found = layer_bytes("A", plan().widths, Setting.of(plan()), "none")
+    found = layer_bytes(plan().shards["A"], "none")
     assert found.saved == stream + mixer + 2 * 3 * f
 
 
 @pytest.mark.parametrize("kind", ["G", "A"])
 def test_tensor_parallelism_divides_what_a_layer_keeps(kind):
-    whole, half = (layer_bytes(kind, p.widths, Setting.of(p), "none").saved for p in (plan(), plan(2)))
+    whole, half = (layer_bytes(p.shards[kind], "none").saved for p in (plan(), plan(2)))
     assert half == pytest.approx(whole / 2, rel=1e-3)
     alone = plan(2, sequence_parallel=False)
-    assert layer_bytes(kind, alone.widths, Setting.of(alone), "none").saved > half
+    assert layer_bytes(alone.shards[kind], "none").saved > half
 
 
 def test_context_parallelism_divides_activations_and_not_parameters():
     whole, halves = (fullest(plan(sequence=65536, context_parallel_size=n)) for n in (1, 2))
     assert (halves.weights, halves.gradients) == (whole.weights, whole.gradients)
     assert halves.optimizer == pytest.approx(whole.optimizer), "the same ranks share it out"
-    assert 0.5 < halves.activations["G"] / whole.activations["G"] < 0.51, "beside tokens, states and transitions"
-    assert 0.5 < halves.activations["A"] / whole.activations["A"] < 0.56, "attention's output once more"
+    gdn, attention = (halves.activations[name] / whole.activations[name] for name in ("Gated DeltaNet", "attention"))
+    assert 0.5 < gdn < 0.51, "beside tokens, states and transitions"
+    assert 0.5 < attention < 0.56, "attention's output once more"
 
 
 def test_states_of_slices_by_hand():
     one = plan(sequence=65536, context_parallel_size=2)
-    alone = replace(Setting.of(one), context=1)
-    without, found = (layer_bytes("G", one.widths, of, "none").saved for of in (alone, Setting.of(one)))
+    shard = one.shards["G"]
+    alone = replace(shard, context_parallel_size=1)
+    without, found = (layer_bytes(part, "none").saved for part in (alone, shard))
     state, end = 96 * 192, 96 * (192 + 128)  # 96 columns of a transition are written as two tiles
     assert (found - without) * 32768 == pytest.approx(30 * 4 * (state + end))
 
 
 def test_dummies_of_an_exchange():
-    assert plan(context_parallel_size=2).dummies == 1
-    assert plan(context_parallel_size=4).dummies == 32 / 30
-    assert plan(4, context_parallel_size=4).dummies == 1, "those of tensor parallelism are there already"
+    def gathered(one: Plan) -> float:
+        return Widths.of(one.shards["A"]).gathered_heads
+
+    assert gathered(plan(context_parallel_size=2)) == 1
+    assert gathered(plan(context_parallel_size=4)) == 32 / 30
+    assert gathered(plan(4, context_parallel_size=4)) == 1, "those of tensor parallelism are there already"
 
 
 @pytest.mark.parametrize("kind", ["G", "A"])
 def test_recomputation_keeps_less_and_needs_more_at_a_time(kind):
-    none, selective, full = (
-        layer_bytes(kind, plan().widths, Setting.of(plan()), r) for r in ("none", "selective", "full")
-    )
+    none, selective, full = (layer_bytes(plan().shards[kind], r) for r in ("none", "selective", "full"))
     assert none.saved > selective.saved > full.saved == 2 * 3840
     assert full.transient > none.transient
     assert full.saved + full.transient == pytest.approx(none.saved + none.transient, rel=1e-6)
 
 
 def test_backward_peak_counts_what_is_freed_on_the_way():
-    ops = [Op("a", saved=10, gradient=4), Op("b", saved=100, gradient=1), Op("c", saved=1, gradient=50)]
+    ops = [
+        Operation("a", saved=10, gradient=4),
+        Operation("b", saved=100, gradient=1),
+        Operation("c", saved=1, gradient=50),
+    ]
     # c: 111 kept + 50 of its gradient + 5 coming in;  b: 110 + 50 + 1
     assert backward_peak(ops, 0.0) == 111 + 50
     assert backward_peak(ops, 5.0) == 111 + 50 + 5 + 5
 
 
 class _Saved:
-    """Bytes of distinct storages that autograd keeps, parameters and what was there before aside."""
+    """Bytes of distinct storages that autograd saves, without parameters and tensors that existed before."""
 
     def __init__(self, *known: torch.Tensor):
         self.known = {t.untyped_storage().data_ptr() for t in known}
@@ -116,15 +125,15 @@ def test_swiglu_keeps_what_the_table_says():
     packed = torch.randn(tokens, 1, 2 * ffn, dtype=torch.bfloat16, requires_grad=True)
     with _Saved() as saved:
         bias_swiglu_impl(packed * 1, None)
-    row = next(op for op in layer_ops("G", plan().widths, Setting.of(plan())) if op.name == "SwiGLU")
-    assert sum(saved.found.values()) == row.saved * tokens * ffn / plan().widths.ffn
+    row = next(op for op in layer_operations(plan().shards["G"]) if op.name == "SwiGLU")
+    assert sum(saved.found.values()) == row.saved * tokens * ffn / plan().shards["G"].ffn
 
 
 def test_pipelines_hold_more_micro_batches_on_their_first_rank():
     first, last = (rank_memory(plan(pp=4), rank) for rank in (0, 3))
-    assert first.activations["G"] == pytest.approx(4 * last.activations["G"])
+    assert first.activations["Gated DeltaNet"] == pytest.approx(4 * last.activations["Gated DeltaNet"])
     interleaved = rank_memory(plan(pp=4, vpp=2), 0)
-    assert interleaved.activations["G"] / first.activations["G"] == pytest.approx(1 + 3 / 8)
+    assert interleaved.activations["Gated DeltaNet"] / first.activations["Gated DeltaNet"] == pytest.approx(1 + 3 / 8)
 
 
 def test_dummy_heads_are_told():
@@ -173,7 +182,7 @@ def test_what_the_trainer_asks():
 
 
 def test_buffers_of_overlapped_tensor_parallelism_by_hand():
-    """Twelve of them (Transformer Engine's initialize_ub): two have room for 2 tp - 1 pieces, ten for the tp of a micro-batch."""
+    """Transformer Engine's initialize_ub makes twelve: two hold 2 tp - 1 pieces, ten the tp pieces of a micro-batch."""
     one = 8192 * 3840
     for tp, pieces in ((2, 10 + 2 * 3 / 2), (8, 10 + 2 * 15 / 8)):
         without, overlapped = (rank_memory(plan(tp, tp_comm_overlap=on), 0).total for on in (False, True))

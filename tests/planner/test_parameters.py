@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer state: equal to what the trainer allocates, on every rank."""
+"""Bytes of weights, gradients and optimizer state equal what the trainer allocates, on every rank."""
 
 from dataclasses import replace
 
@@ -7,7 +7,8 @@ import pytest
 from megatron_hybrid.arch.flops import count_parameters
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.presets import SIZED, olmo_hybrid_7b
-from megatron_hybrid.planner.parameters import chunk_parameters, dummy_head_parameters, rank_parameters, rank_state
+from megatron_hybrid.planner.parameters import ChunkLayout, chunk_parameters, padding_parameters, rank_parameters
+from megatron_hybrid.planner.state import rank_state
 from testing import planner_jobs as jobs
 from testing.planner_cases import CASES, MODEL, layout, plan_of
 
@@ -36,9 +37,8 @@ def test_offloaded_state_is_what_the_trainer_allocates(name, dtype, ranks):
     count, fraction = OFFLOADED[name]
     train = dict(steps=1, global_batch_size=count * 4, dtype=dtype, optimizer=dict(offload_fraction=fraction))
     plan = replace(plan_of(MODEL, layout(), count, dtype), offload_fraction=fraction)
-    largest = max(
-        p.numel for p in chunk_parameters(plan, plan.chunks[0])
-    )  # by so much may the host have more than its share
+    parameters = chunk_parameters(ChunkLayout.of(plan, plan.chunks[0]))
+    largest = max(p.numel for p in parameters)  # the host may hold this much more than its share
     for found in ranks.run(
         jobs.offloaded_bytes, count, model=MODEL.model_dump(mode="json"), parallel=layout(), train=train
     ):
@@ -53,19 +53,19 @@ def test_offloaded_state_is_what_the_trainer_allocates(name, dtype, ranks):
 def test_ranks_without_padding_add_up_to_the_model(name, pp):
     model = SIZED[name]()
     plan = plan_of(model, layout(pp=pp), pp)
-    padding = sum(dummy_head_parameters(plan, rank) for rank in range(pp))
+    padding = sum(padding_parameters(plan, rank) for rank in range(pp))
     assert sum(rank_parameters(plan, rank) for rank in range(pp)) - padding == count_parameters(model)
 
 
 def test_the_7b_is_exact():
     plan = plan_of(olmo_hybrid_7b(), layout(), 1)
-    assert rank_parameters(plan, 0) - dummy_head_parameters(plan, 0) == 7_430_870_688
+    assert rank_parameters(plan, 0) - padding_parameters(plan, 0) == 7_430_870_688
     aligned = 24 * 4 * olmo_hybrid_7b().hidden_size  # in_proj's rows, 17,340 rounded up to 17,344
     assert rank_parameters(plan, 0) - 7_430_870_688 == aligned
 
 
 def test_weights_held_in_fp8_take_a_byte():
-    # 7B widths, GGGA, on an H100: what buffers and optimizer of a run with precision.fp8_param_gather really took
+    # 7B widths, GGGA, on an H100: measured in buffers and optimizer of a run with precision.fp8_param_gather
     model = olmo_hybrid_7b().model_copy(update=dict(layer_pattern="GGGA"))
     measured = {0: (2_374_159_616, 6_413_095_936, 19_239_283_872), 1: (2_589_691_136, 6_413_095_936, 19_239_283_872)}
     for start, expected in measured.items():
@@ -80,4 +80,4 @@ def test_dummy_heads_are_counted():
     plan = plan_of(olmo_hybrid_7b(), layout(4), 4)
     heads = 2 / 30 * 1 / 4  # of the true mixers, a rank
     mixers = 24 * 3840 * (2 * 2880 + 3 * 5760 + 60) + 8 * 4 * 3840 * 3840
-    assert dummy_head_parameters(plan, 0) == pytest.approx(heads * mixers, rel=2e-3)
+    assert padding_parameters(plan, 0) == pytest.approx(heads * mixers, rel=2e-3)

@@ -1,4 +1,4 @@
-"""The schedules against megatron-core's own, and the simulation against closed forms."""
+"""Schedules against megatron-core's own, and the simulation against closed forms."""
 
 import pytest
 
@@ -20,9 +20,8 @@ def equal(pp: int, vpp: int, transfer: float = 0.0) -> StageTimes:
 
 @pytest.mark.parametrize(("pp", "vpp", "microbatches"), SHAPES)
 def test_equal_stages_take_what_the_closed_form_says(pp, vpp, microbatches):
-    timeline = simulate(equal(pp, vpp), pp, microbatches)
+    timeline, waiting = simulate(equal(pp, vpp), pp, microbatches), (pp - 1) / vpp
     assert timeline.seconds == pytest.approx(analytic_seconds(equal(pp, vpp), pp, microbatches))
-    waiting = (pp - 1) / vpp
     assert timeline.bubble == pytest.approx(waiting / (microbatches + waiting))
     assert timeline.seconds == pytest.approx(3 * (microbatches + (pp - 1) / vpp))
 

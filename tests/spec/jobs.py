@@ -1,4 +1,4 @@
-"""What tests of the layer specs run on ranks: plain megatron-core, none of this package's trainer unless a job compares with it."""
+"""Jobs of the layer specs' tests: plain megatron-core, without this package's trainer unless a job compares with it."""
 
 import importlib.util
 import multiprocessing
@@ -57,7 +57,7 @@ def first_step(module) -> dict:
 
 
 def trained(tp: int, sequence_parallel: list[bool], steps: int) -> dict[tuple, dict]:
-    """By model and sequence parallelism: what the first step finds, and the losses of the example's training."""
+    """Return findings of the first step and the losses of the example's training, by model and sequence parallelism."""
     start(tp)
     found = {}
     for model in ("gpt", "hybrid"):
@@ -117,10 +117,10 @@ def padded(module) -> list[str]:
     """Parameters of mixers that hold anything outside their pieces."""
     wrong = []
     for name, mixer in module.named_modules():
-        for parameter, pieces in getattr(mixer, "pieces", {}).items():
+        for parameter in getattr(mixer, "packing", {}):
             rest = mixer.get_parameter(parameter).detach().clone()
-            for piece in pieces:
-                piece.view(rest).zero_()
+            for piece in mixer.slices(parameter):
+                piece.target.narrow(rest).zero_()
             if rest.any():
                 wrong.append(f"{name}.{parameter}")
     return wrong
@@ -136,7 +136,7 @@ def step(ddp, optimizer, number: int) -> None:
 
 
 def beside_trainer(tp: int) -> dict[str, tuple[float, float]]:
-    """By model: the trainer's loss and the spec's, from the trainer's weights."""
+    """Return the trainer's loss and the spec's from the trainer's weights, by model."""
     from megatron_hybrid.distributed.process_groups import leave_groups
     from testing.jobs import make_engine, named_parameters
 
@@ -263,7 +263,7 @@ def in_bf16() -> dict:
 
 
 def refusals() -> dict[str, str]:
-    """What the layer says to inputs and configurations that it does not support, by their names."""
+    """Return the layer's errors about inputs and configurations that it does not support, by their names."""
     start(1)
     module = example().build("hybrid", 1, False)
     x, s = torch.randn(8, 2, 64), 8

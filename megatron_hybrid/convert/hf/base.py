@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from megatron_hybrid.arch.model import LayerKind, ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.convert.hf.fields import Fields, FieldTable
 from megatron_hybrid.convert.hf.names import LayerNames, TensorNames
 from megatron_hybrid.convert.hf.rope import RopeForms
@@ -20,7 +20,7 @@ class Architecture(ABC):
     """`model_type` in config.json."""
     class_name: ClassVar[str]
     """The only entry of `architectures` in config.json."""
-    layer_types: ClassVar[Mapping[str, LayerKind]]
+    layer_types: ClassVar[Mapping[str, str]]
     """Entry of `layer_types` in config.json -> symbol in ModelConfig.layer_pattern."""
     fields: ClassVar[FieldTable]
     """Fields of config.json that only this architecture has, and defaults."""
@@ -36,6 +36,11 @@ class Architecture(ABC):
     @abstractmethod
     def default_layer_types(self, count: int) -> list[str]:
         """Return the `layer_types` that transformers takes if config.json has none."""
+
+    def read_layer_types(self, fields: Fields, count: int) -> Any:
+        """Return the type of each layer as config.json gives it, or transformers' default. The caller checks it."""
+        types = fields.config.get("layer_types")
+        return self.default_layer_types(count) if types is None else types
 
     @abstractmethod
     def read(self, fields: Fields, layer_types: Sequence[str]) -> dict[str, Any]:

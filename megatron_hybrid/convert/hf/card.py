@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from megatron_hybrid.arch.model import LAYER_KINDS, ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.format import Index
 from megatron_hybrid.convert.hf.base import Architecture
@@ -44,7 +44,7 @@ def model_card(
         config: the export's config.json.
         index: index of the checkpoint.
     """
-    counts = Counter(LAYER_KINDS[kind] for kind in model.layers)
+    counts = Counter(model.known_blocks[symbol].title for symbol in model.layers)
     step = index.state.get("step")
     rows = {
         "layers": f"`{model.layer_pattern}`",

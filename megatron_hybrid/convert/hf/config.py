@@ -97,14 +97,7 @@ def _read_layer_types(fields: Fields, architecture: Architecture) -> list[str]:
     if count is None or not 0 < count <= MAX_LAYERS:
         fields.problems.append(f"num_hidden_layers {count!r} is not from 1 to {MAX_LAYERS}")
         return []
-    types, indices = fields.config.get("layer_types"), fields.config.get("fla_hybrid_attention_indices")
-    if types is None and isinstance(indices, list) and all(type(i) is int for i in indices):
-        full = set(indices)
-        types = ["full_attention" if i in full else "linear_attention" for i in range(count)]
-    elif indices is not None and indices != [i for i, t in enumerate(_list(types)) if t == "full_attention"]:
-        fields.problems.append("fla_hybrid_attention_indices does not say the same as layer_types")
-    if types is None:
-        types = architecture.default_layer_types(count)
+    types = architecture.read_layer_types(fields, count)
     if not isinstance(types, list) or len(types) != count or any(t not in [*architecture.layer_types] for t in types):
         known = " or ".join(architecture.layer_types)
         fields.problems.append(
@@ -112,10 +105,6 @@ def _read_layer_types(fields: Fields, architecture: Architecture) -> list[str]:
         )
         return []
     return types
-
-
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
 
 
 def _read_eos(fields: Fields, chosen: int | None, vocabulary: int | None) -> int | None:

@@ -72,7 +72,6 @@ CONVERTED = {
     "architectures": "the architecture",
     "num_hidden_layers": "layer_pattern",
     "layer_types": "layer_pattern",
-    "fla_hybrid_attention_indices": "layer_pattern",
     "num_key_value_heads": "num_key_value_heads",
     "head_dim": "head_dim",
     "rope_parameters": "rope_theta and rope_scaling",

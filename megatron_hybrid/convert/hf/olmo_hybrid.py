@@ -3,15 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_hybrid.arch.model import GatedDeltaNetConfig, ModelConfig
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.convert.hf.base import Architecture
 from megatron_hybrid.convert.hf.fields import Fields, FieldTable, Mapped
 from megatron_hybrid.convert.hf.names import LayerNames, each
 from megatron_hybrid.convert.hf.rope import RopeForms
+from megatron_hybrid.mixers.gated_delta_net.spec import sizes
 
 LINEAR, FULL = "linear_attention", "full_attention"
 OUTPUT_NORM_EPS = 1e-5
 """Epsilon of the gated output norm. transformers fixes it; config.json has no field for it."""
+_INDICES = "fla_hybrid_attention_indices"
 _HUGE = 1 << 31
 
 
@@ -89,7 +91,8 @@ class OlmoHybrid(Architecture):
     layer_types = {LINEAR: "G", FULL: "A"}
     fields = FieldTable(
         converted={
-            entry.theirs: f"gdn.{entry.ours}" for entry in (*_GATED_DELTA_NET, *_RANGES[0], *_RANGES[1], _FLOOR)
+            _INDICES: "layer_pattern",
+            **{entry.theirs: f"gdn.{entry.ours}" for entry in (*_GATED_DELTA_NET, *_RANGES[0], *_RANGES[1], _FLOOR)},
         },
         required={"linear_use_gate": (True,)},
         ignored={"sliding_window": "this architecture has no sliding window layers"},
@@ -111,15 +114,28 @@ class OlmoHybrid(Architecture):
             return f"{where} has no full attention layer, and this class needs one"
         if not kinds <= {"G", "A"}:
             return f"{where} mixes Gated DeltaNet with sliding windows, and this class has none"
-        assert model.gdn is not None
-        if model.gdn.norm_eps != OUTPUT_NORM_EPS:
-            return f"model.gdn.norm_eps = {model.gdn.norm_eps}, and this class has {OUTPUT_NORM_EPS} fixed"
+        gdn = sizes(model)
+        if gdn.norm_eps != OUTPUT_NORM_EPS:
+            return f"model.gdn.norm_eps = {gdn.norm_eps}, and this class has {OUTPUT_NORM_EPS} fixed"
         return None
 
     def default_layer_types(self, count: int) -> list[str]:
         """Return full attention in every fourth layer, or in the last of fewer than four."""
         types = [FULL if index % 4 == 3 else LINEAR for index in range(count)]
         return types if FULL in types else [*types[:-1], FULL]
+
+    def read_layer_types(self, fields: Fields, count: int) -> Any:
+        """Return the type of each layer. Older files list the full attention layers in `fla_hybrid_attention_indices`."""
+        indices = fields.config.get(_INDICES)
+        stated = fields.config.get("layer_types")
+        if stated is None and isinstance(indices, list) and all(type(index) is int for index in indices):
+            full = set(indices)
+            return [FULL if index in full else LINEAR for index in range(count)]
+        types = super().read_layer_types(fields, count)
+        full_layers = [index for index, name in enumerate(types) if name == FULL] if isinstance(types, list) else []
+        if indices is not None and indices != full_layers:
+            fields.problems.append(f"{_INDICES} does not say the same as layer_types")
+        return types
 
     def read(self, fields: Fields, layer_types: Sequence[str]) -> dict[str, Any]:
         """Return the section of the Gated DeltaNet layers."""
@@ -131,7 +147,7 @@ class OlmoHybrid(Architecture):
 
     def write(self, model: ModelConfig, positions: int) -> dict[str, Any]:
         """Return the fields of the Gated DeltaNet layers."""
-        gdn = _section(model)
+        gdn = sizes(model)
         fields = {entry.theirs: getattr(gdn, entry.ours) for entry in _GATED_DELTA_NET}
         for low, high in _RANGES:
             fields[low.theirs], fields[high.theirs] = getattr(gdn, low.ours)
@@ -139,11 +155,6 @@ class OlmoHybrid(Architecture):
 
     def card_rows(self, model: ModelConfig) -> dict[str, str]:
         """Return the heads of the Gated DeltaNet layers."""
-        gdn = _section(model)
+        gdn = sizes(model)
         keys = f"{gdn.num_key_heads} key heads of {gdn.key_head_dim}"
         return {"Gated DeltaNet": f"{keys}, {gdn.num_value_heads} value heads of {gdn.value_head_dim}"}
-
-
-def _section(model: ModelConfig) -> GatedDeltaNetConfig:
-    assert model.gdn is not None, "a model with Gated DeltaNet layers has their section"
-    return model.gdn

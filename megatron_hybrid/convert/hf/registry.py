@@ -1,6 +1,7 @@
 """The architectures of transformers that can be converted."""
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.registry import default_blocks
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf.base import Architecture
 from megatron_hybrid.convert.hf.olmo3 import Olmo3
@@ -28,6 +29,12 @@ def architecture_for(model: ModelConfig) -> Architecture:
     Raises:
         ConversionError: there is none. Gives the reason for each architecture.
     """
+    if changed := [
+        symbol for symbol in model.blocks_by_symbol if symbol in model.blocks and not _is_default(model, symbol)
+    ]:
+        raise ConversionError(
+            f"model.blocks.{changed[0]}: it is no block of an architecture of transformers, so the model cannot be exported"
+        )
     reasons = {}
     for architecture in ARCHITECTURES.values():
         reason = architecture.unsupported_reason(model)
@@ -41,3 +48,11 @@ def architecture_for(model: ModelConfig) -> Architecture:
 def huggingface_name(model: ModelConfig, tensor: str) -> str:
     """Return the name of a true tensor in the export of a model."""
     return architecture_for(model).names(model).theirs(tensor)
+
+
+def _is_default(model: ModelConfig, symbol: str) -> bool:
+    """Return whether the model's block computes what the block of that symbol does by default."""
+    default = default_blocks().get(symbol)
+    return default is not None and model.known_blocks[symbol] == default.model_copy(
+        update={"title": model.known_blocks[symbol].title}
+    )

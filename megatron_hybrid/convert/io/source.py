@@ -125,7 +125,7 @@ class TensorSource:
 
     @property
     def contiguous(self) -> bool:
-        """Whether every slice has whole rows."""
+        """True if every slice has whole rows."""
         return all(part.slice.shape[1] == self.columns for part in self.slices)
 
     def check(self) -> "TensorSource":

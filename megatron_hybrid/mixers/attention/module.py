@@ -1,60 +1,37 @@
-"""Self-attention as OLMo 3 and OLMo Hybrid have it: QK norm over whole projections, optional rotary embedding, grouped
-queries, optional sliding window. The post-norm is part of the output projection (model/layer_specs.py).
+"""Self-attention as in OLMo 3 and OLMo Hybrid: QK norm over whole projections, optional rotary embedding, grouped queries,
+optional sliding window.
+
+Shapes: s tokens of this rank, b sequences, h hidden size.
 """
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from hybrid_kernels.dispatch import Choice
 from hybrid_kernels.qk_norm_rope import explain as explain_qk_norm_rope
 from hybrid_kernels.qk_norm_rope import qk_norm_rope
-from megatron_hybrid.arch.model import ModelConfig, RopeScalingConfig
-from megatron_hybrid.arch.padding import padded_groups
-from megatron_hybrid.arch.tensors import attention_tensors
-from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.arch.blocks import Block
+from megatron_hybrid.arch.model_fields import ModelFields, RopeScalingConfig
 from megatron_hybrid.distributed.collectives import all_reduce_sum
 from megatron_hybrid.distributed.context_parallel import HeadExchange
-from megatron_hybrid.mixers.mixer import Mixer
-from megatron_hybrid.mixers.tensor_slices import TensorSlices, attention_pieces
-
-
-class ScaledDotProductAttention(torch.nn.Module):
-    """Causal attention by torch's SDPA, with the constructor and call of TEDotProductAttention."""
-
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **_):
-        super().__init__()
-        if config.attention_dropout:
-            raise UserError(
-                f"attention_dropout: {config.attention_dropout} needs Transformer Engine's attention; set it to 0.0"
-            )
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
-        self.window = config.window_size[0] + 1 if windowed else None
-        self.scale = softmax_scale
-
-    def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, packed_seq_params=None, **_):
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
-        s, b, heads, d = query.shape
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        mask = None
-        if self.window is not None and self.window < s:
-            at = torch.arange(s, device=q.device)
-            behind = at[:, None] - at[None, :]
-            mask = (behind >= 0) & (behind < self.window)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=k.shape[1] != heads
-        )
-        return out.permute(2, 0, 1, 3).reshape(s, b, heads * d)
+from megatron_hybrid.mixers.attention.local import ScaledDotProductAttention
+from megatron_hybrid.mixers.attention.spec import parameters
+from megatron_hybrid.mixers.backend import Backend, Linears
+from megatron_hybrid.mixers.mixer import FormatQuery, Mixer
+from megatron_hybrid.precision.attention_probe import probe_attention
 
 
 @dataclass
 class SelfAttentionSubmodules:
-    """Parts of SelfAttention: a column-parallel linear (with the pre-norm or not), attention, a row-parallel linear."""
+    """Parts of SelfAttention: a column-parallel linear, attention, and a row-parallel linear, with their norms."""
 
     linear_qkv: type
     core_attention: type
@@ -74,32 +51,44 @@ class AttentionSizes:
     """YaRN for the layers without a window."""
 
     @classmethod
-    def of(cls, model: ModelConfig) -> "AttentionSizes":
+    def of(cls, model: ModelFields) -> "AttentionSizes":
         """Return the sizes of a model of this package."""
         return cls(
             model.num_attention_heads, model.kv_heads, model.attention_head_dim, model.norm_eps, model.rope_scaling
         )
 
     @classmethod
-    def of_megatron(cls, config) -> "AttentionSizes":
+    def of_megatron(cls, config: TransformerConfig) -> "AttentionSizes":
         """Return the sizes in a TransformerConfig, which tensor parallelism has to divide."""
         groups = config.num_query_groups or config.num_attention_heads
         return cls(config.num_attention_heads, groups, config.kv_channels, config.layernorm_epsilon)
 
 
+def module_spec(model: ModelFields, block: Block, backend: Backend, linears: Linears) -> ModuleSpec:
+    """Return the spec of a model's mixer. Which layers have a window is part of the TransformerConfig."""
+    return mixer_module_spec(AttentionSizes.of(model), backend, linears)
+
+
+def mixer_module_spec(sizes: AttentionSizes | None, backend: Backend, linears: Linears) -> ModuleSpec:
+    """Return the spec of a mixer in any megatron-core model. None: of the sizes in its TransformerConfig."""
+    submodules = SelfAttentionSubmodules(
+        linear_qkv=linears.input, core_attention=backend.attention, linear_proj=linears.output
+    )
+    return ModuleSpec(module=SelfAttention, params=dict(sizes=sizes), submodules=submodules)
+
+
 class SelfAttention(Mixer):
     """The attention mixer of one layer, on this rank's heads.
 
-    `linear_qkv`'s output on a rank is `[q | k | v]`, heads in order. Dummy heads that tensor parallelism adds have zero
-    weights (arch/padding.py). Under context parallelism a rank has these of its slice's tokens, and attends with some of them
-    over whole sequences (`exchange`).
+    `linear_qkv`'s output on a rank is `[q | k | v]`, heads in order. Under context parallelism a rank has these of its slice's
+    tokens, and attends with some of the heads over whole sequences (`exchange`).
 
-    The arguments after `submodules` are TransformerLayer's, but for `sizes`. None: those of the TransformerConfig.
+    The arguments after `submodules` are TransformerLayer's, except for `sizes`. None: those of the TransformerConfig.
     """
 
     def __init__(
         self,
-        config,
+        config: TransformerConfig,
         submodules: SelfAttentionSubmodules,
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
@@ -108,39 +97,42 @@ class SelfAttention(Mixer):
         cp_comm_type: str | None = None,
         pp_layer_offset: int | None = None,
         name: str | None = None,
-    ):
-        super().__init__(config, layer_number, pg_collection)
-        tp, hidden = self.tp_group, config.hidden_size
-        self.sizes = sizes = sizes or AttentionSizes.of_megatron(config)
-        self.head_dim = d = sizes.head_dim
+    ) -> None:
+        sizes = sizes or AttentionSizes.of_megatron(config)
+        packing = parameters(sizes.heads, sizes.groups, sizes.head_dim, config.hidden_size)
+        super().__init__(config, layer_number, pg_collection, packing)
+        self.sizes, self.head_dim = sizes, sizes.head_dim
+        tp, d = self.tp_group, sizes.head_dim
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         scaling = None if windowed else sizes.rope_scaling
         self.rope_is_scaled = scaling is not None
         # YaRN multiplies both q and k, so their products grow by the square
         attention_factor = scaling.effective_attention_factor if scaling else 1.0
-        self.groups, self.heads = (count // tp.size() for count in padded_groups(sizes.groups, sizes.heads, tp.size()))
-        q_width, kv_width = self.heads * d, self.groups * d
+        q_width, kv_width, _ = self.packing["linear_qkv.weight"].rank_sizes(tp.size())
         linear = dict(config=config, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp)
         self.linear_qkv = submodules.linear_qkv(
-            hidden,
+            config.hidden_size,
             (q_width + 2 * kv_width) * tp.size(),
             init_method=config.init_method,
             gather_output=False,
             tp_comm_buffer_name="qkv",
             **linear,
         )
-        self.norm = dict(
+        self.norm: dict[str, Any] = dict(
             head_dim=d,
             true_widths=(sizes.heads * d, sizes.groups * d),
             eps=sizes.norm_eps,
             all_reduce=all_reduce_sum(tp),
         )
-        self.q_norm_weight, self.k_norm_weight = self._norm_weight(q_width), self._norm_weight(kv_width)
-        self.exchange = HeadExchange(self.cp_group, self.heads, self.groups)
+        self.q_norm_weight, self.k_norm_weight = (
+            self.new_parameter("q_norm_weight"),
+            self.new_parameter("k_norm_weight"),
+        )
+        self.exchange = HeadExchange(self.cp_group, q_width // d, kv_width // d)
         core_config = copy.copy(config)  # Transformer Engine counts heads by it
         core_config.num_attention_heads = self.exchange.heads * tp.size()
         core_config.num_query_groups = self.exchange.groups * tp.size()
-        self.core_arguments = dict(
+        self.core_arguments: dict[str, Any] = dict(
             config=core_config,
             layer_number=layer_number,
             attn_mask_type=AttnMaskType.causal,
@@ -151,54 +143,42 @@ class SelfAttention(Mixer):
         self.core_attention = self.another_core_attention(submodules.core_attention)
         self.linear_proj = submodules.linear_proj(
             q_width * tp.size(),
-            hidden,
+            config.hidden_size,
             init_method=config.output_layer_init_method,
             input_is_parallel=True,
             tp_comm_buffer_name="proj",
             **linear,
         )
-        tensors = {
-            tensor.name: tensor for tensor in attention_tensors(sizes.heads, sizes.groups, d, hidden, "attention")
-        }
-        self.pieces, self.pieces_of_first_rank = (
-            attention_pieces(TensorSlices(tensors, rank, tp.size()), sizes.heads, sizes.groups, d, "attention")
-            for rank in (tp.rank(), 0)
-        )
-        self.reset_parameters()
-
-    @property
-    def has_dummy_heads(self) -> bool:
-        return self.heads * self.tp_group.size() != self.sizes.heads
+        self.finish()
 
     def another_core_attention(self, kind: type) -> torch.nn.Module:
-        """One more attention of this layer's sizes."""
-        return kind(**self.core_arguments)
-
-    def _norm_weight(self, width: int) -> torch.nn.Parameter:
-        weight = self.new_parameter(width)  # sharded, so that the gradient norm counts every rank's part
-        torch.nn.init.ones_(weight)
-        return weight
+        """Return another attention of this layer's sizes."""
+        attention: torch.nn.Module = kind(**self.core_arguments)
+        return attention
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        inference_context=None,
+        inference_context: object = None,
         rotary_pos_emb: torch.Tensor | None = None,
-        rotary_pos_cos=None,
-        rotary_pos_sin=None,
-        rotary_pos_cos_sin=None,
-        attention_bias=None,
-        packed_seq_params=None,
-        sequence_len_offset=None,
+        rotary_pos_cos: torch.Tensor | None = None,
+        rotary_pos_sin: torch.Tensor | None = None,
+        rotary_pos_cos_sin: torch.Tensor | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: object = None,
+        sequence_len_offset: object = None,
         *,
-        inference_params=None,
+        inference_params: object = None,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states [s, b, h] (this rank's tokens under sequence and context parallelism) -> ([s, b, h], None).
+        """Mix hidden_states [s, b, h]: this rank's tokens under sequence and context parallelism.
 
         Args:
             rotary_pos_emb: angles [s, 1, 1, head_dim] of this rank's tokens, or [2, s, 1, 1, head_dim]: plain and scaled.
                 None: no rotary embedding.
+
+        Returns:
+            ([s, b, h], None)
 
         Raises:
             UserError: any other input than these and the causal mask.
@@ -224,10 +204,29 @@ class SelfAttention(Mixer):
             for x, n in ((q, self.exchange.heads), (k, self.exchange.groups), (v, self.exchange.groups))
         )
         context = self.core_attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal)
-        return self.linear_proj(self.exchange.to_tokens(context))
+        y_sbh, _ = self.linear_proj(self.exchange.to_tokens(context))
+        return y_sbh, None
 
     def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
-        """Which backend QK norm and rotary embedding run, and why."""
         width = len(self.q_norm_weight) + 2 * len(self.k_norm_weight)
         qkv = self.q_norm_weight.detach()[:1].expand(sequence_length, batch_size, width)  # no memory
         return [explain_qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight)]
+
+    def formats(self, query: FormatQuery) -> list[tuple[str, str, str, str]]:
+        return [*super().formats(query), ("attention", *self._attention_format(query))]
+
+    def _attention_format(self, query: FormatQuery) -> tuple[str, str, str]:
+        """Return (format, backend, reason) of attention itself. With Transformer Engine it is run once to find out."""
+        exchange, backend, reason = self.exchange, query.backend, query.reason
+        if exchange.ranks > 1:
+            reason += f"; {exchange.heads} heads of whole sequences on each of {exchange.ranks} context parallel ranks"
+        if backend.attention is ScaledDotProductAttention:
+            return query.dtype, "torch's scaled_dot_product_attention", reason
+        sizes = (query.sequence_length, query.batch_size, exchange.heads, exchange.groups, self.head_dim)
+        fp8 = self.another_core_attention(backend.attention) if query.fp8_attention else None
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+            found = probe_attention(fp8, self.another_core_attention(backend.plain_attention), *sizes)
+        if fp8 is None:
+            return query.dtype, found.backend, reason
+        error = f"differs from {query.dtype} by {found.error:.2g}, as it should"
+        return "fp8, delayed scaling", found.backend, f"precision.fp8_attention = true; {error}"

@@ -2,109 +2,114 @@
 
     project  ->  conv, gates  ->  delta rule  ->  gated norm  ->  project
 
-Heads are shared over the tensor parallel ranks; each rank's slice of every weight is whole heads. Tokens are shared over the
-context parallel ranks, which pass on states and what the convolution looks back on. The mathematics is in
-`hybrid_kernels`, whose dispatch chooses the backend.
+Tensor parallel ranks share the heads: each rank's slice of every weight is whole heads. Context parallel ranks share the
+tokens, and pass on states and the inputs that the convolution looks back on. The mathematics is in `hybrid_kernels`, whose
+dispatch chooses the backend.
+
+Shapes: s tokens of this rank, b sequences, h hidden size, w width of in_proj's output on this rank.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.conv_gates import explain as explain_conv_gates
 from hybrid_kernels.dispatch import Choice
 from hybrid_kernels.gated_rmsnorm import explain as explain_gated_rmsnorm
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
-from megatron_hybrid.arch.model import GatedDeltaNetConfig
-from megatron_hybrid.arch.padding import FP8_ALIGNMENT, PackedWidths
-from megatron_hybrid.arch.tensors import gdn_tensors
+from megatron_hybrid.arch.blocks import Block
+from megatron_hybrid.arch.model_fields import ModelFields
+from megatron_hybrid.arch.packing import FP8_ALIGNMENT
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.distributed.context_parallel import with_halo
 from megatron_hybrid.distributed.state_passing import (
     explain_gated_delta_rule_of_slices,
     gated_delta_rule_of_slices,
 )
+from megatron_hybrid.mixers.backend import Backend, Linears
+from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
+from megatron_hybrid.mixers.gated_delta_net.spec import parameters, sizes
 from megatron_hybrid.mixers.mixer import Mixer
 from megatron_hybrid.mixers.recompute import between_linears
-from megatron_hybrid.mixers.tensor_slices import TensorSlices, gdn_pieces
-
-ALWAYS_FP32 = ("A_log", "dt_bias")
 
 
 @dataclass
 class GatedDeltaNetSubmodules:
-    """Parts of GatedDeltaNet: a column-parallel linear (with the pre-norm or not) and a row-parallel one."""
+    """Parts of GatedDeltaNet: a column-parallel linear, with the pre-norm or not, and a row-parallel one."""
 
     in_proj: type
     out_proj: type
 
 
+def module_spec(model: ModelFields, block: Block, backend: Backend, linears: Linears) -> ModuleSpec:
+    """Return the spec of a model's mixer."""
+    return mixer_module_spec(sizes(model), linears)
+
+
+def mixer_module_spec(gdn: GatedDeltaNetConfig, linears: Linears) -> ModuleSpec:
+    """Return the spec of a mixer of these sizes in any megatron-core model."""
+    submodules = GatedDeltaNetSubmodules(in_proj=linears.input, out_proj=linears.output)
+    return ModuleSpec(module=GatedDeltaNet, params=dict(gdn=gdn), submodules=submodules)
+
+
 class GatedDeltaNet(Mixer):
     """The Gated DeltaNet mixer of one layer, on this rank's heads.
 
-    Parameters on a rank (widths of PackedWidths): `in_proj.weight` [total, h]; `conv_weight` [q + k + v, taps]; `A_log`,
-    `dt_bias` [value heads], fp32 whatever the model's dtype; `o_norm_weight` [value_head_dim], the same on every rank;
-    `out_proj.weight` [h, v].
-
-    The arguments after `submodules` are TransformerLayer's, but for `gdn`. `cp_comm_type` and `pp_layer_offset` are how
-    attention exchanges and is numbered; nothing here depends on them.
+    The arguments after `submodules` are TransformerLayer's, except for `gdn`. `cp_comm_type` and `pp_layer_offset` say how
+    attention exchanges tokens and is numbered. Nothing here depends on them.
     """
 
     def __init__(
         self,
-        config,
+        config: TransformerConfig,
         submodules: GatedDeltaNetSubmodules,
         layer_number: int = 1,
-        pg_collection=None,
+        pg_collection: ProcessGroupCollection | None = None,
         *,
         gdn: GatedDeltaNetConfig,
         cp_comm_type: str | None = None,
         pp_layer_offset: int | None = None,
         name: str | None = None,
-    ):
-        super().__init__(config, layer_number, pg_collection)
-        tp, hidden = self.tp_group, config.hidden_size
-        self.gdn, self.widths = gdn, PackedWidths.of_mixer(gdn, tp.size())
-        widths = self.widths
+    ) -> None:
+        super().__init__(config, layer_number, pg_collection, parameters(gdn, config.hidden_size))
+        self.gdn, ranks = gdn, self.tp_group.size()
+        self.q_width, _, self.v_width, self.gate_width, _, self.heads = self.packing["in_proj.weight"].rank_sizes(ranks)
+        self.packed_width = self.packing["in_proj.weight"].rank_shape(ranks)[0]
         # this package's trainer names no modules; in megatron-core's words, what is between a mixer's linears is core_attn
         modules = config.recompute_modules or ["core_attn"]
         self.recompute = config.recompute_granularity == "selective" and "core_attn" in modules
 
-        linear = dict(config=config, bias=False, is_expert=False, tp_group=tp)
+        linear = dict(config=config, bias=False, is_expert=False, skip_bias_add=False, tp_group=self.tp_group)
         self.in_proj = submodules.in_proj(
-            hidden,
-            widths.total * tp.size(),
+            config.hidden_size,
+            self.packed_width * ranks,
             init_method=config.init_method,
             gather_output=False,
-            skip_bias_add=False,
             tp_comm_buffer_name="qkv",
             **linear,
         )
         self.out_proj = submodules.out_proj(
-            widths.v * tp.size(),
-            hidden,
+            self.v_width * ranks,
+            config.hidden_size,
             init_method=config.output_layer_init_method,
             input_is_parallel=True,
-            skip_bias_add=False,
             tp_comm_buffer_name="proj",
             **linear,
         )
         self._check_fp8()
-        self.conv_weight = self.new_parameter(widths.conv, gdn.conv_kernel_size)
-        self.A_log = self.new_parameter(widths.a, dtype=torch.float32)
-        self.dt_bias = self.new_parameter(widths.a, dtype=torch.float32)
-        self.o_norm_weight = self.new_parameter(gdn.value_head_dim, sharded=False)
-        # of every rank's heads: its gradient is summed over the ranks, once a step with the other norms' where there are such
-        self.o_norm_weight.sequence_parallel = config.sequence_parallel
-
-        tensors = {tensor.name: tensor for tensor in gdn_tensors(gdn, hidden, "gdn")}
-        self.pieces, self.pieces_of_first_rank = (
-            gdn_pieces(TensorSlices(tensors, rank, tp.size()), gdn, "gdn") for rank in (tp.rank(), 0)
-        )
-        self.reset_parameters(gdn)
+        self.conv_weight = self.new_parameter("conv_weight")
+        self.A_log, self.dt_bias = self.new_parameter("A_log"), self.new_parameter("dt_bias")
+        self.o_norm_weight = self.new_parameter("o_norm_weight")
+        # it serves every rank's heads: its gradient is summed over the ranks, once per step together with the other norms'
+        self.o_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.finish()
 
     def _check_fp8(self) -> None:
         if not self.config.fp8:
@@ -114,48 +119,33 @@ class GatedDeltaNet(Mixer):
                 f"fp8: {self.config.fp8} needs Transformer Engine's linears; build the layer spec with backend="
                 '"transformer_engine", or set it to None'
             )
-        for field, size in (("hidden_size", self.config.hidden_size), ("value_head_dim", self.widths.v)):
+        for field, size in (("hidden_size", self.config.hidden_size), ("value_head_dim", self.v_width)):
             if size % FP8_ALIGNMENT:
                 raise UserError(
                     f"{field}: a rank's weights have {size} columns, which FP8 needs to be a multiple of {FP8_ALIGNMENT}"
                 )
 
-    @property
-    def has_dummy_heads(self) -> bool:
-        return self.widths.a * self.tp_group.size() != self.gdn.num_value_heads
-
-    def _apply(self, fn, recurse=True):
-        """Convert the module, as `bfloat16()` and `to()` do, but for A_log and dt_bias: they stay fp32.
-
-        megatron-core's Float16Module converts whole models; half precision would move the decay rates.
-        """
-        scalars = {name: self._parameters[name] for name in ALWAYS_FP32 if name in self._parameters}
-        kept = {name: parameter.data for name, parameter in scalars.items()}
-        super()._apply(fn, recurse)
-        for name, values in kept.items():
-            parameter = self._parameters[name]
-            if parameter.dtype != values.dtype:
-                parameter.data = values.to(parameter.device)
-        return self
-
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        inference_context=None,
-        rotary_pos_emb=None,
-        rotary_pos_cos=None,
-        rotary_pos_sin=None,
-        rotary_pos_cos_sin=None,
-        attention_bias=None,
-        packed_seq_params=None,
-        sequence_len_offset=None,
+        inference_context: object = None,
+        rotary_pos_emb: torch.Tensor | None = None,
+        rotary_pos_cos: torch.Tensor | None = None,
+        rotary_pos_sin: torch.Tensor | None = None,
+        rotary_pos_cos_sin: torch.Tensor | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: object = None,
+        sequence_len_offset: object = None,
         *,
-        inference_params=None,
-    ) -> tuple[torch.Tensor, None]:
-        """hidden_states [s, b, h] (this rank's tokens under sequence and context parallelism) -> ([s, b, h], None).
+        inference_params: object = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mix hidden_states [s, b, h]: this rank's tokens under sequence and context parallelism.
 
-        Rotary embeddings are the model's, for its attention layers; this mixer has no use for them.
+        Rotary embeddings are for the model's attention layers. This mixer does not need them.
+
+        Returns:
+            ([s, b, h], None)
 
         Raises:
             UserError: any other input than the causal mask.
@@ -190,25 +180,24 @@ class GatedDeltaNet(Mixer):
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
         return gated_rmsnorm(o, gate, weight, self.gdn.norm_eps)
 
-    def _sizes(self) -> dict:
-        gdn, widths = self.gdn, self.widths
+    def _sizes(self) -> dict[str, Any]:
+        gdn = self.gdn
         return dict(
-            num_key_heads=widths.q // gdn.key_head_dim,
-            num_value_heads=widths.a,
+            num_key_heads=self.q_width // gdn.key_head_dim,
+            num_value_heads=self.heads,
             key_head_dim=gdn.key_head_dim,
             value_head_dim=gdn.value_head_dim,
         )
 
     def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
-        """Which backend each op runs for such a micro-batch, and why."""
-        gdn, widths, s, b = self.gdn, self.widths, sequence_length, batch_size
+        gdn, s, b = self.gdn, sequence_length, batch_size
         like = torch.empty((), dtype=self.config.params_dtype, device=self.A_log.device)  # expanded: no memory
-        gates = self.A_log.detach()[:1].expand(b, s, widths.a)
-        q = like.expand(b, s, widths.q // gdn.key_head_dim, gdn.key_head_dim)
-        v = like.expand(b, s, widths.a, gdn.value_head_dim)
-        packed = like.expand(s, b, widths.total)
+        gates = self.A_log.detach()[:1].expand(b, s, self.heads)
+        q = like.expand(b, s, self.q_width // gdn.key_head_dim, gdn.key_head_dim)
+        v = like.expand(b, s, self.heads, gdn.value_head_dim)
+        packed = like.expand(s, b, self.packed_width)
         return [
             explain_conv_gates(packed, self.conv_weight, **self._sizes()),
             explain_gated_delta_rule_of_slices(q, q, v, gates, gates, group=self.cp_group),
-            explain_gated_rmsnorm(v, packed[..., : widths.gate], self.o_norm_weight),
+            explain_gated_rmsnorm(v, packed[..., : self.gate_width], self.o_norm_weight),
         ]

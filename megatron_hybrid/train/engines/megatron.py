@@ -13,11 +13,11 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.tp_comm_overlap import start_overlap, stop_overlap
+from megatron_hybrid.model.backends.choose import require_transformer_engine
 from megatron_hybrid.model.formats import format_table
 from megatron_hybrid.model.hybrid_model import build_model
 from megatron_hybrid.model.initialize import initialize
 from megatron_hybrid.model.param_layout import ParamLayout
-from megatron_hybrid.model.parts import require_transformer_engine
 from megatron_hybrid.train.engines.base import BatchLosses
 from megatron_hybrid.train.engines.schedule import BatchRunner, prepare_for_training
 from megatron_hybrid.train.optimizers.megatron import MegatronCollector, Optimizer, wrap_data_parallel

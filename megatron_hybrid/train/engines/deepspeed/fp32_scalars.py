@@ -14,7 +14,7 @@ from megatron_hybrid.arch.optimizers.spec import MASTER, OptimizerSpec
 from megatron_hybrid.base.resolve import resolve
 from megatron_hybrid.checkpoint.collect import OptimizerShard
 from megatron_hybrid.config.train import OptimizerConfig
-from megatron_hybrid.mixers.gated_delta_net.module import ALWAYS_FP32, GatedDeltaNet
+from megatron_hybrid.mixers.mixer import Mixer
 from megatron_hybrid.train.optimizers.state import state_of
 
 
@@ -28,17 +28,21 @@ class Fp32Scalars:
         self, model: nn.Module, groups: ProcessGroupCollection, spec: OptimizerSpec, settings: OptimizerConfig
     ) -> None:
         self.groups, self.spec, self.clip = groups, spec, settings.clip_grad
-        self.parameters = [
-            self._take_out(module, name)
-            for module in model.modules()
-            if isinstance(module, GatedDeltaNet)
-            for name in ALWAYS_FP32
+        found = [
+            (self._take_out(mixer, name), mixer.packing[name].tensors[0].decay_group)
+            for mixer in model.modules()
+            if isinstance(mixer, Mixer)
+            for name in mixer.fp32_parameters
         ]
-        decay = 0.0 if "gdn_scalars" in settings.no_decay else settings.weight_decay
-        arguments = dict(lr=settings.lr, weight_decay=decay, **spec.torch_arguments(settings))
+        self.parameters = [parameter for parameter, _ in found]
+        by_decay: dict[float, list[nn.Parameter]] = {}
+        for parameter, group in found:
+            by_decay.setdefault(0.0 if group in settings.no_decay else settings.weight_decay, []).append(parameter)
         self.optimizer: torch.optim.Optimizer | None = None
-        if self.parameters:
-            self.optimizer = resolve(spec.torch_class)(self.parameters, **arguments)
+        if found:
+            param_groups = [dict(params=parameters, weight_decay=decay) for decay, parameters in by_decay.items()]
+            arguments = dict(lr=settings.lr, **spec.torch_arguments(settings))
+            self.optimizer = resolve(spec.torch_class)(param_groups, **arguments)
 
     @staticmethod
     def _take_out(module: nn.Module, name: str) -> nn.Parameter:
@@ -76,7 +80,8 @@ class Fp32Scalars:
         scale = min(1.0, self.clip / (gradient_norm + 1e-6)) if self.clip > 0 else 1.0
         for parameter in self.parameters:
             parameter.grad = _gradient(parameter).mul_(scale)
-        self.optimizer.param_groups[0]["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
         self.discard()
 

@@ -1,0 +1,148 @@
+"""The contract of a mixer: everything that the project asks of it without torch.
+
+A mixer is a folder with `spec.py` (a MixerSpec that registers itself) and `module.py` (its torch module). Guide:
+docs/development/extending.md.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megatron_hybrid.arch.blocks import Block, Blocks
+from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
+from megatron_hybrid.arch.model_fields import ModelFields
+from megatron_hybrid.arch.packing import PackedParameter, round_up
+from megatron_hybrid.base.errors import Problems, join, shown
+from megatron_hybrid.base.section import Section
+
+QUOTE = "'"
+Feature = Literal["context_parallel", "fp8", "fp8_attention"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The numbers of a run's layout that a mixer's rules may depend on."""
+
+    tensor_parallel_size: int
+    context_parallel_size: int
+    sequence_length: int
+    fp8: bool
+    fp8_attention: bool
+
+
+@dataclass(frozen=True)
+class HeadGroups:
+    """Heads that tensor parallelism shares over ranks. It pads them, so more ranks than groups would hold dummies alone."""
+
+    count: int
+    field: str
+    """Configuration field that sets the count: `model.gdn.num_key_heads`."""
+    title: str
+    """Words for the groups: `Gated DeltaNet key heads`."""
+    heads: tuple[tuple[str, int], ...]
+    """(words, true count) of every kind of head. Each count is a multiple of the groups'."""
+    width_field: str
+    """Configuration field that sets the width of a head of the mixer's output: `model.head_dim`."""
+    width: int
+
+    def padded(self, heads: int, ranks: int) -> int:
+        """Return how many of `heads` all tensor parallel ranks have, dummies included."""
+        return round_up(self.count, ranks) * (heads // self.count)
+
+
+class MixerSpec(ABC):
+    """Torch-free description of a mixer. Every consumer iterates over registered specs and knows none by name."""
+
+    name: ClassVar[str]
+    """Name in Block.mixer: its folder."""
+    prefix: ClassVar[str]
+    """Prefix of its tensors' names (layers.3.gdn.q_proj.weight). With a config_class, also the section's name in `model`."""
+    config_class: ClassVar[type[Section] | None] = None
+    """Section of `model` with its sizes. None: they are fields of `model` itself."""
+    blocks: ClassVar[Blocks]
+    """Blocks that it brings, by layer_pattern symbol. Together they show what it implements: a block of model.blocks that has a
+    value which none of them has is refused."""
+    input_linear: ClassVar[str]
+    """Module path of its column-parallel linear, into which a pre-norm is fused."""
+    output_linear: ClassVar[str]
+    """Module path of its row-parallel linear, which a post-norm follows."""
+    supports: ClassVar[frozenset[Feature]] = frozenset()
+    decay_groups: ClassVar[tuple[str, ...]] = ()
+    """Its tensors' decay groups, besides matrix, convolution and norm."""
+    init_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of config_class that set initial values only: a trained model computes the same with others."""
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the file with its torch module: `module.py` next to the spec."""
+        return f"{type(self).__module__.rpartition('.')[0]}.module"
+
+    @abstractmethod
+    def parameters(self, model: ModelFields, block: Block) -> tuple[PackedParameter, ...]:
+        """Return its parameters with their packing, in the order in which they are applied.
+
+        Tensor names are relative to the mixer (`q_proj.weight`); parameter names to its module (`in_proj.weight`).
+        """
+
+    @abstractmethod
+    def head_groups(self, model: ModelFields, block: Block) -> HeadGroups:
+        """Return the heads that tensor parallelism shares."""
+
+    @abstractmethod
+    def flops(self, model: ModelFields, block: Block, sequence_length: int) -> int:
+        """Return forward FLOPs per token besides the GEMMs of its linears."""
+
+    @abstractmethod
+    def operations(self, shard: Shard) -> list[Operation]:
+        """Return its operations, first to last, with the norms of the block: activation memory for the planner."""
+
+    @abstractmethod
+    def work(self, shard: Shard, direction: Direction) -> list[Work]:
+        """Return the work of one pass, without the norms of the block: time for the planner."""
+
+    def check(self, model: ModelFields, block: Block, symbol: str) -> Problems:
+        """Return what is wrong with a model whose layer_pattern has this block. Fields are relative to `model`."""
+        problems = Problems()
+        if self.config_class is not None and model.section(self.prefix) is None:
+            problems.add(
+                self.prefix, f"is missing, and layer_pattern has {symbol} layers; {self._wanted(self.config_class)}"
+            )
+        return problems
+
+    def _wanted(self, section: type[Section]) -> str:
+        *most, last = [name for name, field in section.model_fields.items() if field.is_required()] or [""]
+        if not last:
+            return f"write {self.prefix}: {{}} for its defaults"
+        return f"give {self.prefix}.{', '.join(most)} and {last}" if most else f"give {self.prefix}.{last}"
+
+    def check_layout(self, model: ModelFields, block: Block, symbol: str, layout: Layout) -> Problems:
+        """Return what is wrong with a layout of a model that has this block. Fields are whole paths."""
+        return Problems()
+
+    def context_note(self, model: ModelFields, block: Block, layout: Layout) -> str:
+        """Return what a context parallel rank does with its slice, for the table of `--dry-run`."""
+        return ""
+
+
+def block_problems(spec: MixerSpec, block: Block, path: str) -> Problems:
+    """Return an error for each field of a block whose value the mixer does not implement."""
+    problems = Problems()
+    for name in ("norm", "qk_norm", "output_gate", "partial_rotary_factor", "sliding_window", "mlp"):
+        value, choices = getattr(block, name), {getattr(known, name) for known in spec.blocks.values()}
+        if value not in choices:
+            legal = " or ".join(shown(choice).strip(QUOTE) for choice in sorted(choices))
+            problems.add(
+                join(path, name), f"{shown(value).strip(QUOTE)} is not implemented for {spec.name}; set it to {legal}"
+            )
+    return problems
+
+
+def layout_problems(spec: MixerSpec, model: ModelFields, block: Block, symbol: str, layout: Layout) -> Problems:
+    """Return what is wrong with a layout of a model that has this block, features that the mixer lacks included."""
+    problems = spec.check_layout(model, block, symbol, layout)
+    title = f"{block.title} (layer_pattern's {symbol}) does not support it"
+    if layout.context_parallel_size > 1 and "context_parallel" not in spec.supports:
+        problems.add("parallel.context_parallel_size", f"{layout.context_parallel_size}: {title}; set it to 1")
+    if layout.fp8 and "fp8" not in spec.supports:
+        problems.add("precision.fp8_recipe", f"{title}; set it to null")
+    return problems

@@ -1,0 +1,109 @@
+"""The backend for GPUs: Transformer Engine's linears, norm and attention as megatron-core wraps them, and its SwiGLU.
+
+The GEMM of a weight's gradient adds it directly to DDP's fp32 buffer (`main_grad`). megatron-core's own switch for that would
+require Apex's kernel in its output layer as well, so only these modules get it.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import transformer_engine.pytorch as te
+import transformer_engine_torch as kernels  # te loads it
+from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TENorm,
+    TERowParallelLinear,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.mixers.backend import Backend
+from megatron_hybrid.model.mlp import SwiGLU
+from megatron_hybrid.precision.recipes import attention_recipe
+
+
+def _into_main_grad(config: TransformerConfig) -> TransformerConfig:
+    config = copy.copy(config)
+    config.gradient_accumulation_fusion = True
+    return config
+
+
+class ColumnLinear(TEColumnParallelLinear):
+    """A column-parallel linear."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=_into_main_grad(config), **kwargs)
+        # megatron-core sets it only for the linear with a norm
+        self.ub_overlap_rs_dgrad = config.tp_comm_overlap and config.tp_comm_overlap_rs_dgrad
+
+
+class NormColumnLinear(TELayerNormColumnParallelLinear):
+    """RMSNorm, then a column-parallel linear: one cast to FP8 for both, and the norm's output is not kept twice."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=_into_main_grad(config), **kwargs)
+
+
+class RowLinear(TERowParallelLinear):
+    """A row-parallel linear."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=_into_main_grad(config), **kwargs)
+
+
+class Fp8Attention(TEDotProductAttention):
+    """Attention in FP8 with delayed scaling, the only recipe that trains on Hopper, whatever recipe the linears have.
+
+    Its scales are updated together with the linears', when the outermost FP8 context ends (precision/context.py).
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.recipe = attention_recipe(config.fp8_amax_history_len)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
+        with te.fp8_autocast(enabled=True, fp8_recipe=self.recipe, fp8_group=group):
+            return super().forward(*args, **kwargs)
+
+
+class _Activation(torch.autograd.Function):
+    """silu(gate) * up of [..., gate | up]. It keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        return kernels.swiglu(gate_up, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (gate_up,) = ctx.saved_tensors
+        return kernels.dswiglu(grad.contiguous(), gate_up, None)
+
+
+class FusedSwiGLU(SwiGLU):
+    """The MLP with one kernel each way for its activation.
+
+    torch.compile's backward kernel moves twice as many bytes, and is slower still once it has seen several shapes.
+    """
+
+    def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return _Activation.apply(gate_up)
+
+
+def transformer_engine(precision: PrecisionConfig) -> Backend:
+    """Return modules whose linears follow the FP8 context they run in."""
+    return Backend(
+        name="Transformer Engine",
+        column_linear=ColumnLinear,
+        norm_column_linear=NormColumnLinear,
+        row_linear=RowLinear,
+        norm=TENorm,
+        attention=Fp8Attention if precision.fp8_attention else TEDotProductAttention,
+        plain_attention=TEDotProductAttention,
+        mlp=FusedSwiGLU,
+    )

@@ -1,0 +1,57 @@
+"""Builds what the trainer needs besides the engine: data loaders, the logger and the saved configuration."""
+
+from pathlib import Path
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_hybrid.arch.flops import training_flops_per_token
+from megatron_hybrid.config.load import dump_run
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.blend import Blend
+from megatron_hybrid.data.loader import BatchLoader
+from megatron_hybrid.distributed.device import has_cuda
+from megatron_hybrid.launch.environment import Launch
+from megatron_hybrid.observe import RunLogger
+from megatron_hybrid.train.progress import Progress
+
+
+def build_loader(config: RunConfig, groups: ProcessGroupCollection, data: Blend, num_workers: int) -> BatchLoader:
+    """Build the loader of this rank's micro-batches."""
+    return BatchLoader(
+        data,
+        config.train.micro_batch_size,
+        data_parallel_rank=groups.dp.rank(),
+        data_parallel_size=groups.dp.size(),
+        num_workers=num_workers,
+        pin_memory=has_cuda(),
+    )
+
+
+def build_logger(config: RunConfig, launch: Launch, progress: Progress, continues: bool) -> RunLogger:
+    """Build the logger of a run, which writes on the first rank only.
+
+    Args:
+        progress: progress of the checkpoint that the run starts from.
+        continues: whether the earlier logs in run_dir belong to this run.
+    """
+    return RunLogger(
+        config.logging,
+        config.run_dir,
+        launch.rank,
+        total_steps=config.train.steps,
+        start_step=progress.step,
+        start_tokens=progress.tokens,
+        flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
+        num_devices=launch.world_size,
+        device_name=torch.cuda.get_device_name() if has_cuda() else None,
+        settings=config.model_dump(mode="json"),
+        continues=continues,
+    )
+
+
+def write_config(config: RunConfig) -> None:
+    """Write the resolved configuration to run_dir. Call it on one rank."""
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_run(config))
