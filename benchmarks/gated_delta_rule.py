@@ -67,7 +67,7 @@ def errors(only: str) -> list[dict]:
         doubled = {k: x.double() if x.is_floating_point() else x for k, x in options.items()}
         exact = results([x.double() for x in inputs], "torch", **doubled)
         peer = results(inputs, "fla", **options)
-        for backend in ("hopper", "triton"):
+        for backend in ("cuda", "triton"):
             ours = results(inputs, backend, **options)
             same = all(torch.equal(x, y) for x, y in zip(ours, results(inputs, backend, **options)))
             rows.append(dict(row(f"{name}, {backend}", "bitwise the same twice", "bool", same), goal=True, met=same))
@@ -126,7 +126,7 @@ def times(name, batch, length, heads, bounds=None) -> list[dict]:
 
     peer = measure(rule("fla"), inputs, do)
     for backend, save, goals in (
-        ("hopper", "scores", (1.6, 1.6)), ("hopper", "states", (1.6, 1.6)), ("triton", "scores", (1.4, 1.6))
+        ("cuda", "scores", (1.6, 1.6)), ("cuda", "states", (1.6, 1.6)), ("triton", "scores", (1.4, 1.6))
     ):  # fmt: skip
         print(explain(*inputs, backend=backend, cu_seqlens=cu), flush=True)
         ours = measure(rule(backend, save), inputs, do)
@@ -151,7 +151,7 @@ def times(name, batch, length, heads, bounds=None) -> list[dict]:
 def first_use(_) -> list[dict]:
     """Seconds that a process's first forward and backward take where nothing has been compiled yet."""
     rows = []
-    for backend in ("hopper", "triton"):
+    for backend in ("cuda", "triton"):
         with tempfile.TemporaryDirectory() as cache:
             command = [sys.executable, __file__, "--first", backend]
             environment = os.environ | {"TRITON_CACHE_DIR": cache}
@@ -179,11 +179,11 @@ def flashqla(name, batch, length, heads) -> list[dict]:
         inputs = random_inputs(batch, length, heads, width_k, width_v)
         return measure(lambda: rule(*inputs), inputs, torch.randn_like(inputs[2]))
 
-    ours = best(K, V, lambda *x: gated_delta_rule(*x, backend="hopper")[0])
+    ours = best(K, V, lambda *x: gated_delta_rule(*x, backend="cuda")[0])
     peer = best(128, 128, lambda q, k, v, g, beta: flash_qla.chunk_gated_delta_rule(q=q, k=k, v=v, g=g, beta=beta)[0])
     work = K * V / 128**2
     return [
-        row(f"{name}, hopper, saving scores", m, "ms", ours[m], work * peer[m], f"FlashQLA at 128/128, times {work}")
+        row(f"{name}, cuda, saving scores", m, "ms", ours[m], work * peer[m], f"FlashQLA at 128/128, times {work}")
         for m in ("forward", "forward + backward")
     ]
 

@@ -39,7 +39,9 @@ def fla_conv_gates(packed, weight, A_log, dt_bias):
 
 def torch_conv_gates(packed, weight, A_log, dt_bias):
     start = 2 * KEY + VALUE
-    return *conv_gates_torch(packed, weight, A_log, dt_bias, **DIMS), packed[..., start : start + VALUE]
+    return *conv_gates_torch(packed, weight, A_log, dt_bias, None, None, list(DIMS.values()), 2.0), packed[
+        ..., start : start + VALUE
+    ]
 
 
 def fla_gated_rmsnorm(o, gate, weight, eps):

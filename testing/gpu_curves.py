@@ -1,9 +1,10 @@
-"""Runs jobs on the ranks of one launch, one after the other: python -m testing.gpu_curves JOBS.json RESULTS.json
+"""Run jobs on the ranks of one launch, one after the other: python -m testing.gpu_curves JOBS.json RESULTS.json
 
-JOBS: {name: arguments of testing.jobs.curve}. RESULTS: {name: {"losses", "norms"}}; of a job with `resume` (a folder), which saves
-halfway and is built anew, also "resumed" (losses), "same_parameters" and "same_casts" (testing.jobs.same_casts; null where it does
-not apply); with `other` as well, also "otherwise": the losses where the second half runs with those arguments instead; with
-`poisoned`, also "unchanged": whether a step whose gradient is not a number was skipped, and left everything as it was.
+JOBS is {name: arguments of testing.jobs.curve}. RESULTS is {name: {"losses", "norms"}}. Further arguments of a job add results:
+- `resume`, a folder: the job saves halfway and resumes. Adds "resumed" (losses), "same_parameters" and "same_casts"
+  (testing.jobs.same_casts, or null if it does not apply).
+- `other`, with `resume`: the second half also runs with these arguments. Adds "otherwise" (losses).
+- `poisoned`: one gradient is NaN. Adds "unchanged": whether that step was skipped without changing any state.
 """
 
 import faulthandler

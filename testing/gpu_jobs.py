@@ -1,4 +1,4 @@
-"""What is trained on GPUs to be compared: jobs by name, in fp32 on the CPU, on one GPU in every format, on several by layout.
+"""Training jobs by name, to be compared: in fp32 on the CPU, in every format on one GPU, by layout on several GPUs.
 
 benchmarks/gpu_parity.py records what tests/gpu/test_training.py checks.
 """
@@ -221,7 +221,7 @@ def offloaded(base: dict, share: float, folder: Path) -> dict:
 
 
 def _resumed(name: str, folder: Path) -> dict:
-    """How a format is resumed: with its parameters in FP8, also as if they were not."""
+    """Return the arguments with which a format is resumed. FP8 parameters are also resumed without them."""
     if name not in RESUMED:
         return {}
     other = {"other": {"precision": FORMATS[HELD[name]]}} if name in HELD else {}
@@ -265,5 +265,5 @@ def difference(expected: dict, found: dict, what: str) -> float:
 
 
 def same_bits(name: str) -> bool:
-    """Whether two runs of a job have the same bits: not in fp32, where torch's attention adds up with atomics."""
+    """Return whether two runs of a job have the same bits. In fp32 they do not: torch's attention uses atomic additions."""
     return not name.startswith("fp32")

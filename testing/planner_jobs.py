@@ -1,4 +1,4 @@
-"""What these tests run on ranks."""
+"""Functions that the planner's tests run on ranks."""
 
 from torch.distributed import get_rank
 
@@ -6,7 +6,7 @@ from testing.jobs import batches_of, make_engine, samples_of_step
 
 
 def state_bytes(model: dict, parallel: dict, train: dict) -> dict[str, int]:
-    """What this rank holds between steps, in bytes, and where it stands."""
+    """Return the bytes that this rank holds between steps, and its place in the layout."""
     engine = make_engine(model, parallel, train)
     sharded = engine.parallel.distributed_optimizer
     buffers = [buffer for chunk in engine.wrapped for buffer in chunk.buffers]

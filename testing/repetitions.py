@@ -53,7 +53,7 @@ def run_config(folder: Path, parallel: dict, tied: bool = True, steps: int = 4) 
 
 @dataclass
 class Record:
-    """What one repetition left on this rank."""
+    """Hashes and losses of one repetition on this rank."""
 
     digests: dict[str, str] = field(default_factory=dict)
     """By step, kind and name of the tensor, in the order in which they were taken."""

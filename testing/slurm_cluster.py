@@ -69,7 +69,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float) -> Any:
 
 
 def find_daemon(name: str) -> str | None:
-    """Where a daemon's program lies; None where it is not installed."""
+    """Return the path of a daemon, or None if it is not installed."""
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 
@@ -137,7 +137,7 @@ class Cluster:
         )
 
     def output(self, *command) -> str:
-        """What a command that must succeed prints."""
+        """Return the output of a command that must succeed."""
         done = self.run(*command)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
@@ -146,6 +146,6 @@ class Cluster:
         return set(self.run("sinfo", "-h", "-N", "-r", "-t", "idle,mix,alloc", "-o", "%N").stdout.split())
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says: JobState, ExitCode, Restarts, ..."""
+        """Return the fields of `scontrol show job`: JobState, ExitCode, Restarts, ..."""
         words = self.output("scontrol", "show", "job", "-o", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)

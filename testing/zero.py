@@ -12,7 +12,7 @@ def run(ranks, count: int, zero: dict, parallel: dict | None = None, train: dict
 
 
 def values_that_differ(straight: list[dict], first: list[dict], second: list[dict]) -> int:
-    """How many losses, norms and parameters a run in two parts, saved and loaded between, has otherwise than one in one go."""
+    """Return how many losses, norms and parameters differ between an uninterrupted run and one that was saved and resumed."""
     count = 0
     for one, a, b in zip(straight, first, second, strict=True):
         for what in ("losses", "norms"):

@@ -1,7 +1,7 @@
 """Shared libraries of CUDA C++ sources: built by nvcc at the first use, cached on disk, called through ctypes.
 
-torch.utils.cpp_extension would add torch's headers to each build, which takes longer to compile than the kernels do, and it needs
-ninja and a host compiler that matches torch's. These kernels take pointers and sizes only.
+torch.utils.cpp_extension needs ninja and compiles torch's headers with each extension. These kernels take pointers and sizes only, so
+they need neither.
 """
 
 import ctypes
@@ -25,7 +25,9 @@ def find_nvcc() -> str | None:
     return next((path for path in found if path and os.access(path, os.X_OK)), None)
 
 
-def build(compiler: str, name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> Path:
+def build(
+    compiler: str, name: str, sources: Sequence[Path], headers: Sequence[Path] = (), defines: Sequence[str] = ()
+) -> Path:
     """Return the path of the library in Triton's cache folder, compiled unless it is there. One process at a time compiles.
 
     Raises:
@@ -33,14 +35,15 @@ def build(compiler: str, name: str, sources: Sequence[Path], headers: Sequence[P
     """
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     texts = (path.read_text() for path in (*sources, *headers))
-    key = hashlib.sha256("".join([version, *OPTIONS, *texts]).encode()).hexdigest()
+    options = [*OPTIONS, *(f"-D{define}" for define in defines)]
+    key = hashlib.sha256("".join([version, *options, *texts]).encode()).hexdigest()
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / "hybrid_kernels"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"{name}-{key[:16]}.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            _compile([compiler, *OPTIONS, *map(str, sources)], library)
+            _compile([compiler, *options, *map(str, sources)], library)
     return library
 
 
@@ -52,12 +55,14 @@ def _compile(command: list[str], library: Path) -> None:
     part.rename(library)
 
 
-def load(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -> tuple[ctypes.CDLL | None, str | None]:
-    """Return the library, or the reason why there is none."""
+def load(
+    name: str, sources: Sequence[Path], headers: Sequence[Path] = (), defines: Sequence[str] = ()
+) -> tuple[ctypes.CDLL | None, str | None]:
+    """Return the library, or the reason why there is none. `defines`: macros, such as "N=64"."""
     compiler = find_nvcc()
     if compiler is None:
         return None, "nvcc was not found ($CUDA_HOME, PATH, /usr/local/cuda, pip's nvidia-cuda-nvcc)"
     try:
-        return ctypes.CDLL(str(build(compiler, name, sources, headers))), None
+        return ctypes.CDLL(str(build(compiler, name, sources, headers, defines))), None
     except (RuntimeError, OSError) as error:
-        return None, f"they could not be built: {error}"
+        return None, f"its kernels could not be built: {error}"

@@ -17,7 +17,8 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor, floor: float = 1e-30
     """
     ours, exact = ours.double(), exact.to(ours.device).double()
     least = floor * exact.numel() ** 0.5
-    return float((ours - exact).norm() / exact.norm().clamp(min=least))
+    error: float = ((ours - exact).norm() / exact.norm().clamp(min=least)).item()
+    return error
 
 
 def delta_rule_inputs(

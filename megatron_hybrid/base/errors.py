@@ -1,4 +1,4 @@
-"""Errors a user reads: each wrong field with its remedy, one line each."""
+"""Errors that a user reads: one line for each wrong field, with its remedy."""
 
 import os
 import reprlib
@@ -9,25 +9,24 @@ from pathlib import Path
 from typing import Literal
 
 BAD_INPUT = 78
-"""Exit status of a tool that was given something wrong: EX_CONFIG of sysexits.h."""
+"""Exit status after wrong input (EX_CONFIG of sysexits.h)."""
 REQUEUE = 75
-"""Exit status of a run that stopped before its last step, and that resumes when it is run again: EX_TEMPFAIL of sysexits.h."""
+"""Exit status of a run that stopped before its last step and resumes when started again (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130
-"""Exit status after a Ctrl-C that saved nothing, as shells report SIGINT."""
+"""Exit status after Ctrl-C without a checkpoint, as shells report SIGINT."""
 
 
 class UserError(ValueError):
-    """Something a user gave is wrong; the message says what, where, and what to do. Tools print it without a traceback."""
+    """Wrong input. The message names the field or file, the reason and the remedy; tools print it without a traceback."""
 
     printed_by: Literal["first rank", "each node", "each rank"] = "first rank"
-    """Which ranks of a run print it: the first where all ranks meet the same error, others where they may not."""
+    """Ranks that print the error. `first rank` is for errors that all ranks raise."""
 
 
 class ConfigError(UserError):
-    """What is wrong with a configuration: `(field, message)` pairs, a line each when printed.
+    """Wrong configuration: `(field, message)` pairs, printed one per line.
 
-    Validators raise it with fields relative to their own section; `translate` (config/translate.py) puts the
-    section's name before them.
+    Validators raise it with fields relative to their own section. `translate` (config/translate.py) adds the section's path.
     """
 
     def __init__(self, *problems: tuple[str, str]) -> None:
@@ -36,7 +35,7 @@ class ConfigError(UserError):
 
     @classmethod
     def at(cls, field: str, message: str) -> "ConfigError":
-        """Of a single field."""
+        """Return the error of a single field."""
         return cls((field, message))
 
     def __str__(self) -> str:
@@ -44,14 +43,14 @@ class ConfigError(UserError):
 
 
 class LaunchError(UserError):
-    """The environment that the launcher set is incomplete or contradicts itself; names the variables and the remedy."""
+    """Incomplete or contradictory launcher environment. The message names the variables and the remedy."""
 
     printed_by: Literal["first rank", "each node", "each rank"] = "each rank"
 
 
 @contextmanager
 def no_traceback() -> Iterator[None]:
-    """End the process with the message alone after a UserError, status BAD_INPUT, and after Ctrl-C, status INTERRUPTED."""
+    """End the process without a traceback: after a UserError with status BAD_INPUT, after Ctrl-C with status INTERRUPTED."""
     try:
         yield
     except UserError as error:
@@ -65,24 +64,24 @@ def no_traceback() -> Iterator[None]:
 
 
 class Problems(list[tuple[str, str]]):
-    """`(field, message)` pairs, collected so that one error tells all of them."""
+    """Collected `(field, message)` pairs, reported in one error."""
 
     def add(self, field: str, message: str) -> None:
         self.append((field, message))
 
     def raise_if_any(self) -> None:
-        """Raise ConfigError with all of them, if there are any."""
+        """Raise a ConfigError with all problems, if there are any."""
         if self:
             raise ConfigError(*dict.fromkeys(self))
 
 
 def shown(value: object) -> str:
-    """A value as in the YAML that held it, short."""
+    """Return a value as written in YAML, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return reprlib.repr(value)
 
 
 def join(*parts: int | str) -> str:
-    """`("data", "train", 0, "path")` -> `data.train.0.path`."""
+    """Join the parts of a path: `("data", "train", 0, "path")` gives `data.train.0.path`."""
     return ".".join(str(part) for part in parts if part != "")

@@ -1,7 +1,7 @@
 """Git LFS pointers: the small text files that a clone without git-lfs leaves in place of large files.
 
-- `is_lfs_pointer`: test bytes that are at hand already.
-- `refuse_lfs_pointer`: test a file, before anything else tries to read it.
+- `is_lfs_pointer`: test bytes that were read already.
+- `refuse_lfs_pointer`: test a file before it is parsed.
 
 Format: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 """
@@ -17,7 +17,7 @@ _FIRST_LINES = (b"version https://git-lfs.github.com/spec/", b"version https://h
 
 
 def is_lfs_pointer(content: bytes) -> bool:
-    """Return whether the content of a file, or its first POINTER_BYTES bytes, is a Git LFS pointer."""
+    """Return True if the content of a file, or its first POINTER_BYTES bytes, is a Git LFS pointer."""
     return content.startswith(_FIRST_LINES) and len(content) < POINTER_BYTES and b"\noid " in content
 
 

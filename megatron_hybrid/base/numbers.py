@@ -1,4 +1,4 @@
-"""Numbers on a command line: types for argparse, which name the number and the remedy."""
+"""Number types for argparse, whose errors name the wrong number and the remedy."""
 
 import argparse
 import math

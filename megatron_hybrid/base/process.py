@@ -8,12 +8,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process among all that share a file system. A field is None where the system does not tell it."""
+    """Identity of a process among all hosts of a shared file system. A field is None if the system does not report it."""
 
     host: str
     pid: int
     started: str | None
-    """Start time in clock ticks since boot (/proc/PID/stat): tells a reused process ID apart."""
+    """Start time in clock ticks since boot (/proc/PID/stat): distinguishes a process from a later one with the same ID."""
     boot: str | None
     pid_namespace: str | None
     """Containers of one host may share its name, but not its process IDs."""
@@ -27,7 +27,7 @@ class ProcessIdentity:
         )
 
     def has_ended(self) -> bool | None:
-        """Return whether this process has ended; None where it is of another host or container, or cannot be told."""
+        """Return True if this process has ended, None if it is unknown or the process is on another host or in another container."""
         here = ProcessIdentity.current()
         if None in (here.boot, here.pid_namespace):
             return None
@@ -39,7 +39,7 @@ class ProcessIdentity:
             return True
         except PermissionError:  # another user's process
             return False
-        return start_time(self.pid) not in (None, self.started)  # else the ID was given to a new process
+        return start_time(self.pid) not in (None, self.started)  # otherwise, a new process has the ID
 
 
 def start_time(pid: int) -> str | None:

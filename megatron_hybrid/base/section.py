@@ -1,4 +1,4 @@
-"""What every section of a run's configuration has in common."""
+"""Base class of the sections of a run's configuration."""
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
@@ -7,8 +7,8 @@ from pydantic.fields import FieldInfo
 class Section(BaseModel):
     """A frozen section of the configuration.
 
-    An unknown field, a NaN or an infinity is an error, and so is a value of another type: `"12"`, `1.0` and `true` are
-    not whole numbers. Lists are taken for tuples (those fields say `strict=False`; what they hold stays strict).
+    Unknown fields, NaN, infinities and values of another type are errors: `"12"`, `1.0` and `true` are not whole numbers.
+    Tuple fields accept lists by `strict=False`; their entries stay strict.
     """
 
     model_config = ConfigDict(

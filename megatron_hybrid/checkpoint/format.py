@@ -197,7 +197,7 @@ def _check_slice(name: str, shape: tuple[int, ...], stored: StoredSlice) -> None
         inside = len(shape) in (1, 2) and 0 <= stored.range[0] < stored.range[1] <= part.numel
     if not inside:
         raise CheckpointError(
-            f"{name}: a shard at {part.offset} of shape {part.shape} lies outside the tensor's {shape}"
+            f"{name}: a shard at {part.offset} of shape {part.shape} is outside the tensor's {shape}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Command lines of the tools: options and overrides in any order, errors with status 78 that name the nearest option."""
+"""Command lines of the tools: options and overrides in any order; errors name the nearest option and end with status 78."""
 
 import argparse
 import re
@@ -18,10 +18,10 @@ _ASSIGNMENT = re.compile(r"[\w.-]+=", re.ASCII)
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse without its traps.
+    """Argument parser with strict options.
 
-    Options may stand before, between and after positional arguments. Options are not abbreviated: a misspelt one must not
-    become another. A wrong command line ends with status 78, as wrong input of any other kind does.
+    Options may come before, between and after positional arguments. They cannot be abbreviated, so that a misspelt option does not
+    become another. A wrong command line ends with status 78, like any other wrong input.
     """
 
     def __init__(self, description: str | None) -> None:
@@ -40,7 +40,7 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: error: {message}{self.hint(unknown[1]) if unknown else ''}\n")
 
     def hint(self, unknown: str) -> str:
-        """Return what is said of an unknown option."""
+        """Return a suggestion for an unknown option."""
         found = nearest.word(unknown, self._option_string_actions, cutoff=0.6)
         return f"; did you mean {found}?" if found else f"; options are listed by {self.prog} --help"
 
@@ -72,7 +72,7 @@ class RunCommandLine(CommandLine):
         return found
 
     def hint(self, unknown: str) -> str:
-        """Return what is said of an unknown option, which may be a field."""
+        """Return a suggestion for an unknown option, which may be a configuration field."""
         name = unknown.lstrip("-")
         paths = [name] if "." in name else fields_called(name.replace("-", "_"), RunConfig)
         if paths:
@@ -81,10 +81,10 @@ class RunCommandLine(CommandLine):
 
 
 def check_output_file(option: str, path: Path | str | None) -> None:
-    """Check that a file can be written, before the work whose result it takes.
+    """Check that a result file can be written, before the work begins.
 
     Raises:
-        ConfigError: it is a folder, its folder does not exist, or it may not be written.
+        ConfigError: the path is a folder, its folder does not exist, or it is not writable.
     """
     if path is None:
         return
@@ -105,10 +105,10 @@ def check_output_file(option: str, path: Path | str | None) -> None:
 
 
 def read_text(option: str, path: Path) -> str:
-    """Read a file that the user named.
+    """Read a text file given on the command line.
 
     Raises:
-        ConfigError: it does not exist, is a folder, may not be read, or is not UTF-8 text.
+        ConfigError: the file does not exist, is a folder, is not readable, or is not UTF-8 text.
     """
     try:
         return path.read_text(encoding="utf-8")

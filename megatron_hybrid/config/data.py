@@ -1,4 +1,4 @@
-"""What the model reads."""
+"""Training and validation data."""
 
 from typing import Literal
 
@@ -14,9 +14,9 @@ class SourceConfig(Section):
     path: str = Field(min_length=1)
     """A megatron-core prefix (`PREFIX.bin`, `PREFIX.idx`), a `.npy` raw token shard, or a glob of such shards."""
     weight: PositiveFloat = 1.0
-    """Share of the samples, relative to the other sources."""
+    """Weight of the source in the blend, relative to the other sources."""
     dtype: Literal["uint16", "uint32"] | None = None
-    """Type of a raw shard's tokens; None: the smallest that holds the vocabulary."""
+    """Token type of a raw shard. None: the smallest that holds the vocabulary."""
 
     @model_validator(mode="after")
     def _check(self) -> "SourceConfig":
@@ -25,12 +25,12 @@ class SourceConfig(Section):
             if self.path.endswith(ending):
                 problems.add(
                     "path",
-                    f"{self.path} is one of a pair of files; give their prefix, {self.path.removesuffix(ending)}",
+                    f"{self.path} is one file of a pair; give their prefix, {self.path.removesuffix(ending)}",
                 )
         if self.dtype is not None and not self.path.endswith(".npy"):
             problems.add(
                 "dtype",
-                f"{self.dtype} is for raw .npy shards, and an indexed dataset knows its own; leave it out, or give a "
+                f"{self.dtype} is for raw .npy shards, and an indexed dataset stores its type; leave it out, or give a "
                 "path that ends in .npy",
             )
         problems.raise_if_any()
@@ -64,11 +64,11 @@ class DataConfig(Section):
     train: tuple[SourceConfig, ...] = Field(min_length=1, strict=False)
     """One or more sources: `[{path: data/train}]`."""
     validation: tuple[SourceConfig, ...] = Field((), strict=False)
-    """Where the evaluation loss is measured; needed for train.eval_interval."""
+    """Sources of the evaluation loss. Required by train.eval_interval."""
     sequence_length: PositiveInt
-    """Tokens a sample has."""
+    """Tokens per sample."""
     tokenizer: str = Field("byte", min_length=1)
-    """`byte`, or the folder of a Hugging Face tokenizer. Used by tools; training reads tokens."""
+    """`byte`, or the folder of a Hugging Face tokenizer. Tools use it; training reads tokens."""
     documents: Literal["keep", "mask", "pack"] = "keep"
     """`keep`: samples are cut from the token stream, and documents in a sample see each other; `mask`: the same samples, in which
     documents are separated and positions restart; `pack`: whole documents are packed into samples by best fit, and only
@@ -77,10 +77,9 @@ class DataConfig(Section):
     instance_filter: InstanceFilterConfig | None = None
     """Exclude samples with repeated n-grams from the loss; `{}` takes the defaults of OLMo-core, null excludes none."""
     seed: NonNegativeInt = 1234
-    """Of the sample order."""
+    """Seed of the sample order."""
     num_workers: NonNegativeInt = 1
-    """Threads that read ahead; 0 reads in the training thread."""
+    """Threads that prefetch samples. 0: read in the training thread."""
     check: Literal["auto", "full", "sample", "none"] = "auto"
-    """Tokens read before the first step: `full`: all of them; `sample`: the beginning, the end and evenly spread parts of every
-    file; `auto`: `full` below 100 GB of tokens, else `sample`; `none`: only those that training reads. Whatever is chosen,
-    every token is checked again when training reads it."""
+    """Tokens validated before the first step. `full`: all; `sample`: the beginning, the end and evenly spaced parts of every file;
+    `auto`: `full` below 100 GB of tokens, else `sample`; `none`: no tokens. Training always validates each token that it reads."""

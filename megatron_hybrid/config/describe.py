@@ -1,11 +1,10 @@
-"""What `--dry-run` prints: the resolved configuration, and what it comes to on a number of ranks."""
+"""Output of `--dry-run`: the resolved configuration, and its size, layout and work on a number of ranks."""
 
 from collections.abc import Sequence
 
 from megatron_hybrid.arch import flops
 from megatron_hybrid.arch.model import fold_pattern
 from megatron_hybrid.arch.registry import mixer_spec
-from megatron_hybrid.config.checks import layout_of
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
 
@@ -13,7 +12,7 @@ _PART_NAMES = {"embedding": "embedding", "final_norm": "final norm", "output": "
 
 
 def describe(config: RunConfig, world_size: int) -> str:
-    """The run in YAML, followed by its size, layout and work as comments: the whole is a config file again.
+    """Return the run as YAML, with its size, layout and work as comments. The result is a valid configuration file.
 
     Raises:
         ConfigError: the run does not fit `world_size` ranks.
@@ -33,7 +32,7 @@ def describe(config: RunConfig, world_size: int) -> str:
 def _parameters(config: RunConfig) -> list[str]:
     model, sequence = config.model, config.data.sequence_length
     work = flops.training_flops_by_part(model, sequence)
-    rows = [("part", "layers", "parameters", "GFLOP a token")]
+    rows = [("part", "layers", "parameters", "GFLOP per token")]
     for part, count in flops.parameters_by_part(model).items():
         block = model.blocks_by_symbol.get(part)
         name, layers = (block.title, str(model.layers.count(part))) if block else (_PART_NAMES[part], "")
@@ -47,7 +46,7 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
     parallel = config.parallel
     virtual = parallel.virtual_pipeline_parallel_size
     sequence = " with sequence parallelism" if parallel.sequence_parallel_on else ""
-    sequence += ", exchanges overlapped" if parallel.tp_comm_overlap else ""
+    sequence += ", communication overlapped" if parallel.tp_comm_overlap else ""
     sharing = " with a distributed optimizer" if parallel.distributed_optimizer else ""
     if config.train.engine == "deepspeed":
         sharing = f" with DeepSpeed's ZeRO {config.zero.stage}"
@@ -61,19 +60,19 @@ def _layout(config: RunConfig, world_size: int) -> list[str]:
 
 
 def _context(config: RunConfig) -> list[str]:
-    """What a context parallel rank has; nothing where there is one."""
+    """Return the line on context parallelism; empty for one rank."""
     ranks, model = config.parallel.context_parallel_size, config.model
     if ranks == 1:
         return []
-    words = f", {config.data.sequence_length // ranks:,} tokens of each sequence a rank"
+    words = f", {config.data.sequence_length // ranks:,} tokens of each sequence per rank"
     for block in model.blocks_by_symbol.values():
-        if note := mixer_spec(block.mixer).context_note(model, block, layout_of(config)):
+        if note := mixer_spec(block.mixer).context_note(model, block, config.layout):
             return [f"  context   {ranks}{words}, {note}"]
     return [f"  context   {ranks}{words}"]
 
 
 def _stages(config: RunConfig) -> list[str]:
-    """The table of pipeline stages; nothing where there is one."""
+    """Return the table of pipeline stages; empty for one stage."""
     model, parallel = config.model, config.parallel
     if parallel.num_stages == 1:
         return []
@@ -96,7 +95,7 @@ def _stages(config: RunConfig) -> list[str]:
 
 
 def _heads(config: RunConfig) -> list[str]:
-    """Heads over the tensor parallel ranks, with the dummies that make them divide; nothing at one rank."""
+    """Return the table of heads over the tensor parallel ranks, with padding heads; empty for one rank."""
     model, ranks = config.model, config.parallel.tensor_parallel_size
     if ranks == 1:
         return []
@@ -104,7 +103,7 @@ def _heads(config: RunConfig) -> list[str]:
     counts = {
         (name, true, group.padded(true, ranks)): None for group in groups for name, true in group.heads
     }  # a set that keeps its order
-    rows = [("heads", "true", "padded to", "a rank")]
+    rows = [("heads", "true", "padded to", "per rank")]
     rows += [
         (name, str(true), str(padded) if padded > true else "-", str(padded // ranks)) for name, true, padded in counts
     ]
@@ -119,7 +118,7 @@ def _work(config: RunConfig, world_size: int) -> list[str]:
     size = train.global_batch_size
     lines = [
         "Work",
-        f"  a step    {size:,} sequences x {sequence:,} = {size * sequence:,} tokens, "
+        f"  per step  {size:,} sequences x {sequence:,} = {size * sequence:,} tokens, "
         f"{size // unit} microbatches of {train.micro_batch_size} on each data parallel rank",
     ]
     if train.batch_ramp is not None:
@@ -127,13 +126,13 @@ def _work(config: RunConfig, world_size: int) -> list[str]:
         lines.append(f"  ramp      from {ramp.start:,} sequences by {ramp.increment:,} over {ramp.samples:,} samples")
     return [
         *lines,
-        f"  a token   {work / 1e9:.4g} GFLOP (forward and backward, without recomputation)",
-        f"  the run   {train.steps:,} steps, {tokens:,} tokens, {tokens * work:.4g} FLOP",
+        f"  per token {work / 1e9:.4g} GFLOP (forward and backward, without recomputation)",
+        f"  run       {train.steps:,} steps, {tokens:,} tokens, {tokens * work:.4g} FLOP",
     ]
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines, columns aligned: text to the left, numbers to the right."""
+    """Return rows as lines with aligned columns: text to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = [
         all(row[column][:1].isdigit() or row[column] in ("", "-") for row in rows[1:]) for column in range(len(widths))

@@ -5,7 +5,7 @@ from megatron_hybrid.config.data import DataConfig
 
 
 def check_documents(data: DataConfig, problems: Problems) -> None:
-    """Add what the model and the loss cannot do yet.
+    """Refuse what the model and the loss do not support yet.
 
     The data side is complete. Remove this check when the mixers obey document boundaries and the loss is the mean over all
     counted tokens of the global batch (docs/development/documents.md).

@@ -1,4 +1,4 @@
-"""From a YAML file and `section.key=value` overrides to a RunConfig, and back."""
+"""Load a RunConfig from a YAML file and `section.key=value` overrides, and write it back."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +17,13 @@ _PRESET_KEYS = (["model"], ["model", "base_preset"], ["model", "of"])
 
 
 def load_run(path_or_preset: str | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file describes, with the overrides laid over it.
+    """Return the run of a YAML file with overrides applied.
 
     Args:
-        path_or_preset: a YAML file, or the name of a model preset, or None: the overrides say everything else.
-        overrides: `section.key=value`, the value in YAML, `null` included; an entry of a list goes by its index, and
-            one past the end is appended: `data.train.0.weight=2`. A preset named by an override is chosen first,
-            whatever the order; apart from that, the later of two wins.
+        path_or_preset: a YAML file, the name of a model preset, or None if the overrides give every field.
+        overrides: `section.key=value` with the value in YAML, `null` included. List entries are named by their index; the index
+            one past the end appends: `data.train.0.weight=2`. A preset is applied before other overrides; otherwise, the later of
+            two overrides of a field wins.
 
     Raises:
         ConfigError: lists every wrong field with its remedy.
@@ -54,7 +54,7 @@ def load_run(path_or_preset: str | None, overrides: Sequence[str] = ()) -> RunCo
 
 
 def dump_run(config: RunConfig) -> str:
-    """The whole configuration as YAML, presets and defaults written out; `load_run` reads it back equal."""
+    """Return the whole configuration as YAML, presets and defaults written out. `load_run` reads it back equal."""
     return yaml_text.write(config.model_dump(mode="json"))
 
 
@@ -101,7 +101,7 @@ def _read(path_or_preset: str | None) -> dict[str, Any]:
 
 
 def _parse(override: str) -> tuple[list[str], object]:
-    """`data.train.0.weight=2` -> `(["data", "train", "0", "weight"], 2)`."""
+    """Parse an override: `data.train.0.weight=2` gives `(["data", "train", "0", "weight"], 2)`."""
     name, equals, text = override.partition("=")
     keys = name.strip().removeprefix("--").split(".")
     if not equals or not all(keys):
@@ -122,10 +122,10 @@ def _as_preset(model: object) -> object:
 
 
 def _assign(data: dict[str, Any], keys: list[str], value: object) -> None:
-    """Set the value at `keys`, making the sections on the way.
+    """Set the value at `keys`, and create missing sections.
 
     Raises:
-        ConfigError: the way leads through a plain value, or past the end of a list.
+        ConfigError: the path leads through a plain value, or past the end of a list.
     """
     here: dict[str, Any] | list[Any] = data
     for depth, key in enumerate(keys):
@@ -149,7 +149,7 @@ def _assign(data: dict[str, Any], keys: list[str], value: object) -> None:
         if not isinstance(inner, dict | list):
             raise ConfigError.at(
                 name,
-                f"{shown(inner)} has no {join(*keys[depth + 1 :])} in it; set {name} as a whole",
+                f"{shown(inner)} has no field {join(*keys[depth + 1 :])}; set {name} as a whole",
             )
         here = inner
 
@@ -170,7 +170,7 @@ def _index(entries: list[Any], key: str, name: str) -> int:
 
 
 def _default(keys: list[str]) -> list[Any]:
-    """The list a field has by default, for an override of one of its entries."""
+    """Return the default of a list field, for an override of one of its entries."""
     field, _ = field_at(RunConfig, tuple(keys))
     default = () if field is None or field.is_required() else field.default
     return list(default) if isinstance(default, tuple) else []

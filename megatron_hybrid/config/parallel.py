@@ -1,4 +1,4 @@
-"""Where the network runs: how many ranks share each part of it."""
+"""Parallel layout: degrees, overlap of communication, recompute."""
 
 from typing import Literal
 
@@ -8,39 +8,40 @@ from megatron_hybrid.base.errors import ConfigError, Problems
 from megatron_hybrid.base.section import Section
 
 LARGEST_OVERLAP = 8
-"""Tensor parallel ranks under tp_comm_overlap: as many as Transformer Engine's CUDA IPC buffers have peers."""
+"""Largest tensor parallel degree with tp_comm_overlap: the number of peers of Transformer Engine's CUDA IPC buffers."""
 
 
 class ParallelConfig(Section):
-    """Parallel degrees. The data parallel size is what is left: world size / (tensor * context * pipeline)."""
+    """Parallel degrees. The data parallel size is world size / (tensor * context * pipeline)."""
 
     tensor_parallel_size: PositiveInt = 1
-    """Ranks that share each matrix. Heads that do not divide are padded, exactly."""
+    """Ranks that shard each weight matrix. If heads do not divide, padding heads are added; the result stays exact."""
     sequence_parallel: bool | None = None
-    """Share the norms' and residual's tokens over the tensor parallel ranks. None: where tensor_parallel_size > 1."""
+    """Shard the tokens of norms and residual over the tensor parallel ranks. None: on if tensor_parallel_size > 1."""
     tp_comm_overlap: bool = False
     """Overlap tensor parallel all-gathers and reduce-scatters with GEMMs. It needs sequence parallelism, Transformer Engine with bf16
     or the FP8 recipes delayed or tensorwise, and all tensor parallel ranks in one node."""
     context_parallel_size: PositiveInt = 1
-    """Ranks that share the tokens of each sequence, for long ones: Gated DeltaNet passes states on, attention exchanges tokens for
-    heads. Parameters, gradients and the optimizer are treated as by data parallel ranks. data.sequence_length must be a multiple (of
-    it x tensor_parallel_size under sequence parallelism); slices of whole 64-token chunks are a little faster."""
+    """Ranks that shard the tokens of each sequence, for long sequences. Gated DeltaNet passes its state from rank to rank; attention
+    uses all-to-alls between tokens and heads. Parameters, gradients and the optimizer are sharded as over data parallel ranks.
+    data.sequence_length must be a multiple of it (of it x tensor_parallel_size with sequence parallelism). Slices of whole 64-token
+    chunks are slightly faster."""
     pipeline_parallel_size: PositiveInt = 1
     virtual_pipeline_parallel_size: PositiveInt = 1
-    """Model chunks a pipeline rank holds (interleaved 1F1B); 1: plain 1F1B."""
+    """Model chunks per pipeline rank (interleaved 1F1B). 1: plain 1F1B."""
     overlap_p2p_comm: bool = True
-    """Interleaved stages exchange activations and gradients while they work. False: work waits for exchanges, which take no
-    multiprocessors from it then: worth a try where NVLink joins the stages."""
+    """Overlap the exchange of activations and gradients between interleaved stages with compute. False: compute waits for the
+    exchange, which then takes no SMs from it. Try false if NVLink connects the stages."""
     pipeline_split: tuple[PositiveInt, ...] | None = Field(None, strict=False)
-    """Layers of each (virtual) stage in model order. None: as even as can be, extra layers to the middle stages."""
+    """Layers of each (virtual) stage in model order. None: divide evenly; the middle stages get the extra layers."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data and context parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
+    """Overlap the reduction of gradients with the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass already runs. Needs both settings above."""
+    """Overlap the all-gather of updated parameters with the next forward pass. It needs the two fields above."""
     bucket_size: PositiveInt | None = None
-    """Parameters whose gradients, or new values, are communicated at once when overlapped; None: megatron-core's choice."""
+    """Parameters per bucket of overlapped communication. None: megatron-core's default."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """selective: recompute the operations between the projections of Gated DeltaNet mixers and MLPs, whose outputs are large and
     cheap; full: recompute whole layers."""
@@ -91,7 +92,7 @@ class ParallelConfig(Section):
 
     @property
     def num_stages(self) -> int:
-        """Virtual stages over the whole pipeline."""
+        """Number of virtual stages of the whole pipeline."""
         return self.pipeline_parallel_size * self.virtual_pipeline_parallel_size
 
     @property
@@ -100,23 +101,23 @@ class ParallelConfig(Section):
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Number of ranks that hold one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def replica_size(self) -> int:
-        """Ranks that share the work on each sequence."""
+        """Number of ranks that share the work on each sequence."""
         return self.model_parallel_size * self.context_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
-        """How many shares of a batch `world_size` ranks make; `RunConfig.check_world` has checked that it is whole."""
+        """Return the data parallel size of `world_size` ranks, which `RunConfig.check_world` has checked."""
         return world_size // self.replica_size
 
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each virtual stage, in model order.
+        """Return the number of layers of each virtual stage, in model order.
 
         Raises:
-            ConfigError: fewer layers than stages, or a pipeline_split of another total.
+            ConfigError: fewer layers than stages, or a pipeline_split with another total.
         """
         if self.pipeline_split is not None:
             total = sum(self.pipeline_split)
@@ -143,5 +144,5 @@ class ParallelConfig(Section):
                 f"the {num_layers} layers of layer_pattern; {remedy}",
             )
         base, extra = divmod(num_layers, stages)
-        first = (stages - extra) // 2  # the first and last stages carry embedding and logits: spare them
+        first = (stages - extra) // 2  # the first and last stages also have embedding and logits
         return tuple(base + (first <= i < first + extra) for i in range(stages))

@@ -1,4 +1,4 @@
-"""Models by name. A run says `model: olmo_hybrid_7b`, or `model: {base_preset: olmo_hybrid_7b, layer_pattern: GGGA*4}`."""
+"""Model presets. A run selects one by `model: olmo_hybrid_7b`, or `model: {base_preset: olmo_hybrid_7b, layer_pattern: GGGA*4}`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from megatron_hybrid.base.errors import ConfigError, shown
 
 
 def olmo_hybrid_7b() -> ModelConfig:
-    """AI2's OLMo Hybrid 7B: attention after every three Gated DeltaNet layers; 7,430,870,688 parameters."""
+    """Return AI2's OLMo Hybrid 7B: one attention layer after three Gated DeltaNet layers, 7,430,870,688 parameters."""
     return ModelConfig(
         layer_pattern="GGGA*8",
         hidden_size=3840,
@@ -24,7 +24,7 @@ def olmo_hybrid_7b() -> ModelConfig:
 
 
 def olmo_hybrid_tiny() -> ModelConfig:
-    """OLMo Hybrid in small: trains on four CPU ranks at TP2 x PP2. Vocabulary: the 256 bytes and end-of-document."""
+    """Return a small OLMo Hybrid that trains on four CPU ranks at TP2 x PP2. Its vocabulary is 256 bytes and end-of-document."""
     return ModelConfig(
         layer_pattern="GGGA*2",
         hidden_size=128,
@@ -38,9 +38,9 @@ def olmo_hybrid_tiny() -> ModelConfig:
 
 
 def olmo3_7b() -> ModelConfig:
-    """AI2's OLMo 3 7B, the transformer that OLMo Hybrid is compared with: three layers of four see 4096 tokens.
+    """Return AI2's OLMo 3 7B, the transformer baseline of OLMo Hybrid: three of four layers have a window of 4096 tokens.
 
-    The vocabulary is the padded one it was trained with, as OLMo Hybrid's is.
+    Like OLMo Hybrid's, its vocabulary includes the padding that it was trained with.
     """
     return ModelConfig(
         layer_pattern="WWWA*8",
@@ -56,13 +56,13 @@ def olmo3_7b() -> ModelConfig:
 
 
 def pure_gdn(of: str) -> ModelConfig:
-    """Gated DeltaNet alone, at the size of preset `of`: same hidden, MLP, depth, vocabulary and heads.
+    """Return a model of Gated DeltaNet layers with the hidden size, MLP, depth, vocabulary and heads of preset `of`.
 
-    Where `of` has no Gated DeltaNet, its heads are as many as the attention's, in OLMo Hybrid's proportions: keys are
-    three quarters of the hidden size in all, values twice the keys.
+    If `of` has no Gated DeltaNet, the mixer gets as many heads as its attention, in OLMo Hybrid's proportions: all keys together are
+    three quarters of the hidden size, and values are twice as wide as keys.
 
     Raises:
-        ConfigError: `of` is not a preset of its own size.
+        ConfigError: `of` is not a preset with a size.
     """
     base = _sized(of)
     heads = base.num_attention_heads
@@ -74,10 +74,10 @@ def pure_gdn(of: str) -> ModelConfig:
 
 
 def pure_attention(of: str) -> ModelConfig:
-    """Full attention alone, at the size of preset `of`: same hidden, MLP, depth, vocabulary and heads.
+    """Return a model of full attention layers with the hidden size, MLP, depth, vocabulary and heads of preset `of`.
 
     Raises:
-        ConfigError: `of` is not a preset of its own size.
+        ConfigError: `of` is not a preset with a size.
     """
     base = _sized(of)
     return _changed(base, layer_pattern=f"A*{base.num_layers}", gdn=None, sliding_window=None)
@@ -88,10 +88,10 @@ SIZED: Mapping[str, Callable[[], ModelConfig]] = {
     "olmo_hybrid_tiny": olmo_hybrid_tiny,
     "olmo3_7b": olmo3_7b,
 }
-"""Presets of their own size."""
+"""Presets with a size."""
 
 UNSIZED: Mapping[str, Callable[[str], ModelConfig]] = {"pure_gdn": pure_gdn, "pure_attention": pure_attention}
-"""Presets of another's size: `{base_preset: pure_gdn, of: olmo_hybrid_7b}`."""
+"""Presets that take the size of another preset: `{base_preset: pure_gdn, of: olmo_hybrid_7b}`."""
 
 
 def _changed(base: ModelConfig, **fields: object) -> ModelConfig:
@@ -109,17 +109,20 @@ def _sized(name: object) -> ModelConfig:
 
 
 def preset(name: str, of: str | None = None) -> ModelConfig:
-    """The preset called `name`; `of` is the preset whose size a pure one takes.
+    """Return the preset called `name`.
+
+    Args:
+        of: preset whose size `pure_gdn` and `pure_attention` take.
 
     Raises:
-        ConfigError: no such preset, or `of` missing, wrong or not wanted.
+        ConfigError: no such preset, or `of` is missing, wrong or not needed.
     """
     if isinstance(name, str) and name in UNSIZED:
         if of is None:
             example = f"{{base_preset: {name}, of: olmo_hybrid_7b}}"
             raise ConfigError.at(
                 "model.of",
-                f"is missing; say whose size {name} takes: {example}",
+                f"is missing; name the preset whose size {name} takes: {example}",
             )
         return UNSIZED[name](of)
     if not isinstance(name, str) or name not in SIZED:
@@ -138,9 +141,9 @@ def preset(name: str, of: str | None = None) -> ModelConfig:
 
 
 def expand(model: object) -> object:
-    """A config's `model` with its preset, if it names one, written out and the other fields laid over it.
+    """Replace the preset that a `model` section names by its fields, overridden by the section's other fields.
 
-    Sections inside (`gdn`) are laid over field by field too. Anything that names no preset is returned as it is.
+    Nested sections (`gdn`) are overridden field by field. A model that names no preset is returned unchanged.
 
     Raises:
         ConfigError: as `preset`.

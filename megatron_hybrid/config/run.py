@@ -1,26 +1,41 @@
-"""A whole run: every section, and the checks that need more than one of them."""
+"""Configuration of a run: all sections, and the checks across sections."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, model_validator
 
+from megatron_hybrid.arch.mixer import Layout
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.registry import import_plugins
+from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.base.section import Section
-from megatron_hybrid.config import checks
 from megatron_hybrid.config.checkpoint import CheckpointConfig
 from megatron_hybrid.config.data import DataConfig
+from megatron_hybrid.config.data_checks import check_data
+from megatron_hybrid.config.document_checks import check_documents
+from megatron_hybrid.config.engine_checks import check_engine
+from megatron_hybrid.config.layout_checks import (
+    check_context_parallel,
+    check_mixers,
+    check_offload,
+    check_optimizer,
+    check_overlap,
+    check_stages,
+    check_tensor_parallel,
+)
 from megatron_hybrid.config.logging import LoggingConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.config.precision_checks import check_fp8_sizes, check_precision
 from megatron_hybrid.config.preflight import PreflightConfig
 from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.config.world_checks import world_problems
 from megatron_hybrid.config.zero import ZeroConfig
 
 
 class RunConfig(Section):
-    """Everything `tools/pretrain.py` needs."""
+    """Everything that `tools/pretrain.py` needs."""
 
     run_dir: str = Field(min_length=1)
     """Folder of everything the run writes: config.yaml, metrics.jsonl, loss.png, tensorboard/, checkpoints/."""
@@ -47,13 +62,42 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        checks.section_problems(self).raise_if_any()
+        self.section_problems().raise_if_any()
         return self
 
+    @property
+    def layout(self) -> Layout:
+        """Numbers of the layout that mixers may depend on."""
+        return Layout(
+            tensor_parallel_size=self.parallel.tensor_parallel_size,
+            context_parallel_size=self.parallel.context_parallel_size,
+            sequence_length=self.data.sequence_length,
+            fp8=self.precision.fp8,
+            fp8_attention=self.precision.fp8_attention,
+        )
+
+    def section_problems(self) -> Problems:
+        """Return the contradictions between sections."""
+        model, data, train, parallel, precision = self.model, self.data, self.train, self.parallel, self.precision
+        problems = Problems()
+        check_tensor_parallel(model, data, parallel, problems)
+        check_context_parallel(data, parallel, problems)
+        check_mixers(model, self.layout, problems)
+        check_overlap(model, train, parallel, precision, problems)
+        check_optimizer(train, parallel, problems)
+        check_offload(train, parallel, precision, problems)
+        check_stages(model, parallel, problems)
+        check_data(model, data, train, problems)
+        check_documents(data, problems)
+        check_precision(model, train, parallel, precision, problems)
+        check_fp8_sizes(model, data, train, parallel, precision, problems)
+        check_engine(train, parallel, precision, self.zero, problems)
+        return problems
+
     def check_world(self, world_size: int) -> None:
-        """Check what depends on the number of ranks.
+        """Check the parallel degrees and batch sizes against the number of ranks.
 
         Raises:
-            ConfigError: degrees that do not divide world_size, or a batch that does not divide by data parallel ranks.
+            ConfigError: degrees that do not divide world_size, or a batch that does not divide by the data parallel ranks.
         """
-        checks.world_problems(self, world_size).raise_if_any()
+        world_problems(self.train, self.parallel, world_size).raise_if_any()

@@ -1,4 +1,4 @@
-"""Whether a run's folder can be made and written, asked before anything is set up."""
+"""Check that a run's folder can be created and written, before anything is set up."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ _PROBE_BYTES = 1 << 16
 
 
 class RunDirError(ConfigError):
-    """run_dir cannot be made or written."""
+    """run_dir cannot be created or written."""
 
     printed_by: Literal["first rank", "each node", "each rank"] = "each node"
 
@@ -28,10 +28,10 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def check_run_dir(config: RunConfig, world_size: int = 1) -> None:
-    """Check that run_dir is a folder that can be written, or can be made. Nothing stays behind.
+    """Check that run_dir is a writable folder or can be created. No files are left behind.
 
     Args:
-        world_size: number of ranks. Where the preflight is on, it checks on every node whether a checkpoint fits; else this does.
+        world_size: number of ranks. If the preflight is on, it checks on every node that a checkpoint fits; otherwise this does.
 
     Raises:
         RunDirError: with the reason.

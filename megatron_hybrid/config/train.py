@@ -1,4 +1,4 @@
-"""How the model is trained: batch, optimizer, schedule, and what to do about a bad step."""
+"""Training: batch, optimizer, learning rate schedule, and reaction to bad steps."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from megatron_hybrid.base.section import Section
 
 
 class OptimizerConfig(Section):
-    """The optimizer and its hyperparameters."""
+    """Optimizer and its hyperparameters. Weight decay applies to all parameters except the groups in `no_decay`."""
 
     name: OptimizerName = "adamw"
     """The optimizer."""
@@ -23,7 +23,7 @@ class OptimizerConfig(Section):
     no_decay: tuple[str, ...] = Field(("embedding",), strict=False)
     """Parameter groups without weight decay: embedding, norm, and those of mixers. gdn_scalars: A_log and dt_bias."""
     clip_grad: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Largest global gradient norm. 0: no clipping."""
     offload_fraction: float = Field(0.0, ge=0, le=1)
     """Fraction of master weights and optimizer state to keep and update in host memory, in whole tensors. AdamW takes 16 bytes of
     host memory per parameter. Checkpoints do not depend on it."""
@@ -34,7 +34,7 @@ class OptimizerConfig(Section):
             legal = [0.0 if beta < 0 else 0.999 if beta >= 1 else beta for beta in self.betas]
             raise ConfigError.at(
                 "betas",
-                f"{list(self.betas)}: each must be at least 0 and below 1; give {legal}, say",
+                f"{list(self.betas)}: each must be at least 0 and below 1; give {legal}, for example",
             )
         legal_groups = decay_groups()
         for index, group in enumerate(self.no_decay):
@@ -47,22 +47,22 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate by step: linear warm-up, then the shape, down to min_lr_ratio of the peak."""
+    """Learning rate schedule: linear warm-up, then decay of the given kind to min_lr_ratio of the peak."""
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
     decay_steps: PositiveInt | None = None
-    """cosine, linear: step that reaches the minimum (None: the last). wsd: steps of the final decay (None: a tenth)."""
+    """cosine, linear: step at which the minimum is reached (None: the last). wsd: steps of the final decay (None: a tenth)."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
 
 
 class BatchRampConfig(Section):
-    """Global batch size grows from start to train.global_batch_size in equal increments over the first samples."""
+    """Batch size ramp: the global batch size grows from start to train.global_batch_size in equal increments."""
 
     start: PositiveInt
     increment: PositiveInt
     samples: PositiveInt
-    """Samples over which it grows."""
+    """Samples over which the batch size grows."""
 
 
 class SkipStepConfig(Section):
@@ -70,26 +70,26 @@ class SkipStepConfig(Section):
 
     enabled: bool = True
     window: int = Field(128, ge=2)
-    """Finite values looked back on; no skipping before half of them are there."""
+    """Number of past finite values to compare with. No update is skipped before half of them exist."""
     sigmas: PositiveFloat = 6.0
     max_nonfinite_steps: PositiveInt = 20
-    """Consecutive steps with a non-finite loss or gradient norm after which the run stops with an error."""
+    """Consecutive steps with a non-finite loss or gradient norm after which the run ends with an error."""
 
 
 class TrainConfig(Section):
-    """One run's optimisation."""
+    """Optimization of a run."""
 
     steps: PositiveInt
     global_batch_size: PositiveInt
-    """Sequences an optimizer step sees, over all ranks."""
+    """Sequences per optimizer step, over all ranks."""
     micro_batch_size: PositiveInt = 1
-    """Sequences a rank runs at once."""
+    """Sequences per forward and backward pass on a rank."""
     seed: NonNegativeInt = 1234
-    """Of the initial weights; they are the same under every layout."""
+    """Seed of the initial weights, which are the same under every layout."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of parameters and activations. Gradients, master weights, A_log and dt_bias are fp32 either way."""
+    """Data type of parameters and activations. Gradients, master weights, A_log and dt_bias are always fp32."""
     engine: Literal["megatron", "deepspeed"] = "megatron"
-    """Who runs the model: megatron-core (every layout), or DeepSpeed's ZeRO with offload (`zero`), where GPUs are few."""
+    """megatron: megatron-core, every layout. deepspeed: DeepSpeed ZeRO with offload (section `zero`), for few GPUs."""
     z_loss: NonNegativeFloat = 1e-5
     """Weight of mean(logsumexp(logits)^2)."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -97,9 +97,9 @@ class TrainConfig(Section):
     batch_ramp: BatchRampConfig | None = None
     skip_step: SkipStepConfig = SkipStepConfig()
     eval_interval: PositiveInt | None = None
-    """Steps between evaluations on data.validation; None: never."""
+    """Steps between evaluations on data.validation. None: never evaluate."""
     eval_batches: PositiveInt = 8
-    """Global batches an evaluation reads, the same ones every time."""
+    """Global batches per evaluation. Every evaluation reads the same ones."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -161,9 +161,9 @@ class TrainConfig(Section):
             )
 
     def batch_size_at(self, consumed_samples: int) -> int:
-        """Sequences of the step that starts after `consumed_samples`.
+        """Return the number of sequences of the step that starts after `consumed_samples`.
 
-        During the ramp, each size gets its equal share of `batch_ramp.samples`.
+        During the ramp, each size gets an equal share of `batch_ramp.samples`.
         """
         ramp = self.batch_ramp
         if ramp is None or consumed_samples >= ramp.samples:
@@ -172,7 +172,7 @@ class TrainConfig(Section):
         return ramp.start + ramp.increment * (consumed_samples * increments // ramp.samples)
 
     def samples_after(self, steps: int) -> int:
-        """Sequences that the first `steps` steps consume, skipped updates included."""
+        """Return the number of sequences that the first `steps` steps consume, skipped updates included."""
         samples = 0
         while steps and samples < (self.batch_ramp.samples if self.batch_ramp else 0):
             samples += self.batch_size_at(samples)

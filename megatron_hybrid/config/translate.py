@@ -1,4 +1,4 @@
-"""pydantic's errors in this project's words: each wrong field with its remedy."""
+"""Translate pydantic's errors into this project's form: each wrong field with its remedy."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_origin
@@ -15,12 +15,12 @@ Location = tuple[int | str, ...]
 
 
 def translate(error: ValidationError, root: type[Section]) -> ConfigError:
-    """pydantic's error about `root`, in this project's words."""
-    problems: dict[tuple[str, str], None] = {}  # a set that keeps its order
+    """Return pydantic's error about `root` as a ConfigError."""
+    problems: dict[tuple[str, str], None] = {}  # an ordered set
     for detail in error.errors(include_url=False):
         cause = detail.get("ctx", {}).get("error")
         if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
-            continue  # pydantic does not count the wrong entries, which it has told of
+            continue  # pydantic does not count wrong entries, which it has reported already
         if isinstance(cause, ConfigError):
             problems |= {(join(*detail["loc"], field), message): None for field, message in cause.problems}
         else:
@@ -30,14 +30,14 @@ def translate(error: ValidationError, root: type[Section]) -> ConfigError:
 
 
 def section_in(annotation: object) -> type[Section] | None:
-    """The section that an annotation such as `Section | None` or `tuple[Section, ...]` holds."""
+    """Return the section in an annotation such as `Section | None` or `tuple[Section, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((section for inner in get_args(annotation) if (section := section_in(inner))), None)
 
 
 def field_at(root: type[Section], location: Location) -> tuple[FieldInfo | None, type[Section] | None]:
-    """The field at `location`, and the section it holds, if it holds one."""
+    """Return the field at `location`, and the section that it holds, if any."""
     field, section = None, root if not location else None
     here: type[Section] | None = root
     keyed = False
@@ -54,7 +54,7 @@ def field_at(root: type[Section], location: Location) -> tuple[FieldInfo | None,
 
 
 def field_paths(root: type[Section], prefix: str = "") -> Iterator[str]:
-    """Every field's path, sections included: `train`, `train.optimizer`, `train.optimizer.lr`, ..."""
+    """Yield the path of every field and section: `train`, `train.optimizer`, `train.optimizer.lr`, ..."""
     for name, field in root.fields().items():
         yield (path := join(prefix, name))
         if get_origin(field.annotation) is not Mapping and (section := section_in(field.annotation)):
@@ -74,7 +74,7 @@ _SAME_AS = {
     "train_iters": "train.steps", "vpp": "parallel.virtual_pipeline_parallel_size",
     "warmup": "train.schedule.warmup_steps",
 }  # fmt: skip
-"""Other projects' names of our fields."""
+"""Names of our fields in other projects."""
 
 _SAME_VALUE = {
     "bfloat16": "bf16",
@@ -88,13 +88,13 @@ _SAME_VALUE = {
 
 
 def fields_called(name: str, root: type[Section]) -> list[str]:
-    """Paths of the fields below `root` that are called `name`, here or in other projects."""
+    """Return the paths of the fields below `root` that are called `name`, here or in other projects."""
     found = [path for path in field_paths(root) if path.rpartition(".")[2] == name]
     return found or ([_SAME_AS[name]] if name in _SAME_AS else [])
 
 
 def _unknown(location: Location, root: type[Section]) -> str:
-    """What is said of a field that does not exist."""
+    """Return the message for a field that does not exist."""
     name = str(location[-1])
     _, section = field_at(root, location[:-1])
     names = list(section.fields()) if section else []
@@ -113,7 +113,7 @@ def _unknown(location: Location, root: type[Section]) -> str:
 
 
 def _message(detail: ErrorDetails, root: type[Section]) -> tuple[Location, str]:
-    """The field's location and what is said of it."""
+    """Return the location of the wrong field and the message."""
     location, kind, value = detail["loc"], detail["type"], detail.get("input")
     context: dict[str, Any] = detail.get("ctx", {})
     field, section = field_at(root, location)
@@ -170,7 +170,7 @@ def _message(detail: ErrorDetails, root: type[Section]) -> tuple[Location, str]:
             return location, f"{shown(value)} is not a finite number; give a finite one{_such_as(field)}"
         case "invalid_key":
             return location, "a field's name must be text; put it in quotes, or remove it"
-    return location, f"{shown(value)}: {detail['msg']}; correct it"  # no other kind is known
+    return location, f"{shown(value)}: {detail['msg']}; correct it"  # any other kind
 
 
 def _wanted(field: FieldInfo | None, section: type[Section] | None) -> str:
@@ -182,7 +182,7 @@ def _wanted(field: FieldInfo | None, section: type[Section] | None) -> str:
 
 
 def _default(field: FieldInfo | None) -> object:
-    """A default worth naming as an example, else None."""
+    """Return the default that may serve as an example, or None."""
     default = None if field is None or field.is_required() else field.default
     return list(default) if isinstance(default, tuple) else default
 
@@ -236,7 +236,7 @@ def _not_whole(value: object, field: FieldInfo | None) -> str:
 
 
 def _smallest(field: FieldInfo | None) -> int:
-    """The smallest whole number an integer field takes: pydantic's Ge or Gt stands in the annotation or beside it."""
+    """Return the smallest value of an integer field. pydantic keeps Ge and Gt in the metadata or in the annotation."""
     text = f"{field.metadata} {field.annotation}" if field is not None else ""
     return 0 if "Ge(ge=0)" in text else 1
 

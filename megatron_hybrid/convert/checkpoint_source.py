@@ -49,7 +49,7 @@ class CheckpointSource:
             ConversionError: the file does not hold it as the index says.
         """
         if stored.file not in self.index.files:
-            raise ConversionError(f"{self.folder}: {stored.entry} lies in {stored.file}, which the index does not list")
+            raise ConversionError(f"{self.folder}: {stored.entry} is in {stored.file}, which the index does not list")
         if stored.file not in self._headers:
             self._headers[stored.file] = read_header(self.folder / stored.file)
         found = self._headers[stored.file].get(stored.entry)

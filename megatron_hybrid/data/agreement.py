@@ -1,4 +1,4 @@
-"""Whether data, tokenizer and model agree on the vocabulary and on the token that ends a document.
+"""Agreement of data, tokenizer and model on the vocabulary and the end-of-document token.
 
 Each is stated in several places: `PREFIX.json` next to the tokens, the tokenizer's folder, and `model.vocab_size` and
 `model.eos_token_id`. A model trained on documents that end with another token than it believes never stops generating.
@@ -27,21 +27,21 @@ DEFAULT_TOKENIZER = "byte"
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Two statements that contradict each other."""
+    """Contradiction between two statements about a run."""
 
     field: str
-    """Where one of them is: `model.eos_token_id`."""
+    """Field or file of one statement: `model.eos_token_id`."""
     message: str
-    """Both statements, and the remedy."""
+    """Message with both statements and the remedy."""
     fatal: bool
-    """Whether training goes wrong by it."""
+    """True if training would be wrong."""
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}"
 
 
 def run_disagreements(model: ModelConfig, data: DataConfig) -> list[Disagreement]:
-    """Return what contradicts in the files and fields of a run. What is not stated agrees with everything.
+    """Return the disagreements between the files and fields of a run. Missing statements agree with everything.
 
     Raises:
         DataError: a summary that is damaged.
@@ -60,14 +60,14 @@ def run_disagreements(model: ModelConfig, data: DataConfig) -> list[Disagreement
 
 
 def read_summaries(data: DataConfig) -> dict[str, StatedData]:
-    """Return the summaries of a run's sources, by field. Raises DataError for one that is damaged."""
+    """Return the summaries of a run's sources by field. Raises DataError if a summary is damaged."""
     sources = {f"data.{kind}.{i}": s for kind in ("train", "validation") for i, s in enumerate(getattr(data, kind))}
     found = {field: read_summary(source.path) for field, source in sources.items()}
     return {field: summary for field, summary in found.items() if summary is not None}
 
 
 def data_disagreements(model: ModelConfig, stated: Mapping[str, StatedData]) -> list[Disagreement]:
-    """Compare summaries with the model, and with each other where the model names no end-of-document token."""
+    """Compare summaries with the model, and with each other if the model has no end-of-document token."""
     found = []
     for field, summary in stated.items():
         ids = summary.vocab_size
@@ -101,7 +101,7 @@ def _end_of(summary: StatedData) -> str:
 
 
 def tokenizer_disagreements(model: ModelConfig, tokenizer: Tokenizer, field: str, name: str) -> list[Disagreement]:
-    """Compare a tokenizer with the model. field: where the tokenizer is named; name: what it says there."""
+    """Compare a tokenizer with the model. field: configuration field of the tokenizer; name: its value."""
     found = []
     if tokenizer.vocab_size > model.vocab_size:
         text = (
@@ -121,7 +121,7 @@ def tokenizer_disagreements(model: ModelConfig, tokenizer: Tokenizer, field: str
 def made_with_another(
     stated: Mapping[str, StatedData], tokenizer: Tokenizer, field: str, name: str
 ) -> list[Disagreement]:
-    """Compare a tokenizer with those that made the data: ids that they have in common mean the same.
+    """Compare a tokenizer with the tokenizers of the data: common ids must have the same text.
 
     A tokenizer that has more tokens than the one that made the data, at the end, agrees with it.
     """
@@ -142,7 +142,7 @@ def made_with_another(
 
 
 def _default_tokenizer(stated: Mapping[str, StatedData]) -> list[Disagreement]:
-    """`data.tokenizer` was left at its default while the data names another."""
+    """Return the disagreement that `data.tokenizer` has its default value but the data names another tokenizer."""
     for field, summary in stated.items():
         if summary.tokenizer != DEFAULT_TOKENIZER:
             text = (
@@ -154,7 +154,7 @@ def _default_tokenizer(stated: Mapping[str, StatedData]) -> list[Disagreement]:
 
 
 def _between_sources(stated: Mapping[str, StatedData]) -> list[Disagreement]:
-    """Sources of one run that were made with different tokenizers."""
+    """Return the disagreements between sources that were tokenized with different tokenizers."""
     if not stated:
         return []
     (first, one), *others = stated.items()
@@ -219,7 +219,7 @@ def evaluation_disagreements(model: ModelConfig, run: object, path: str) -> list
 
 
 def _data_of(run: object) -> DataConfig | None:
-    """The data section of a run that a checkpoint names; None: it names none that can be read."""
+    """Return the data section of a checkpoint's run. None: there is none, or it is not valid."""
     section = run.get("data") if isinstance(run, dict) else None
     try:
         return DataConfig.model_validate(section) if section is not None else None
@@ -228,7 +228,7 @@ def _data_of(run: object) -> DataConfig | None:
 
 
 def _tokenizer_of(data: DataConfig | None) -> Tokenizer | None:
-    """The tokenizer that a data section names, where it names another than the default, and it is on this machine."""
+    """Return the tokenizer of a data section if it is not the default and exists on this machine."""
     if data is None or data.tokenizer == DEFAULT_TOKENIZER:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Several datasets as one, by weight.
+"""Blend of several datasets by weight.
 
 Which dataset sample n comes from, and how many it has given before, follows from n alone: a binary tree has the
 datasets at its leaves, and at each node the first n samples hold round(n · p) of the left side, p being the left
@@ -16,12 +16,12 @@ from megatron_hybrid.data.document_dataset import DocumentDataset
 from megatron_hybrid.data.sample import Sample
 
 Dataset = FixedLengthDataset | DocumentDataset
-_BITS = 53  # of a share, in integer arithmetic: exact at any n
+_BITS = 53  # precision of a share in integer arithmetic, which is exact for any n
 _Tree = int | tuple[int, "_Tree", "_Tree"]  # a dataset, or (share of the left side in 2^-53, left, right)
 
 
 class Blend:
-    """Datasets in proportion to their weights.
+    """Blend of datasets in proportion to their weights.
 
     After any number n of samples, each dataset has given its share of n to within 1.5 samples (0.5 for two datasets);
     over any stretch of samples this therefore holds to within 3 (1). Each dataset's own samples come in its own
@@ -29,7 +29,7 @@ class Blend:
     """
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]):
-        """Of datasets of one sequence_length, with a positive weight each (ValueError otherwise)."""
+        """Create a blend of datasets with equal sequence_length and positive weights. Raises ValueError otherwise."""
         if not datasets or len(datasets) != len(weights):
             raise ValueError(f"{len(datasets)} datasets and {len(weights)} weights: give as many weights, at least one")
         for weight in weights:
@@ -44,7 +44,7 @@ class Blend:
         self._tree = _build(sorted(range(len(weights)), key=lambda i: (-weights[i], i)), self.shares)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(dataset, sample of that dataset) of the blend's sample with this index."""
+        """Return the number of the dataset and of its sample for a sample of the blend."""
         if index < 0:
             raise IndexError(f"sample {index}: must not be negative")
         node = self._tree
@@ -58,7 +58,7 @@ class Blend:
         return node, index
 
     def counts(self, num_samples: int) -> list[int]:
-        """How many of the first samples each dataset gives."""
+        """Return the number of samples that each dataset contributes to the first samples."""
         counts = [0] * len(self.datasets)
 
         def descend(node: _Tree, n: int) -> None:
@@ -73,18 +73,19 @@ class Blend:
         return counts
 
     def sample(self, index: int) -> np.ndarray | Sample:
-        """Return the blend's sample with this index, as its dataset returns it: int64 [sequence_length + 1], or a `Sample`."""
+        """Return a sample of the blend, as its dataset returns it: int64 [sequence_length + 1], or a `Sample`."""
         dataset, i = self.locate(index)
         return self.datasets[dataset].sample(i)
 
 
 def _left_count(n: int, share: int) -> int:
-    """round(n · share / 2^53)"""
+    """Return round(n · share / 2^53)."""
     return (n * share + (1 << (_BITS - 1))) >> _BITS
 
 
 def _build(members: list[int], weights: Sequence[float]) -> _Tree:
-    """The tree over datasets in falling order of weight, both sides of a node about as heavy: errors add up least."""
+    """Return the tree over datasets by descending weight. Both sides of a node have about the same weight, which minimizes the
+    sum of errors."""
     if len(members) == 1:
         return members[0]
     sides: tuple[list[int], list[int]] = ([], [])

@@ -1,4 +1,4 @@
-"""The datasets of a run, from its configuration."""
+"""Datasets of a run by its configuration."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def build_train_and_validation(
     report: Callable[[int, int], None] = lambda done, total: None,
     documents: DocumentPreparation | None = None,
 ) -> tuple[Blend, Blend | None]:
-    """Return the blends that training and evaluation read; validation is None where none is configured.
+    """Return the blends that training and evaluation read; validation is None if none is configured.
 
     Every process of a run builds them. With a team, each process checks a share of the files, and the blends may be used
     when all of them have returned.

@@ -1,4 +1,4 @@
-"""Compressed input as a stream, where an incomplete file is an error.
+"""Streams of compressed input. An incomplete file is an error.
 
 gzip, Zstandard, bzip2 and xz are recognized by their first bytes, whatever the file's name. zstandard's own stream
 reader ends quietly at a cut frame, so the streams are decompressed here, frame by frame.
@@ -45,7 +45,7 @@ UNSUPPORTED_SUFFIXES = {
     ".7z": "7z x",
     ".rar": "unrar x",
 }
-"""Compressions that are not read, with a command that unpacks them."""
+"""Unsupported compressions, with a command that unpacks them."""
 _UNSUPPORTED_MAGIC = {
     b"\x04\x22\x4d\x18": ".lz4",
     b"\x02\x21\x4c\x18": ".lz4",
@@ -60,7 +60,7 @@ _UNSUPPORTED_MAGIC = {
 
 
 class InputStream(io.BufferedReader):
-    """A file's (decompressed) bytes."""
+    """Stream of a file's decompressed bytes."""
 
     raw: Any
 
@@ -91,7 +91,7 @@ def open_input(path: str | Path) -> InputStream:
 
 
 def _find_codec(path: str | Path, head: bytes) -> str | None:
-    """Return the compression of a file; None: it is not compressed."""
+    """Return the compression of a file, or None."""
     if is_lfs_pointer(head):
         raise BadRecord(f"{path}: {LFS_REMEDY}", "git_lfs_pointer")
     for codec, magics in _MAGIC.items():
@@ -116,7 +116,7 @@ def _find_codec(path: str | Path, head: bytes) -> str | None:
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a compressed file of one or more members or frames."""
+    """Stream of a compressed file with one or more members or frames."""
 
     def __init__(self, source: BinaryIO, path: str | Path, codec: str):
         self.source = source

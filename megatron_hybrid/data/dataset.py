@@ -1,4 +1,4 @@
-"""Fixed-length samples of a token stream, in a new order every epoch, without end."""
+"""Fixed-length samples of a token stream, endless, in a new order every epoch."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from megatron_hybrid.data.sources import TokenSource
 
 
 class FixedLengthDataset:
-    """Samples of sequence_length + 1 tokens, cut at every sequence_length tokens of a stream.
+    """Dataset of samples of sequence_length + 1 tokens, which begin at every sequence_length tokens of a stream.
 
     Adjacent samples share one token, so that every token except the stream's first is predicted exactly once per epoch.
     (OLMo-core's fixed-sequence-length dataset cuts at the same places and predicts one token fewer per sample.)
@@ -31,11 +31,11 @@ class FixedLengthDataset:
         self._order = SampleOrder(self.samples_per_epoch, seed, shuffle)
 
     def position(self, index: int) -> tuple[int, int]:
-        """Return (epoch, place in the stream) of the sample with this index, 0, 1, 2, ... without end."""
+        """Return epoch and position in the stream of a sample. Indexes are endless."""
         return self._order.position(index)
 
     def sample(self, index: int) -> np.ndarray:
-        """Return the sample with this index: int64 [sequence_length + 1]."""
+        """Return a sample: int64 [sequence_length + 1]."""
         _, place = self.position(index)
         return self.source.read(place * self.sequence_length, self.sequence_length + 1)
 

@@ -1,4 +1,4 @@
-"""From files on disk to documents: text files, JSON lines, Parquet, folders of source code.
+"""Documents of files: text files, JSON lines, Parquet, folders of source code.
 
 The main process finds files and cuts them into batches. A worker reads and parses a batch.
 
@@ -9,6 +9,7 @@ The main process finds files and cuts them into batches. A worker reads and pars
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,12 +34,18 @@ BATCH_FILES = 256
 _DEFAULTS = ReadOptions()
 
 Content = Literal["text", "checked_text", "jsonl", "parquet"]
-"""How a file is read. checked_text: as text, unless its content proves to be something else."""
-_PARSE = {"text": read_text, "checked_text": read_checked_text, "jsonl": parse_line, "parquet": parse_row}
+"""Format of a file. checked_text: text, unless its content has another format."""
+Kind = Content | Literal["auto"]
+_PARSE: dict[Content, Callable[[Any, str, ReadOptions], str | None]] = {
+    "text": read_text,
+    "checked_text": read_checked_text,
+    "jsonl": parse_line,
+    "parquet": parse_row,
+}
 
 
 class InputFile(NamedTuple):
-    """A file to read."""
+    """Input file."""
 
     path: str
     content: Content
@@ -48,17 +55,17 @@ class InputFile(NamedTuple):
 
     @property
     def lines(self) -> bool:
-        """Whether each line is a document; else the file is one document, or a table."""
+        """True if each line is a document. Otherwise, the file is one document or a table."""
         return self.content == "jsonl"
 
 
 class Batch(NamedTuple):
-    """Consecutive documents of the input: either whole files or records of one file."""
+    """Batch of consecutive documents: whole files, or records of one file."""
 
     paths: list[str]
     content: Content
     lines: Sequence[bytes | None]
-    """JSON lines or Parquet rows of paths[0]; nothing if the files are documents."""
+    """JSON lines or Parquet rows of paths[0]. Empty if the files are documents."""
     first_line: int
     """Number of lines[0] in its file, from 1."""
     consumed: int
@@ -91,7 +98,7 @@ def find_files(
     for input_ in map(str, inputs):
         if os.path.isdir(input_):
             if not include:
-                raise DataError(f"{input_} is a folder: say which files to take, such as --include '*.py'")
+                raise DataError(f"{input_} is a folder: select files, for example with --include '*.py'")
             any_folder = True
             for found in walk(input_, patterns, options, skipped):
                 files += _found_file(found, kind, options, skipped)
@@ -105,7 +112,7 @@ def find_files(
     return files
 
 
-def _named_file(path: str, kind: str) -> InputFile:
+def _named_file(path: str, kind: Kind) -> InputFile:
     if not os.path.exists(path):
         raise DataError(f"{path}: {'a link to a missing file' if os.path.islink(path) else 'no such file or folder'}")
     if not os.path.isfile(path):
@@ -118,8 +125,8 @@ def _named_file(path: str, kind: str) -> InputFile:
     return InputFile(path, content, info.st_size, file_id(info))
 
 
-def _found_file(found: FoundFile, kind: str, options: ReadOptions, skipped: Skipped) -> list[InputFile]:
-    """Return the file, or nothing if it is left out."""
+def _found_file(found: FoundFile, kind: Kind, options: ReadOptions, skipped: Skipped) -> list[InputFile]:
+    """Return the file, or an empty list if it is left out."""
     try:
         if kind != "auto":
             content = kind
@@ -200,7 +207,11 @@ def _iterate_records(file: InputFile, options: ReadOptions) -> Iterator[tuple[by
         return
     for rows, fraction in iterate_rows(file.path, options.json_key):
         for row in rows:
-            yield row, lambda fraction=fraction: int(fraction * file.size)
+            yield row, partial(_bytes_read, fraction, file.size)
+
+
+def _bytes_read(fraction: float, size: int) -> int:
+    return int(fraction * size)
 
 
 def parse_batch(

@@ -1,4 +1,4 @@
-"""Documents to tokens, in this process or in a pool of workers.
+"""Tokenize documents, in this process or in a pool of workers.
 
 - `Encoder`: tokenizes a batch.
 - `encode_all`: tokenizes batches in their order, at most `2 * workers` at a time.
@@ -25,7 +25,7 @@ _MAX_DOCUMENT = (1 << 31) - 1  # an .idx has int32 lengths
 
 
 class Tokens(NamedTuple):
-    """A tokenized batch."""
+    """Tokenized batch."""
 
     tokens: np.ndarray
     """[sum(lengths)]"""
@@ -38,7 +38,7 @@ class Tokens(NamedTuple):
 
 
 class Encoder:
-    """Tokenizes batches; there is one in each worker."""
+    """Encoder of batches. Each worker has one."""
 
     def __init__(self, tokenizer: Tokenizer, options: ReadOptions, append_eos: bool):
         self.tokenizer, self.options, self.append_eos = tokenizer, options, append_eos

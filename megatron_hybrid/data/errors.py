@@ -1,14 +1,14 @@
-"""Errors about data, for the person who gave it."""
+"""Errors about data."""
 
 from megatron_hybrid.base.errors import UserError
 
 
 class DataError(UserError):
-    """Input or token data that cannot be used. The message names the file, the line or byte offset, and the remedy."""
+    """Unusable input or token data. The message names the file, the line or byte offset, and the remedy."""
 
 
 class BadRecord(DataError):
-    """A document or file that `--bad-records skip` leaves out and counts under `kind`."""
+    """Error about a document or file that `--bad-records skip` leaves out and counts under `kind`."""
 
     def __init__(self, message: str, kind: str):
         """kind: the key in PREFIX.json, such as `not_json`."""

@@ -1,4 +1,4 @@
-"""Identity of the training data: what decides which tokens sample n of a run holds.
+"""Identity of the training data: everything that determines the tokens of sample n of a run.
 
 It is kept in every checkpoint and compared on resume. It depends on the token streams alone: files may be moved,
 renamed or split in another way as long as the stream of tokens stays the same.
@@ -11,7 +11,6 @@ import numpy as np
 
 from megatron_hybrid.data.blend import Blend, Dataset
 from megatron_hybrid.data.document_dataset import DocumentDataset
-from megatron_hybrid.data.sample_readers import StreamReader
 from megatron_hybrid.data.sources import TokenSource
 
 PLACES, LENGTH = 256, 256
@@ -29,10 +28,11 @@ def stream_digest(source: TokenSource) -> str:
 
 def documents_digest(dataset: Dataset) -> str | None:
     """Return a hash of the documents that a dataset separates (32 hexadecimal digits); None: it separates none."""
-    if not isinstance(dataset, DocumentDataset) or isinstance(dataset.reader, StreamReader):
+    documents = dataset.reader.documents if isinstance(dataset, DocumentDataset) else None
+    if documents is None:
         return None
     # The number of samples tells mask from pack: packing the documents of a stream always takes more.
-    documents, digest = dataset.reader.documents, hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((documents.num_documents, dataset.samples_per_epoch)).encode())
     for place in np.unique(np.linspace(0, documents.num_documents - 1, PLACES).astype(np.int64)):
         digest.update(documents.bounds(int(place), int(place) + 1).tobytes())
@@ -40,7 +40,7 @@ def documents_digest(dataset: Dataset) -> str | None:
 
 
 def data_identity(blend: Blend, seed: int) -> dict[str, Any]:
-    """Return what decides the order and the content of a blend's samples, as JSON values.
+    """Return everything that determines the order and the content of a blend's samples, as JSON values.
 
     Returns:
         `sequence_length` (tokens), `seed`, and `sources`: for each its `tokens`, `digest` and `share` of the samples, and

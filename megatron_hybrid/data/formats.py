@@ -28,7 +28,7 @@ _TEXT_SUFFIXES = frozenset(
     ]
     for suffix in line.split()
 )
-"""Names of plain text and of source code. `.jl` is Julia too, and the content decides."""
+"""Suffixes of plain text and source code. `.jl` is also Julia; the content decides."""
 _SUFFIX_REMEDIES = {
     ".csv": "a table, not documents: write its text column as JSON lines",
     ".tsv": "a table, not documents: write its text column as JSON lines",
@@ -73,7 +73,7 @@ _PART = re.compile(r"part-\d")
 
 
 def refuse_format(path: str, head: bytes) -> None:
-    """Raise BadRecord if the first bytes of a file are those of a format that is not read."""
+    """Raise BadRecord if the first bytes of a file are those of an unsupported format."""
     if head.startswith(_ALL_MAGIC):
         magic, name, remedy = next(row for row in _MAGIC if head.startswith(row[0]))
         if magic in _TEXT_MAGIC or not magic.isascii() or _CONTROL.search(head):
@@ -89,7 +89,7 @@ def _unsupported(path: str, what: str) -> BadRecord:
 
 
 def has_text_name(path: str) -> bool:
-    """Return whether a file's name says text or source code, so that its content is checked when it is read."""
+    """Return True if a file has the suffix of text or source code, whose content is checked when it is read."""
     suffix = os.path.splitext(path)[1].lower()
     return suffix in _TEXT_SUFFIXES and suffix not in _JSON_SUFFIXES
 
@@ -127,7 +127,7 @@ def _inner_suffix(path: str) -> str:
 
 
 def _is_part(path: str) -> bool:
-    """Return whether a name is one that Spark gives, which tells nothing of the content."""
+    """Return True for file names of Spark, which do not describe the content."""
     return _PART.match(os.path.basename(path)) is not None
 
 
@@ -136,7 +136,7 @@ def _format_by_name(suffix: str) -> Format:
 
 
 def _detect_text(path: str, suffix: str, head: bytes, chosen_by_pattern: bool) -> Format:
-    """Return text or jsonl, for content that begins with `head`."""
+    """Return text or jsonl for content that begins with `head`."""
     is_text_name, is_json_name = suffix in _TEXT_SUFFIXES, suffix in _JSON_SUFFIXES
     looks = _classify_json(head)
     if is_text_name and not is_json_name:
@@ -154,7 +154,7 @@ def _detect_text(path: str, suffix: str, head: bytes, chosen_by_pattern: bool) -
     if is_text_name or (chosen_by_pattern and not _is_part(path)):
         return "text"
     raise _unsupported(
-        path, "unknown format: say --format text (the file is one document) or --format jsonl (a document per line)"
+        path, "unknown format: use --format text (the file is one document) or --format jsonl (a document per line)"
     )
 
 
@@ -192,6 +192,6 @@ def refuse_json_lines(path: str, head: bytes) -> None:
     if head[:1] == b"{" and _parses(head.split(b"\n", 1)[0], json.loads):
         raise _unsupported(
             path,
-            "JSON lines under the name of a text file: say --format jsonl (a document per line) or --format text (the "
+            "JSON lines under the name of a text file: use --format jsonl (a document per line) or --format text (the "
             "file is one document)",
         )

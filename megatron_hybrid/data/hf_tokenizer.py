@@ -65,15 +65,18 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without begin- or end-of-document tokens."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids, without special tokens."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def vocabulary(self) -> dict[str, int]:
         """Return the ID of every token."""
-        return self._backend.get_vocab(with_added_tokens=True)
+        ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return ids
 
 
 def _read_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -162,7 +165,8 @@ def _tokens_in_short_form(config: dict[str, Any]) -> dict[str, Any]:
     from tokenizers import AddedToken
 
     tokens = {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, dict) and "__type" not in v}
-    return {key: AddedToken(**{"special": True} | token) for key, token in tokens.items() if "content" in token}
+    fields: dict[str, Any] = {"special": True}
+    return {key: AddedToken(**fields | token) for key, token in tokens.items() if "content" in token}
 
 
 def _refuse_broken_backend(file: Path) -> None:
@@ -186,7 +190,7 @@ def _find_eos(folder: Path, files: dict[str, dict[str, Any]], theirs: str | None
             raise DataError(f"{folder / name}: eos_token {content!r} is not in tokenizer.json's vocabulary")
         if content != named[0][1]:
             raise DataError(
-                f"{folder}: {named[0][0]} says eos_token {named[0][1]!r}, {name} says {content!r}: make them agree"
+                f"{folder}: {named[0][0]} has eos_token {named[0][1]!r}, {name} has {content!r}: make them agree"
             )
     model_ids = _model_eos(folder, files, max(vocabulary.values(), default=-1) + 1)
     if theirs is not None and theirs in vocabulary and (named or theirs in _known_tokens(files)):

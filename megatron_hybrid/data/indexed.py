@@ -1,4 +1,4 @@
-"""megatron-core's indexed dataset: `PREFIX.bin` holds tokens, `PREFIX.idx` says where each sequence lies.
+"""megatron-core's indexed dataset: `PREFIX.bin` holds tokens, `PREFIX.idx` holds the offsets of sequences.
 
 Layout of an .idx, little-endian (read off megatron-core 0.19.2, `core/datasets/indexed_dataset.py`):
 
@@ -32,16 +32,16 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER_BYTES = 34
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-"""Integer types by code. 6 and 7 are float64 and float32, which hold no tokens."""
+"""Integer types by code. 6 and 7 are float64 and float32, which cannot hold tokens."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What an .idx says."""
+    """Content of an .idx."""
 
     path: Path
     dtype: np.dtype
-    """Of the .bin's tokens."""
+    """Type of the .bin's tokens."""
     lengths: np.ndarray
     """int32 [n]: tokens of each sequence."""
     pointers: np.ndarray
@@ -51,12 +51,12 @@ class Index:
 
     @property
     def end(self) -> int:
-        """Bytes that the .bin must have, as the last sequence says."""
+        """Size of the .bin in bytes, by the last sequence."""
         return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
 
 
 def read_index(path: str | Path) -> Index:
-    """Header and arrays of an .idx.
+    """Read header and arrays of an .idx.
 
     Raises:
         DataError: not an index, a type that holds no tokens, no sequences, or a size that the header contradicts.
@@ -78,7 +78,7 @@ def read_index(path: str | Path) -> Index:
     if n == 0:
         raise DataError(f"{path}: byte 18: no sequences; the dataset is empty")
     expected = HEADER_BYTES + 12 * n + 8 * m
-    if size not in (expected, expected + n):  # the latter with modes
+    if size not in (expected, expected + n):  # the second with modes
         what = f"truncated at byte {size}" if size < expected else f"bytes left over after byte {expected}"
         raise DataError(f"{path}: {what}: {n} sequences and {m} document indices (bytes 18, 26) take {expected} bytes")
     mapped = np.memmap(path, mode="r")
@@ -93,12 +93,12 @@ def read_index(path: str | Path) -> Index:
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
-    """Type of tokens in a .bin: uint16 where every id fits, else int32 (the format has no uint32)."""
+    """Return the type of tokens in a .bin: uint16 if every id fits, otherwise int32 (the format has no uint32)."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<i4")
 
 
 class IndexedWriter:
-    """Writes `PREFIX.bin` and `PREFIX.idx`; nothing stands under these names before `finish`.
+    """Writer of `PREFIX.bin` and `PREFIX.idx`. Files with these names are created by `finish`.
 
     As a context manager it discards what `finish` did not complete.
     """
@@ -134,11 +134,11 @@ class IndexedWriter:
 
     @property
     def sha256(self) -> str | None:
-        """Hexadecimal hash of the .bin so far, if asked for."""
+        """Return the hexadecimal hash of the .bin so far, if it was requested."""
         return None if self._hash is None else self._hash.hexdigest()
 
     def finish(self) -> None:
-        """Write the index and give both files their names. An older .idx goes first, lest it stand by a newer .bin."""
+        """Write the index and rename both files. An older .idx is removed first, so that it is never next to a newer .bin."""
         _sync_and_close(self._bin)
         with self._partial[".idx"].open("wb") as file:
             self._write_index(file)
@@ -161,7 +161,7 @@ class IndexedWriter:
             file.write(np.arange(start, min(start + (1 << 20), n + 1), dtype="<i8").data)
 
     def discard(self) -> None:
-        """Remove what is not complete. Does nothing after `finish`."""
+        """Remove incomplete files. It has no effect after `finish`."""
         self._bin.close()
         for file in self._partial.values():
             file.unlink(missing_ok=True)
@@ -174,7 +174,7 @@ class IndexedWriter:
 
 
 def _sync_and_close(file: BinaryIO) -> None:
-    """Have the file on disk before it gets its name."""
+    """Flush a file to disk, before it is renamed."""
     file.flush()
     os.fsync(file.fileno())
     file.close()

@@ -1,4 +1,4 @@
-"""Output files of preprocessing: what may be replaced, and the replacement of whole datasets.
+"""Output files of preprocessing: checks of existing files, and replacement of whole datasets.
 
 A dataset is PREFIX.bin, PREFIX.idx and PREFIX.json. A job writes it in the work folder PREFIX.partial, which is also
 its lock (`work_folder`), and renames the three files when all datasets of the job are complete.
@@ -21,7 +21,7 @@ from megatron_hybrid.data.indexed import MAGIC
 from megatron_hybrid.data.work_folder import SUFFIXES, WorkFolder
 
 FileId = tuple[int, int]
-"""Device and inode: the same for all names of a file."""
+"""Device and inode, which are the same for all names of a file."""
 
 _SUMMARY = re.compile(
     rb'\{\n  "documents": \d+,\n  "tokens": (\d+),\n  "max_token": -?\d+,\n  "dtype": "(u?int\d+)",\n  "tokenizer": '
@@ -30,7 +30,7 @@ _SUMMARY = re.compile(
 
 
 def file_id(info: os.stat_result) -> FileId:
-    """Return what two names of one file share."""
+    """Return the identity of a file, which is equal for all its names."""
     return info.st_dev, info.st_ino
 
 
@@ -88,10 +88,10 @@ def _head(path: str) -> bytes:
 
 
 class Outputs:
-    """Datasets that one job writes: locked on entry, published together or not at all."""
+    """Datasets of one job. They are locked on entry, and published together or not at all."""
 
     def __init__(self, prefixes: Sequence[str], overwrite: bool, say: Callable[[str], None]):
-        """say: receives one sentence if the work folder of a dead process is taken over."""
+        """Create the outputs. say: receives one sentence if the work folder of a dead process is taken over."""
         self._prefixes, self._overwrite, self._say = prefixes, overwrite, say
         self._folders: dict[str, WorkFolder] = {}
         self._stack = ExitStack()

@@ -52,4 +52,5 @@ def _as_bytes(values: Any) -> list[bytes | None]:
 
     if isinstance(values, pyarrow.DictionaryArray):
         values = values.dictionary_decode()
-    return values.cast(pyarrow.large_binary()).to_pylist()
+    found: list[bytes | None] = values.cast(pyarrow.large_binary()).to_pylist()
+    return found

@@ -1,4 +1,4 @@
-"""A pseudo-random order of n things that is computed, not stored.
+"""Pseudo-random permutation that is computed, not stored.
 
 A Feistel network (M. Luby and C. Rackoff, "How to construct pseudorandom permutations", 1988) permutes the smallest
 power of four that holds n; results outside [0, n) are sent through again ("cycle walking": J. Black and P. Rogaway,
@@ -12,7 +12,7 @@ _ROUNDS = 8
 
 
 def mix64(x: int) -> int:
-    """SplitMix64's output for state x: a bijection of 64-bit integers whose bits look independent."""
+    """Return SplitMix64's output for state x, a bijection of 64-bit integers with seemingly independent bits."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -20,7 +20,7 @@ def mix64(x: int) -> int:
 
 
 def hash_integers(*values: int) -> int:
-    """One 64-bit hash of several integers; their order matters."""
+    """Return one 64-bit hash of several integers in order."""
     state = 0
     for value in values:
         state = mix64(state ^ mix64(value & _MASK))
@@ -28,10 +28,10 @@ def hash_integers(*values: int) -> int:
 
 
 class Permutation:
-    """A bijection of [0, n) drawn by a key: `permutation(i)` in constant time and memory."""
+    """Bijection of [0, n) by a key. `permutation(i)` takes constant time and memory."""
 
     def __init__(self, n: int, *key: int):
-        """Of n things; key: integers such as a seed and an epoch. Raises ValueError if n < 1."""
+        """Create a permutation of [0, n). key: integers such as a seed and an epoch. Raises ValueError if n < 1."""
         if n < 1:
             raise ValueError(f"a permutation of {n} things: n must be at least 1")
         self.n = n
@@ -41,10 +41,10 @@ class Permutation:
         self._round_keys = tuple(hash_integers(*key, n, round_) for round_ in range(_ROUNDS))
 
     def __call__(self, i: int) -> int:
-        """Where i goes. Raises IndexError outside [0, n)."""
+        """Return the image of i. Raises IndexError outside [0, n)."""
         if not 0 <= i < self.n:
             raise IndexError(f"{i} is outside [0, {self.n})")
-        while True:  # the domain is below 4n, so fewer than four turns on average
+        while True:  # the domain is below 4n, so fewer than four iterations on average
             left, right = i >> self._half_bits, i & self._half_mask
             for key in self._round_keys:
                 left, right = right, left ^ (mix64(key ^ right) >> self._shift)

@@ -1,4 +1,4 @@
-"""Documents to tokens on disk: `.bin/.idx` that megatron-core reads, and a JSON summary next to them.
+"""Tokenize documents to `.bin/.idx` files that megatron-core reads, and a JSON summary.
 
 The main process cuts the input into batches and writes. Workers read, parse and tokenize. Batches are written in the
 order of the input, so the output does not depend on the number of workers. At most `2 * workers` batches are in
@@ -28,11 +28,11 @@ from megatron_hybrid.data.tokenizer import load_tokenizer, vocabulary_sha256
 
 @dataclass(frozen=True)
 class Summary:
-    """Content of `PREFIX.json`. The first five fields are how this tool recognizes its datasets (`outputs`)."""
+    """Content of `PREFIX.json`. This tool recognizes its datasets by the first five fields (`outputs`)."""
 
     documents: int
     tokens: int
-    """End-of-document tokens included."""
+    """Number of tokens, end-of-document tokens included."""
     max_token: int
     dtype: str
     tokenizer: str
@@ -40,18 +40,18 @@ class Summary:
     eos_token_id: int
     append_eos: bool
     empty_documents: int
-    """Documents without text, left out of the whole input."""
+    """Number of documents without text, which are left out, of the whole input."""
     skipped_documents: int
-    """Bad records left out of the whole input, as --bad-records and --bad-utf8 ask."""
+    """Number of bad records of the whole input that --bad-records and --bad-utf8 leave out."""
     skipped_by_kind: dict[str, int]
-    """The bad records by kind, such as `not_json`."""
+    """Bad records by kind, such as `not_json`."""
     skipped_files: dict[str, int]
-    """Files, folders and links of the whole input that were not read, by kind."""
+    """Number of files, folders and links of the whole input that were not read, by kind."""
     inputs: list[str]
     sha256: str | None
-    """Hash of the .bin, if asked for."""
+    """Hash of the .bin, if requested."""
     vocabulary_sha256: str
-    """Of the tokenizer's ids and their text: other tools compare it with their tokenizer's."""
+    """Hash of the tokenizer's ids and their text, which other tools compare with their tokenizer's."""
 
 
 def preprocess(
@@ -83,7 +83,7 @@ def preprocess(
         sha256: hash the tokens into the summary.
         overwrite: replace datasets that this tool wrote. Nothing else is ever replaced.
         progress: receives the bytes read and the bytes in total, after each batch.
-        say: receives a sentence about a work folder that a dead process left.
+        say: receives a sentence about the work folder of a dead process.
 
     Returns:
         The summary of each prefix written.
@@ -160,7 +160,7 @@ def _split_prefixes(prefix: str, split: dict[str, float] | None) -> list[str]:
 
 
 def _write(result: Tokens, first: int, upper: np.ndarray, writers: list[IndexedWriter]) -> None:
-    """Give each document of a batch to its split's writer. first: index of the first document."""
+    """Write each document of a batch to its split. first: index of the first document."""
     kept = result.lengths > 0
     if len(writers) == 1:
         writers[0].add(result.tokens, result.lengths[kept])
@@ -188,7 +188,7 @@ def _write_summary(prefix: str, summary: Summary) -> None:
 
 
 def describe_skipped(summary: Summary) -> str:
-    """Return a line that says what was left out, or nothing if that is nothing."""
+    """Return a line that reports omitted documents and files, or empty text."""
     parts = []
     for what, kinds in (("records", summary.skipped_by_kind), ("files or links", summary.skipped_files)):
         if kinds:
@@ -198,7 +198,7 @@ def describe_skipped(summary: Summary) -> str:
 
 
 def parse_split(shares: str | None, names: str) -> dict[str, float] | None:
-    """`0.99,0.01` and `train,validation` to shares by name. Raises ValueError."""
+    """Parse `0.99,0.01` and `train,validation` to shares by name. Raises ValueError."""
     if shares is None:
         return None
     keys = names.split(",")

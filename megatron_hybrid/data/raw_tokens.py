@@ -1,4 +1,4 @@
-"""Raw token shards (`.npy`): which type their tokens have, and whether their content agrees.
+"""Raw token shards (`.npy`): the type of their tokens, and checks of the type against the content.
 
 OLMo-core writes its shards with `tofile`: plain uint16 or uint32 without NumPy's header, so that nothing in the file states
 the type. Tokens read with the wrong width are garbage that may still lie inside the vocabulary.
@@ -10,7 +10,7 @@ the type. Tokens read with the wrong width are garbage that may still lie inside
 
 import os
 import string
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,19 +18,19 @@ from megatron_hybrid.base.lfs import LFS_REMEDY, is_lfs_pointer
 from megatron_hybrid.data.errors import DataError
 
 PROBE_BYTES = 16 << 10
-"""Bytes of a window that are probed for another type."""
-_LEAST_PROBE_BYTES = 128  # fewer decide nothing
+"""Bytes per window that are probed for another type."""
+_LEAST_PROBE_BYTES = 128  # fewer bytes are not conclusive
 _NUMPY_MAGIC = b"\x93NUMPY"
 _TEXT = np.frombuffer(string.printable.encode(), np.uint8)
 
 
 class RawTokens(NamedTuple):
-    """Where the tokens of a shard lie."""
+    """Type and position of the tokens of a shard."""
 
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     offset: int
     """Bytes before the first token."""
-    count: int
+    num_tokens: int
 
 
 def raw_dtype(path: str, dtype_name: str | None, vocab_size: int) -> RawTokens:
@@ -74,22 +74,22 @@ def _with_header(path: str, size: int, dtype_name: str | None) -> RawTokens:
     except (ValueError, SyntaxError, TypeError) as error:
         raise DataError(f"{path}: byte 0: bad NumPy header: {error}") from error
     if dtype.kind not in "ui" or len(shape) != 1:
-        raise DataError(f"{path}: byte 0: NumPy header says {dtype} {list(shape)}; tokens are a flat array of integers")
+        raise DataError(f"{path}: byte 0: NumPy header has {dtype} {list(shape)}; tokens are a flat array of integers")
     if dtype_name is not None and dtype.newbyteorder("=") != np.dtype(dtype_name):
         raise DataError(
-            f"{path}: byte 0: NumPy header says {dtype.name}, the configuration {dtype_name}: leave dtype out"
+            f"{path}: byte 0: NumPy header has {dtype.name}, the configuration {dtype_name}: leave dtype out"
         )
     end = offset + shape[0] * dtype.itemsize
     if shape[0] == 0:
         raise DataError(f"{path}: empty")
     if size != end:
         what = f"truncated at byte {size}" if size < end else f"bytes left over after byte {end}"
-        raise DataError(f"{path}: {what}: its NumPy header says {shape[0]} tokens, {end} bytes")
+        raise DataError(f"{path}: {what}: its NumPy header has {shape[0]} tokens, {end} bytes")
     return RawTokens(dtype, offset, shape[0])
 
 
 def contradiction(tokens: np.ndarray, vocab_size: int) -> str | None:
-    """Return why tokens cannot be of the type they were read as, with the remedy; None where nothing speaks against it.
+    """Return why tokens cannot be of the type they were read as, with the remedy, or None.
 
     Args:
         tokens: a window of a shard that begins at an even token [n].
@@ -122,17 +122,17 @@ def contradiction(tokens: np.ndarray, vocab_size: int) -> str | None:
 
 
 def _is_padding(words: np.ndarray, high: int) -> bool:
-    """Whether words can be the upper halves of tokens."""
+    """Return True if words can be the upper halves of tokens."""
     return bool((words <= high).all())
 
 
 def _is_data(words: np.ndarray, high: int) -> bool:
-    """Whether words are the lower halves of tokens, which are not mostly as small as upper halves are."""
+    """Return True if words look like the lower halves of tokens, which are mostly larger than upper halves."""
     return bool((words > high).mean() > 0.5)
 
 
 def fitting_types(tokens: np.ndarray, vocab_size: int) -> list[str]:
-    """Return names of other types as which these bytes are all tokens of the vocabulary, where most are not as they are."""
+    """Return other types with which all of these bytes are tokens of the vocabulary, if most are not with the given type."""
     window = np.ascontiguousarray(tokens[: PROBE_BYTES // tokens.dtype.itemsize // 4 * 4])
     if window.nbytes < _LEAST_PROBE_BYTES or (window >= vocab_size).mean() < 0.5:
         return []

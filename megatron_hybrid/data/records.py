@@ -1,4 +1,4 @@
-"""One record to one document: a JSON line, a row of a Parquet column, or a whole file.
+"""Documents of records: a JSON line, a row of a Parquet column, or a whole file.
 
 - `ReadOptions`: which member holds the document, and what becomes of bad records.
 - `Skipped`: counts of what was left out, by kind.
@@ -31,29 +31,29 @@ FILE_KINDS = frozenset(
         "name_in_other_case",
     ]
 )
-"""Kinds of which whole files or folders are left out. All other kinds are of documents."""
+"""Kinds for which whole files or folders are left out. All other kinds are about documents."""
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are read."""
+    """Options of reading documents."""
 
     json_key: str = "text"
     """Member of a JSON line, or column of a Parquet file, that holds the document."""
     bad_utf8: Literal["error", "skip", "replace"] | None = None
-    """Documents that are not UTF-8: stop, leave out, or put U+FFFD for each wrong byte. None: as `bad_records` says."""
+    """Reaction to documents that are not UTF-8: stop, leave out, or replace each wrong byte by U+FFFD. None: see `bad_records`."""
     bad_records: Literal["error", "skip"] = "error"
-    """Records and files without a document that can be read: stop, or leave out and count."""
+    """Reaction to records and files that cannot be read: stop, or leave out and count."""
 
     def skips(self, kind: str) -> bool:
-        """Return whether bad records of a kind are left out."""
+        """Return True if bad records of a kind are left out."""
         choice = self.bad_utf8 if kind in _UTF8_KINDS and self.bad_utf8 is not None else self.bad_records
         return choice == "skip"
 
 
 @dataclass
 class Skipped:
-    """Counts of what is left out, by kind."""
+    """Counts of omitted records and files by kind."""
 
     documents: Counter[str] = field(default_factory=Counter)
     files: Counter[str] = field(default_factory=Counter)
@@ -69,7 +69,7 @@ class Skipped:
 
 
 def is_blank(line: bytes) -> bool:
-    """Return whether a line holds no record."""
+    """Return True if a line has no record."""
     return line.isspace() or (line.startswith(codecs.BOM_UTF8) and not line[3:].strip())
 
 
@@ -87,7 +87,7 @@ def read_checked_text(path: str, where: str, options: ReadOptions) -> str:
         text = _decode(data, where, 0, options)
     except BadRecord as error:
         if not options.skips(error.kind):
-            refuse_format(path, data[:1024])  # a better reason
+            refuse_format(path, data[:1024])  # gives a better reason
         raise
     refuse_format(path, data[:1024])
     if b"\0" in data:

@@ -21,6 +21,11 @@ class SampleReader(Protocol):
     sequence_length: int
     num_samples: int
 
+    @property
+    def documents(self) -> SourceDocuments | None:
+        """Documents of the source; None: they are not separated."""
+        ...
+
     def read(self, place: int) -> Sample:
         """Return the sample at a place below `num_samples`. Several threads may call this."""
         ...
@@ -32,6 +37,7 @@ class StreamReader:
     def __init__(self, source: TokenSource, sequence_length: int) -> None:
         """Create a reader. Raises DataError if the stream is shorter than one sample."""
         self.source, self.sequence_length = source, sequence_length
+        self.documents = None
         self.num_samples = count_stream_samples(source, sequence_length)
 
     def read(self, place: int) -> Sample:

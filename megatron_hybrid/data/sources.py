@@ -24,7 +24,7 @@ _MOST_OPEN = 256  # files of a source: a process may have 1,024, and a source ha
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens."""
+    """File of tokens."""
 
     path: str
     dtype: np.dtype
@@ -32,13 +32,13 @@ class Shard:
     """Bytes before the first token."""
     num_tokens: int
     index_path: str | None = None
-    """The .idx, of a megatron-core dataset."""
+    """Index of a megatron-core dataset."""
     max_token: int | None = None
-    """Largest token, as the summary next to a megatron-core dataset says."""
+    """Largest token by the summary of a megatron-core dataset."""
 
     @property
     def nbytes(self) -> int:
-        """Size of the tokens."""
+        """Size of the tokens in bytes."""
         return self.num_tokens * self.dtype.itemsize
 
     def map(self) -> np.ndarray:
@@ -46,16 +46,16 @@ class Shard:
         return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.num_tokens,))
 
     def byte_offset(self, token: int) -> int:
-        """Return where a token lies in the file."""
+        """Return the byte offset of a token in the file."""
         return self.offset + token * self.dtype.itemsize
 
     def can_exceed(self, vocab_size: int) -> bool:
-        """Whether the type can hold a token outside [0, vocab_size)."""
+        """Return True if the type can hold a token outside [0, vocab_size)."""
         return self.dtype.kind != "u" or int(np.iinfo(self.dtype).max) >= vocab_size
 
 
 class _OpenFile:
-    """A file descriptor that is closed when its last reader has let go of it, so that no reader finds it reused."""
+    """File descriptor that is closed after its last reader has released it, so that no reader uses a reused number."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -66,10 +66,10 @@ class _OpenFile:
 
 
 class TokenSource:
-    """The tokens of a source's files, one after the other. Reading is safe from several threads."""
+    """Concatenated tokens of a source's files. Reading is thread-safe."""
 
     def __init__(self, name: str, shards: list[Shard], vocab_size: int):
-        """Make a stream of at least one shard; name: for messages."""
+        """Create a stream of at least one shard. name: name in messages."""
         self.name = name
         self.shards = tuple(shards)
         self.vocab_size = vocab_size
@@ -106,7 +106,7 @@ class TokenSource:
         return int(self._ends[shard - 1]) if shard else 0
 
     def _read_shard(self, number: int, begin: int, count: int) -> np.ndarray:
-        """Tokens of one shard. Not through a memory map: a file cut short would end the process by SIGBUS."""
+        """Read tokens of one shard. With a memory map, a truncated file would end the process by SIGBUS."""
         shard = self.shards[number]
         try:
             data = _read_exactly(self._file(number), shard.byte_offset(begin), count * shard.dtype.itemsize)
@@ -132,7 +132,7 @@ class TokenSource:
 
 
 def _read_exactly(file: _OpenFile, offset: int, count: int) -> bytes:
-    """Bytes [offset, offset + count) of a file, or those that there are."""
+    """Read bytes [offset, offset + count) of a file, or fewer at its end."""
     data = os.pread(file.descriptor, count, offset)
     while len(data) < count and (more := os.pread(file.descriptor, count - len(data), offset + len(data))):
         data += more
@@ -207,11 +207,11 @@ def _open_indexed(prefix: str) -> Shard:
         raise DataError(f"{error.filename or idx_path}: cannot be read: {error.strerror}") from error
     if size < index.end:
         raise DataError(
-            f"{bin_path}: truncated at byte {size}: {idx_path} says {index.end} bytes. Write or copy both again"
+            f"{bin_path}: truncated at byte {size}: {idx_path} has {index.end} bytes. Write or copy both again"
         )
     if size > index.end:
         raise DataError(
-            f"{bin_path}: bytes left over after byte {index.end}, where {idx_path} says it ends: of another dataset?"
+            f"{bin_path}: bytes left over after byte {index.end}, at which the data ends by {idx_path}: is it of another dataset?"
         )
     if size == 0 or size % index.dtype.itemsize:
         raise DataError(f"{bin_path}: {size} bytes are no whole, positive number of {index.dtype.name} tokens")

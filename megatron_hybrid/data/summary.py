@@ -1,4 +1,4 @@
-"""The summary next to a tokenized dataset: `PREFIX.json`, which tools/preprocess_data.py writes with `PREFIX.bin`."""
+"""Summary of a tokenized dataset: `PREFIX.json`, which tools/preprocess_data.py writes with `PREFIX.bin`."""
 
 import json
 from dataclasses import dataclass, fields
@@ -8,10 +8,10 @@ from megatron_hybrid.data.errors import DataError
 
 @dataclass(frozen=True)
 class StatedData:
-    """What a summary says of its dataset, as far as it is compared with other files."""
+    """Fields of a summary that are compared with other files."""
 
     path: str
-    """Of the summary."""
+    """Path of the summary."""
     documents: int
     tokens: int
     max_token: int
@@ -21,17 +21,17 @@ class StatedData:
     eos_token_id: int
     append_eos: bool
     vocabulary_sha256: str | None = None
-    """Of the tokenizer's ids and their text; None: the summary is of an earlier version."""
+    """Hash of the tokenizer's ids and their text. None: an earlier version wrote the summary."""
 
 
 _OPTIONAL = {"vocabulary_sha256"}
 _BEGINNING = b'{\n  "documents"'
-_MOST_BYTES = 64 << 20  # it lists the inputs: a line for each file of a corpus
+_MOST_BYTES = 64 << 20  # a summary lists every input file
 _REMEDY = "Write the dataset again, or remove the summary to use the dataset without it"
 
 
 def read_summary(prefix: str) -> StatedData | None:
-    """Read `PREFIX.json`; None where there is none, or a file that is no summary of a dataset.
+    """Read `PREFIX.json`. Returns None if it does not exist or is not a summary of a dataset.
 
     Raises:
         DataError: it cannot be read, or is a summary with a field that is missing or of another type.

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or a Hugging Face tokenizer from a local folder.
+"""Tokenizers: bytes, or a Hugging Face tokenizer from a local folder.
 
 - `Tokenizer`: what the rest of the project needs of one.
 - `ByteTokenizer`: UTF-8 bytes and one end-of-document id.
@@ -14,19 +14,19 @@ from megatron_hybrid.data.errors import DataError
 
 
 class Tokenizer(Protocol):
-    """Text to ids in [0, vocab_size) and back."""
+    """Tokenizer between text and ids in [0, vocab_size)."""
 
     vocab_size: int
-    """One more than the largest id."""
+    """Largest id plus one."""
     eos_token_id: int
-    """Ends a document."""
+    """End-of-document token."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without any token that the text does not hold (no begin- or end-of-document)."""
+        """Return the ids of a text, without begin- or end-of-document tokens."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; control tokens such as the end of a document leave nothing."""
+        """Return the text of ids, without control tokens such as end-of-document."""
         ...
 
     def vocabulary(self) -> dict[str, int]:
@@ -35,13 +35,13 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """A token is a byte of UTF-8; id 256 ends a document."""
+    """Tokenizer of UTF-8 bytes. Id 256 is end-of-document."""
 
     vocab_size = 257
     eos_token_id = 256
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text's UTF-8 bytes.
+        """Return the ids of the text's UTF-8 bytes.
 
         Raises:
             UnicodeEncodeError: text holds a lone surrogate.
@@ -49,7 +49,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of byte ids. Bytes that are not UTF-8 (a cut character) become U+FFFD.
+        """Return the text of byte ids. Bytes that are not UTF-8, as of a cut character, become U+FFFD.
 
         Raises:
             DataError: an id outside [0, 257).
@@ -83,6 +83,6 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def vocabulary_sha256(tokenizer: Tokenizer, size: int | None = None) -> str:
-    """Return a hash of the tokens with an ID below `size`, or of all: equal where IDs mean the same text."""
+    """Return a hash of the tokens with an ID below `size`, or of all. Hashes are equal if IDs have the same text."""
     ids = sorted((token, text) for text, token in tokenizer.vocabulary().items() if size is None or token < size)
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

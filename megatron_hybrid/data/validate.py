@@ -1,4 +1,4 @@
-"""The check of tokens and indexes before training starts.
+"""Check of tokens and indexes before training starts.
 
 The work is cut into pieces of a file, which the processes of a run share (`Team`). The verdict on each piece is kept, so
 that a check that was killed continues where it was, and a restart does not read the files again (data/verdicts.py).
@@ -27,11 +27,11 @@ from megatron_hybrid.data.verdicts import VerdictCache
 
 Mode = Literal["full", "sample"]
 FULL_BELOW_BYTES = 100 * 10**9
-"""`data.check: auto` reads everything below this size of all sources together: about a minute at 2 GB/s."""
+"""`data.check: auto` reads all tokens below this total size, which takes about a minute at 2 GB/s."""
 PIECE_BYTES = 256 << 20
-"""Of a complete check: what one process reads before it takes the next piece."""
+"""Bytes per piece of a complete check."""
 SAMPLED_PIECE_BYTES = 64 << 30
-"""Of a check by samples."""
+"""Bytes per piece of a check by samples."""
 SAMPLE_EVERY_BYTES, SAMPLE_BYTES = 128 << 20, 256 << 10
 """A sample of a file: windows of SAMPLE_BYTES, one at a random place of every SAMPLE_EVERY_BYTES, one at each end."""
 _CHUNK_BYTES = 16 << 20
@@ -40,7 +40,7 @@ _THREADS = 8
 
 
 class Team(Protocol):
-    """The processes that share a check."""
+    """Processes that share a check."""
 
     def claim(self, work: str, count: int) -> Iterator[int]:
         """Yield the numbers below `count` that this process is to work on, until all are taken or a process has failed.
@@ -51,7 +51,7 @@ class Team(Protocol):
 
 
 class Alone:
-    """A team of one process."""
+    """Team of one process."""
 
     def claim(self, work: str, count: int) -> Iterator[int]:
         """Yield every number below `count`."""
@@ -60,7 +60,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens [start, stop) of a shard, or its index."""
+    """Piece of work: tokens [start, stop) of a shard, or its index."""
 
     shard: Shard
     start: int
@@ -69,7 +69,7 @@ class Piece:
 
     @property
     def path(self) -> str:
-        """File that is read."""
+        """Path of the file."""
         return self.shard.path if self.kind != "index" else str(self.shard.index_path)
 
     @property
@@ -79,12 +79,12 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Name among the pieces of its file."""
+        """Name of the piece within its file."""
         return f"{self.kind}:{self.start}-{self.stop}"
 
     @property
     def is_whole(self) -> bool:
-        """Whether the piece is all of its file."""
+        """True if the piece is the whole file."""
         return self.kind == "index" or (self.start, self.stop) == (0, self.shard.num_tokens)
 
     def check(self, vocab_size: int) -> int:
@@ -109,7 +109,7 @@ def validate_source(source: TokenSource, vocab_size: int, cache: VerdictCache | 
 
 
 def choose_mode(check: Literal["auto", "full", "sample", "none"], sources: Sequence[TokenSource]) -> Mode | None:
-    """Return how much of the sources is read for a value of `data.check`; None: nothing."""
+    """Return the mode of a check for a value of `data.check`. None: no check."""
     if check != "auto":
         return None if check == "none" else check
     return "full" if sum(shard.nbytes for shard in _shards(sources)) < FULL_BELOW_BYTES else "sample"
@@ -143,7 +143,7 @@ def check_sources(
                 piece = pieces[number]
                 if not _is_known(cache, piece, vocab_size):
                     running.append((piece, pool.submit(piece.check, vocab_size)))
-                while len(running) > threads:  # what waits here, another process cannot take
+                while len(running) > threads:  # another process cannot take queued pieces
                     _settle(cache, *running.popleft())
                 report(number, len(pieces))
             while running:
@@ -157,7 +157,7 @@ def check_sources(
 
 
 def _shards(sources: Sequence[TokenSource]) -> list[Shard]:
-    """The shards of all sources, each once."""
+    """Return the shards of all sources, each once."""
     return list(dict.fromkeys(shard for source in sources for shard in source.shards))
 
 
@@ -186,9 +186,9 @@ def sample_windows(shard: Shard, start: int, stop: int) -> Iterator[tuple[int, i
 
 
 def _name(pieces: Sequence[Piece], vocab_size: int) -> str:
-    """A name for the work that is equal on processes that see the same files.
+    """Return a name of the work that is equal on processes with the same files.
 
-    The inode tells copies of a file on several nodes' own disks apart: each node checks its own.
+    The inode distinguishes copies of a file on local disks of several nodes; each node checks its copy.
     """
     digest = hashlib.blake2b(str(vocab_size).encode(), digest_size=16)
     for piece in pieces:

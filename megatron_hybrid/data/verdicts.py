@@ -1,4 +1,4 @@
-"""What was found in files that have not changed since: verdicts of the token check, kept in the run's folder.
+"""Stored verdicts of the token check on files that have not changed, in the run's folder.
 
 Every process writes a file of its own, so that no two writers can lose each other's verdicts on a shared file system:
 rank 0 writes `validated_data.json`, rank n `validated_data.n.json`. Every process reads all of them. Files that cannot be
@@ -18,7 +18,7 @@ from typing import Any
 from megatron_hybrid.data.errors import DataError
 
 SAVE_EVERY_S = 5.0
-"""Seconds between writes of what was found: at most so much is lost when the process is killed."""
+"""Seconds between writes of verdicts. Later verdicts are lost if the process is killed."""
 _NAME = "validated_data"
 
 
@@ -26,7 +26,7 @@ class VerdictCache:
     """Verdicts by path, type and state of a file."""
 
     def __init__(self, folder: str | Path | None, writer: int = 0):
-        """Open the verdicts in a folder; None remembers nothing. writer: rank of this process."""
+        """Open the verdicts in a folder. None: store nothing. writer: rank of this process."""
         self._folder = None if folder is None else Path(folder)
         self._writer = writer
         self._own = _load(self._file)
@@ -60,7 +60,7 @@ class VerdictCache:
         for entry in self._entries(path, read_as):
             pieces = entry.get("pieces")
             if isinstance(pieces, dict) and type(pieces.get(key)) is int:
-                return pieces[key]
+                return int(pieces[key])
         return None
 
     def _entries(self, path: str, read_as: str) -> list[dict[str, Any]]:
@@ -69,13 +69,13 @@ class VerdictCache:
         return [entry for entry in found if isinstance(entry, dict) and entry.get("is") == identity]
 
     def put(self, path: str, read_as: str, max_token: int, sampled: bool = False) -> None:
-        """Remember the largest token of a file."""
+        """Store the largest token of a file."""
         entry: dict[str, Any] = {"is": _identity(path, read_as), "max_token": max_token}
         self._own[os.path.abspath(path)] = entry | ({"sampled": True} if sampled else {})
         self._changed = True
 
     def put_piece(self, path: str, read_as: str, key: str, max_token: int) -> None:
-        """Remember the largest token of a piece of a file, next to what is known of its other pieces."""
+        """Store the largest token of a piece of a file, with those of its other pieces."""
         name, identity = os.path.abspath(path), _identity(path, read_as)
         entry = self._own.get(name)
         if not isinstance(entry, dict) or entry.get("is") != identity:
@@ -134,7 +134,7 @@ def _load(file: Path | None) -> dict[str, Any]:
 
 
 def _merge(one: Any, other: dict[str, Any]) -> dict[str, Any]:
-    """The verdict that says more of two on the same file."""
+    """Return the more complete of two verdicts on the same file."""
     if not isinstance(one, dict) or one.get("is") != other["is"]:
         return other
     for entry in (one, other):
@@ -145,7 +145,7 @@ def _merge(one: Any, other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_current(path: str, entry: Any) -> bool:
-    """Whether a verdict is on the file as it is now."""
+    """Return True if a verdict is about the current state of the file."""
     try:
         return isinstance(entry, dict) and entry["is"] == _identity(path, entry["is"][2])
     except (DataError, KeyError, IndexError, TypeError):
@@ -153,7 +153,7 @@ def _is_current(path: str, entry: Any) -> bool:
 
 
 def _identity(path: str, read_as: str) -> list[int | str]:
-    """What changes when a file does."""
+    """Return the state of a file, which changes when the file changes."""
     try:
         stat = os.stat(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Files of a folder. Nothing is lost silently: what is not taken is excluded by a pattern, an error, or counted.
+"""Files of a folder. Every file that is not read is excluded by a pattern, reported as an error, or counted.
 
 Links to files and folders are followed. Each folder is read once, and a link adds no file that was taken already, so
 loops end and no document is read twice. Hidden files and folders are like any others.
@@ -16,7 +16,7 @@ from megatron_hybrid.data.records import ReadOptions, Skipped
 
 
 class FoundFile(NamedTuple):
-    """A file to read."""
+    """File of a folder."""
 
     path: str
     info: os.stat_result
@@ -28,14 +28,14 @@ class Patterns:
     def __init__(self, include: Sequence[str], exclude: Sequence[str]):
         self.include, self.exclude = include, exclude
         self.unmatched = set(include) | set(exclude)
-        """Patterns that matched nothing so far."""
+        """Patterns without a match so far."""
         self._regexes = {pattern: re.compile(translate(pattern)) for pattern in self.unmatched}
         self._include, self._exclude = _join(include), _join(exclude)
         self._include_any_case = _join(include, re.IGNORECASE)
         self._subtrees = [pattern for pattern in exclude if pattern.endswith("*")]
 
     def selects(self, path: str) -> bool:
-        """Return whether the file is to be taken."""
+        """Return True if the file is selected."""
         if not _matches(self._include, path):
             return False
         if self.unmatched:
@@ -43,11 +43,11 @@ class Patterns:
         return not _matches(self._exclude, path)
 
     def differs_in_case(self, path: str) -> bool:
-        """Return whether the file would be taken if patterns ignored case."""
+        """Return True if the file would be selected with case-insensitive patterns."""
         return _matches(self._include_any_case, path) and not _matches(self._exclude, path)
 
     def excludes_folder(self, path: str) -> bool:
-        """Return whether --exclude matches everything below a folder."""
+        """Return True if --exclude matches everything below a folder."""
         found = [pattern for pattern in self._subtrees if self._regexes[pattern].match(path + "/")]
         self.unmatched.difference_update(found)
         return bool(found)
@@ -90,7 +90,7 @@ def _case_hint(skipped: Skipped) -> str:
 
 
 class _Walk:
-    """One walk; `run` is called once."""
+    """Walk through a folder. `run` is called once."""
 
     def __init__(self, folder: str, patterns: Patterns, options: ReadOptions, skipped: Skipped):
         self._folder, self._patterns, self._options, self._skipped = folder, patterns, options, skipped

@@ -1,4 +1,4 @@
-"""Work folder PREFIX.partial: a lock on the dataset PREFIX, and the place where it is written.
+"""Work folder PREFIX.partial: lock of the dataset PREFIX, and folder in which it is written.
 
 The lock works on network file systems: a folder that already contains `owner.json` is renamed to PREFIX.partial, which
 fails if another job's folder is there. The folder of a process that died on this host is taken over.
@@ -21,14 +21,14 @@ from megatron_hybrid.base.process import ProcessIdentity
 from megatron_hybrid.data.errors import DataError
 
 SUFFIXES = (".json", ".bin", ".idx")
-"""In the order of publication: an .idx never lies next to the .bin of another dataset."""
+"""File suffixes in the order of publication, so that an .idx is never next to the .bin of another dataset."""
 _OWNER, _COMPLETE, _TAKEOVER = "owner.json", "complete", "takeover"
 _OWN_NAMES = {_OWNER, _COMPLETE, _TAKEOVER, *(f"old{s}" for s in SUFFIXES)}
 _OWN_NAMES |= {f"dataset{suffix}{end}" for suffix in SUFFIXES for end in ("", ".partial")}
 
 
 class WorkFolder:
-    """Holds the lock of one prefix from entry to exit."""
+    """Lock of one prefix from entry to exit."""
 
     def __init__(self, prefix: str, finish: Callable[["WorkFolder"], None], say: Callable[[str], None]):
         """finish: complete the replacement that a dead process began; say: report a takeover."""
@@ -62,7 +62,7 @@ class WorkFolder:
             self.path.rmdir()
 
     def _read_owner(self) -> dict[str, Any] | None:
-        """Return the owner, or None if there is none to be found."""
+        """Return the owner, or None."""
         try:
             owner = json.loads((self.path / _OWNER).read_text())
         except (OSError, ValueError):
@@ -70,7 +70,7 @@ class WorkFolder:
         return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else None
 
     def _take_over(self) -> None:
-        """Become the owner of a folder that a dead process left.
+        """Take over the folder of a dead process.
 
         Raises:
             DataError: its owner lives, or may live, or the folder is not one of this tool's.
@@ -128,16 +128,16 @@ class WorkFolder:
         return self.path / f"dataset{suffix}", self.path / f"old{suffix}", Path(f"{self.prefix}{suffix}")
 
     def mark_complete(self) -> None:
-        """State that the new dataset is whole, before the first file of the old one moves."""
+        """Record that the new dataset is complete, before the first file of the old one is moved."""
         with (self.path / _COMPLETE).open("w") as file:
             os.fsync(file.fileno())
 
     def mark_published(self) -> None:
-        """State that the new dataset is in place and the old one may go."""
+        """Record that the new dataset is in place and the old one can be removed."""
         (self.path / _COMPLETE).unlink()
 
     def move_in(self) -> None:
-        """Replace the published dataset. Can be called again after it was interrupted at any point."""
+        """Replace the published dataset. After an interruption at any point, it can be called again."""
         for suffix in reversed(SUFFIXES):
             new, old, published = self._names(suffix)
             if new.exists() and published.exists():
@@ -148,7 +148,7 @@ class WorkFolder:
                 new.replace(published)
 
     def move_back(self) -> None:
-        """Undo `move_in`, wherever it was interrupted."""
+        """Undo `move_in`, also after an interruption at any point."""
         if not (self.path / _COMPLETE).exists():
             return
         for suffix in reversed(SUFFIXES):

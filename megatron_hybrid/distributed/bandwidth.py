@@ -1,4 +1,4 @@
-"""How fast nodes reduce: each node inside, and each node with its neighbours, so that a slow one can be told by name."""
+"""All-reduce bandwidth inside each node and between neighbouring nodes, which identifies slow nodes."""
 
 import time
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ import torch.distributed as dist
 from megatron_hybrid.distributed.device import local_device, synchronize
 
 TIMES = 4
-"""All-reduces that are timed; the fastest counts."""
+"""Number of timed all-reduces, of which the fastest counts."""
 
 
 def all_reduce_gb_s(sets: Sequence[Sequence[int]], size_bytes: int) -> float | None:
-    """Bus bandwidth of an all-reduce inside each of these sets of ranks at once, GB/s: 2 (n - 1) / n times the bytes a second,
-    as NCCL's tests count.
+    """Return the bus bandwidth of simultaneous all-reduces inside disjoint sets of ranks, in GB/s.
 
-    Every rank calls it, also one that is in no set. None for that, and for a set of one. The sets share no rank.
+    As in NCCL's tests, it is 2 (n - 1) / n times bytes per second. Every rank calls this function. The result is None on ranks in
+    no set and in a set of one rank.
     """
-    # not torch's use_local_synchronization: it names a group by a hash of its ranks and of the groups that a rank has so far,
-    # which pipeline stages have not in common, and then ranks wait for each other for ever
+    # not torch's use_local_synchronization: it names a group by a hash of its ranks and of the rank's earlier groups, which differ
+    # between pipeline stages, and the ranks would wait for each other forever
     created = [dist.new_group(list(ranks)) if len(ranks) > 1 else None for ranks in sets]
     group = next(
         (g for g, ranks in zip(created, sets, strict=True) if g is not None and dist.get_rank() in ranks), None
@@ -29,7 +29,7 @@ def all_reduce_gb_s(sets: Sequence[Sequence[int]], size_bytes: int) -> float | N
     count = dist.get_world_size(group)
     data = torch.ones(max(size_bytes // 4, 1), device=local_device())
     best = float("inf")
-    for _ in range(TIMES + 1):  # the first one makes the connections
+    for _ in range(TIMES + 1):  # the first one opens the connections
         dist.barrier(group)
         synchronize()
         start = time.perf_counter()
@@ -41,9 +41,9 @@ def all_reduce_gb_s(sets: Sequence[Sequence[int]], size_bytes: int) -> float | N
 
 
 def pairings(nodes: int) -> list[list[tuple[int, int]]]:
-    """Rounds of pairs of neighbours on a ring of nodes; pairs of a round share no node and run at once.
+    """Return rounds of pairs of neighbours on a ring of nodes. The pairs of a round are disjoint and run at the same time.
 
-    Every node is paired with both neighbours: a slow node is slow in each of its pairs, its neighbours in one alone.
+    Every node is paired with both neighbours. A slow node is slow in both pairs, its neighbours in one.
     """
     if nodes < 2:
         return []
@@ -57,7 +57,7 @@ def pairings(nodes: int) -> list[list[tuple[int, int]]]:
 
 
 def between_gb_s(ranks_of_nodes: Sequence[Sequence[int]], size_bytes: int) -> float | None:
-    """Bus bandwidth of this rank's node with the neighbour that it is faster with; None on one node. Every rank calls it."""
+    """Return the bus bandwidth of this rank's node with its faster neighbour; None for one node. Every rank calls it."""
     found = []
     for pairs in pairings(len(ranks_of_nodes)):
         sets = [sorted(rank for node in pair for rank in ranks_of_nodes[node]) for pair in pairs]

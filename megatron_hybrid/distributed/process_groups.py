@@ -13,8 +13,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hybrid.config.parallel import ParallelConfig
 
+__all__ = ["LONGEST_WAIT_MINUTES", "ProcessGroupCollection", "form_groups", "leave_groups", "stop_distributed"]
+
 LONGEST_WAIT_MINUTES = 30
-"""Time after which a collective that waits for a missing rank ends the run."""
+"""Minutes after which a collective that waits for a missing rank ends the run."""
 
 
 def form_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
@@ -36,19 +38,19 @@ def form_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
 
 
 def leave_groups() -> None:
-    """Leave all groups but that of all ranks: `start_distributed` may form others. Every rank calls it.
+    """Destroy all groups except the group of all ranks, so that `start_distributed` can form others. Every rank calls it.
 
-    megatron-core only forgets its groups; here their communicators, and what NCCL allocated for them, go too.
+    megatron-core only forgets its groups; this also frees their communicators and NCCL's memory.
     """
     parallel_state.destroy_model_parallel()
-    in_order = list(dist.distributed_c10d._world.pg_map)  # as they were formed, alike on all ranks
+    in_order = list(dist.distributed_c10d._world.pg_map)  # in the order of creation, which is the same on all ranks
     for group in in_order:
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
 
 
 def stop_distributed() -> None:
-    """Leave the process groups; safe to call twice."""
+    """Destroy the process groups. A second call has no effect."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""Silence what megatron-core and torch say on import and at start-up that no user can act on.
+"""Silence warnings of megatron-core and torch that no user can act on.
 
-This package's programs call it: checkpoint/, convert/ and train/ when they are imported, and distributed/process_groups.py. What a run
-really uses instead of Transformer Engine, Apex or CUDA, it says itself.
+The packages checkpoint, convert and train call it when they are imported, and distributed/process_groups.py. A run reports itself
+what it uses instead of Transformer Engine, Apex or CUDA.
 """
 
 import logging
@@ -15,7 +15,7 @@ def silence_known_warnings() -> None:
         ".*Apex is not installed.*",
         ".*full scope is deprecated.*",  # megatron-core's own default value
         ".*MimoModelConfig is experimental.*",
-        ".*grad attribute of a Tensor that is not a leaf.*",  # megatron-core's FP32 distributed optimizer looks on purpose
+        ".*grad attribute of a Tensor that is not a leaf.*",  # megatron-core's FP32 distributed optimizer reads it on purpose
         ".*torch.jit.script.* is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -51,7 +51,7 @@ def gated_delta_rule_of_slices(
     if choice.backend in FAST:
         scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
         save = save if torch.is_grad_enabled() else "inputs"
-        return _apply_fast(q, k, v, g, beta, scale, save, choice.backend == "hopper", group)
+        return _apply_fast(q, k, v, g, beta, scale, save, choice.backend, group)
     ends = final_state_and_transition(k, v, g, beta)
     initial: torch.Tensor = _StateBefore.apply(ends, v.shape[-1], group)  # type: ignore[no-untyped-call]
     return gated_delta_rule(q, k, v, g, beta, scale=scale, initial_state=initial, backend=choice.backend)[0]
@@ -115,16 +115,16 @@ class _StateBefore(torch.autograd.Function):
         return torch.cat((after, torch.matmul(after, state.mT)), -1), None, None
 
 
-# ---- fast backends: the exchange lies between the two passes of each direction
+# ---- fast backends: the exchange is between the two passes of each direction
 
 
 def forward_of_slice(
-    inputs: tuple[torch.Tensor, ...], scale: float, save: str, hopper: bool, group: dist.ProcessGroup
+    inputs: tuple[torch.Tensor, ...], scale: float, save: str, backend: str, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, OptionalTensors]:
     """Return o, the state before the slice, and the tensors that `backward_of_slice` takes. `inputs` are contiguous."""
     from hybrid_kernels.gated_delta_rule import passes  # needs Triton
 
-    call = passes.Call.of(inputs, None, scale, hopper)
+    call = passes.Call.of(inputs, None, scale, backend)
     scores, ends = passes.start_forward(call, sliced=True)
     assert ends is not None
     initial = state_before(*passes.end_and_transition(call, ends), group)
@@ -138,13 +138,13 @@ def backward_of_slice(
     kept: OptionalTensors,
     do: torch.Tensor,
     scale: float,
-    hopper: bool,
+    backend: str,
     group: dist.ProcessGroup,
 ) -> OptionalTensors:
     """Return the gradients of q, k, v, g and beta."""
     from hybrid_kernels.gated_delta_rule import passes
 
-    call = passes.Call.of(inputs, None, scale, hopper)
+    call = passes.Call.of(inputs, None, scale, backend)
     complete, firsts = passes.start_backward(call, passes.Kept.of(kept), initial, do, sliced=True)
     assert complete.ends is not None and firsts is not None
     dfinal = gradient_after(*passes.first_and_transition(call, complete.ends, firsts), group)
@@ -162,20 +162,20 @@ class _DeltaRuleOfSlice(torch.autograd.Function):
         beta: torch.Tensor,
         scale: float,
         save: str,
-        hopper: bool,
+        backend: str,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
         inputs = tuple(x.contiguous() for x in (q, k, v, g, beta))
-        o, initial, kept = forward_of_slice(inputs, scale, save, hopper, group)
+        o, initial, kept = forward_of_slice(inputs, scale, save, backend, group)
         ctx.save_for_backward(*inputs, initial, *kept)
-        ctx.scale, ctx.hopper, ctx.group = scale, hopper, group
+        ctx.scale, ctx.backend, ctx.group = scale, backend, group
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *inputs, initial = ctx.saved_tensors[:6]
         do, kept = grads[0].contiguous(), list(ctx.saved_tensors[6:])
-        of_inputs = backward_of_slice(tuple(inputs), initial, kept, do, ctx.scale, ctx.hopper, ctx.group)
+        of_inputs = backward_of_slice(tuple(inputs), initial, kept, do, ctx.scale, ctx.backend, ctx.group)
         return *of_inputs, None, None, None, None
 
 

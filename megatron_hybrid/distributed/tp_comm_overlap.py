@@ -1,12 +1,12 @@
-"""parallel.tp_comm_overlap: tensor parallel ranks exchange tokens while they multiply, by Transformer Engine's user buffers.
+"""Overlap of tensor parallel communication with GEMMs (parallel.tp_comm_overlap) by Transformer Engine's user buffers.
 
-Forward, the tokens that a column-parallel linear gathers, and the sums that a row-parallel one scatters, travel in as many
-pieces as there are ranks: while one is under way, another is multiplied. Backward, so do the gradients that a row-parallel
-linear gathers and, in bf16, those of its input that a column-parallel one scatters. The input itself, gathered once more, and
-in FP8 its gradient, go through NCCL beside a product of their own, with these buffers as without them.
+Forward, the all-gather of a column-parallel linear and the reduce-scatter of a row-parallel linear are split into one chunk per
+rank: the GEMM of one chunk overlaps with the transfer of the next. Backward, the all-gather of a row-parallel linear's gradients
+is split as well, and in bf16 the reduce-scatter of a column-parallel linear's input gradient. The second all-gather of the input,
+and in FP8 the reduce-scatter of its gradient, use NCCL and overlap with another GEMM, with or without user buffers.
 
-Buffers have names (TransformerEngine's: qkv, proj, fc1, fc2), not owners: the layers use them in turn, and Gated DeltaNet's
-projections those of attention's, whose exchanged side, hidden_size, is as wide.
+Transformer Engine names the buffers qkv, proj, fc1 and fc2. All layers share them; the projections of Gated DeltaNet use those of
+attention, because both exchange tensors of width hidden_size.
 """
 
 import gc
@@ -22,34 +22,33 @@ from megatron_hybrid.distributed.device import node_name
 from megatron_hybrid.distributed.process_groups import LONGEST_WAIT_MINUTES
 
 FIELD = "parallel.tp_comm_overlap"
-WORDS = "exchanged in pieces, between the products of projections and MLP"
-"""What is overlapped, for the run's log."""
+WORDS = "chunked, overlapped with the GEMMs of projections and MLP"
+"""Description for the run's log."""
 _COPIES = {"method": "ring_exchange", "num_sm": 1, "cga_size": 1, "set_sm_margin": False}
 METHODS = {"proj_fprop": _COPIES, "fc2_fprop": _COPIES}
-"""Where Transformer Engine's own choice is another: it scatters by a kernel that takes 16 processors from the product.
-(base.py, initialize_ub, has the names and the defaults.) Two H200s, four layers at 7B widths: 256.5 ms a step against 260.9 with
-that kernel, and 260.9 with NCCL alone."""
+"""Methods that replace Transformer Engine's defaults (base.py, initialize_ub): its reduce-scatter kernel takes 16 SMs from the GEMM.
+256.5 ms per step instead of 260.9 ms with that kernel or with NCCL (two H200s, four layers at 7B widths)."""
 GRADIENT_METHODS = {"qkv_dgrad": _COPIES, "fc1_dgrad": _COPIES}
-"""With these as well 251.6 ms."""
+"""Methods for gradients: 251.6 ms per step together with METHODS."""
 
 
 def scatters_gradients(parallel: ParallelConfig, precision: PrecisionConfig) -> bool:
-    """Whether column-parallel linears scatter their input's gradient in pieces, too. Not in FP8: where layers in bf16 stand beside
-    those in FP8 Transformer Engine fails to make the buffers."""
+    """Return True if column-parallel linears overlap the reduce-scatter of their input gradient. In FP8 they do not, because
+    Transformer Engine cannot create the buffers if some layers are in bf16."""
     return parallel.tp_comm_overlap and not precision.fp8
 
 
 def start_overlap(
     precision: PrecisionConfig, dtype: str, tokens: int, hidden_size: int, group: dist.ProcessGroup
 ) -> None:
-    """Make the buffers, before the layers that use them. Every rank of the run calls it.
+    """Create the buffers, before the layers that use them. Every rank of the run calls it.
 
-    They are some twelve times a micro-batch's hidden states, in each of bf16 and FP8 where layers of both use them, and not of
-    PyTorch's memory.
+    They take about twelve times the memory of a micro-batch's hidden states, outside of PyTorch's allocator. If there are layers
+    in both bf16 and FP8, each format has its own buffers.
 
     Args:
-        tokens: of a micro-batch, over all tensor parallel ranks.
-        group: the tensor parallel ranks; they are numbered one after the other.
+        tokens: tokens of a micro-batch, over all tensor parallel ranks.
+        group: the tensor parallel ranks, which have consecutive numbers.
 
     Raises:
         ConfigError: the group spans several nodes.
@@ -57,9 +56,9 @@ def start_overlap(
     _check_one_node(group)
     from transformer_engine.pytorch.module import base
 
-    # Copies gain nothing by NVLink multicast, and making multicast buffers fails where it is switched off or missing
+    # Copies do not benefit from NVLink multicast, and creating multicast buffers fails if it is disabled or missing
     os.environ["UB_SKIPMC"] = "1"
-    # A kernel that has waited this long for another rank goes on without its data, and only says so: NCCL must give up first
+    # A kernel that has waited this long for a rank continues without its data and only prints a warning: NCCL must time out first
     os.environ.setdefault("UB_TIMEOUT", str(120 * LONGEST_WAIT_MINUTES))
     mode = base.UserBufferQuantizationMode
     modes = [mode.FP8 if precision.fp8 else mode.NONE]
@@ -72,7 +71,7 @@ def start_overlap(
         quantization_modes=modes,
         dtype=torch.bfloat16,
         ub_cfgs=methods,
-        bootstrap_backend="nccl",  # which this run needs anyway; gloo would have to find the way between the nodes as well
+        bootstrap_backend="nccl",  # already in use; gloo would need a route between the nodes as well
     )
 
 
@@ -81,7 +80,7 @@ def stop_overlap() -> None:
     from transformer_engine.pytorch.module import base
 
     torch.cuda.synchronize()
-    gc.collect()  # a buffer that outlives the others would take those of the next engine with it when it goes
+    gc.collect()  # a buffer destroyed later would also destroy those of the next engine
     base.destroy_ub()
 
 

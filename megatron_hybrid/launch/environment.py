@@ -1,7 +1,7 @@
 """Detect rank, local rank and world size from the environment set by torchrun, Open MPI, MPICH or SLURM. No torch here.
 
-`Launch.from_environment` is for a process that is one rank, launch/node_environment.py for a launcher that starts a
-node's ranks. `export` makes the rest of the process see what torchrun would have set.
+`Launch.from_environment` is for a process that is one rank. launch/node_environment.py is for a launcher that starts the ranks of a
+node. `export` sets the variables that torchrun would have set.
 """
 
 import os
@@ -31,9 +31,9 @@ __all__ = ["Launch", "LaunchError", "first_host", "free_port", "master_port", "n
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that were started together.
+    """Rank of this process among those that were started together.
 
-    `master` is where the ranks meet, (host, port); None: what MASTER_ADDR and MASTER_PORT say, or this machine alone.
+    `master` is the rendezvous (host, port). None: MASTER_ADDR and MASTER_PORT, or this machine only.
     """
 
     rank: int
@@ -44,37 +44,37 @@ class Launch:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> "Launch":
-        """Ask the launcher nearest to this process. torchrun's variables come first: others may have started torchrun.
+        """Return the launch that the innermost launcher describes. torchrun's variables come first, because MPI or SLURM may have
+        started torchrun.
 
         Raises:
-            LaunchError: variables that are not numbers or that contradict each other, an mpi4py of another MPI, or ranks
-                on several nodes without a place to meet.
+            LaunchError: variables that are not numbers or that contradict each other, mpi4py built for another MPI, or ranks on
+                several nodes without a rendezvous.
         """
         if "RANK" in env and "WORLD_SIZE" in env and "LOCAL_RANK" in env:
-            return cls(
-                *(number(env, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")), None, "torchrun"
-            ).checked()
+            rank, local_rank, world_size = (number(env, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+            return cls(rank, local_rank, world_size, None, "torchrun").checked()
         found = from_step(env)
         if found is not None and found.world_size > 1:
-            return _agreeing(found.checked(), env)
+            return _check_agreement(found.checked(), env)
         if "RANK" in env or "WORLD_SIZE" in env:
-            return _one_of_each_node(env).checked()
-        _alone(env)
+            return _from_node_ranks(env).checked()
+        _check_single(env)
         return found or cls(0, 0, 1)
 
     def checked(self) -> "Launch":
-        """Return this launch, if its numbers go together."""
+        """Return this launch after checking that its numbers are consistent."""
         if not (0 <= self.local_rank <= self.rank < self.world_size):
             names = "; RANK, LOCAL_RANK and WORLD_SIZE contradict each other" if self.launcher == "torchrun" else ""
             raise LaunchError(
                 f"{self.launcher} says rank {self.rank} (local rank {self.local_rank}) of {self.world_size}; "
-                f"start the ranks by one torchrun, mpirun or srun{names}"
+                f"start the ranks with one torchrun, mpirun or srun{names}"
             )
         return self
 
     def export(self) -> "Launch":
-        """Set the variables that torchrun sets, for torch and for the processes that this one starts."""
-        ours = {"RANK": self.rank, "LOCAL_RANK": self.local_rank, "WORLD_SIZE": self.world_size}
+        """Set the variables that torchrun sets, for torch and for child processes."""
+        ours: dict[str, int | str] = {"RANK": self.rank, "LOCAL_RANK": self.local_rank, "WORLD_SIZE": self.world_size}
         if self.master is not None:
             ours |= {"MASTER_ADDR": self.master[0], "MASTER_PORT": self.master[1]}
         os.environ.update({name: str(value) for name, value in ours.items()})
@@ -82,7 +82,7 @@ class Launch:
 
 
 def from_step(env: Mapping[str, str]) -> Launch | None:
-    """Return what mpirun or srun say of this process; None where neither started it."""
+    """Return the launch by mpirun or srun. None: neither of them started this process."""
     if any(name in env for name in MPI):
         return _from_mpi(env)
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # a batch script has a SLURM_PROCID, but no step
@@ -90,8 +90,8 @@ def from_step(env: Mapping[str, str]) -> Launch | None:
     return None
 
 
-def _agreeing(found: Launch, env: Mapping[str, str]) -> Launch:
-    """Check that variables set by hand say what mpirun or srun says."""
+def _check_agreement(found: Launch, env: Mapping[str, str]) -> Launch:
+    """Check that variables set by hand agree with mpirun or srun."""
     says = {"RANK": found.rank, "WORLD_SIZE": found.world_size, "LOCAL_RANK": found.local_rank}
     for name, value in says.items():
         if name in env and number(env, name) != value:
@@ -102,8 +102,8 @@ def _agreeing(found: Launch, env: Mapping[str, str]) -> Launch:
     return found
 
 
-def _one_of_each_node(env: Mapping[str, str]) -> Launch:
-    """RANK and WORLD_SIZE without LOCAL_RANK: a job controller's, which started one process on each node."""
+def _from_node_ranks(env: Mapping[str, str]) -> Launch:
+    """Return the launch of a job controller, which sets RANK and WORLD_SIZE but no LOCAL_RANK and starts one process per node."""
     if "RANK" not in env or "WORLD_SIZE" not in env:
         there, missing = ("RANK", "WORLD_SIZE") if "RANK" in env else ("WORLD_SIZE", "RANK")
         if there == "WORLD_SIZE" and number(env, there) == 1:
@@ -113,14 +113,14 @@ def _one_of_each_node(env: Mapping[str, str]) -> Launch:
     if env.get(name, "").isdecimal() and number(env, name) > 1:
         raise LaunchError(
             f"{name}={env[name]} asks for several ranks on this node, and this process is one of them only if LOCAL_RANK is set; "
-            "start them by tools/launch.py or torchrun"
+            "start them with tools/launch.py or torchrun"
         )
     return Launch(number(env, "RANK"), number(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0,
                   number(env, "WORLD_SIZE"), None, "torchrun")  # fmt: skip
 
 
-def _alone(env: Mapping[str, str]) -> None:
-    """Check that no variable tells of other ranks, of which this process would know nothing."""
+def _check_single(env: Mapping[str, str]) -> None:
+    """Check that no variable implies other ranks, which a single process would ignore."""
     if env.get("LOCAL_RANK", "0") != "0":
         raise LaunchError(
             f"LOCAL_RANK={env['LOCAL_RANK']} is set and RANK and WORLD_SIZE are not; set all three, or unset it"
@@ -128,12 +128,12 @@ def _alone(env: Mapping[str, str]) -> None:
     for name in ("NNODES", "PET_NNODES"):
         if env.get(name, "").isdecimal() and number(env, name) > 1:
             raise LaunchError(
-                f"{name}={env[name]} tells of other nodes, and this process has no RANK; start it by tools/launch.py or torchrun"
+                f"{name}={env[name]} implies other nodes, and this process has no RANK; start it with tools/launch.py or torchrun"
             )
 
 
 def _from_mpi(env: Mapping[str, str]) -> Launch:
-    """mpi4py knows everything; without it, the environment that mpirun or srun --mpi set must do."""
+    """Return the launch by mpi4py if it is installed, otherwise by the environment of mpirun or srun --mpi."""
     try:
         from mpi4py import MPI as mpi
     except (ImportError, RuntimeError):  # not installed, or installed without an MPI library to load
@@ -143,14 +143,14 @@ def _from_mpi(env: Mapping[str, str]) -> Launch:
     if started is not None and started != world.size:
         raise LaunchError(
             f"mpi4py sees {world.size} of the {started} processes that were started: it is built for another MPI; "
-            "rebuild it for this one (pip install --force-reinstall --no-binary mpi4py mpi4py), or uninstall it"
+            "rebuild it for this MPI (pip install --force-reinstall --no-binary mpi4py mpi4py), or uninstall it"
         )
     local = world.Split_type(mpi.COMM_TYPE_SHARED)
     return Launch(world.rank, local.rank, world.size, _master_by_mpi(world, local.size, env), "mpi4py")
 
 
 def _master_by_mpi(world: Any, local_size: int, env: Mapping[str, str]) -> tuple[str, int]:
-    """Broadcast rank 0's host and a port that is free there."""
+    """Broadcast rank 0's host and a free port of it."""
     host = "127.0.0.1" if local_size == world.size else socket.gethostname()
     port = port_number(env, "MASTER_PORT") if "MASTER_PORT" in env else None
     mine = (env.get("MASTER_ADDR", host), port or free_port()) if world.rank == 0 else None
@@ -159,7 +159,7 @@ def _master_by_mpi(world: Any, local_size: int, env: Mapping[str, str]) -> tuple
 
 
 def free_port(among: range = PORTS) -> int:
-    """A TCP port nobody listens on now, and that no connection is given by chance before rank 0, minutes later, listens there."""
+    """Return a TCP port that is free now, and that Linux does not assign to a connection before rank 0 listens on it."""
     for port in random.SystemRandom().sample(among, len(among)):
         with socket.socket() as probe:
             try:
@@ -167,7 +167,7 @@ def free_port(among: range = PORTS) -> int:
                 return port
             except OSError:
                 continue
-    raise LaunchError(f"none of the TCP ports {among[0]} to {among[-1]} is free here; `ss -ltnp` says who listens")
+    raise LaunchError(f"none of the TCP ports {among[0]} to {among[-1]} is free here; `ss -ltnp` lists the listeners")
 
 
 def _from_variables(env: Mapping[str, str], launcher: str) -> Launch:
@@ -184,7 +184,7 @@ def _from_variables(env: Mapping[str, str], launcher: str) -> Launch:
         host = node_address(first_host(nodes))
     else:
         raise LaunchError(
-            "the ranks are on several nodes and nothing says where they meet; set MASTER_ADDR to the host of rank 0 "
+            "the ranks are on several nodes and no rendezvous is set; set MASTER_ADDR to the host of rank 0 "
             "(mpirun -x MASTER_ADDR), or install mpi4py (pip install mpi4py)"
         )
     return Launch(rank, local, world, (host, master_port(env)), launcher)

@@ -1,4 +1,4 @@
-"""What one rank can find out about its node: device, versions, disk. Nothing here talks to the other ranks."""
+"""Checks of a node by one rank, without communication: device, versions, disk."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ _REMAPPED = (
 
 
 def memory_gib() -> tuple[float, float]:
-    """(free, total) memory of this rank's device, GiB; of the machine on CPU."""
+    """Return free and total memory of this rank's device in GiB; on CPU, the machine's."""
     if has_cuda():
         free, total = torch.cuda.mem_get_info()
     else:
@@ -32,10 +32,10 @@ def memory_gib() -> tuple[float, float]:
     return free / 2**30, total / 2**30
 
 
-def wrong_products(size: int = 512) -> int:
-    """Entries of a matrix product that the device gets wrong.
+def wrong_gemm_entries(size: int = 512) -> int:
+    """Return the number of entries of a GEMM that the device gets wrong.
 
-    Small whole numbers: every partial sum is exact in fp32, whatever the order of summation, so a healthy device errs in none.
+    The inputs are small whole numbers: every partial sum is exact in fp32 in any order, so a healthy device makes no error.
     """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-8, 9, (size, size), generator=generator).double() for _ in range(2))
@@ -44,11 +44,11 @@ def wrong_products(size: int = 512) -> int:
 
 
 def matmul_tflops() -> float:
-    """TFLOP/s of a matrix product on this rank's device: bf16 on a GPU, fp32 on CPU."""
+    """Return the TFLOP/s of a GEMM on this rank's device, in bf16 on a GPU and in fp32 on CPU."""
     size, dtype, times = (8192, torch.bfloat16, 10) if has_cuda() else (256, torch.float32, 3)
-    a = torch.randn(size, size, device=local_device(), dtype=dtype)  # ones would draw less power, and so run faster
+    a = torch.randn(size, size, device=local_device(), dtype=dtype)  # ones would draw less power and run faster
     best = float("inf")
-    for _ in range(times + 1):  # the first warms up
+    for _ in range(times + 1):  # the first is a warm-up
         synchronize()
         start = time.perf_counter()
         a @ a
@@ -58,7 +58,7 @@ def matmul_tflops() -> float:
 
 
 def gpu_faults() -> list[str]:
-    """What nvidia-smi knows against this node's GPUs; empty without CUDA. What a GPU does not report is no fault."""
+    """Return the faults of this node's GPUs that nvidia-smi reports; empty without CUDA. Counters that a GPU lacks are no faults."""
     if not has_cuda():
         return []
     if shutil.which("nvidia-smi") is None:
@@ -77,7 +77,7 @@ def gpu_faults() -> list[str]:
 
 
 def faults_in(csv: str, fields: tuple[tuple[str, str], ...]) -> list[str]:
-    """The faults in nvidia-smi's answer: a GPU a line, its index or id, then a count for each field."""
+    """Return the faults in nvidia-smi's output: one line per GPU, with its index or ID and a count per field."""
     found = []
     for line in csv.strip().splitlines():
         gpu, *values = (value.strip() for value in line.split(","))
@@ -88,7 +88,7 @@ def faults_in(csv: str, fields: tuple[tuple[str, str], ...]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Everything whose difference between nodes makes runs differ, or hang."""
+    """Return the versions that must be the same on all nodes."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "megatron_hybrid": our_version()}
     if has_cuda():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
@@ -102,7 +102,7 @@ def versions() -> dict[str, str]:
 
 
 def our_version() -> str:
-    """The release, and the commit where this is a checkout; `+` tells that files differ from it."""
+    """Return the release, and in a checkout the commit, followed by `+` if files are modified."""
     root = Path(megatron_hybrid.__file__).parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
         return megatron_hybrid.__version__
@@ -113,19 +113,23 @@ def our_version() -> str:
 
 
 def probe_file(run_dir: Path, node: str) -> Path:
-    """What a node writes to try the disk."""
+    """Return the path of the file that a node writes to test the disk."""
     return run_dir / f".preflight-{node}"
 
 
 def write_probe(run_dir: Path, node: str, needed_bytes: int) -> tuple[int, str | None]:
-    """Write, flush and read back a file in run_dir. Returns the free bytes there, and what is wrong, if anything is."""
+    """Write, flush and read back a file in run_dir.
+
+    Returns:
+        The free bytes there, and the problem, if there is one.
+    """
     content = os.urandom(_PROBE_BYTES)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run_dir).free
         if free < needed_bytes:
             return free, (
-                f"run_dir {run_dir} has {in_words(free)} free, and a checkpoint takes {in_words(needed_bytes)}; "
+                f"run_dir {run_dir} has {format_bytes(free)} free, and a checkpoint takes {format_bytes(needed_bytes)}; "
                 "make room, or set run_dir to a folder of another disk"
             )
         with open(probe_file(run_dir, node), "wb") as file:
@@ -133,14 +137,14 @@ def write_probe(run_dir: Path, node: str, needed_bytes: int) -> tuple[int, str |
             file.flush()
             os.fsync(file.fileno())
         if probe_file(run_dir, node).read_bytes() != content:
-            return free, f"run_dir {run_dir} does not read back what is written to it; use another disk"
+            return free, f"run_dir {run_dir} returns other bytes than were written; use another disk"
     except OSError as error:
         return 0, f"run_dir {run_dir} cannot be written ({error.strerror}); make room, or set run_dir to another folder"
     return free, None
 
 
-def in_words(size: float) -> str:
-    """Bytes for people: 1.5 GiB."""
+def format_bytes(size: float) -> str:
+    """Format a number of bytes: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.3g} {unit}"

@@ -1,7 +1,7 @@
-"""Detect which node of a job this is, for a launcher that starts the node's ranks. No torch here.
+"""Detect the number of this node in a job, for a launcher that starts the node's ranks. No torch here.
 
-Job controllers (Kubeflow's PyTorchJob, Volcano, plain Kubernetes) set RANK and WORLD_SIZE for each node. NODE_RANK and
-NNODES, and torchrun's PET_NODE_RANK and PET_NNODES, say the same. Under mpirun and srun one launcher runs on each node.
+Job controllers (Kubeflow's PyTorchJob, Volcano, plain Kubernetes) set RANK and WORLD_SIZE per node. NODE_RANK and NNODES, and
+torchrun's PET_NODE_RANK and PET_NNODES, have the same meaning. With mpirun and srun, one launcher runs on each node.
 """
 
 import os
@@ -25,11 +25,11 @@ _ONCE = "start tools/launch.py once on each node"
 
 
 def node_from_environment(env: Mapping[str, str] = os.environ) -> Launch:
-    """Return this launcher among the nodes' launchers: its rank is the node's number, its world size their number.
+    """Return the launch of the nodes' launchers: the rank is the node's number, the world size is the number of nodes.
 
     Raises:
-        LaunchError: variables that are not numbers, that contradict each other, that tell of several launchers on this
-            node, or of several nodes without a place to meet.
+        LaunchError: variables that are not numbers or contradict each other, several launchers on this node, or several nodes
+            without a rendezvous.
     """
     _check_only_one_here(env)
     found = _from_node_variables(env) or _from_rank_variables(env)
@@ -45,15 +45,14 @@ def node_from_environment(env: Mapping[str, str] = os.environ) -> Launch:
 
 
 def check_ranks(node: Launch, ranks: int, env: Mapping[str, str] = os.environ) -> None:
-    """Check what else the environment says of a node that starts `ranks` ranks.
+    """Check the number of ranks to start on a node against the environment.
 
     Raises:
-        LaunchError: another number of ranks, or RANK or WORLD_SIZE of another layout.
+        LaunchError: the environment has another number of ranks, or RANK or WORLD_SIZE of another layout.
     """
     for name in _RANKS_PER_NODE:
-        if (
-            env.get(name, "").isdecimal() and number(env, name) != ranks
-        ):  # auto, gpu and cpu are numbers of torchrun's own
+        # torchrun also accepts auto, gpu and cpu here
+        if env.get(name, "").isdecimal() and number(env, name) != ranks:
             raise LaunchError(
                 f"{name}={env[name]} contradicts the {ranks} ranks to start here; set --gpus or --cpu-ranks to {env[name]}, or "
                 f"unset {name}"
@@ -70,7 +69,7 @@ def check_ranks(node: Launch, ranks: int, env: Mapping[str, str] = os.environ) -
 
 
 def _check_only_one_here(env: Mapping[str, str]) -> None:
-    """LOCAL_RANK and its kind say that this process is one of several on the node: each of them would start all ranks."""
+    """Check that this is the only launcher on the node: each of several would start all ranks."""
     for name in ("LOCAL_RANK", *LOCAL_RANKS):
         if name in env and number(env, name) > 0:
             raise LaunchError(
@@ -81,21 +80,22 @@ def _check_only_one_here(env: Mapping[str, str]) -> None:
     for name in sizes:
         if name in env and number(env, name) > 1:
             raise LaunchError(
-                f"{name}={env[name]}: tools/launch.py runs several times on this node; {_ONCE}, or start the script itself so"
+                f"{name}={env[name]}: tools/launch.py runs several times on this node; {_ONCE}, or start the training "
+                "script itself that way"
             )
 
 
 def _from_node_variables(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """(number of the node, number of nodes) of PET_NODE_RANK or NODE_RANK; None where neither is set."""
+    """Return node number and number of nodes by PET_NODE_RANK or NODE_RANK. None: neither is set."""
     ranks = {name: number(env, name) for name in _NODE_RANKS if name in env}
     counts = {name: _count(env, name) for name in _NODES if name in env}
     for found in (ranks, counts):
         if len(set(found.values())) > 1:
-            raise contradiction(env, *found, why="set one of them, or both alike")
+            raise contradiction(env, *found, why="set one of them, or both to the same value")
     if not ranks:
         if any(count > 1 for count in counts.values()) and "RANK" not in env:
             name = next(iter(counts))
-            raise LaunchError(f"{name}={env[name]} is set and nothing says which of the nodes this is; set NODE_RANK")
+            raise LaunchError(f"{name}={env[name]} is set and the number of this node is not; set NODE_RANK")
         return None
     rank = next(iter(ranks.values()))
     if counts:
@@ -105,11 +105,11 @@ def _from_node_variables(env: Mapping[str, str]) -> tuple[int, int] | None:
     if rank == 0:
         return 0, 1
     name = next(iter(ranks))
-    raise LaunchError(f"{name}={env[name]} is set and nothing says how many nodes there are; set NNODES")
+    raise LaunchError(f"{name}={env[name]} is set and the number of nodes is not; set NNODES")
 
 
 def _count(env: Mapping[str, str], name: str) -> int:
-    """Number of nodes: `4` or `4:4`; an elastic range is refused."""
+    """Return the number of nodes in `4` or `4:4`. An elastic range is an error."""
     least, _, most = env[name].partition(":")
     if most and most != least:
         raise LaunchError(f"{name}={env[name]} is a range, and a run has a fixed number of nodes; set it to one number")
@@ -117,19 +117,21 @@ def _count(env: Mapping[str, str], name: str) -> int:
 
 
 def _nodes_of_world(env: Mapping[str, str]) -> int:
-    """Nodes by WORLD_SIZE, which counts processes where the number of processes of a node is set, too."""
+    """Return the number of nodes by WORLD_SIZE, which counts processes if the number of processes per node is also set."""
     world = number(env, "WORLD_SIZE")
     for name in _RANKS_PER_NODE:
         if env.get(name, "").isdecimal():
             per_node = max(1, number(env, name))
             if world % per_node:
-                raise contradiction(env, "WORLD_SIZE", name, why="the nodes' ranks do not make the world's")
+                raise contradiction(
+                    env, "WORLD_SIZE", name, why="the number of ranks is not a multiple of the ranks per node"
+                )
             return world // per_node
     return world
 
 
 def _from_rank_variables(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """(number of the node, number of nodes) of RANK and WORLD_SIZE, set for each node; None where they are not set."""
+    """Return node number and number of nodes by RANK and WORLD_SIZE, set per node. None: they are not set."""
     if "RANK" not in env and "WORLD_SIZE" not in env:
         return None
     if "RANK" not in env or "WORLD_SIZE" not in env:
@@ -153,14 +155,14 @@ def _from_rank_variables(env: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def _master(env: Mapping[str, str], nodes: int) -> tuple[str, int] | None:
-    """Return where the ranks meet; None: on this machine, at a free port."""
+    """Return the rendezvous. None: this machine, at a free port."""
     host, port = _place(env)
     if nodes == 1:
         return None if port is None else ("127.0.0.1", port)
     if host is None:
         raise LaunchError(
-            f"there are {nodes} nodes and nothing says where their ranks meet; set MASTER_ADDR to the host of node 0, and "
-            "MASTER_PORT to a free port of it, alike on all nodes"
+            f"there are {nodes} nodes and no rendezvous is set; set MASTER_ADDR to the host of node 0, and "
+            "MASTER_PORT to a free port of it, the same on all nodes"
         )
     return host, port or master_port(env)
 

@@ -1,7 +1,7 @@
-"""Before the first step: are all nodes there, healthy, alike, fast, and can they read and write what the run needs?
+"""Preflight: check devices, versions, disk, data and bandwidth of all nodes before the first step.
 
-Every rank looks at its device, one rank of each node at versions, disk and data; all reports come together on every
-rank, which reach the same verdict. What is broken stops the run and names the node; what is slow is named.
+Every rank checks its device. One rank per node checks versions, disk and data. All ranks gather all reports and reach the same
+verdict. Broken nodes stop the run; slow nodes are reported.
 """
 
 import contextlib
@@ -24,48 +24,49 @@ from megatron_hybrid.launch import node_checks
 from megatron_hybrid.launch.environment import Launch
 
 LEAST_FREE = 0.9
-"""Share of a GPU's memory that must be free: less, and another process is on it."""
+"""Share of a GPU's memory that must be free. With less, another process is using the GPU."""
 SHARED_DISK_S = 15.0
-"""How long a file of one node may take to be seen by another: NFS caches folders for seconds."""
+"""Seconds until a file written by one node must be visible on another. NFS caches folders for seconds."""
 
 
 class PreflightError(UserError):
-    """What is wrong with which node, a line each."""
+    """Broken nodes, one line per problem."""
 
 
 @dataclass
 class RankReport:
-    """What one rank found. Rates are 0 or None where they were not measured."""
+    """Report of a rank. Rates are 0 or None if they were not measured."""
 
     rank: int
     node: str
     local_rank: int
     device: str = "CPU"
     visible: int = 0
-    """GPUs that this process sees."""
+    """Number of visible GPUs."""
     free_gib: float = 0.0
     total_gib: float = 0.0
     tflops: float = 0.0
-    wrong_products: int = 0
+    wrong_entries: int = 0
+    """Wrong entries of a GEMM."""
     inside_gb_s: float | None = None
     between_gb_s: float | None = None
     disk_free: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    """Of the node; empty on all but its first rank."""
+    """Versions of the node; empty on all ranks but its first."""
     problems: list[str] = field(default_factory=list)
 
 
 def preflight(
     config: PreflightConfig, launch: Launch, run_dir: Path, needed_bytes: int, read_data: Callable[[], None]
 ) -> list[RankReport]:
-    """Check all nodes; every rank calls it, once torch.distributed is up. Rank 0 prints what was found.
+    """Check all nodes. Every rank calls it after torch.distributed is initialized. Rank 0 prints the results.
 
     Args:
-        needed_bytes: that run_dir must have room for: a checkpoint.
-        read_data: opens and reads the data that training will read; raises a UserError or an OSError where it cannot.
+        needed_bytes: free bytes that run_dir needs for a checkpoint.
+        read_data: opens and reads the training data; raises a UserError or an OSError if it cannot.
 
     Raises:
-        PreflightError: on every rank alike, naming nodes and remedies.
+        PreflightError: broken nodes, with remedies. All ranks raise the same error.
     """
     start = time.perf_counter()
     node = node_name()
@@ -81,7 +82,7 @@ def preflight(
     report.inside_gb_s = all_reduce_gb_s(ranks_of_nodes, size)
     report.between_gb_s = between_gb_s(ranks_of_nodes, size)
     if has_cuda():
-        torch.cuda.empty_cache()  # what was measured with is not the run's
+        torch.cuda.empty_cache()  # free the memory of the measurements
     reports: list[RankReport] = _gather(report)
     broken, slow = verdict(reports, config.slow_below)
     if launch.rank == 0:
@@ -111,7 +112,7 @@ def _device_report(launch: Launch, node: str) -> RankReport:
         visible=torch.cuda.device_count() if has_cuda() else 0,
         free_gib=free,
         total_gib=total,
-        wrong_products=node_checks.wrong_products(),
+        wrong_entries=node_checks.wrong_gemm_entries(),
         tflops=node_checks.matmul_tflops(),
     )
 
@@ -128,7 +129,7 @@ def _check_node(report: RankReport, run_dir: Path, needed_bytes: int, read_data:
 
 
 def _check_shared(report: RankReport, run_dir: Path, first_node: str, first: bool) -> None:
-    """Each node sees the file that the first one wrote: a checkpoint is one folder of all ranks."""
+    """Check that each node sees the file that the first node wrote, because all ranks write a checkpoint to one folder."""
     dist.barrier()
     if first and not report.problems and dist.get_world_size() > 1:
         deadline, wanted = time.monotonic() + SHARED_DISK_S, node_checks.probe_file(run_dir, first_node)
@@ -141,17 +142,17 @@ def _check_shared(report: RankReport, run_dir: Path, first_node: str, first: boo
             )
     dist.barrier()
     if first:
-        with contextlib.suppress(OSError):  # it was never written
+        with contextlib.suppress(OSError):  # the file was never written
             node_checks.probe_file(run_dir, report.node).unlink()
 
 
 def verdict(reports: Sequence[RankReport], slow_below: float) -> tuple[list[str], list[str]]:
-    """(what is broken, what is slow), a line each that begins with the node's name."""
+    """Return broken and slow nodes, as lines that begin with the node's name."""
     broken = [f"{r.node}: {problem}" for r in reports for problem in r.problems]
     for r in reports:
         where = f"{r.node}: local rank {r.local_rank} ({r.device})"
-        if r.wrong_products:
-            broken.append(f"{where} gets {r.wrong_products} entries of a matrix product wrong; take the node out")
+        if r.wrong_entries:
+            broken.append(f"{where} gets {r.wrong_entries} entries of a GEMM wrong; exclude the node")
         if r.visible and r.free_gib < LEAST_FREE * r.total_gib:
             broken.append(
                 f"{where} has {r.free_gib:.1f} of {r.total_gib:.1f} GiB free; end the other processes on it (nvidia-smi)"
@@ -159,7 +160,7 @@ def verdict(reports: Sequence[RankReport], slow_below: float) -> tuple[list[str]
     broken += _counts(reports) + _versions(reports)
     slow = []
     for what, unit, values in (
-        ("matrix products", "TFLOP/s", {f"{r.node} local rank {r.local_rank}": r.tflops for r in reports}),
+        ("GEMMs", "TFLOP/s", {f"{r.node} local rank {r.local_rank}": r.tflops for r in reports}),
         ("all-reduce inside the node", "GB/s", _slowest(reports, "inside_gb_s")),
         ("all-reduce with other nodes", "GB/s", _slowest(reports, "between_gb_s")),
     ):
@@ -170,32 +171,32 @@ def verdict(reports: Sequence[RankReport], slow_below: float) -> tuple[list[str]
 
 
 def _counts(reports: Sequence[RankReport]) -> list[str]:
-    """Nodes with another number of GPUs or ranks than most."""
+    """Return the nodes whose number of GPUs or ranks differs from most nodes."""
     ranks = Counter(r.node for r in reports)
     gpus = {r.node: r.visible for r in reports}
     return [
-        f"{node}: {value}, where {most} on {others}; start the same on all nodes, or take it out (GPU off the bus?)"
+        f"{node}: {value}, but {most} on {others}; start the same on all nodes, or exclude it (GPU off the bus?)"
         for values in (
             {node: f"{count} ranks" for node, count in ranks.items()},
             {node: f"{count} GPUs visible" for node, count in gpus.items()},
         )
-        for node, value, most, others in odd_ones(values)
+        for node, value, most, others in outlying_nodes(values)
     ]
 
 
 def _versions(reports: Sequence[RankReport]) -> list[str]:
-    """Nodes with another version of something than most."""
+    """Return the nodes with versions that differ from most nodes."""
     of_nodes = {r.node: r.versions for r in reports if r.versions}
     names = list(dict.fromkeys(name for found in of_nodes.values() for name in found))
     return [
-        f"{node}: {name} {value}, where it is {most} on {others}; install the same everywhere"
+        f"{node}: {name} {value}, but {most} on {others}; install the same everywhere"
         for name in names
-        for node, value, most, others in odd_ones({node: v.get(name, "none") for node, v in of_nodes.items()})
+        for node, value, most, others in outlying_nodes({node: v.get(name, "none") for node, v in of_nodes.items()})
     ]
 
 
-def odd_ones(values: dict[str, Hashable]) -> list[tuple[str, Hashable, Hashable, str]]:
-    """(node, its value, the value of most, who these are) of every node that differs from most."""
+def outlying_nodes[T: Hashable](values: dict[str, T]) -> list[tuple[str, T, T, str]]:
+    """Return (node, its value, the most common value, nodes with that value) of every node that differs from most."""
     if len(set(values.values())) < 2:
         return []
     most = Counter(values.values()).most_common(1)[0][0]
@@ -205,7 +206,7 @@ def odd_ones(values: dict[str, Hashable]) -> list[tuple[str, Hashable, Hashable,
 
 
 def _slowest(reports: Sequence[RankReport], attribute: str) -> dict[str, float]:
-    """Each node's slowest rank; nodes without a measurement are left out."""
+    """Return the rate of each node's slowest rank. Nodes without a measurement are left out."""
     found: dict[str, float] = {}
     for r in reports:
         value = getattr(r, attribute)
@@ -215,7 +216,7 @@ def _slowest(reports: Sequence[RankReport], attribute: str) -> dict[str, float]:
 
 
 def outliers(values: dict[str, float], slow_below: float) -> dict[str, float]:
-    """Those below this share of the median."""
+    """Return the values below this share of the median."""
     if len(values) < 2:
         return {}
     middle = statistics.median(values.values())
@@ -223,7 +224,7 @@ def outliers(values: dict[str, float], slow_below: float) -> dict[str, float]:
 
 
 def table(reports: Sequence[RankReport], seconds: float) -> str:
-    """A line a node, as rank 0 prints it."""
+    """Return the table that rank 0 prints, one line per node."""
     inside, between = _slowest(reports, "inside_gb_s"), _slowest(reports, "between_gb_s")
     nodes = list(dict.fromkeys(r.node for r in reports))
     width = max(len("node"), *(len(node) for node in nodes))
@@ -234,7 +235,7 @@ def table(reports: Sequence[RankReport], seconds: float) -> str:
     for node in nodes:
         mine = [r for r in reports if r.node == node]
         free, total = min(r.free_gib for r in mine), mine[0].total_gib
-        disk = next((node_checks.in_words(r.disk_free) for r in mine if r.disk_free is not None), "-")
+        disk = next((node_checks.format_bytes(r.disk_free) for r in mine if r.disk_free is not None), "-")
         rates = [f"{rate[node]:.3g}" if node in rate else "-" for rate in (inside, between)]
         lines.append(
             f"  {node:<{width}}  {len(mine):>5}  {free:>5.1f} {total:>5.1f}   {min(r.tflops for r in mine):>7.3g}  "

@@ -7,7 +7,7 @@ import subprocess
 from megatron_hybrid.base.errors import LaunchError
 
 _RANGES = re.compile(r"\[(\d+)(?:-\d+)?(?:,\d+(?:-\d+)?)*\]", re.ASCII)
-"""`[03-17,20]`; its group is the first number, with its leading zeros."""
+"""`[03-17,20]`. The group is the first number with its leading zeros."""
 _NAME = re.compile(r"[\w.:-]+", re.ASCII)
 
 
@@ -21,12 +21,12 @@ def first_host(nodelist: str) -> str:
     """
     first = _RANGES.sub(r"\1", nodelist.strip()).split(",")[0]
     if not _NAME.fullmatch(first):
-        raise LaunchError(f"SLURM's node list {nodelist!r} names no host; set MASTER_ADDR to the host of rank 0")
+        raise LaunchError(f"SLURM's node list {nodelist!r} contains no host; set MASTER_ADDR to the host of rank 0")
     return first
 
 
 def node_address(node: str) -> str:
-    """Return a name or an address at which a SLURM node is reached: its own name, or the NodeAddr in SLURM's configuration."""
+    """Return the name of a SLURM node if it resolves, otherwise the NodeAddr in SLURM's configuration."""
     try:
         socket.getaddrinfo(node, None)
         return node

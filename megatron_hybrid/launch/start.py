@@ -1,4 +1,4 @@
-"""Start a rank: choose its device, join the other ranks, and form the parallel groups."""
+"""Start a rank: select its device, join the other ranks, and form the parallel groups."""
 
 import datetime
 import os
@@ -21,10 +21,10 @@ def start_distributed(
     timeout_minutes: float = LONGEST_WAIT_MINUTES,
     quiet: bool = False,
 ) -> ProcessGroupCollection:
-    """Choose the device, join the other ranks and form the tensor, context, data and pipeline parallel groups.
+    """Select the device, join the other ranks and form the tensor, context, data and pipeline parallel groups.
 
     Raises:
-        LaunchError: the environment does not say where ranks meet, ranks are missing, or two ranks have the same GPU.
+        LaunchError: no rendezvous is set, ranks are missing, or two ranks have the same GPU.
     """
     chosen = setup_device(launch.local_rank)
     if launch.rank == 0 and not quiet:
@@ -39,9 +39,9 @@ def _join(launch: Launch, timeout_minutes: float) -> None:
     """Join the other ranks.
 
     Raises:
-        LaunchError: nothing says where they meet, rank 0 cannot listen there, ranks do not come, or two share a GPU.
+        LaunchError: no rendezvous is set, rank 0 cannot listen on it, ranks do not join, or two ranks share a GPU.
     """
-    host, port = _place_to_meet(launch)
+    host, port = _rendezvous(launch)
     now_doing(f"waiting for all {launch.world_size} ranks to join at {host}:{port}")
     try:
         dist.init_process_group(
@@ -51,13 +51,13 @@ def _join(launch: Launch, timeout_minutes: float) -> None:
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise _cannot_meet(error, launch, host, port) from None
+        raise _cannot_join(error, launch, host, port) from None
     if has_cuda():
-        _check_gpus_are_apart(launch)
+        _check_gpus_differ(launch)
 
 
-def _place_to_meet(launch: Launch) -> tuple[str, str]:
-    """Set MASTER_ADDR and MASTER_PORT, which torch.distributed reads, where the launch has them and for a world of one."""
+def _rendezvous(launch: Launch) -> tuple[str, str]:
+    """Set MASTER_ADDR and MASTER_PORT, which torch.distributed reads, from the launch or for a world of one, and return them."""
     if launch.master is not None:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launch.master[0], str(launch.master[1])
     if launch.world_size == 1:
@@ -66,37 +66,38 @@ def _place_to_meet(launch: Launch) -> tuple[str, str]:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise LaunchError(
-                f"{name} is not set, and {launch.world_size} ranks must meet; set MASTER_ADDR to the host of rank 0 and MASTER_PORT "
-                "to a free port of it, or start by tools/launch.py, torchrun, mpirun or srun"
+                f"{name} is not set, and {launch.world_size} ranks need a rendezvous; set MASTER_ADDR to the host of "
+                "rank 0 and MASTER_PORT "
+                "to a free port of it, or start with tools/launch.py, torchrun, mpirun or srun"
             )
     if os.environ["MASTER_PORT"] != "0":
         port_number(os.environ, "MASTER_PORT")
     return os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
 
 
-def _cannot_meet(error: Exception, launch: Launch, host: str, port: str) -> LaunchError:
+def _cannot_join(error: Exception, launch: Launch, host: str, port: str) -> LaunchError:
     if "EADDRINUSE" in str(error) or "already in use" in str(error):
         return LaunchError(
             f"MASTER_PORT={port} is taken on this host: another process listens there (ss -ltnp); set it to a free port, the same on "
             "all nodes, or unset it"
         )
     return LaunchError(
-        f"rank {launch.rank} of {launch.world_size} could not join the others at {host}:{port}: {str(error).splitlines()[0]}; are "
-        "all ranks started, with the same MASTER_ADDR and MASTER_PORT, and can they reach that host?"
+        f"rank {launch.rank} of {launch.world_size} could not join the others at {host}:{port}: {str(error).splitlines()[0]}; check "
+        "that all ranks are started with the same MASTER_ADDR and MASTER_PORT and can reach that host"
     )
 
 
-def _check_gpus_are_apart(launch: Launch) -> None:
-    """Check that this rank's GPU is not that of the rank before it, which a single visible GPU may be.
+def _check_gpus_differ(launch: Launch) -> None:
+    """Check that this rank and the previous one have different GPUs, which a single visible GPU does not guarantee.
 
     Raises:
-        LaunchError: both have the same.
+        LaunchError: both have the same GPU.
     """
     store = dist.distributed_c10d._get_default_store()
     mine = device_identity()
     store.set(f"gpu of rank {launch.rank}", mine)
     if launch.local_rank > 0 and store.get(f"gpu of rank {launch.rank - 1}").decode() == mine:
         raise LaunchError(
-            f"ranks {launch.rank - 1} and {launch.rank} have the same GPU ({mine.strip()}); start one rank for each GPU, or give each "
-            "a GPU of its own (srun --gpus-per-task=1)"
+            f"ranks {launch.rank - 1} and {launch.rank} have the same GPU ({mine.strip()}); start one rank per GPU, or give each "
+            "rank its own GPU (srun --gpus-per-task=1)"
         )

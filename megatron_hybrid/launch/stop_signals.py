@@ -1,11 +1,11 @@
-"""Requests to stop: SIGTERM, SIGUSR1 and Ctrl-C, heeded within seconds wherever the main thread is. No torch here.
+"""Requests to stop: react to SIGTERM, SIGUSR1 and Ctrl-C within seconds. No torch here.
 
-Python runs signal handlers in the main thread, between two bytecodes: not while that thread waits in C++ for other ranks.
-The interpreter writes the number of each signal to a file descriptor at once, though (`signal.set_wakeup_fd`), and a
-thread that reads from it can end the process.
+Python runs signal handlers in the main thread between two bytecodes, so not while that thread waits in C++ for other ranks. But
+the interpreter immediately writes the number of each signal to a file descriptor (`signal.set_wakeup_fd`), and a thread that
+reads it can end the process.
 
-Before the first step has been made there is nothing to save: the process ends. Later the signal is noted, and the loop
-saves after the step it is in (train/interrupt.py). A step that does not end, since a rank hangs, ends the process too.
+Before the first step is finished there is nothing to save, and the process ends. Later, the training loop saves after the current step
+(train/interrupt.py). The process also ends if the current step does not end because a rank hangs.
 """
 
 import contextlib
@@ -22,27 +22,30 @@ from types import FrameType
 from megatron_hybrid.base.errors import INTERRUPTED, REQUEUE
 
 REPEAT_S = 2.0
-"""A Ctrl-C that follows another request sooner is the same one: launchers forward what the terminal has sent to all."""
+"""Seconds within which a second Ctrl-C counts as the first: launchers forward a signal that the terminal has sent to all."""
 PATIENCE_S = 60.0
-"""Time that a step may still take after a request, if no step before took a tenth of it."""
+"""Seconds that a step may take after a request, or PATIENCE_STEPS times the longest step, if that is longer."""
 PATIENCE_STEPS = 10
 _TICK_S = 0.5
 
 
 def asks_to_stop() -> list[signal.Signals]:
-    """Return the signals that ask a run to stop: SLURM's warning before the time limit, what ends a process on preemption
-    or shutdown, and Ctrl-C, unless this process was started to ignore it, as shells start background jobs of scripts."""
+    """Return the signals that ask a run to stop.
+
+    SIGUSR1 is SLURM's warning before the time limit. SIGTERM comes on preemption and shutdown. SIGINT is Ctrl-C; it is left out
+    if this process ignores it, as background jobs of shell scripts do.
+    """
     interactive = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     return [signal.SIGUSR1, signal.SIGTERM, *([signal.SIGINT] if interactive else [])]
 
 
 class StopWatcher(threading.Thread):
-    """A thread that sees requests to stop at once, and ends the process where the main thread cannot, or need not, heed them.
+    """Thread that receives requests to stop, and ends the process if the main thread cannot or need not react.
 
     Attributes:
-        doing: what the process does now, for the message.
-        step: the last step made.
-        saved_step: returns the step that a restart would resume from.
+        doing: current activity of the process, for messages.
+        step: last finished step.
+        saved_step: returns the step from which a restart would resume.
     """
 
     def __init__(self) -> None:
@@ -62,29 +65,29 @@ class StopWatcher(threading.Thread):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # tools/launch.py starts ranks with it blocked
 
     def run(self) -> None:
-        """Wait for signals, and for the end of a step once one has come."""
+        """Wait for signals, and after a signal for the end of the current step."""
         while True:
             ready, _, _ = select.select([self._numbers], [], [], None if self._asked is None else _TICK_S)
             for number in os.read(self._numbers, 64) if ready else b"":
                 if number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-                    self._heed(signal.Signals(number))
-            self._end_a_step_that_hangs()
+                    self._react(signal.Signals(number))
+            self._end_hanging_step()
 
     def begin_step(self, step: int) -> None:
-        """Note that a step begins after `step` steps. The first one of a process leaves nothing to lose."""
+        """Record that a step begins after `step` steps. Until the first step ends, there is nothing to save."""
         self.step, self._step_began = step, time.monotonic()
-        self.doing = f"making step {step + 1}"
+        self.doing = f"running step {step + 1}"
 
     def end_step(self, step: int) -> None:
-        """Note that step `step` was made on all ranks: from now on there is something to save."""
+        """Record that step `step` has ended on all ranks. From now on there is something to save."""
         assert self._step_began is not None
         self._longest = max(self._longest, time.monotonic() - self._step_began)
         self.step, self._step_began, self._training = step, None, True
 
-    def _heed(self, signum: signal.Signals) -> None:
+    def _react(self, signum: signal.Signals) -> None:
         now = time.monotonic()
         if not self._training:
-            again = "nothing was there to save, and nothing is lost; run the same command again"
+            again = "there was nothing to save, and nothing is lost; run the same command again"
             _end(_status(signum), f"asked to stop by {signum.name} while {self.doing}: {again}")
         elif self._asked is None:
             self._asked = signum, now
@@ -93,7 +96,7 @@ class StopWatcher(threading.Thread):
         elif signum == signal.SIGINT and now - self._asked[1] > REPEAT_S:
             _end(INTERRUPTED, f"ended at once by a second Ctrl-C: {self._lost()}")
 
-    def _end_a_step_that_hangs(self) -> None:
+    def _end_hanging_step(self) -> None:
         began = self._step_began
         if self._asked is None or began is None:
             return
@@ -101,54 +104,53 @@ class StopWatcher(threading.Thread):
         waited = time.monotonic() - max(began, asked)
         if waited > max(PATIENCE_S, PATIENCE_STEPS * self._longest):
             words = f"asked to stop by {signum.name}, and step {self.step + 1} has not ended within {waited:.0f} s"
-            _end(_status(signum), f"{words}: another rank hangs or is gone. Ended without a save: {self._lost()}")
+            _end(_status(signum), f"{words}: another rank hangs or has ended. Ended without saving: {self._lost()}")
 
     def _lost(self) -> str:
         saved = self.saved_step()
         if saved >= self.step:
-            return f"step {saved} is saved, and only what came after it is lost"
-        return f"what came after step {saved} is lost, {self.step - saved} steps; the same command resumes from step {saved}"
+            return f"step {saved} is saved, and only later steps are lost"
+        return f"{self.step - saved} steps after step {saved} are lost; the same command resumes from step {saved}"
 
 
 watcher: StopWatcher | None = None
-"""This process's, where a tool has started it."""
+"""Watcher of this process, if a tool has started it."""
 
 
 def watch() -> None:
-    """Heed requests to stop from now on, in this process. Tools call it first; what is imported as a library does not."""
+    """Start to react to requests to stop in this process. Tools call it first; library code does not."""
     global watcher
     watcher = StopWatcher()
     watcher.start()
 
 
 def now_doing(what: str) -> None:
-    """Say what the process does, for the message of a request to stop: `waiting for the other ranks`."""
+    """Set the activity that the message of a request to stop names: `waiting for the other ranks`."""
     if watcher is not None:
         watcher.doing = what
 
 
 def _nothing(signum: int, frame: FrameType | None) -> None:
-    """A handler, without which Python would write no number."""
+    """Do nothing. Python writes the number of a signal only if the signal has a handler."""
 
 
 def _status(signum: signal.Signals) -> int:
-    """Ctrl-C ends a run permanently; the others come from a batch system, which may start the run again."""
+    """Return INTERRUPTED for Ctrl-C. Other signals come from a batch system, which may start the run again."""
     return INTERRUPTED if signum == signal.SIGINT else REQUEUE
 
 
 def _say(text: str) -> None:
-    """Write a line, on the first rank of each node; without Python's buffers, whose lock another thread may hold."""
+    """Write a line on the first rank of each node. Another thread may hold the lock of Python's buffers, so they are not used."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, f"{Path(sys.argv[0]).stem}: {text}\n".encode())
 
 
 def _end(status: int, text: str) -> None:
-    """End the process from this thread. Exit handlers would wait for the other ranks."""
+    """End the process from this thread, without exit handlers, which would wait for the other ranks."""
     _say(text)
-    flushing = threading.Thread(
-        target=sys.stdout.flush, daemon=True
-    )  # a reader that is gone or stuck must not hold it up
+    # a reader of the output that has ended or hangs must not block the exit
+    flushing = threading.Thread(target=sys.stdout.flush, daemon=True)
     flushing.start()
     flushing.join(1.0)
     os._exit(status)

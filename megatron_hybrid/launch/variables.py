@@ -1,4 +1,4 @@
-"""Environment variables of launchers, read with errors that name them. No torch here."""
+"""Environment variables of launchers. Errors name the variable. No torch here."""
 
 import zlib
 from collections.abc import Iterable, Mapping
@@ -8,25 +8,25 @@ from megatron_hybrid.base.errors import LaunchError
 Environment = Mapping[str, str]
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Number of processes: Open MPI's mpirun, MPICH's and Intel's, and srun."""
+"""Number of processes, set by Open MPI, by MPICH and Intel MPI, and by srun."""
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""Any of these: started as an MPI process."""
+"""Variables that MPI processes have."""
 PORTS = range(20000, 32000)
-"""Ports for the rendezvous: below 32768, where Linux begins to hand out ports to connections."""
+"""Ports for the rendezvous. Linux assigns ports from 32768 on to connections."""
 
 
 def number(env: Environment, name: str) -> int:
-    """Return a variable's number.
+    """Return the number in a variable.
 
     Raises:
-        LaunchError: it is no whole number of at least 0.
+        LaunchError: the variable is not a whole number of at least 0.
     """
     text = env[name].strip()
     if not (text.isascii() and text.isdecimal()):
-        raise LaunchError(f"{name}={env[name]!r} is not a number; unset it, or start by torchrun, mpirun or srun")
+        raise LaunchError(f"{name}={env[name]!r} is not a number; unset it, or start with torchrun, mpirun or srun")
     return int(text)
 
 
@@ -34,25 +34,25 @@ def first(env: Environment, names: Iterable[str], what: str) -> int:
     """Return the number of the first of `names` that is set.
 
     Raises:
-        LaunchError: none is set.
+        LaunchError: none of them is set.
     """
     for name in names:
         if name in env:
             return number(env, name)
-    raise LaunchError(f"none of {', '.join(names)} tells the {what}; start by torchrun, mpirun or srun")
+    raise LaunchError(f"none of {', '.join(names)} gives the {what}; start with torchrun, mpirun or srun")
 
 
 def contradiction(env: Environment, *names: str, why: str) -> LaunchError:
-    """Return the error about variables that contradict each other."""
+    """Return an error about variables that contradict each other."""
     words = [f"{name}={env[name]}" for name in names if name in env]
     return LaunchError(f"{' and '.join(words)} contradict each other: {why}")
 
 
 def port_number(env: Environment, name: str) -> int:
-    """Return a variable's TCP port.
+    """Return the TCP port in a variable.
 
     Raises:
-        LaunchError: it is none.
+        LaunchError: the variable is not a port.
     """
     text = env[name].strip()
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < 65536):
@@ -63,7 +63,7 @@ def port_number(env: Environment, name: str) -> int:
 
 
 def master_port(env: Environment) -> int:
-    """Return MASTER_PORT, or a port derived from the job's name: the same on all ranks, and rarely another job's."""
+    """Return MASTER_PORT, or a port derived from the job's ID, which is the same on all ranks."""
     for name in ("MASTER_PORT", "PET_MASTER_PORT"):
         if name in env:
             return port_number(env, name)

@@ -1,6 +1,6 @@
-"""What a run tells about itself: metrics.jsonl, console, TensorBoard / W&B, loss.png, throughput.
+"""Metrics of a run: metrics.jsonl, console, TensorBoard, Weights & Biases, loss.png, throughput.
 
-Knows neither megatron nor the trainer, which holds one RunLogger and calls it.
+The trainer calls one RunLogger. This package imports neither megatron-core nor the trainer.
 """
 
 from megatron_hybrid.observe.run_logger import RunLogger

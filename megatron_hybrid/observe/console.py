@@ -1,4 +1,4 @@
-"""What rank 0 prints: a progress bar on a terminal, plain lines everywhere else."""
+"""Console output of rank 0: a progress bar on a terminal, otherwise plain lines."""
 
 import sys
 import time
@@ -12,19 +12,19 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class Console(Protocol):
-    """Shows a run's progress."""
+    """Display of a run's progress."""
 
     def step(self, step: int, record: Mapping[str, Any]) -> None:
-        """A step is done."""
+        """Show a finished step."""
 
     def info(self, message: str) -> None:
-        """Something happened that is worth a line."""
+        """Print a line."""
 
     def close(self) -> None: ...
 
 
 def make_console(total_steps: int, start_step: int = 0, stream: TextIO | None = None, every: int = 10) -> Console:
-    """A progress bar where `stream` (stdout) is a terminal, else a line every `every` steps."""
+    """Return a progress bar if `stream` (stdout) is a terminal, otherwise a console with a line every `every` steps."""
     stream = stream or sys.stdout
     if stream.isatty():
         return ProgressConsole(total_steps, start_step, stream)
@@ -32,14 +32,14 @@ def make_console(total_steps: int, start_step: int = 0, stream: TextIO | None = 
 
 
 class Eta:
-    """Time left by the mean pace of the last steps, evaluation and checkpoints included."""
+    """Remaining time by the mean pace of the last steps, evaluation and checkpoints included."""
 
     def __init__(self, total_steps: int, now: Callable[[], float] = time.monotonic) -> None:
         self._total, self._now = total_steps, now
         self._seen: deque[tuple[int, float]] = deque(maxlen=101)
 
     def __call__(self, step: int) -> str:
-        """`0:12:34` after `step`; `-:--:--` until there are two steps to tell the pace by."""
+        """Return the remaining time after `step` as `0:12:34`, or `-:--:--` before the second step."""
         self._seen.append((step, self._now()))
         (first, start), (last, end) = self._seen[0], self._seen[-1]
         if last <= first:
@@ -49,7 +49,7 @@ class Eta:
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """The values of a step that people look at, in one line; those that are missing are left out."""
+    """Return the main values of a step as one line. Missing values are left out."""
     formats = {
         "loss": "loss {:.4f}",
         "grad_norm": "grad norm {:.3f}",
@@ -63,7 +63,8 @@ def describe(record: Mapping[str, Any]) -> str:
 
 
 class PlainConsole:
-    """A line for the first and last step, every `every` steps, after `patience` quiet seconds, and for every skip."""
+    """Console with a line for the first and last step, every `every` steps, after `patience` seconds without output, and for
+    every skipped update."""
 
     def __init__(
         self, total_steps: int, start_step: int, stream: TextIO, every: int = 10, patience: float = 30.0
@@ -88,7 +89,7 @@ class PlainConsole:
 
 
 class ProgressConsole:
-    """A progress bar; messages scroll above it."""
+    """Progress bar with messages above it."""
 
     def __init__(self, total_steps: int, start_step: int, stream: TextIO) -> None:
         self._eta = Eta(total_steps)

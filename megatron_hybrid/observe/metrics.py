@@ -1,8 +1,7 @@
-"""metrics.jsonl: one JSON object per step, in ascending steps, each step once, through crashes and resumes.
+"""metrics.jsonl: one JSON object per step, in ascending order, each step once, also after crashes and resumes.
 
-A line is written with one system call and without a buffer, so a killed process loses at most the line it was writing.
-A value that is not finite is written as null: NaN is not JSON. What a file system or a second writer left between the
-lines is moved to `metrics.jsonl.damaged` when a run resumes.
+Each line is written with one system call and without a buffer, so a killed process loses at most the current line. Values that are not
+finite are written as null, because NaN is not JSON. When a run resumes, damaged lines are moved to `metrics.jsonl.damaged`.
 """
 
 import json
@@ -14,7 +13,7 @@ from typing import Any, Self
 
 
 def plain(value: Any) -> Any:
-    """A JSON value: numbers from torch and numpy unwrapped, and None for those that are not finite."""
+    """Convert a number of torch or numpy to a JSON value. Values that are not finite become None."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -23,7 +22,7 @@ def plain(value: Any) -> Any:
 
 
 def read_metrics(path: Path | str) -> Iterator[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, also of one that is being written: an unfinished last line is left out.
+    """Yield the records of a metrics.jsonl. An unfinished last line is left out, so the file may still be written.
 
     Raises:
         ValueError: a line other than the last is not a JSON object with a step.
@@ -39,7 +38,7 @@ def read_metrics(path: Path | str) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
-    """Number, bytes and record of each line; the record is None where it is no JSON object with a step."""
+    """Yield number, bytes and record of each line. The record is None if the line is not a JSON object with a step."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -60,10 +59,10 @@ def unused_name(path: Path) -> Path:
 
 
 def repair(path: Path) -> str:
-    """Move lines that are no records, or whose step is not above the one before, to a file of their own.
+    """Move damaged lines, and lines whose step is not above the previous one, to another file.
 
     Returns:
-        What was moved where.
+        A line that reports the moved lines.
     """
     kept: list[bytes] = []
     damaged: list[bytes] = []
@@ -83,14 +82,15 @@ def repair(path: Path) -> str:
 
 
 class MetricsWriter:
-    """Appends to a metrics.jsonl.
+    """Writer that appends to a metrics.jsonl.
 
     Args:
-        path: the file; made if missing.
-        start_step: the last step that is kept, that of the checkpoint a run resumes from. Later lines, which the
-            resumed run will write again, are dropped. At 0 a new run begins: an earlier file is kept as `<path>.old`.
+        path: the file, which is created if it is missing.
+        start_step: step of the checkpoint that the run resumes from. Later lines are dropped, because the run will write them again.
+            0: a new run; an earlier file is kept as `<path>.old`.
 
-    `repaired` says what was moved aside because the file was damaged.
+    Attributes:
+        repaired: report of damaged lines that were moved to another file, or None.
     """
 
     def __init__(self, path: Path | str, start_step: int = 0) -> None:
@@ -103,10 +103,10 @@ class MetricsWriter:
         if self.repaired:
             self._find_end(start_step)
         self._fd = os.open(self.path, os.O_RDWR)
-        self._put(self._last)  # drops later steps and a torn line alike
+        self._put(self._last)  # drops later steps and an unfinished line
 
     def _find_end(self, start_step: int) -> bool:
-        """Find the last line that is kept. Return False where a line before it is damaged or out of order."""
+        """Find the last line to keep. Return False if an earlier line is damaged or out of order."""
         self._offset = self._end = 0  # of the last line
         self._last: dict[str, Any] = {}
         offset, torn = 0, False
@@ -124,14 +124,14 @@ class MetricsWriter:
 
     @property
     def last_step(self) -> int | None:
-        """The step of the last line; None: there is none."""
+        """Step of the last line, or None."""
         return self._last.get("step")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record, or add its values to the last line where that is of the same step.
 
         Raises:
-            ValueError: the record's step lies before the last line's.
+            ValueError: the record's step is before the last line's.
         """
         record = {key: plain(value) for key, value in record.items()}
         step = record["step"]

@@ -1,4 +1,4 @@
-"""loss.png: training loss (faint, and smoothed), evaluation loss, skipped updates, and the learning rate."""
+"""loss.png: training loss (raw and smoothed), evaluation loss, skipped updates, and the learning rate."""
 
 import math
 from array import array
@@ -10,11 +10,11 @@ from megatron_hybrid.observe.metrics import read_metrics
 
 BLUE, ORANGE, GREY, RED = "#2563eb", "#ea580c", "#9ca3af", "#dc2626"
 MOST_POINTS = 4000
-"""More than a plot can show: longer curves are drawn as means over bins."""
+"""Largest number of plotted points. Longer curves are drawn as means over bins."""
 
 
 class Curve:
-    """What is plotted, by step. Grows with the run, so that drawing need not read all of metrics.jsonl again."""
+    """Plotted values by step. The curve grows with the run, so that drawing does not read metrics.jsonl again."""
 
     def __init__(self) -> None:
         self.steps, self.losses, self.rates = array("d"), array("d"), array("d")
@@ -24,14 +24,14 @@ class Curve:
 
     @classmethod
     def read(cls, path: Path | str) -> Self:
-        """The curve of a metrics.jsonl."""
+        """Read the curve of a metrics.jsonl."""
         curve = cls()
         for record in read_metrics(path):
             curve.add(record)
         return curve
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take in one record; values that are missing or not finite leave a gap."""
+        """Add a record. Values that are missing or not finite leave a gap."""
         if record.get("loss") is not None or record.get("lr") is not None:
             self.steps.append(record["step"])
             self.losses.append(_number(record.get("loss")))
@@ -45,8 +45,10 @@ class Curve:
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
-    """Mean weighted by exp(-distance / span) on both sides, so that it does not trail a falling curve. NaNs are passed
-    over; a gap shows the mean around it."""
+    """Return the mean with weights exp(-distance / span) on both sides, which does not lag behind a falling curve.
+
+    NaNs are skipped; a gap gets the mean of its surroundings.
+    """
     before, after = _decaying_sums(values, span), _decaying_sums(values[::-1], span)[::-1]
     result = []
     for value, (sum_before, weight_before), (sum_after, weight_after) in zip(values, before, after):
@@ -57,7 +59,7 @@ def smooth(values: Sequence[float], span: float) -> list[float]:
 
 
 def _decaying_sums(values: Sequence[float], span: float) -> list[tuple[float, float]]:
-    """For each value the sums of the finite ones up to it, and of their weights, both fading with distance."""
+    """Return, for each value, the sums of the finite values up to it and of their weights, which decay with distance."""
     keep, total, weight, result = math.exp(-1 / span), 0.0, 0.0, []
     for value in values:
         total, weight = keep * total, keep * weight
@@ -68,13 +70,13 @@ def _decaying_sums(values: Sequence[float], span: float) -> list[tuple[float, fl
 
 
 def thin(columns: Sequence[Sequence[float]], most: int = MOST_POINTS) -> list[list[float]]:
-    """Columns of equal length as means over bins of rows, at most `most` of them. NaNs are passed over."""
+    """Return columns of equal length as means over at most `most` bins of rows. NaNs are skipped."""
     size = math.ceil(len(columns[0]) / most) or 1
     return [[_mean(column[i : i + size]) for i in range(0, len(column), size)] for column in columns]
 
 
 def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
-    """Write a curve as a PNG, by way of a temporary file: who looks on never sees half a picture."""
+    """Write a curve as a PNG. The image is written to a temporary file first, so that viewers never see half an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -83,7 +85,7 @@ def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
     rate_axis = axis.twinx()
-    axis.set_zorder(rate_axis.get_zorder() + 1)  # the loss in front of the learning rate
+    axis.set_zorder(rate_axis.get_zorder() + 1)  # draw the loss in front of the learning rate
     axis.patch.set_visible(False)
 
     steps, losses, rates = thin([curve.steps, curve.losses, curve.rates])
@@ -92,7 +94,7 @@ def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
     axis.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
     handles = axis.plot(steps, smoothed, color=BLUE, linewidth=1.8, label="training loss") + handles
     if curve.eval_steps:
-        style = {"color": ORANGE, "marker": "o", "markersize": 4, "linewidth": 1.2}
+        style: dict[str, Any] = {"color": ORANGE, "marker": "o", "markersize": 4, "linewidth": 1.2}
         handles += axis.plot(curve.eval_steps, curve.eval_losses, label="evaluation loss", **style)
     _scale(axis, [*losses, *curve.eval_losses])
     if curve.skipped:
@@ -103,7 +105,7 @@ def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
         )
 
     axis.set_xlabel(f"step ({_count(curve.tokens)} tokens)" if curve.tokens else "step")
-    axis.set_ylabel("loss (nats a token)")
+    axis.set_ylabel("loss (nats per token)")
     axis.grid(True, which="both", color="#e5e7eb", linewidth=0.6)
     rate_axis.set_ylabel("learning rate", color=GREY)
     rate_axis.tick_params(axis="y", colors=GREY)
@@ -124,7 +126,7 @@ def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
 
 
 def _scale(axis: Any, points: Sequence[float]) -> None:
-    """Logarithmic where the losses span more than a factor of five; limits that a few spikes do not blow up."""
+    """Set the scale and limits of the loss axis: logarithmic if losses span more than a factor of five, robust against few spikes."""
     finite = [v for v in points if math.isfinite(v)]
     if not finite:
         return
@@ -153,7 +155,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _count(number: float) -> str:
-    """1234567 -> `1.23 M`."""
+    """Format a count: 1234567 gives `1.23 M`."""
     for limit, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= limit:
             return f"{number / limit:.3g}{unit}"

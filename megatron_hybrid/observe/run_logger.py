@@ -1,4 +1,4 @@
-"""RunLogger: the one object through which a run tells about itself."""
+"""RunLogger: the single interface for metrics and messages of a run."""
 
 import time
 from collections.abc import Mapping
@@ -15,27 +15,27 @@ from megatron_hybrid.observe.throughput import StepClock, memory_gb, peak_tflops
 
 
 class RunLogger:
-    """Writes metrics.jsonl, loss.png, TensorBoard / W&B and the console. Made on every rank; only rank 0 writes.
+    """Logger of metrics.jsonl, loss.png, TensorBoard, W&B and the console. Every rank creates one; only rank 0 writes.
 
-    In the loop: `log_step` after every update (skipped ones too), `log_eval` after an evaluation of the same step, and
-    `with logger.pause():` around whatever should not count as training time. Use the logger itself as a context
-    manager: it leaves the terminal usable after an exception.
+    Call `log_step` after every update (also after a skipped one) and `log_eval` after an evaluation of the same step. Put
+    `with logger.pause():` around everything that is not training time. Use the logger as a context manager, so that the terminal stays
+    usable after an exception.
 
     Args:
-        config: what to write, and how often.
-        run_dir: the run's folder.
-        rank: of this process in the world.
-        total_steps: of the whole run, for the ETA.
-        start_step, start_tokens: where the checkpoint left off that the run resumes from; lines beyond are dropped.
-        continues: whether what was logged in this folder before belongs to the run. If not, W&B gets a new run.
-        flops_per_token: the model's, forward and backward; None: neither TFLOP/s nor MFU.
-        num_devices: the world size.
-        device_name: as `torch.cuda.get_device_name` gives it; None: the ranks run on CPU.
-        settings: the resolved configuration, for W&B.
-        console_every: steps between lines where stdout is no terminal.
+        config: outputs and intervals.
+        run_dir: folder of the run.
+        rank: rank of this process in the world.
+        total_steps: steps of the whole run, for the ETA.
+        start_step, start_tokens: progress of the checkpoint that the run resumes from; later lines are dropped.
+        continues: True if earlier logs in this folder belong to the run. If False, W&B gets a new run.
+        flops_per_token: FLOPs of the model, forward and backward. None: neither TFLOP/s nor MFU.
+        num_devices: world size.
+        device_name: result of `torch.cuda.get_device_name`. None: the ranks run on CPU.
+        settings: resolved configuration, for W&B.
+        console_every: steps between lines if stdout is not a terminal.
 
     Raises:
-        ValueError: on every rank, where W&B or TensorBoard is asked for but not installed.
+        UserError: on every rank, if W&B or TensorBoard is enabled but not installed.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class RunLogger:
             self.info(f"no MFU: the peak of {device_name!r} is not known; set logging.peak_tflops (dense bf16 TFLOP/s)")
 
     def pause(self) -> AbstractContextManager[None]:
-        """Time within does not count towards tokens/s. On any rank."""
+        """Return a context whose time does not count towards tokens/s. Any rank may call it."""
         return self._clock.pause()
 
     def info(self, message: str) -> None:
-        """A line on rank 0's console, above the progress bar."""
+        """Print a line on rank 0's console, above the progress bar."""
         if self.writes:
             self._console.info(message)
 
@@ -86,10 +86,11 @@ class RunLogger:
         """Log an update.
 
         Args:
-            step: the update's number; the first is 1.
-            values: loss, z_loss, grad_norm, lr and whatever else is a number (of torch or numpy too). `tokens`: all
-                that the run has trained on, this step included. `skipped`: why the update was skipped, or None. A value
-                given takes precedence over one measured here (`memory_gb`, say).
+            step: number of the update; the first is 1.
+            values: loss, z_loss, grad_norm, lr and other numbers, also of torch or numpy. `tokens`: all tokens that the run has
+            trained
+                on, this step included. `skipped`: the reason why the update was skipped, or None. Given values take precedence over
+                values measured here, such as `memory_gb`.
         """
         if not self.writes:
             return
@@ -112,7 +113,7 @@ class RunLogger:
                 self._draw()
 
     def log_eval(self, step: int, loss: float, **more: float) -> None:
-        """Log an evaluation after update `step`: `eval_loss`, and more as `eval_<name>`. Joins the step's line."""
+        """Log an evaluation after update `step` as `eval_loss` and `eval_<name>`, on the step's line if it is not written yet."""
         if not self.writes:
             return
         record = {"step": step, "eval_loss": plain(loss)} | {f"eval_{name}": plain(v) for name, v in more.items()}
@@ -122,7 +123,7 @@ class RunLogger:
             self._write(self._record | record if unwritten else record)
 
     def close(self) -> None:
-        """Draw loss.png a last time and close everything. May be called twice."""
+        """Draw loss.png a last time and close all outputs. A second call has no effect."""
         if not self.writes:
             return
         self.writes = False

@@ -1,4 +1,4 @@
-"""Where else metrics go: TensorBoard and Weights & Biases."""
+"""Sinks of metrics: TensorBoard and Weights & Biases."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from megatron_hybrid.config.logging import LoggingConfig
 
 
 class Sink(Protocol):
-    """Takes the numbers of a step."""
+    """Receiver of the numbers of a step."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
@@ -18,10 +18,10 @@ class Sink(Protocol):
 
 
 def check_sinks(config: LoggingConfig) -> None:
-    """Fail before a run starts rather than at its first step.
+    """Check that the packages of the enabled sinks are installed, before a run starts.
 
     Raises:
-        UserError: a sink was asked for whose package is not installed.
+        UserError: the package of an enabled sink is not installed.
     """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError(
@@ -42,14 +42,13 @@ def make_sinks(
     settings: Mapping[str, Any] | None = None,
     continues: bool = True,
 ) -> list[Sink]:
-    """Make the sinks that a configuration asks for, in run_dir. On resuming at start_step, what they hold beyond it is
-    overwritten.
+    """Create the enabled sinks in run_dir. If the run resumes at start_step, later values are overwritten.
 
     Args:
-        continues: whether what they hold belongs to this run. If not, W&B gets a new run.
+        continues: True if earlier values belong to this run. If False, W&B gets a new run.
 
     Raises:
-        UserError: as check_sinks.
+        UserError: the package of an enabled sink is not installed.
     """
     check_sinks(config)
     sinks: list[Sink] = []
@@ -61,12 +60,12 @@ def make_sinks(
 
 
 class TensorBoardSink:
-    """Event files in a folder of the run."""
+    """TensorBoard event files in a folder of the run."""
 
     def __init__(self, folder: Path, start_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step: TensorBoard hides what an interrupted run wrote from this step on.
+        # purge_step: TensorBoard hides values of an interrupted run from this step on.
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=30)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -78,7 +77,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run. Its ID is kept in `wandb_id`, and a resumed run continues it."""
+    """Weights & Biases run. Its ID is stored in `wandb_id`, and a resumed run continues it."""
 
     def __init__(
         self, project: str, run_dir: Path, settings: Mapping[str, Any] | None = None, continues: bool = True
@@ -95,7 +94,7 @@ class WandbSink:
             config=dict(settings or {}),
         )
         known.write_text(self._run.id)
-        # Steps ride as a value: W&B refuses to log a step again, which a run resumed from an earlier checkpoint does.
+        # Steps are logged as a value, because a run that resumes from an earlier checkpoint logs steps again, which W&B refuses.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:

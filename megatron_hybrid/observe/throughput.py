@@ -1,15 +1,15 @@
-"""How fast and how full: tokens/s, TFLOP/s, MFU and memory.
+"""Throughput: tokens/s, TFLOP/s, MFU and memory.
 
-Tokens/s are those of all devices together; TFLOP/s and MFU are of one device. FLOPs are the model's (forward and
-backward, nothing for recomputation), so MFU compares layouts fairly. Evaluation and checkpoints do not count as time.
+Tokens/s are of all devices; TFLOP/s and MFU are per device. FLOPs are those of the model, forward and backward without recompute,
+so that MFU compares layouts. Evaluation and checkpoints do not count as time.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Dense bf16 TFLOP/s by words of the device's name, the most specific first. NVIDIA's data sheets mostly give them with
-# sparsity, which doubles them.
+# Dense bf16 TFLOP/s by words of the device's name, the most specific first. NVIDIA's data sheets mostly give values with
+# sparsity, which are twice as high.
 PEAK_BF16_TFLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("H100", "PCIe"), 756.0),
     (("H100", "NVL"), 835.0),
@@ -25,8 +25,8 @@ PEAK_BF16_TFLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
 
 
 def peak_tflops(device_name: str | None) -> float | None:
-    """Peak dense bf16 TFLOP/s of a device by its name, as `torch.cuda.get_device_name` gives it; None: not known."""
-    # "NVIDIA A100-SXM4-80GB": whole words, so that an A1000 is not taken for an A100.
+    """Return the peak dense bf16 TFLOP/s of a device by its name in `torch.cuda.get_device_name`. None: unknown."""
+    # Compare whole words ("NVIDIA A100-SXM4-80GB"): an A1000 is not an A100.
     words = (device_name or "").upper().replace("-", " ").split()
     if "MIG" in words:  # a slice of a device
         return None
@@ -37,7 +37,7 @@ def peak_tflops(device_name: str | None) -> float | None:
 
 
 class StepClock:
-    """Wall-clock seconds between laps, without what is paused."""
+    """Clock of the seconds between laps, without pauses."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -47,7 +47,7 @@ class StepClock:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time within does not count: evaluation, checkpoints, plots. May be nested."""
+        """Return a context whose time does not count: evaluation, checkpoints, plots. It may be nested."""
         start, self._depth = self._now(), self._depth + 1
         try:
             yield
@@ -57,7 +57,7 @@ class StepClock:
                 self._paused += self._now() - start
 
     def lap(self) -> float:
-        """Seconds since the last lap (or the start), at least a microsecond. Begins the next."""
+        """Return the seconds since the last lap or the start, at least one microsecond, and begin the next lap."""
         now = self._now()
         seconds = now - self._start - self._paused
         self._start, self._paused = now, 0.0
@@ -67,7 +67,7 @@ class StepClock:
 def rates(
     tokens: int, seconds: float, num_devices: int, flops_per_token: float | None, peak: float | None
 ) -> dict[str, float]:
-    """`tokens_per_s`, and where they can be known `tflops` (a device) and `mfu` (a share, 0 to 1)."""
+    """Return `tokens_per_s`, and if known `tflops` (per device) and `mfu` (0 to 1)."""
     per_second = tokens / seconds
     result = {"tokens_per_s": per_second}
     if flops_per_token is not None:
@@ -78,11 +78,11 @@ def rates(
 
 
 def memory_gb(cuda: bool) -> float:
-    """In 10^9 bytes: the most that CUDA tensors took so far on this rank's device, or the process's resident memory."""
+    """Return the peak memory of CUDA tensors on this rank's device, or the process's resident memory, in 10^9 bytes."""
     if cuda:
         import torch
 
         return torch.cuda.max_memory_allocated() / 1e9
     import psutil
 
-    return psutil.Process().memory_info().rss / 1e9
+    return float(psutil.Process().memory_info().rss) / 1e9

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_hybrid.config import checks
 from megatron_hybrid.config.parallel import LARGEST_OVERLAP, ParallelConfig
+from megatron_hybrid.config.world_checks import world_problems
 from megatron_hybrid.planner.job import Job
 from megatron_hybrid.planner.plan import Plan
 
@@ -59,7 +59,7 @@ def _slices_problem(job: Job, tp: int, cp: int) -> str:
             f"context parallelism would leave a rank {length} tokens of a sequence: latencies would be most of the step"
         )
     run = job.run(_parallel(job, {"tp": tp, "cp": cp, "pp": 1, "vpp": 1, "dp": 1}, tp > 1, "none"), 1)
-    found = checks.section_problems(run) if cp > 1 else ()
+    found = run.section_problems() if cp > 1 else ()
     return "; ".join(f"{name}: {message}" for name, message in found if name == "parallel.context_parallel_size")
 
 
@@ -121,7 +121,7 @@ def _parallel(job: Job, sizes: Degrees, sp: bool, recompute: str) -> ParallelCon
 def _problems(job: Job, parallel: ParallelConfig, micro_batch_size: int) -> str:
     """Return in one line what the trainer's own checks (RunConfig, `check_world`) find; empty if nothing."""
     run = job.run(parallel, micro_batch_size)
-    problems = checks.section_problems(run) or checks.world_problems(run, job.gpus)
+    problems = run.section_problems() or world_problems(run.train, run.parallel, job.gpus)
     return "; ".join(f"{name}: {message}" for name, message in problems)
 
 

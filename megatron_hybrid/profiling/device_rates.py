@@ -1,13 +1,14 @@
-"""What one GPU, and the ranks of a launch, do in a second: the points that the planner's hardware files are made of.
+"""Measurements of a GPU, and of collectives between ranks, from which the planner's hardware files are fitted.
 
-Each point is a plain dictionary: `op`, `pass` (forward, backward, or none), the sizes, and the median `seconds` of one call. The
-backward's is the difference of forward + backward and forward. Linears are Transformer Engine's where it is
-installed, with the weight's gradient added to an fp32 buffer as in training; casts to FP8 are part of them.
+Each point is a dictionary: `op`, `pass` (forward, backward, or none), sizes, and the median `seconds` of one call. The time of a
+backward pass is that of forward and backward minus that of forward. Linears are Transformer Engine's if it is installed. They
+include casts to FP8, and add the weight gradient to an fp32 buffer as in training.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.packing import PackedParameter
 from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.distributed.device import has_cuda, local_device
+from megatron_hybrid.mixers.gated_delta_net.spec import sizes as gdn_sizes
 from megatron_hybrid.precision.recipes import transformer_engine_recipe
 
 Point = dict[str, Any]
@@ -32,8 +34,7 @@ MESSAGES = (2**16, 2**20, 2**24, 2**27, 2**29)  # bytes of a collective's whole 
 
 
 def seconds_of(call: Callable[[], object], samples: int = 8) -> float:
-    """Median seconds of one call, the device's where there is one: calls are queued behind a pause, so that Python's
-    launching is not what is timed."""
+    """Return the median seconds of one call. On a GPU, calls are queued behind a sleep kernel, so that launches are not timed."""
     call()
     start = time.perf_counter()
     call()
@@ -58,7 +59,7 @@ def seconds_of(call: Callable[[], object], samples: int = 8) -> float:
 
 
 def _both(sizes: Point, forward: Callable[[], torch.Tensor]) -> Iterator[Point]:
-    """Points of a differentiable call's forward and backward pass."""
+    """Yield the points of the forward and backward pass of a differentiable call."""
 
     def forward_backward() -> None:
         y = forward()
@@ -70,8 +71,10 @@ def _both(sizes: Point, forward: Callable[[], torch.Tensor]) -> Iterator[Point]:
 
 
 def device_points(model: ModelConfig, tokens: int = 8192, degrees: Sequence[int] = (1, 2, 4, 8)) -> Iterator[Point]:
-    """Of this process's device alone, at the model's widths under each tensor parallel degree; what crosses tokens also at a
-    quarter and at four times as many."""
+    """Yield the points of this process's device, at the model's widths under each tensor parallel degree.
+
+    Attention and the delta rule are also measured at a quarter of `tokens` and at four times as many.
+    """
     yield from copy_points(tokens * model.ffn_hidden_size * 4)
     formats = FORMATS if has_cuda() and find_spec("transformer_engine") else FORMATS[:1]
     for degree in degrees:
@@ -91,7 +94,7 @@ def device_points(model: ModelConfig, tokens: int = 8192, degrees: Sequence[int]
 
 
 def _tried(points: Iterator[Point], form: str) -> Iterator[Point]:
-    """Formats that this device or library refuses have no points, and the reason is printed."""
+    """Yield points. If the device or library does not support a format, print the reason instead."""
     try:
         yield from points
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -113,11 +116,11 @@ def mixer_parameters(model: ModelConfig, name: str) -> dict[str, PackedParameter
 
 
 def linear_points(form: str, m: int, n: int, k: int) -> Iterator[Point]:
-    """[m, k] by [n, k]."""
+    """Yield the points of a linear with weight [n, k] and m tokens."""
     device = local_device()
     dtype = torch.bfloat16
     x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
-    context: Callable[[], AbstractContextManager] = nullcontext
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
     if has_cuda() and find_spec("transformer_engine"):
         import transformer_engine.pytorch as te
 
@@ -130,12 +133,13 @@ def linear_points(form: str, m: int, n: int, k: int) -> Iterator[Point]:
 
     def forward() -> torch.Tensor:
         with context():
-            return linear(x)
+            y: torch.Tensor = linear(x)
+            return y
 
     yield from _both({"op": "linear", "format": form, "m": m, "n": n, "k": k}, forward)
 
 
-def _fp8_context(recipe: Fp8Recipe, **options) -> Callable[[], AbstractContextManager]:
+def _fp8_context(recipe: Fp8Recipe, **options: bool) -> Callable[[], AbstractContextManager[object]]:
     import transformer_engine.pytorch as te
 
     scaling = transformer_engine_recipe(recipe, **options)
@@ -143,7 +147,7 @@ def _fp8_context(recipe: Fp8Recipe, **options) -> Callable[[], AbstractContextMa
 
 
 def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, batch: int = 1) -> Iterator[Point]:
-    """Causal attention of a rank's heads; in FP8 with delayed scaling."""
+    """Yield the points of causal attention with a rank's heads. FP8 uses delayed scaling."""
     d, qkv = model.attention_head_dim, mixer_parameters(model, "attention")["linear_qkv.weight"]
     heads, groups, _ = (width // d for width in qkv.rank_sizes(degree))
     device, dtype = local_device(), torch.bfloat16
@@ -158,7 +162,8 @@ def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, 
 
         def forward() -> torch.Tensor:
             with context():
-                return attention(q, k, v)
+                y: torch.Tensor = attention(q, k, v)
+                return y
     else:
 
         def forward() -> torch.Tensor:
@@ -170,8 +175,8 @@ def attention_points(form: str, model: ModelConfig, degree: int, sequence: int, 
 
 
 def delta_rule_points(model: ModelConfig, degree: int, sequence: int, batch: int = 1) -> Iterator[Point]:
-    """gated_delta_rule with a rank's heads."""
-    gdn, in_proj = model.gdn, mixer_parameters(model, "gated_delta_net")["in_proj.weight"]
+    """Yield the points of gated_delta_rule with a rank's heads."""
+    gdn, in_proj = gdn_sizes(model), mixer_parameters(model, "gated_delta_net")["in_proj.weight"]
     q_width, _, _, _, _, heads = in_proj.rank_sizes(degree)
     key_heads = q_width // gdn.key_head_dim
     device, dtype = local_device(), torch.bfloat16
@@ -186,8 +191,8 @@ def delta_rule_points(model: ModelConfig, degree: int, sequence: int, batch: int
 
 
 def glue_points(model: ModelConfig, degree: int, tokens: int) -> Iterator[Point]:
-    """conv_gates and gated_rmsnorm: what stands between projections and the delta rule."""
-    gdn, parameters = model.gdn, mixer_parameters(model, "gated_delta_net")
+    """Yield the points of conv_gates and gated_rmsnorm, the operations between projections and delta rule."""
+    gdn, parameters = gdn_sizes(model), mixer_parameters(model, "gated_delta_net")
     q_width, _, v_width, _, _, value_heads = parameters["in_proj.weight"].rank_sizes(degree)
     device, dtype = local_device(), torch.bfloat16
     packed = torch.randn(
@@ -195,13 +200,14 @@ def glue_points(model: ModelConfig, degree: int, tokens: int) -> Iterator[Point]
     )
     weight = torch.randn(parameters["conv_weight"].rank_shape(degree), device=device, dtype=dtype, requires_grad=True)
     a, dt = (torch.rand(value_heads, device=device).requires_grad_() for _ in range(2))
-    heads = dict(num_key_heads=q_width // gdn.key_head_dim, num_value_heads=value_heads)
+    heads: dict[str, Any] = dict(num_key_heads=q_width // gdn.key_head_dim, num_value_heads=value_heads)
     heads |= dict(key_head_dim=gdn.key_head_dim, value_head_dim=gdn.value_head_dim)
     sizes = {"tokens": tokens, "degree": degree}
 
-    def all_outputs() -> torch.Tensor:  # one scalar of all of them, as cheap as can be
+    def all_outputs() -> torch.Tensor:
         *outputs, gate = conv_gates(packed, weight, a, dt, return_gate=True, **heads)
-        return _Join.apply(*outputs, gate)
+        joined: torch.Tensor = _Join.apply(*outputs, gate)  # type: ignore[no-untyped-call]
+        return joined
 
     yield from _both({"op": "conv_gates", **sizes}, all_outputs)
     o = torch.randn(1, tokens, value_heads, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
@@ -211,27 +217,27 @@ def glue_points(model: ModelConfig, degree: int, tokens: int) -> Iterator[Point]
 
 
 class _Join(torch.autograd.Function):
-    """A stand-in for what follows: takes every output, and hands each of them itself as its gradient."""
+    """Cheapest consumer of several outputs: a scalar whose gradient for each output is the output itself."""
 
     @staticmethod
-    def forward(ctx, *outputs):
+    def forward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*outputs)
         return outputs[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx: Any, _: torch.Tensor) -> Any:
         return ctx.saved_tensors
 
 
 def copy_points(size: int) -> Iterator[Point]:
-    """A device-to-device copy; `bytes` counts those read and those written."""
+    """Yield the point of a device-to-device copy. `bytes` counts read and written bytes."""
     source = torch.empty(size, dtype=torch.uint8, device=local_device())
     target = torch.empty_like(source)
     yield {"op": "copy", "pass": "none", "bytes": 2 * size, "seconds": seconds_of(lambda: target.copy_(source))}
 
 
-def collective_points(sizes=MESSAGES) -> Iterator[Point]:
-    """Of all ranks of this launch together; `bytes` is the whole tensor's, for point-to-point the message's."""
+def collective_points(sizes: Sequence[int] = MESSAGES) -> Iterator[Point]:
+    """Yield the points of collectives over all ranks. `bytes` is the size of the whole tensor, or of a point-to-point message."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     for size in sizes:
         count = size // 2 // ranks * ranks
@@ -245,9 +251,9 @@ def collective_points(sizes=MESSAGES) -> Iterator[Point]:
                     request.wait()
 
         calls: dict[str, Callable[[], object]] = {
-            "all_reduce": lambda whole=whole: dist.all_reduce(whole),
-            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
-            "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
+            "all_reduce": partial(dist.all_reduce, whole),
+            "all_gather": partial(dist.all_gather_into_tensor, whole, part),
+            "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole),
         }
         for name, call in calls.items():
             yield {"op": name, "pass": "none", "ranks": ranks, "bytes": 2 * count, "seconds": _slowest(call)}
@@ -255,7 +261,7 @@ def collective_points(sizes=MESSAGES) -> Iterator[Point]:
 
 
 def _slowest(call: Callable[[], object]) -> float:
-    """A collective's seconds on the rank that needs most."""
+    """Return the seconds of a collective on the slowest rank."""
     seconds = torch.tensor(seconds_of(call), device=local_device())
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return float(seconds)

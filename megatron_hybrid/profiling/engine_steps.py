@@ -1,4 +1,4 @@
-"""Steps of the trainer's engine on made-up tokens, timed, and the memory they take: what the planner predicts.
+"""Time and memory of steps of the trainer's engine on random tokens, to compare with the planner's predictions.
 
 python -m megatron_hybrid.profiling.engine_steps CONFIG.yaml [--steps 10]     (torchrun for several ranks; writes one JSON line)
 """
@@ -6,7 +6,9 @@ python -m megatron_hybrid.profiling.engine_steps CONFIG.yaml [--steps 10]     (t
 import gc
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,37 +20,36 @@ from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.device import has_cuda, synchronize
-from megatron_hybrid.distributed.process_groups import stop_distributed
+from megatron_hybrid.distributed.process_groups import ProcessGroupCollection, stop_distributed
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
 from megatron_hybrid.precision.fp8_parameters import initial_values
 from megatron_hybrid.train.engines.build import build_engine
-from megatron_hybrid.train.engines.megatron import MegatronEngine
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one rank. Bytes are CUDA tensors', as torch.cuda.memory_allocated counts them; 0 on a CPU."""
+    """Measurements of a rank. Bytes are those of CUDA tensors (torch.cuda.memory_allocated), and 0 on CPU."""
 
     seconds: float
     """Median of the timed steps."""
     peak_bytes: int
-    """The most at any time of a step: what the planner's memory means."""
+    """Peak memory of a step, which the planner predicts."""
     resting_bytes: int
-    """Between steps: weights, gradients, optimizer state."""
+    """Memory between steps: weights, gradients, optimizer state."""
     update_peak_bytes: int
-    """The most while the optimizer steps."""
+    """Peak memory of the optimizer's update."""
     reserved_bytes: int = 0
-    """What PyTorch has taken of the device: the most that was allocated, and what lies broken between."""
+    """Device memory reserved by PyTorch: the peak allocation and fragmentation."""
     outside_bytes: int = 0
-    """Of the device, neither free nor PyTorch's: CUDA's context, communicators, workspaces; and other processes'."""
+    """Used device memory outside of PyTorch: CUDA's context, communicators, workspaces, and other processes."""
     saved_by_layer: tuple[int, ...] = ()
-    """What the forward pass of one micro-batch keeps: before the first layer, by each layer, after the last. Without
-    pipeline parallelism only."""
+    """Bytes that the forward pass of one micro-batch keeps: before the first layer, in each layer, after the last. Only without
+    pipeline parallelism."""
 
 
-def fill_at_random(chunks, layout, seed: int) -> None:
-    """Weights of about the right size, drawn on the device: zeros would draw less power, and so run faster."""
+def fill_at_random(chunks: Sequence[torch.nn.Module], layout: object, seed: int) -> None:
+    """Fill the weights with random values of about the right size on the device. Zeros would draw less power and run faster."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for chunk in chunks:
@@ -65,12 +66,14 @@ def random_batches(count: int, micro_batch_size: int, sequence_length: int, voca
     return [Batch.of_samples(torch.randint(0, vocab_size, shape, generator=generator)) for _ in range(count)]
 
 
-def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers: bool = False) -> Measured:
-    """Build the run's engine, train `warmup` + `steps` steps on random tokens, and take it down again.
+def measure(
+    config: RunConfig, groups: ProcessGroupCollection, steps: int = 10, warmup: int = 2, layers: bool = False
+) -> Measured:
+    """Build the run's engine, train `warmup` + `steps` steps on random tokens, and close the engine.
 
     Args:
         groups: process groups of config.parallel (`start_distributed`).
-        layers: find out what each layer keeps for the backward pass, too.
+        layers: also measure the bytes that each layer keeps for the backward pass.
     """
     train, cuda = config.train, has_cuda()
     if cuda:
@@ -82,13 +85,13 @@ def measure(config: RunConfig, groups, steps: int = 10, warmup: int = 2, layers:
     batches = random_batches(count, b, config.data.sequence_length, config.model.vocab_size, seed=dp.rank())
     try:
         return _measured(engine, batches, steps, warmup, train.optimizer.lr, layers and cuda)
-    finally:  # also where memory ran out: the next layout wants it
+    finally:  # free the memory for the next layout, also after out-of-memory
         engine.close()
         del engine
         gc.collect()
 
 
-def _measured(engine: MegatronEngine, batches: list, steps: int, warmup: int, lr: float, layers: bool) -> Measured:
+def _measured(engine: Any, batches: list[Batch], steps: int, warmup: int, lr: float, layers: bool) -> Measured:
     seconds: list[float] = []
     peak = update_peak = 0
     for _ in range(warmup + steps):
@@ -112,13 +115,13 @@ def _measured(engine: MegatronEngine, batches: list, steps: int, warmup: int, lr
     )
 
 
-def _saved_by_layer(engine: MegatronEngine, batch: Batch) -> tuple[int, ...]:
-    """Bytes that stay allocated after each part of one forward pass: embedding, layers, head."""
+def _saved_by_layer(engine: Any, batch: Batch) -> tuple[int, ...]:
+    """Return the bytes that stay allocated after each part of a forward pass: embedding, layers, head."""
     (chunk,) = engine.wrapped
     layers = list(engine.chunks[0].decoder.layers)
     marks = [torch.cuda.memory_allocated()]
 
-    def mark(*_):
+    def mark(*_: object) -> None:
         marks.append(torch.cuda.memory_allocated())
 
     hooks = [layers[0].register_forward_pre_hook(mark)] + [layer.register_forward_hook(mark) for layer in layers]
@@ -136,7 +139,7 @@ def _outside() -> int:
 
 
 def _take_peak() -> int:
-    """The most allocated since the last call."""
+    """Return the peak allocation since the last call."""
     if not has_cuda():
         return 0
     peak = torch.cuda.max_memory_allocated()
@@ -144,9 +147,9 @@ def _take_peak() -> int:
     return peak
 
 
-def gather(found: Measured) -> dict:
-    """Over all ranks: the slowest's time, the fullest's memory."""
-    everyone: list[dict] = [{} for _ in range(dist.get_world_size())]
+def gather(found: Measured) -> dict[str, Any]:
+    """Combine the measurements of all ranks: time of the slowest rank, memory of the fullest."""
+    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, asdict(found))
     fullest = max(everyone, key=lambda one: one["peak_bytes"])
     return fullest | {

@@ -5,7 +5,8 @@ from megatron.core.transformer import transformer_block
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_hybrid.base.errors import UserError
-from megatron_hybrid.distributed.device import has_cuda, use_cpu_backend
+from megatron_hybrid.distributed.cpu_backend import use_cpu_backend
+from megatron_hybrid.distributed.device import has_cuda
 from megatron_hybrid.model.norms import norm_of_config
 
 

@@ -32,19 +32,19 @@ def test_layout_heads_and_work() -> None:
     assert "data 8 with a distributed optimizer" in lines
     assert "3 1 1 24-31 GGGA*2 2,050,396,392" in lines
     assert "attention query 30 32 8" in lines
-    assert "a step 512 sequences x 8,192 = 4,194,304 tokens, 64 microbatches of 1 on each data parallel rank" in lines
-    assert any(line.startswith("the run 1,413,822 steps, 5,929,9") for line in lines)
+    assert "per step 512 sequences x 8,192 = 4,194,304 tokens, 64 microbatches of 1 on each data parallel rank" in lines
+    assert any(line.startswith("run 1,413,822 steps, 5,929,9") for line in lines)
     assert all(line.isascii() and len(line) <= 120 for line in text.splitlines())
 
 
 def test_slices_of_sequences() -> None:
     overrides = ["parallel={tensor_parallel_size: 2, context_parallel_size: 4}"]
     text = describe(load_run(LARGE, overrides), 64)
-    wanted = "context 4, 2,048 tokens of each sequence a rank, which attends with 4 heads over whole sequences"
+    wanted = "context 4, 2,048 tokens of each sequence per rank, which attends with 4 heads over whole sequences"
     assert wanted in lines_of(text) and "data 8 with a distributed optimizer" in lines_of(text)
     assert all(len(line) <= 120 for line in text.splitlines())
     overrides.append("model.layer_pattern=G*32")
-    assert "context 4, 2,048 tokens of each sequence a rank" in lines_of(describe(load_run(LARGE, overrides), 64))
+    assert "context 4, 2,048 tokens of each sequence per rank" in lines_of(describe(load_run(LARGE, overrides), 64))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -84,7 +84,7 @@ WRONG: list[Case] = [
     (
         ["precision.fp8_recipe=tensorwise", "data.sequence_length=100", "train.micro_batch_size=1"],
         "data.sequence_length",
-        "multiples of 16",
+        "multiple of 16",
         "nearest is 96",
     ),
     # engines
@@ -98,7 +98,7 @@ WRONG: list[Case] = [
         "not one of none, cpu",
         "the nearest",
     ),
-    ([*ZERO, "zero.offload_parameters=cpu"], "zero.offload_parameters", "set stage to 3", "or set it to none"),
+    ([*ZERO, "zero.offload_parameters=cpu"], "zero.offload_parameters", "set stage to 3", "or this to none"),
     (
         [*ZERO, "zero={stage: 3, offload_optimizer: nvme, nvme_path: /nvme}"],
         "zero.offload_optimizer",
@@ -116,7 +116,7 @@ WRONG: list[Case] = [
     (
         [*ZERO, "parallel.pipeline_parallel_size=2"],
         "parallel.pipeline_parallel_size",
-        "cannot run with train.engine = deepspeed: its ZeRO reduces and shares out",
+        "cannot run with train.engine = deepspeed: its ZeRO reduces and shards",
         "set it to 1, or train.engine to megatron",
     ),
     ([*ZERO, "parallel.overlap_grad_reduce=true"], "parallel.overlap_grad_reduce", "is for train.engine", "zero.stage"),
@@ -162,7 +162,7 @@ WRONG: list[Case] = [
     (["model.eos_token_id=257"], "model.eos_token_id", "outside the vocabulary", "vocab_size - 1 = 256"),
     (["model.pad_token_id=-1"], "model.pad_token_id", "at least 0", "the nearest is 0, or null"),
     # data
-    (["data.train.0.path=data/train.bin"], "data.train.0.path", "one of a pair", "give their prefix, data/train"),
+    (["data.train.0.path=data/train.bin"], "data.train.0.path", "one file of a pair", "give their prefix, data/train"),
     (["data.train.0.dtype=uint16"], "data.train.0.dtype", "is for raw .npy shards", "leave it out"),
     (
         ["data.train=[{path: a.npy, dtype: uint16}]", "model.vocab_size=100352"],

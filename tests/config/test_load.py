@@ -228,7 +228,7 @@ def test_the_later_override_wins() -> None:
         ("=5", "is not an override"),
         ("train..steps=5", "is not an override"),
         ("train.steps=", "train.steps: has no value; write train.steps=null for none, or train.steps='\"\"'"),
-        ("run_dir.x=5", "run_dir: 'runs/x' has no x in it; set run_dir as a whole"),
+        ("run_dir.x=5", "run_dir: 'runs/x' has no field x; set run_dir as a whole"),
         ("data.train.2.path=a", "data.train.2: data.train has 1 entries; the next is data.train.1"),
         ("data.train.path=a", "data.train.path: data.train is a list; say which entry by its index: data.train.0.path"),
         ("data.train.0.path=*.npy", "data.train.0.path: is not YAML"),

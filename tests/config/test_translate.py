@@ -25,7 +25,7 @@ WRONG: list[Case] = [
     # missing
     (["run_dir=null"], "run_dir", "null is not text", "Folder of everything the run writes"),
     (["train=null"], "train", "null is not a section", "its fields are steps, global_batch_size"),
-    (["data={train: [{path: a}], validation: [{path: b}]}"], "data.sequence_length", "is missing", "Tokens a sample"),
+    (["data={train: [{path: a}], validation: [{path: b}]}"], "data.sequence_length", "is missing", "Tokens per sample"),
     (["data.train=[{weight: 1.0}]"], "data.train.0.path", "is missing", "A megatron-core prefix"),
     (["data.train=[]"], "data.train", "has 0 entries", "give at least 1"),
     # of another type

@@ -66,7 +66,7 @@ def test_kind_by_name(tmp_path, name, kind, lines):
     ("inputs", "how", "message"),
     [
         (["nothing"], {}, "nothing: no such file or folder"),
-        (["."], {}, "is a folder: say which files to take"),
+        (["."], {}, "is a folder: select files"),
         (["."], {"include": ["*.rs"]}, r"no file matches \*.rs"),
         (["."], {"include": ["*.py"], "exclude": ["*"]}, r"no file matches \*.py and is not excluded"),
         ([], {}, "no input"),

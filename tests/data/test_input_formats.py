@@ -101,7 +101,7 @@ def test_marks_blank_lines_and_line_ends(tmp_path, name, data, expected):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.txt", LINES, "JSON lines under the name of a text file: say --format jsonl .* or --format text"),
+        ("a.txt", LINES, "JSON lines under the name of a text file: use --format jsonl .* or --format text"),
         ("a.json", json.dumps([{"text": "a"}]).encode(), r"a JSON array, not JSON lines: .*jq -c '\.\[\]'"),
         ("a.json", json.dumps([{"text": "a" * 99_999}] * 2, indent=1).encode(), r"a JSON array, .*jq -c"),
         ("a.json", b"[\n" + LINES, "a JSON array"),
@@ -110,7 +110,7 @@ def test_marks_blank_lines_and_line_ends(tmp_path, name, data, expected):
         ("a.jsonl", b'{"text":\n"a"}', "JSON over several lines"),
         ("a.csv", b"id,text\n1,a\n", "a table, not documents"),
         ("a.tsv.gz", gzip.compress(b"id\ttext\n"), "a table, not documents"),
-        ("a.dat", b"plain text", "unknown format: say --format text .* or --format jsonl"),
+        ("a.dat", b"plain text", "unknown format: use --format text .* or --format jsonl"),
         ("notes", b"plain text", "unknown format"),
         ("part-00000", b"plain text", "unknown format"),
         ("a.txt", b"a\0b", "binary data .a NUL byte at byte 1.|byte 1: binary data"),

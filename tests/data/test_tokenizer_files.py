@@ -160,7 +160,7 @@ def test_a_folder_of_the_hugging_face_cache(tmp_path, backend):
 @pytest.mark.parametrize(
     ("config", "files", "message"),
     [
-        ({}, {"special_tokens_map": {"eos_token": "<|pad|>"}}, "tokenizer_config.json says .* special_tokens_map.json"),
+        ({}, {"special_tokens_map": {"eos_token": "<|pad|>"}}, "tokenizer_config.json has .* special_tokens_map.json"),
         ({}, {"generation_config": {"eos_token_id": 5}}, r"generation_config.json: eos_token_id \[5\] leaves out"),
         ({"eos_token": "<no>"}, {}, "tokenizer_config.json: eos_token '<no>' is not in"),
         ({"eos_token": None}, {}, "names no end-of-document token"),

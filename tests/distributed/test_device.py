@@ -47,10 +47,10 @@ def test_two_ranks_must_not_share_a_gpu(monkeypatch, uuids, visible, apart):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible[rank])
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, rank=rank: SimpleNamespace(uuid=uuids[rank]))
         if rank == 0 or apart:
-            launch._check_gpus_are_apart(Launch(rank, rank, 2))
+            launch._check_gpus_differ(Launch(rank, rank, 2))
         else:
-            with pytest.raises(LaunchError, match="ranks 0 and 1 have the same GPU .*; start one rank for each GPU"):
-                launch._check_gpus_are_apart(Launch(rank, rank, 2))
+            with pytest.raises(LaunchError, match="ranks 0 and 1 have the same GPU .*; start one rank per GPU"):
+                launch._check_gpus_differ(Launch(rank, rank, 2))
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_port_that_is_taken(meeting):
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        ({}, "MASTER_ADDR is not set, and 2 ranks must meet"),
+        ({}, "MASTER_ADDR is not set, and 2 ranks need a rendezvous"),
         ({"MASTER_ADDR": "here"}, "MASTER_PORT is not set"),
         ({"MASTER_ADDR": "here", "MASTER_PORT": "x"}, "MASTER_PORT='x' is not a port"),
     ],
@@ -93,5 +93,7 @@ def test_no_place_to_meet(meeting, variables, says):
 
 def test_ranks_that_do_not_come(meeting):
     meeting(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    with pytest.raises(LaunchError, match="rank 0 of 2 could not join the others at 127.0.0.1:.*are all ranks started"):
+    with pytest.raises(
+        LaunchError, match="rank 0 of 2 could not join the others at 127.0.0.1:.*check that all ranks are started"
+    ):
         launch.start_distributed(Launch(0, 0, 2), ParallelConfig(), seed=0, timeout_minutes=0.02, quiet=True)

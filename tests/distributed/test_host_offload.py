@@ -1,7 +1,7 @@
 """Adam's state in host memory (train.optimizer.offload_fraction): the curve, resuming, skipped steps and checkpoints of a run without.
 
 On CPU ranks both of megatron-core's sub-optimizers are torch's fused Adam; a run without offload has torch's plain one. Streams and
-page-locked memory are stand-ins (distributed/device.py): tests/gpu has the real ones.
+page-locked memory are stand-ins (distributed/cpu_backend.py): tests/gpu has the real ones.
 """
 
 from importlib.util import find_spec

@@ -55,7 +55,7 @@ def ours(
         state = _padded(_padded(state, 64).transpose(-1, -2), 64, (16, 32, 64, 96, 128, 192, 256)).transpose(-1, -2)
     q, k = (_padded(x.to(run), 64, (16, 32, 64, 96, 128, 192, 256)) for x in (q, k))
     arguments = q, k, _padded(v.to(run), 64), g.float(), beta.float()
-    backend = {torch.float32: "torch", torch.float16: "triton", torch.bfloat16: "hopper"}[run]
+    backend = {torch.float32: "torch", torch.float16: "triton", torch.bfloat16: "cuda"}[run]
     o, final = gated_delta_rule(
         *arguments, scale=scale, initial_state=state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         backend=backend,

@@ -25,7 +25,7 @@ HARDEST = {  # keys all alike and no decay: the errors of fla 0.6 are 1.4 to 2 t
     "beta 1.99, cosine 1, gate 0": 150.0,
     "beta 1.99, cosine 1, gate -0.001": 150.0,
 }
-BACKENDS = ("hopper", "triton")
+BACKENDS = ("cuda", "triton")
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def seeded():
 
 
 def delta_rule(inputs, backend, final=True, **options):
-    """Results, `final` state included, and the gradients of `inputs`, by name."""
+    """Return results (with the `final` state) and the gradients of `inputs`, by name."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     initial = leaves[5] if len(leaves) > 5 else None
     results = gated_delta_rule(*leaves[:5], initial_state=initial, output_final_state=final, backend=backend, **options)
@@ -46,7 +46,7 @@ def delta_rule(inputs, backend, final=True, **options):
 
 
 def agree(inputs, backend, peer=False, scale=1.0, **options):
-    """Against fp64 within `scale` times the tolerances; with `peer`, within 1.2 times fla's error where that is greater."""
+    """Compare with fp64, within `scale` times the tolerances or, with `peer`, within 1.2 times fla's error if that is greater."""
     try:
         ours = delta_rule(inputs, backend, **options)
     except ValueError as error:
@@ -87,12 +87,17 @@ def test_gated_delta_rule_where_it_is_hard(backend, hard):
     agree(inputs, backend, scale=HARDEST.get(hard, 2.5 if "1.99" in hard else 1.0))
 
 
+def cut_into(segments, backend, monkeypatch):
+    """Make a backend cut every sequence into this many segments."""
+    monkeypatch.setattr(f"hybrid_kernels.gated_delta_rule.backends.{backend}.op.segments_of", lambda *_: segments)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("save", ["inputs", "scores", "states"])
 @pytest.mark.parametrize("segments", [1, 3, 5])
 def test_gated_delta_rule_of_a_long_sequence(backend, save, segments, monkeypatch):
-    """Eight thousand tokens, whole and in segments, whatever is kept between forward and backward."""
-    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.backends.triton.op.segments_that_pay", lambda *_: segments)
+    """Run eight thousand tokens, whole and in segments, with each choice of what the forward pass keeps."""
+    cut_into(segments, backend, monkeypatch)
     inputs = delta_rule_inputs(1, 8100, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
     agree([*inputs, torch.randn(1, 2, 96, 192, device="cuda")], backend, save=save)
 
@@ -100,7 +105,7 @@ def test_gated_delta_rule_of_a_long_sequence(backend, save, segments, monkeypatc
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("key_dim, value_dim", [(64, 64), (128, 128), (128, 256)])
 def test_segments_of_other_widths(backend, key_dim, value_dim, monkeypatch):
-    monkeypatch.setattr("hybrid_kernels.gated_delta_rule.backends.triton.op.segments_that_pay", lambda *_: 3)
+    cut_into(3, backend, monkeypatch)
     inputs = delta_rule_inputs(2, 700, 1, 1, key_dim, value_dim, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
     agree([*inputs, torch.randn(2, 1, key_dim, value_dim, device="cuda")], backend)
 
@@ -115,7 +120,7 @@ def test_gated_delta_rule_of_documents(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("hard", [{}, dict(beta=1.99), dict(beta=1.99, cosine=1.0, gate=-1e-3), dict(gate=-50.0)])
 def test_gated_delta_rule_errs_no_more_than_fla(backend, hard):
-    """At the model's heads, for which fla's kernels take a minute to tune; benchmarks/gated_delta_rule.py has all cases.
+    """Use the model's heads, for which fla's kernels take a minute to tune; benchmarks/gated_delta_rule.py has all cases.
 
     Without a final state: under a decay of e^-50 its gradient would leave of beta's the last token of each head, 30 numbers
     whose errors chance decides.
@@ -126,36 +131,31 @@ def test_gated_delta_rule_errs_no_more_than_fla(backend, hard):
     agree(inputs, backend, peer=True, scale=0.0, final=False)
 
 
-@pytest.mark.parametrize("batch, length, heads", [(2, 1, 1), (2, 1000, 2), (1, 700, 30), (4, 200, 30)])
-@pytest.mark.parametrize("save", ["scores", "states"])
-def test_the_scans_in_cuda_have_the_bits_of_gluon_s(save, batch, length, heads, monkeypatch):
-    from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
-
-    inputs = delta_rule_inputs(batch, length, 1, heads, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
-    unsupported = cuda_op.unsupported_reason(inputs[0], inputs[2], None)
-    if unsupported:
-        pytest.skip(unsupported)
-    inputs.append(torch.randn(batch, heads, 96, 192, device="cuda"))
-    agree(inputs, "hopper", save=save)
-    ours = delta_rule(inputs, "hopper", save=save)
-    monkeypatch.setattr(cuda_op, "slower_scans_reason", lambda *_: "to compare with Gluon's")
-    theirs = delta_rule(inputs, "hopper", save=save)
-    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
-
-
 @pytest.mark.parametrize("save", ["inputs", "scores", "states"])
-@pytest.mark.parametrize("batch, length, key_heads, heads", [(2, 1, 1, 1), (2, 1000, 1, 2), (1, 700, 30, 30)])
-def test_what_runs_without_nvcc(batch, length, key_heads, heads, save, monkeypatch):
-    """Triton's prepare and gradients, and Gluon's scans."""
-    from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
+@pytest.mark.parametrize("key_dim, value_dim", [(64, 64), (96, 192), (128, 128), (128, 256)])
+def test_documents_of_every_width(key_dim, value_dim, save):
+    bounds = torch.tensor([0, 1, 1, 64, 129, 700, 1000], device="cuda")
+    inputs = delta_rule_inputs(1, 1000, 1, 2, key_dim, value_dim, dtype=torch.bfloat16, device="cuda")
+    agree([*inputs, torch.randn(6, 2, key_dim, value_dim, device="cuda")], "cuda", cu_seqlens=bounds, save=save)
 
-    monkeypatch.setattr(cuda_op, "unsupported_reason", lambda *_: "nvcc was not found")
-    inputs = delta_rule_inputs(batch, length, key_heads, heads, 96, 192, dtype=torch.bfloat16, device="cuda")
-    agree([*inputs, torch.randn(batch, heads, 96, 192, device="cuda")], "hopper", save=save)
+
+@pytest.mark.parametrize("key_dim, value_dim", [(64, 64), (96, 192), (128, 256)])
+def test_documents_are_sequences_of_their_own(key_dim, value_dim):
+    """Same bits where a document fills its chunks. A partial chunk reads tokens of the next document, which changes roundings."""
+    bounds = [0, 64, 129, 705, 1000]
+    inputs = delta_rule_inputs(1, 1000, 1, 2, key_dim, value_dim, dtype=torch.bfloat16, device="cuda")
+    try:
+        packed = gated_delta_rule(*inputs, cu_seqlens=torch.tensor(bounds, device="cuda"), backend="cuda")[0]
+    except ValueError as error:
+        pytest.skip(str(error))
+    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        own = gated_delta_rule(*(x[:, a:b].contiguous() for x in inputs), backend="cuda")[0]
+        assert relative_error(packed[:, a:b], own) < 4e-3
+        assert (b - a) % 64 or torch.equal(packed[:, a:b], own)
 
 
 def test_tensors_that_start_anywhere():
-    """Bulk copies want 16-byte boundaries: the Hopper scans copy what does not lie on one."""
+    """Bulk copies need 16-byte boundaries: the CUDA backend copies tensors that do not start on one."""
     inputs = delta_rule_inputs(1, 200, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda")
     moved = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in inputs[:3]]
     assert all(x.data_ptr() % 16 for x in moved)
@@ -165,7 +165,7 @@ def test_tensors_that_start_anywhere():
 
 @pytest.mark.parametrize("options", [dict(num_warps=4, num_stages=2), dict(num_warps=8, num_stages=3)])
 def test_other_options_of_the_gradients_kernel(options, monkeypatch):
-    """What another Triton may need: this kernel was miscompiled once, with one stage."""
+    """Check options that another Triton may need: with one stage this kernel is miscompiled."""
     monkeypatch.setattr("hybrid_kernels.gated_delta_rule.backends.triton.op.gradients_options", lambda: options)
     agree(delta_rule_inputs(1, 300, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda"), "triton")
 
@@ -175,7 +175,7 @@ def test_fp16():
 
 
 def mixer(packed, conv, A_log, dt_bias, weight, cu_seqlens=None):
-    """All three ops as the layer runs them."""
+    """Run all three ops as the layer does."""
     dims = dict(num_key_heads=2, num_value_heads=2, key_head_dim=96, value_head_dim=192)
     q, k, v, g, beta, gate = conv_gates(packed, conv, A_log, dt_bias, cu_seqlens=cu_seqlens, return_gate=True, **dims)
     o, final = gated_delta_rule(q, k, v, g, beta, output_final_state=True, cu_seqlens=cu_seqlens)
@@ -190,7 +190,7 @@ def mixer_inputs(length):
 
 @pytest.mark.parametrize("length, bounds", [(256, None), (256, [0, 100, 256]), (8192, None)])
 def test_in_a_cuda_graph(length, bounds):
-    """Forward and backward, captured and replayed on other data; 8192 tokens of two heads run in segments."""
+    """Capture forward and backward, and replay them on other data. 8192 tokens of two heads run in segments."""
     inputs, cu = mixer_inputs(length), None if bounds is None else torch.tensor(bounds, device="cuda")
 
     def run():

@@ -83,7 +83,7 @@ def test_loss_without_host_sync_and_into_a_buffer():
 
 
 def _given(x):
-    """A gradient for x [s, b, heads, d] that lies in memory as flash attention's backward leaves it: [b, s, heads, d]."""
+    """Return a gradient of x [s, b, heads, d] in the memory order of flash attention's backward pass, [b, s, heads, d]."""
     return torch.cos(3 * x.detach().float()).to(torch.bfloat16).transpose(0, 1).contiguous().transpose(0, 1)
 
 

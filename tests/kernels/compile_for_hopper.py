@@ -1,6 +1,6 @@
-"""Compile the launches of one delta rule, forward and backward, for sm_90 without a GPU. Prints one JSON line per kernel.
+"""Compile the Triton launches of one delta rule, forward and backward, for sm_90 without a GPU. Prints one JSON line per kernel.
 
-    python tests/kernels/compile_for_hopper.py {triton,hopper} KEY_DIM VALUE_DIM SEGMENTS [RANKS]
+    python tests/kernels/compile_for_hopper.py KEY_DIM VALUE_DIM SEGMENTS [RANKS]
 
 RANKS: 2 for sequences in slices on several ranks.
 
@@ -56,7 +56,7 @@ def assembler_says(ptx: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def main(backend: str, key_dim: int, value_dim: int, segments: int, ranks: int = 1) -> None:
+def main(key_dim: int, value_dim: int, segments: int, ranks: int = 1) -> None:
     driver.set_active(Hopper())
     run = JITFunction.run
 
@@ -79,23 +79,21 @@ def main(backend: str, key_dim: int, value_dim: int, segments: int, ranks: int =
 
     JITFunction.run = compile_only
     from hybrid_kernels.gated_delta_rule import passes
-    from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
     from hybrid_kernels.gated_delta_rule.backends.triton import op as triton_op
     from megatron_hybrid.distributed import context_parallel, state_passing
 
     triton_op.segments_of = lambda *_: segments
-    cuda_op.unsupported_reason = lambda *_: "only Triton's and Gluon's kernels are compiled here"
     context_parallel.all_gather = lambda x, group: torch.stack((x, x))
-    inputs, hopper = delta_rule_inputs(1, 256, 2, 2, key_dim, value_dim, dtype=torch.bfloat16), backend == "hopper"
+    inputs = delta_rule_inputs(1, 256, 2, 2, key_dim, value_dim, dtype=torch.bfloat16)
     if ranks > 1:
-        o, initial, kept = state_passing.forward_of_slice(inputs, 0.1, "scores", hopper, TwoRanks())
-        state_passing.backward_of_slice(inputs, initial, kept, o, 0.1, hopper, TwoRanks())
+        o, initial, kept = state_passing.forward_of_slice(inputs, 0.1, "scores", "triton", TwoRanks())
+        state_passing.backward_of_slice(inputs, initial, kept, o, 0.1, "triton", TwoRanks())
         return
-    call = passes.Call.of(inputs, None, 0.1, hopper)
+    call = passes.Call.of(inputs, None, 0.1, "triton")
     o, _, kept = passes.finish_forward(call, *passes.start_forward(call), None, False, "scores")
     complete, firsts = passes.start_backward(call, kept, None, o)
     passes.finish_backward(call, complete, firsts, o, None, False)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(*map(int, sys.argv[1:]))

@@ -1,8 +1,8 @@
-// A CUDA kernel as a function of the CPU: a block's threads are coroutines that take turns at barriers. For small kernels of
-// one block at a time; what kernels/.../hopper_mma.cuh has of PTX is here by the fragments' layouts.
+// A CUDA kernel as a function of the CPU. The threads of a block are coroutines that switch at barriers; one block runs at a time.
+// The instructions of backends/cuda/mma.cuh are functions here, by the layouts of their fragments.
 //
-// Include before the kernel; `run_block(x, y, threads, call)` runs one block of it. Asynchronous copies land when they are waited
-// for, not before: what is read too early is wrong.
+// Include before the kernel; `run_block(x, y, threads, call)` runs one block of it. Asynchronous copies complete when they are waited
+// for, not before, so that a missing wait gives wrong results.
 #pragma once
 #define HYBRID_KERNELS_MMA
 #include <ucontext.h>

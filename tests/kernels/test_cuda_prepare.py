@@ -12,7 +12,7 @@ from hybrid_kernels.gated_delta_rule.backends.triton.chunks import Chunks  # noq
 from hybrid_kernels.nvcc import find_nvcc  # noqa: E402
 from hybrid_kernels.testing import delta_rule_inputs, relative_error  # noqa: E402
 from tests.kernels.cuda_sources import assembler_says  # noqa: E402
-from tests.kernels.prepare_on_cpu import SOURCE, calls_on_cpu  # noqa: E402
+from tests.kernels.kernels_on_cpu import PREPARE, calls_on_cpu  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_its_results(on_cpu, shape, hard, monkeypatch):
 
 @pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 def test_many_blocks_fit_an_sm(tmp_path):
-    said = assembler_says(tmp_path, SOURCE)
+    said = assembler_says(tmp_path, PREPARE)
     assert int(re.search(r"Used (\d+) registers", said)[1]) <= 72  # of 65,536
     assert int(re.search(r"(\d+) bytes smem", said)[1]) <= 32 * 1024  # of 227 KiB
     assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= 64  # around the substitution's loops, not inside

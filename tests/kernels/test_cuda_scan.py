@@ -8,7 +8,6 @@ import torch
 pytest.importorskip("triton")
 from hybrid_kernels import gated_delta_rule, nvcc  # noqa: E402
 from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op  # noqa: E402
-from hybrid_kernels.gated_delta_rule.backends.gluon import op as gluon_op  # noqa: E402
 from hybrid_kernels.gated_delta_rule.backends.triton import op as triton_op  # noqa: E402
 from hybrid_kernels.gated_delta_rule.backends.triton.chunks import Chunks, Scores  # noqa: E402
 from hybrid_kernels.gated_delta_rule.kernels import Kernels, choose_kernels  # noqa: E402
@@ -20,7 +19,7 @@ needs_nvcc = pytest.mark.skipif(nvcc.find_nvcc() is None, reason="nvcc is not in
 
 def build():
     """Build the library in the cache folder, or find it there."""
-    return nvcc.build(nvcc.find_nvcc(), "gated_delta_rule", cuda_op.SOURCES, cuda_op.HEADERS)
+    return nvcc.build(nvcc.find_nvcc(), "gated_delta_rule_96", cuda_op.SOURCES, cuda_op.HEADERS, ["KEY_DIM=96"])
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +46,12 @@ def fresh(monkeypatch, tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.parametrize("key_dim", cuda_op.KEY_DIMS)
 @pytest.mark.parametrize(
-    "source, kernels", list(zip(cuda_op.SOURCES[1:], (3, 1), strict=True)), ids=lambda x: getattr(x, "stem", x)
+    "source, kernels", list(zip(cuda_op.SOURCES[1:], (4, 2), strict=True)), ids=lambda x: getattr(x, "stem", x)
 )
-def test_products_overlap_and_nothing_spills(source, kernels, tmp_path):
-    said = assembler_says(tmp_path, source)
+def test_gemms_overlap_and_nothing_spills(source, kernels, key_dim, tmp_path):
+    said = assembler_says(tmp_path, source, key_dim)
     assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == kernels
     assert "C75" not in said, said  # the assembler waits for every GEMM
 
@@ -69,12 +69,19 @@ def test_it_is_built_once(fresh, monkeypatch):
 @needs_nvcc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu runs it")
 @pytest.mark.parametrize(
-    "options", [dict(output=True, final=True), dict(states=True), dict(output=True, states=True)], ids=", ".join
+    "options",
+    [
+        dict(output=True, final=True),
+        dict(states=True),
+        dict(output=True, states=True),
+        dict(final=True, transition=True),
+    ],
+    ids=", ".join,
 )
 def test_without_a_gpu_cuda_s_error_is_raised(options, built, monkeypatch):
     """The library loads, accepts its arguments and reports CUDA's error."""
     q, k, v, _, _ = delta_rule_inputs(1, 100, 1, 2, 96, 192, dtype=torch.bfloat16)
-    assert cuda_op.unsupported_reason(q, v, None) is None
+    assert cuda_op._library(96)[1] is None
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
     chunks = Chunks.of(v, None)
     with pytest.raises(RuntimeError, match="CUDA driver|no CUDA-capable device"):
@@ -91,58 +98,40 @@ def test_the_reverse_scan_raises_it_too(built, monkeypatch):
         cuda_op.reverse_scan(q, k, v, Scores.empty(k, 2, chunks.count), None, None, 0.1, chunks, initial=True)
 
 
-def explained(monkeypatch, batch=1, heads=1, key_dim=96, processors=132, **options):
-    """Return the dispatch's explanation on a Hopper GPU."""
-    monkeypatch.setattr(gated_delta_rule, "_hopper_unsupported_reason", lambda q, v: None)
-    monkeypatch.setattr(cuda_op, "processors", lambda device: processors)
-    inputs = delta_rule_inputs(batch, 64, heads, heads, key_dim, 192, dtype=torch.bfloat16)
-    return str(gated_delta_rule.explain(*inputs, **options))
-
-
-@needs_nvcc
-@pytest.mark.parametrize("batch, heads", [(1, 1), (1, 30), (1, 44), (4, 30)])
-def test_the_dispatch_says_that_it_runs(built, monkeypatch, batch, heads):
-    assert explained(monkeypatch, batch, heads).endswith("by kernels in CUDA C++)")
-
-
-def test_the_dispatch_says_why_it_does_not(fresh, monkeypatch):
-    assert "not its kernels in CUDA C++: they take heads of 96 and 192, not 64 and 192" in explained(
-        monkeypatch, key_dim=64
-    )
-    assert "not its kernels in CUDA C++: they do not take documents" in explained(
-        monkeypatch, cu_seqlens=torch.tensor([0, 64])
-    )
-    with monkeypatch.context() as patch:
-        patch.setattr(cuda_op, "_library", lambda: (None, None))
-        assert "by kernels in CUDA C++ and Gluon's scans: 180 blocks are one round" in explained(patch, 2, 30)
-        patch.setattr(cuda_op, "segments_of", lambda *_: 4)
-        assert "by kernels in CUDA C++ and Gluon's scans: two passes over 4 segments" in explained(patch)
+def test_a_missing_compiler_is_named(fresh, monkeypatch):
     monkeypatch.setattr(nvcc, "find_nvcc", lambda: None)
-    assert "not its kernels in CUDA C++: nvcc was not found" in explained(monkeypatch)
+    assert "nvcc was not found" in cuda_op._library(96)[1]
 
 
 def test_a_compiler_that_fails_is_named(fresh, monkeypatch, tmp_path):
     compiler = tmp_path / "nvcc"
     compiler.write_text("#!/bin/sh\necho no such architecture >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
     monkeypatch.setattr(nvcc, "find_nvcc", lambda: str(compiler))
-    said = explained(monkeypatch)
-    assert "they could not be built" in said and said.rstrip(")").endswith("no such architecture")
+    reason = cuda_op._library(96)[1]
+    assert "could not be built" in reason and reason.endswith("no such architecture")
+
+
+def test_the_dispatch_explains_its_choice(monkeypatch):
+    inputs = delta_rule_inputs(1, 4096, 8, 8, 96, 192, dtype=torch.bfloat16)
+    assert "not cuda: tensors are not on a CUDA device" in str(gated_delta_rule.explain(*inputs))
+    monkeypatch.setattr(gated_delta_rule, "_cuda_unsupported_reason", lambda q, v: None)
+    monkeypatch.setattr(cuda_op, "processors", lambda device: 132)
+    choice = str(gated_delta_rule.explain(*inputs))
+    assert choice.startswith("gated_delta_rule: cuda (") and "segments for its few heads" in choice
 
 
 @pytest.mark.parametrize(
-    "hopper, unsupported, slower, kernels",
-    [
-        (True, None, None, Kernels(cuda_op, gluon_op, cuda_op, 1)),
-        (True, None, "why", Kernels(cuda_op, gluon_op, gluon_op, 3)),
-        (True, "why", None, Kernels(triton_op, gluon_op, gluon_op, 3)),
-        (False, None, None, Kernels(triton_op, triton_op, triton_op, 3)),
-    ],
+    "batch, heads, length, documents, segments",
+    [(1, 30, 8192, False, 1), (1, 15, 8192, False, 1), (1, 8, 8192, False, 5), (1, 8, 8192, True, 1)],
 )
-def test_which_kernels_run(monkeypatch, hopper, unsupported, slower, kernels):
-    monkeypatch.setattr(cuda_op, "unsupported_reason", lambda q, v, cu_seqlens: unsupported)
-    monkeypatch.setattr(cuda_op, "slower_scans_reason", lambda q, v: slower)
-    monkeypatch.setattr(triton_op, "segments_of", lambda *_: 3)
+def test_few_heads_are_cut_in_segments(batch, heads, length, documents, segments, monkeypatch):
+    monkeypatch.setattr(cuda_op, "processors", lambda device: 132)
+    v = torch.empty(1, 1, 1, 192).expand(batch, length, heads, -1)
+    assert cuda_op.segments_of(v, 96, torch.tensor([0, length]) if documents else None) == segments
+
+
+def test_each_backend_runs_its_own_scans():
     q, _, v, _, _ = delta_rule_inputs(1, 64, 1, 1, 96, 192)
-    assert choose_kernels(q, v, None, hopper) == kernels
+    assert choose_kernels("cuda", q, v, None) == Kernels(cuda_op, 1)
+    assert choose_kernels("triton", q, v, None) == Kernels(triton_op, 1)

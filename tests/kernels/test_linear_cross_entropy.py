@@ -13,7 +13,7 @@ OPTIONS = dict(true_vocab_size=45, z_loss_weight=0.1)
 
 
 def by_torch(hidden, weight, labels, mask):
-    """Loss, cross-entropy and z-loss as torch has them, on the true rows of the vocabulary."""
+    """Return loss, cross-entropy and z-loss by torch, on the true rows of the vocabulary."""
     logits = hidden @ weight[:45].t()
     cross_entropy = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100)
     means = [(x * mask.flatten()).mean() for x in (cross_entropy, logits.logsumexp(-1).flatten().square())]
@@ -62,7 +62,7 @@ def test_detached_results_and_no_grad():
 
 
 def shared(inputs, vocab_size):
-    """Results and gradients of one of the ranks that share the vocabulary; hidden's gradient is summed over them."""
+    """Return results and gradients of one of the ranks that share the vocabulary. Hidden's gradient is summed over them."""
     hidden, weight, labels, mask = inputs
     mine = weight.chunk(dist.get_world_size())[dist.get_rank()]
     options = dict(true_vocab_size=vocab_size, z_loss_weight=0.1, vocab_parallel=vocab_parallel(dist.group.WORLD))

@@ -45,7 +45,7 @@ def gradients(inputs, **options):
 
 
 def shared(inputs):
-    """One of two ranks: half of the heads of q and of k."""
+    """Run one of two ranks, with half of the heads of q and of k."""
     qkv, q_weight, k_weight, angles = inputs
     rank, ranks = dist.get_rank(), dist.get_world_size()
     q, k, v = qkv.split([24, 12, 12], dim=-1)

@@ -1,4 +1,4 @@
-"""The Triton kernels on the CPU, in a process of their own: Triton decides at its first import whether to interpret."""
+"""Triton kernels on the CPU, in a separate process, because Triton decides at its first import whether to interpret."""
 
 import os
 import subprocess

@@ -52,7 +52,7 @@ def _make_odd(odd: str | None, rank: int) -> None:
         versions = node_checks.versions()
         node_checks.versions = lambda: versions | {"torch": "2.10.0"}
     elif odd == "matmul" and rank % 2:
-        node_checks.wrong_products = lambda: 3
+        node_checks.wrong_gemm_entries = lambda: 3
     elif odd == "disk":
         usage = namedtuple("usage", "total used free")(GIB, GIB - 100, 100)
         shutil.disk_usage = lambda path: usage

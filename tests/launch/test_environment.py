@@ -72,9 +72,9 @@ def test_ranks_of_one_node_meet_there():
     ("env", "says"),
     [
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' is not a number"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, r"rank 2 .* of 2; start the ranks by one"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"rank 2 .* of 2; start the ranks with one"),
         (OPEN_MPI, "set MASTER_ADDR to the host of rank 0"),
-        ({k: v for k, v in OPEN_MPI.items() if "RANK" not in k}, "none of .* tells the rank"),
+        ({k: v for k, v in OPEN_MPI.items() if "RANK" not in k}, "none of .* gives the rank"),
         (
             SRUN | {"SLURM_STEP_NODELIST": "no-such-host.invalid"},
             "no-such-host.invalid, does not resolve; set MASTER_ADDR",

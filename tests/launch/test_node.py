@@ -121,7 +121,7 @@ def test_how_many_ranks(tmp_path):
     assert ranks_of_node(None, 1, {"CUDA_VISIBLE_DEVICES": "0,1"}) == 1
     with pytest.raises(LaunchError, match="no GPU is visible on .*CPU_RANKS=4"):
         ranks_of_node(None, None, {"CUDA_VISIBLE_DEVICES": ""})
-    with pytest.raises(LaunchError, match="1 GPUs are visible on .*, where there should be 8; take the node out"):
+    with pytest.raises(LaunchError, match="1 GPUs are visible on .*, and 8 are requested; exclude the node"):
         ranks_of_node(None, 8, {"CUDA_VISIBLE_DEVICES": "0"})
 
 

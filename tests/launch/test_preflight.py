@@ -11,7 +11,7 @@ import torch
 
 from megatron_hybrid.distributed.bandwidth import pairings
 from megatron_hybrid.launch import node_checks
-from megatron_hybrid.launch.preflight import RankReport, odd_ones, outliers, table, verdict
+from megatron_hybrid.launch.preflight import RankReport, outliers, outlying_nodes, table, verdict
 from tests.launch import preflight_jobs
 
 
@@ -29,8 +29,8 @@ def test_nodes_that_are_well(ranks, tmp_path):
 @pytest.mark.parametrize(
     ("odd", "says"),
     [
-        ("version", "n1: torch 2.10.0, where it is .* on n0"),
-        ("matmul", r"n1: local rank 1 \(CPU\) gets 3 entries of a matrix product wrong; take the node out"),
+        ("version", "n1: torch 2.10.0, but .* on n0"),
+        ("matmul", r"n1: local rank 1 \(CPU\) gets 3 entries of a GEMM wrong; exclude the node"),
         ("disk", "n1: run_dir .* has 100 B free, and a checkpoint takes 1 MiB; make room"),
         ("data", "n1: data: corpus.npy: cannot be read: Permission denied"),
         ("fault", "n1: GPU 3: 2 uncorrected ECC errors"),
@@ -55,7 +55,7 @@ def test_the_node_that_is_not_well_is_named_on_every_rank(ranks, tmp_path, odd, 
 def test_a_slow_node_is_named_and_stops_the_run_if_asked_to(ranks, tmp_path, slow_nodes):
     run = dict(run_dir=str(tmp_path / "run"), nodes=4, odd="slow", slow_nodes=slow_nodes)
     first = ranks.run(preflight_jobs.check, 4, **run)[0]
-    assert "preflight: n3 local rank 0: matrix products at 1e-09 TFLOP/s, 0% of the median" in first["printed"]
+    assert "preflight: n3 local rank 0: GEMMs at 1e-09 TFLOP/s, 0% of the median" in first["printed"]
     assert (first["raised"] is None) == (slow_nodes == "warn")
 
 
@@ -105,14 +105,14 @@ def test_a_node_that_lost_a_gpu():
     reports = [report(r, f"n{r // 2}") for r in range(6)] + [report(6, "n3", visible=1)]
     broken, _ = verdict(reports, 0.7)
     assert [line.split(";")[0] for line in broken] == [
-        "n3: 1 ranks, where 2 ranks on n0, n1, n2",
-        "n3: 1 GPUs visible, where 2 GPUs visible on n0, n1, n2",
+        "n3: 1 ranks, but 2 ranks on n0, n1, n2",
+        "n3: 1 GPUs visible, but 2 GPUs visible on n0, n1, n2",
     ]
 
 
-def test_odd_ones_and_outliers():
+def test_outlying_nodes_and_outliers():
     many = {f"n{i}": "a" for i in range(9)} | {"x": "b"}
-    assert odd_ones(many) == [("x", "b", "a", "n0, n1, n2 and 6 more")] and odd_ones({"n": "a"}) == []
+    assert outlying_nodes(many) == [("x", "b", "a", "n0, n1, n2 and 6 more")] and outlying_nodes({"n": "a"}) == []
     assert outliers({"a": 1.0, "b": 10.0, "c": 10.0}, 0.7) == {"a": 1.0} and outliers({"a": 1.0}, 0.7) == {}
 
 
@@ -127,7 +127,7 @@ def test_what_nvidia_smi_says():
 
 
 def test_products_are_exact_here():
-    assert node_checks.wrong_products() == 0 and node_checks.matmul_tflops() > 0
+    assert node_checks.wrong_gemm_entries() == 0 and node_checks.matmul_tflops() > 0
 
 
 def test_a_wrong_product_is_seen(monkeypatch):
@@ -141,7 +141,7 @@ def test_a_wrong_product_is_seen(monkeypatch):
         return c
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", faulty)
-    assert node_checks.wrong_products() == 1
+    assert node_checks.wrong_gemm_entries() == 1
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

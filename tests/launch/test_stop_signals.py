@@ -64,7 +64,7 @@ def test_before_the_first_step_the_process_ends_and_says_so(rank, signum, status
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status and time.monotonic() - sent < 20
     what = (
-        "while waiting for all 2 ranks to join at here:1: nothing was there to save, and nothing is lost; run the same"
+        "while waiting for all 2 ranks to join at here:1: there was nothing to save, and nothing is lost; run the same"
     )
     assert f"rank: asked to stop by {signum.name} {what}" in errors and "Traceback" not in errors
 
@@ -86,9 +86,7 @@ def test_a_second_ctrl_c_ends_at_once_and_says_what_is_lost(rank):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert (
-        "ended at once by a second Ctrl-C: what came after step 3 is lost, 2 steps; the same command resumes" in errors
-    )
+    assert "ended at once by a second Ctrl-C: 2 steps after step 3 are lost; the same command resumes" in errors
 
 
 def test_sigterm_and_sigusr1_may_be_repeated(rank):
@@ -132,4 +130,7 @@ def test_the_launcher_forwards_ctrl_c_and_the_second_ends_the_ranks(rank):
     assert second.poll() is None
     second.send_signal(signal.SIGINT)
     _, errors = second.communicate(timeout=60)  # returns when no rank holds the pipes any more
-    assert second.returncode == 130 and "launch: ended by a second Ctrl-C; what was not saved is lost" in errors
+    assert (
+        second.returncode == 130
+        and "launch: ended by a second Ctrl-C; steps since the last checkpoint are lost" in errors
+    )

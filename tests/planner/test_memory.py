@@ -118,7 +118,7 @@ class _Saved:
 def test_swiglu_keeps_what_the_table_says():
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
-    from megatron_hybrid.distributed.device import use_cpu_backend
+    from megatron_hybrid.distributed.cpu_backend import use_cpu_backend
 
     use_cpu_backend()
     tokens, ffn = 64, 48

@@ -36,14 +36,13 @@ def precision_with(recipe: str, **more):
 
 
 def test_the_checks_follow_the_table(toy):
-    from megatron_hybrid.config.checks import section_problems
 
     run = load_run(None, [*TINY, "precision.fp8_recipe=tensorwise", "model.ffn_hidden_size=416"])
     run = run.model_copy(update={"precision": precision_with("toy")})
-    wide = [message for field, message in section_problems(run) if field == "model.ffn_hidden_size"]
+    wide = [message for field, message in run.section_problems() if field == "model.ffn_hidden_size"]
     assert len(wide) == 1 and "416 is not a multiple of 64" in wide[0]
     overlap = run.parallel.model_copy(update={"tp_comm_overlap": True})
-    problems = section_problems(run.model_copy(update={"parallel": overlap}))
+    problems = run.model_copy(update={"parallel": overlap}).section_problems()
     assert any("cannot exchange toy FP8" in message for _, message in problems)
     with pytest.raises(ConfigError, match="num_layers_at_end_in_bf16: 1 has no meaning with fp8_recipe = toy"):
         precision_with("toy", num_layers_at_end_in_bf16=1)._check()

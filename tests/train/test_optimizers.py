@@ -9,7 +9,6 @@ import torch
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.base.resolve import resolve
 from megatron_hybrid.checkpoint.format import read_index
-from megatron_hybrid.config.checks import section_problems
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.train import OptimizerConfig
 from testing.models import SMALLEST
@@ -38,7 +37,7 @@ def test_an_optimizer_that_cannot_be_sharded_is_refused(monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "sgd", optimizer_jobs.SGD)
     run = load_run(None, TINY)
     sgd = run.train.model_copy(update={"optimizer": run.train.optimizer.model_copy(update={"name": "sgd"})})
-    (problem,) = section_problems(run.model_copy(update={"train": sgd}))
+    (problem,) = run.model_copy(update={"train": sgd}).section_problems()
     assert problem[0] == "train.optimizer.name" and "set that to false, or this to adamw" in problem[1]
 
 

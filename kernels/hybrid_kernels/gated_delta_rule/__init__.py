@@ -3,13 +3,15 @@
 Dimensions: b batch, s tokens, Hk key heads, H value heads, K key head dim, V value head dim, n documents. The state is [K, V].
 """
 
+from dataclasses import replace
+
 import torch
 
-from hybrid_kernels.dispatch import Choice, choose, has_module, triton_interpreted, triton_unsupported_reason
+from hybrid_kernels.dispatch import Choice, choose, has_module, triton_unsupported_reason
 from hybrid_kernels.gated_delta_rule.reference import gated_delta_rule_torch
 
 __all__ = ["explain", "gated_delta_rule"]
-FAST = ("hopper", "triton")
+FAST = ("cuda", "triton")
 """Backends that passes.py runs."""
 SAVE = ("inputs", "scores", "states")
 
@@ -55,7 +57,7 @@ def gated_delta_rule(
 
         return gated_delta_rule_fast(
             q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens, save=save, hopper=choice.backend == "hopper",
+            cu_seqlens=cu_seqlens, save=save, backend=choice.backend,
         )  # fmt: skip
     if choice.backend == "fla":
         from hybrid_kernels.gated_delta_rule.backends.fla import gated_delta_rule_fla as run
@@ -84,25 +86,16 @@ def explain(
         return choice
     from hybrid_kernels.gated_delta_rule.kernels import choose_kernels
 
-    reason, rejected, hopper = choice.reason, dict(choice.rejected), choice.backend == "hopper"
-    kernels = choose_kernels(q, v, cu_seqlens, hopper)
-    if hopper:
-        from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
-
-        if kernels.prepare is cuda_op:
-            reason += ", by kernels in CUDA C++"
-            reason += "" if kernels.scans is cuda_op else f" and Gluon's scans: {cuda_op.slower_scans_reason(q, v)}"
-        else:
-            rejected["its kernels in CUDA C++"] = str(cuda_op.unsupported_reason(q, v, cu_seqlens))
-    if kernels.segments > 1:
-        reason += f", each sequence in {kernels.segments} segments for its few heads"
-    return Choice(choice.op, choice.backend, reason, rejected)
+    segments = choose_kernels(choice.backend, q, v, cu_seqlens).segments
+    if segments == 1:
+        return choice
+    return replace(choice, reason=f"{choice.reason}, each sequence in {segments} segments for its few heads")
 
 
 def choose_backend(q: torch.Tensor, v: torch.Tensor, requested: str | None, sliced: bool = False) -> Choice:
     """Choose a backend. `sliced`: the tokens are one slice of longer sequences."""
     backends = {
-        "hopper": lambda: _hopper_unsupported_reason(q, v),
+        "cuda": lambda: _cuda_unsupported_reason(q, v),
         "triton": lambda: _triton_unsupported_reason(q, v),
         "fla": lambda: _fla_unsupported_reason(v, sliced),
         "torch": lambda: None,
@@ -119,12 +112,10 @@ def _triton_unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
     return reason
 
 
-def _hopper_unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    reason = _triton_unsupported_reason(q, v)
-    if reason is None and triton_interpreted():
-        reason = "Triton's interpreter does not run Gluon"
+def _cuda_unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    reason = _triton_unsupported_reason(q, v)  # some of its kernels are Triton's
     if reason is None:
-        from hybrid_kernels.gated_delta_rule.backends.gluon.op import unsupported_reason
+        from hybrid_kernels.gated_delta_rule.backends.cuda.op import unsupported_reason
 
         reason = unsupported_reason(q, v)
     return reason

@@ -13,10 +13,10 @@ from hybrid_kernels.gated_delta_rule.kernels import choose_kernels
 def _forward_like(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
     initial: torch.Tensor | None, cu_seqlens: torch.Tensor | None, scale: float, output_final: bool, save: str,
-    hopper: bool,
+    backend: str,
 ) -> OptionalTensors:  # fmt: skip
     batch, length, heads, dim_v = v.shape
-    dim_k, segments = k.shape[3], choose_kernels(q, v, cu_seqlens, hopper).segments
+    dim_k, segments = k.shape[3], choose_kernels(backend, q, v, cu_seqlens).segments
     n = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     count = batch * -(-length // 64) if cu_seqlens is None else length // 64 + min(n, length)
     chunks = Chunks(batch * segments, length, count, v, v, v, segments)
@@ -33,10 +33,10 @@ def _forward_like(
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
     initial: torch.Tensor | None, cu_seqlens: torch.Tensor | None, scale: float, output_final: bool, save: str,
-    hopper: bool,
+    backend: str,
 ) -> OptionalTensors:  # fmt: skip
     """Return o, the final state if requested, and the tensors of `Kept`."""
-    call = passes.Call.of((q, k, v, g, beta), cu_seqlens, scale, hopper)
+    call = passes.Call.of((q, k, v, g, beta), cu_seqlens, scale, backend)
     o, final, kept = passes.finish_forward(call, *passes.start_forward(call), initial, output_final, save)
     return [o, final, *kept.tensors()]
 
@@ -44,7 +44,7 @@ def _forward(
 def _backward_like(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
     initial: torch.Tensor | None, cu_seqlens: torch.Tensor | None, kept: list[torch.Tensor | None], do: torch.Tensor,
-    dfinal: torch.Tensor | None, scale: float, hopper: bool,
+    dfinal: torch.Tensor | None, scale: float, backend: str,
 ) -> OptionalTensors:  # fmt: skip
     dinitial = None if initial is None else torch.empty_like(initial, dtype=torch.float32)
     return [*(torch.empty_like(x) for x in (q, k, v, g, beta)), dinitial]
@@ -54,10 +54,10 @@ def _backward_like(
 def _backward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
     initial: torch.Tensor | None, cu_seqlens: torch.Tensor | None, kept: list[torch.Tensor | None], do: torch.Tensor,
-    dfinal: torch.Tensor | None, scale: float, hopper: bool,
+    dfinal: torch.Tensor | None, scale: float, backend: str,
 ) -> OptionalTensors:  # fmt: skip
     """Return dq, dk, dv, dg, dbeta and, with an initial state, its gradient."""
-    call = passes.Call.of((q, k, v, g, beta), cu_seqlens, scale, hopper)
+    call = passes.Call.of((q, k, v, g, beta), cu_seqlens, scale, backend)
     complete, firsts = passes.start_backward(call, passes.Kept.of(kept), initial, do)
     return passes.finish_backward(call, complete, firsts, do, dfinal, initial is not None)
 
@@ -67,13 +67,13 @@ class _GatedDeltaRule(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
         initial: torch.Tensor | None, cu_seqlens: torch.Tensor | None, scale: float, output_final: bool, save: str,
-        hopper: bool,
+        backend: str,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
         inputs = [x.contiguous() for x in (q, k, v, g, beta)]
         initial = initial if initial is None else initial.contiguous()
-        o, final, *kept = _forward(*inputs, initial, cu_seqlens, scale, output_final, save, hopper)
+        o, final, *kept = _forward(*inputs, initial, cu_seqlens, scale, output_final, save, backend)
         ctx.save_for_backward(*inputs, initial, cu_seqlens, *kept)
-        ctx.scale, ctx.hopper = scale, hopper
+        ctx.scale, ctx.backend = scale, backend
         if not torch.compiler.is_compiling():  # which does not support it
             ctx.set_materialize_grads(False)
         return o, final
@@ -84,7 +84,9 @@ class _GatedDeltaRule(torch.autograd.Function):
         q, k, v, g, beta, initial, cu_seqlens, *kept = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dfinal = dfinal if dfinal is None else dfinal.contiguous()
-        *of_inputs, dinitial = _backward(q, k, v, g, beta, initial, cu_seqlens, kept, do, dfinal, ctx.scale, ctx.hopper)
+        *of_inputs, dinitial = _backward(
+            q, k, v, g, beta, initial, cu_seqlens, kept, do, dfinal, ctx.scale, ctx.backend
+        )
         if dinitial is not None:
             dinitial = dinitial.to(initial.dtype)
         return *of_inputs, dinitial, None, None, None, None, None
@@ -93,12 +95,12 @@ class _GatedDeltaRule(torch.autograd.Function):
 def gated_delta_rule_fast(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, *,
     scale: float | None = None, initial_state: torch.Tensor | None = None, output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None, save: str = "scores", hopper: bool = False,
+    cu_seqlens: torch.Tensor | None = None, save: str = "scores", backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """See `hybrid_kernels.gated_delta_rule.gated_delta_rule`. `hopper`: use the kernels for Hopper."""
+    """See `hybrid_kernels.gated_delta_rule.gated_delta_rule`. `backend`: "cuda" or "triton"."""
     scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
     save = save if torch.is_grad_enabled() else "inputs"
     results: tuple[torch.Tensor, torch.Tensor | None] = _GatedDeltaRule.apply(
-        q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, save, hopper
+        q, k, v, g, beta, initial_state, cu_seqlens, scale, output_final_state, save, backend
     )
     return results

@@ -39,10 +39,10 @@ class Call:
 
     @classmethod
     def of(
-        cls, inputs: tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor | None, scale: float, hopper: bool
+        cls, inputs: tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor | None, scale: float, backend: str
     ) -> "Call":
         q, k, v, g, beta = inputs
-        kernels = choose_kernels(q, v, cu_seqlens, hopper)
+        kernels = choose_kernels(backend, q, v, cu_seqlens)
         return cls(q, k, v, g, beta, cu_seqlens, scale, kernels, Chunks.of(v, cu_seqlens, kernels.segments))
 
     @property
@@ -56,14 +56,12 @@ class Call:
 
     def prepare(self) -> Scores:
         varlen = self.cu_seqlens is not None
-        scores: Scores = self.kernels.prepare.prepare(
-            self.q, self.k, self.g, self.beta, self.scale, self.chunks, varlen
-        )
+        scores: Scores = self.kernels.scans.prepare(self.q, self.k, self.g, self.beta, self.scale, self.chunks, varlen)
         return scores
 
     def first_scan(self, scores: Scores) -> torch.Tensor:
         """Return each segment's final state from zero, and its transition behind it: [segments, heads, K, V + K or more]."""
-        ends: torch.Tensor = self.kernels.first_scans.forward_scan(
+        ends: torch.Tensor = self.kernels.scans.forward_scan(
             self.q, self.k, self.v, scores, None, None, self.scale, self.chunks, final=True, transition=True
         )[1]
         return ends
@@ -86,7 +84,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Kept:
-    """What the forward pass leaves to the backward pass. Each part may be missing; the backward pass then recomputes it."""
+    """Tensors that the forward pass leaves to the backward pass. Each part may be missing; the backward pass then recomputes it."""
 
     scores: Scores | None = None
     states: torch.Tensor | None = None
@@ -160,7 +158,7 @@ def start_backward(
         )[2]
     firsts = None
     if cut:
-        firsts = call.kernels.first_scans.reverse_scan(
+        firsts = call.kernels.scans.reverse_scan(
             call.q, call.k, do, scores, None, None, call.scale, call.chunks, output=False, initial=True
         )[2]
     return replace(kept, scores=scores, states=states, new_values=new_values, ends=ends), firsts

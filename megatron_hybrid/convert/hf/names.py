@@ -80,7 +80,7 @@ class TensorNames:
         return (shape[0], 1, *shape[1:]) if self.joined(ours) else shape
 
     def joined(self, ours: str) -> Joined | None:
-        """Return where a convolution lies if it is joined with others, or None for other tensors."""
+        """Return the place of a convolution if it is joined with others, or None for other tensors."""
         if ours in OUTSIDE_LAYERS:
             return None
         index, rest = self._split(ours)

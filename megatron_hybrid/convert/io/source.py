@@ -139,7 +139,7 @@ class TensorSource:
         slices = sorted((part.slice for part in self.slices), key=lambda part: part.offset)
         for index, part in enumerate(slices):
             if part.end[0] > self.rows or part.end[1] > self.columns:
-                raise ConversionError(f"{self.name}: a part of it lies outside its shape {self.shape}")
+                raise ConversionError(f"{self.name}: a part of it is outside its shape {self.shape}")
             for other in slices[index + 1 :]:
                 if other.offset[0] >= part.end[0]:
                     break

@@ -1,4 +1,4 @@
-"""Collected only where Triton interprets: see tests/kernels/test_triton_interpreted.py."""
+"""Collect these tests only under Triton's interpreter: see tests/kernels/test_triton_interpreted.py."""
 
 import os
 

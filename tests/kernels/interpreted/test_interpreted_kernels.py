@@ -19,7 +19,7 @@ def gradients(fn, inputs):
 
 
 def agree(fn, inputs, tolerance):
-    """fn(backend) -> function of inputs; every result and gradient of "triton" against "torch" in fp64."""
+    """Compare every result and gradient of fn("triton") with those of fn("torch") in fp64."""
     exact = gradients(fn("torch"), [x.double() for x in inputs])
     for ours, oracle in zip(gradients(fn("triton"), inputs), exact):
         assert torch.isfinite(ours).all()
@@ -28,7 +28,7 @@ def agree(fn, inputs, tolerance):
 
 @pytest.fixture
 def small_segments(monkeypatch):
-    """conv_gates with programs that walk few tokens: the interpreter is slow."""
+    """Make programs of conv_gates iterate over few tokens, because the interpreter is slow."""
     from hybrid_kernels.conv_gates.backends.triton import op
 
     for name, size in (("SEGMENTS", 16), ("FORWARD_SEGMENT", 4), ("BACKWARD_SEGMENT", 4)):
@@ -92,7 +92,7 @@ def test_segments_that_pay():
 
 @pytest.mark.parametrize("hard", [dict(gate=0.0), dict(gate=-1e-3)])
 def test_keys_all_alike_do_not_diverge(hard):
-    """A in bf16 would: its rounding errors add up where the entries themselves cancel."""
+    """With A in bf16 they would: its rounding errors add up while the entries themselves cancel."""
     inputs = delta_rule_inputs(1, 1024, 1, 1, 32, 64, beta=1.99, cosine=1.0, dtype=torch.bfloat16, **hard)
     o, _ = gated_delta_rule(*inputs, backend="triton")
     exact, _ = gated_delta_rule(*(x.double() for x in inputs), backend="torch")
@@ -101,7 +101,7 @@ def test_keys_all_alike_do_not_diverge(hard):
 
 @pytest.mark.parametrize("documents, segments", [(False, 1), (True, 1), (False, 2)])
 def test_compiled_without_a_break(documents, segments, small_segments, monkeypatch):
-    """Every op is opaque to torch.compile, and so is its backward."""
+    """Every op, and its backward pass, is one operator for torch.compile."""
     from hybrid_kernels.gated_delta_rule.backends.triton import op
 
     monkeypatch.setattr(op, "segments_of", lambda *_: segments)
@@ -158,7 +158,7 @@ def test_gated_rmsnorm():
 
 @pytest.mark.parametrize("with_gate", [True, False])
 def test_conv_gates_writes_all_of_its_gradient(with_gate, small_segments, monkeypatch):
-    """Also where it is zero: what pads the rows, and the gate's part if nothing comes back through the gate."""
+    """It also writes zeros: in the padding, and in the gate's columns if the gate has no gradient."""
     from hybrid_kernels.conv_gates.backends.triton import op
 
     dims = [2, 4, 32, 64]

@@ -9,7 +9,7 @@ from hybrid_kernels.testing import qkv_inputs, relative_error
 
 
 def gradients(inputs, *, layout=None, **options):
-    """Results and gradients; `layout`: the order of memory in which q, k and v receive theirs."""
+    """Return results and gradients. `layout`: memory order of the gradients of q, k and v."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
     results = qk_norm_rope(*leaves, inputs[3], eps=1e-6, **options)
     given = [x.detach().double().cos().to(x.dtype) for x in results]  # the same on every rank's heads
@@ -55,7 +55,7 @@ def test_in_bf16_twice():
 
 
 def shared(inputs, heads, groups, head_dim):
-    """One of two ranks: half of the heads of q and of k."""
+    """Run one of two ranks, with half of the heads of q and of k."""
     qkv, q_weight, k_weight, angles = inputs
     rank, ranks = dist.get_rank(), dist.get_world_size()
     q_width, k_width = heads * head_dim, groups * head_dim

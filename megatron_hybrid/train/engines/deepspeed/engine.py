@@ -83,7 +83,7 @@ class DeepSpeedEngine:
         if self.groups.tp.size() > 1:
             for parameter in chunk.parameters():
                 if getattr(parameter, "sequence_parallel", False):
-                    parameter.register_hook(over_tensor_parallel_ranks)  # type: ignore[no-untyped-call]
+                    parameter.register_hook(over_tensor_parallel_ranks)
 
     def forward_backward(self, batches: list[Batch]) -> BatchLosses:
         """Run forward and backward over this rank's micro-batches and return the mean losses of the global batch.

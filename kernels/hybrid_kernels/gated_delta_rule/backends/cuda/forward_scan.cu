@@ -1,5 +1,5 @@
-// The forward scan of gluon_scan for key heads of 96, in CUDA C++ with roles: the same mathematics, bit for bit. It writes
-// the outputs, or every chunk's incoming state and its new values, or all of them.
+// Forward scan (backends/triton/scan.py has the formulas), with one role per warp. It writes the outputs, or every chunk's incoming
+// state and its new values, or both, or only the final states and transitions.
 #include "launch.cuh"
 
 namespace {
@@ -9,17 +9,19 @@ using SharedOf = Shared<OUTPUT, STATES, STATES>;
 
 template <bool OUTPUT, bool STATES>
 __device__ __forceinline__ void scan(SharedOf<OUTPUT, STATES> &shared, const Scanner &me) {
-    constexpr int STAGES = shared.STAGES, BESIDE = OUTPUT ? 1 : 0;  // products in flight beside the one that is waited for
+    constexpr int STAGES = SharedOf<OUTPUT, STATES>::STAGES;
+    constexpr int BESIDE = OUTPUT ? 1 : 0;  // GEMMs in flight besides the one that is waited for
     const Span &span = me.span;
     float S[K / 2], out[32];
-    float y[32], power[2];  // what is to be written, its rows still to be multiplied by `power`
+    float y[32], power[2];  // the change of the state, with rows still to be multiplied by `power`
     float2 rest[8];         // exp(G_end - G)
     me.begin(S);
 #pragma unroll
     for (int i = 0; i < 32; ++i) out[i] = 0.0f;
 
-    // What is ready before chunk c's change is: its incoming state, and the outputs and new values of the chunk before.
+    // Store what is ready before chunk c's change: its incoming state, and the outputs and new values of the chunk before.
     auto leave = [&](unsigned c, bool first) INLINE {
+        if constexpr (!OUTPUT && !STATES) return;
         me.hand_over();
         if constexpr (STATES) me.put_state(shared.states[c % 2], c);
         if (STATES && !first) me.put_change(shared.changes[(c - 1) % 2], c - 1);
@@ -30,7 +32,7 @@ __device__ __forceinline__ void scan(SharedOf<OUTPUT, STATES> &shared, const Sca
 #pragma unroll
         for (int i = 0; i < K / 2; ++i) S[i] = ptx::times(S[i], end);
     };
-    // A chunk in two halves, so that nothing is in flight where the loop closes: ptxas would wait for it there.
+    // A chunk in two halves, so that no GEMM is in flight where the loop closes: ptxas would wait for it there.
     auto predict = [&](unsigned c, bool first) INLINE {
         auto &in = shared.stage[c % STAGES];
         const auto &factors = shared.factors[c % STAGES];
@@ -45,7 +47,7 @@ __device__ __forceinline__ void scan(SharedOf<OUTPUT, STATES> &shared, const Sca
         if constexpr (OUTPUT) {
             const uint64_t q = ptx::descriptor(in.q, 16, 512, ptx::SWIZZLE_64);
             if (!first) {
-                ptx::landed<1>(out);  // the last chunk's, whose product with P has run beside the state's
+                ptx::landed<1>(out);  // of the last chunk: its GEMM with P overlapped with the state's
                 pack(out, packed);
             }
             start<K / 16>([&](int i) { ptx::product(out, left + 4 * i, q + col_step(i), i > 0); });
@@ -70,7 +72,7 @@ __device__ __forceinline__ void scan(SharedOf<OUTPUT, STATES> &shared, const Sca
         start<4>([&](int i) { ptx::product_half(y, change + 4 * i, A + 2 * i, i > 0); });
         if constexpr (STATES) {
             fade(c);
-            leave(c, first);  // with the state's stores it is too much for the shadow of the first product
+            leave(c, first);  // together with the state's stores it would not overlap with the first GEMM
         }
         if constexpr (OUTPUT) {
             ptx::landed<1>(out);
@@ -115,7 +117,7 @@ __device__ __forceinline__ void scan(SharedOf<OUTPUT, STATES> &shared, const Sca
             pack(out, packed);
             me.store_transposed(shared.out[last % 2], packed);
         }
-        me.hand_over();
+        if constexpr (OUTPUT || STATES) me.hand_over();
         if constexpr (STATES) me.put_change(shared.changes[last % 2], last);
         if constexpr (OUTPUT) me.put_out(shared.out[last % 2], last);
         if (me.thread == 0) ptx::puts_done();
@@ -133,8 +135,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 }  // namespace
 
-// q, k [rows, key heads, K], v [rows, heads, V] bf16; A fp16, P bf16 [tiles, 64, 64]. Outputs to args->out, states [tiles, V, K]
-// and new values [tiles, V, 64], where they are not null: either, or both. Returns null, or what went wrong.
+#ifdef __CUDACC__
+// q, k [rows, key heads, K], v [rows, heads, V] bf16; A fp16, P bf16 [tiles, 64, 64]. Writes outputs to args->out, states
+// [tiles, V, K] and new values [tiles, V, 64], each unless it is null. Returns null, or the error.
 extern "C" const char *forward_scan(const void *q, const void *k, const void *v, const void *A, const void *P, void *states,
                                     void *new_values, const Arguments *args, long rows, long tiles, int sequences,
                                     void *stream) {
@@ -145,6 +148,7 @@ extern "C" const char *forward_scan(const void *q, const void *k, const void *v,
     };
     const std::true_type yes;
     const std::false_type no;
-    const cudaError_t error = !states ? run(yes, no) : args->out ? run(yes, yes) : run(no, yes);
+    const cudaError_t error = args->out ? (states ? run(yes, yes) : run(yes, no)) : (states ? run(no, yes) : run(no, no));
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+#endif

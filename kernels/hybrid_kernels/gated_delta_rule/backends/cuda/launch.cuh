@@ -1,6 +1,8 @@
-// From tensors to a launch of a scan: the maps that the bulk copies go by.
+// Launch of a scan, with the tensor maps of its bulk copies.
 #pragma once
 #include "scan.cuh"
+
+#ifdef __CUDACC__
 
 namespace {
 
@@ -16,7 +18,7 @@ bool make_map(Encode encode, CUtensorMap *map, const void *x, CUtensorMapDataTyp
                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Tensors as `Maps` has them, null where the kernel has no use for one. rows: of tokens; tiles: chunks * heads.
+// Tensors of `Maps`; those that the kernel does not use are null. rows: of tokens; tiles: chunks * heads.
 struct Tensors {
     const void *q, *k, *v, *A, *P, *out, *states, *changes;
 };
@@ -29,7 +31,7 @@ cudaError_t launch(void (*kernel)(Maps, Arguments), const Tensors &of, const Arg
     cudaError_t error = cudaSuccess;
     if (!encode)
         error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
-    if (error == cudaSuccess)  // once a device, but it costs next to nothing
+    if (error == cudaSuccess)  // needed once per device; it costs next to nothing
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
     if (error != cudaSuccess) return error;
     Maps maps{};
@@ -44,8 +46,9 @@ cudaError_t launch(void (*kernel)(Maps, Arguments), const Tensors &of, const Arg
         !map(&maps.states, of.states, BF16, tiles * args.values, K, true) ||
         !map(&maps.changes, of.changes, BF16, tiles * args.values, 64, false))
         return cudaErrorInvalidValue;
-    kernel<<<dim3(args.values / 64, sequences * args.heads), THREADS, sizeof(Shared), (cudaStream_t)stream>>>(maps, args);
+    kernel<<<dim3(args.width / 64, sequences * args.heads), THREADS, sizeof(Shared), (cudaStream_t)stream>>>(maps, args);
     return cudaGetLastError();
 }
 
 }  // namespace
+#endif

@@ -1,6 +1,6 @@
-"""Launches of the kernels in CUDA C++: the functions of the same names in backends/triton/op.py, for key heads of 96.
+"""Launches of the kernels in CUDA C++ for Hopper: the functions of the same names in backends/triton/op.py, faster.
 
-nvcc builds the sources at the first use (nvcc.py). ctypes calls them.
+nvcc builds the sources for each key head dimension at its first use (nvcc.py). ctypes calls them.
 """
 
 import ctypes
@@ -10,62 +10,70 @@ from pathlib import Path
 import torch
 
 from hybrid_kernels import nvcc
-from hybrid_kernels.gated_delta_rule.backends.gluon.op import aligned
-from hybrid_kernels.gated_delta_rule.backends.triton.chunks import Chunks, Scores, ends_like
-from hybrid_kernels.gated_delta_rule.backends.triton.join import processors
-from hybrid_kernels.gated_delta_rule.backends.triton.op import States, segments_of
+from hybrid_kernels.gated_delta_rule.backends.triton.chunks import CHUNK, Chunks, Scores, ends_like
+from hybrid_kernels.gated_delta_rule.backends.triton.join import processors, segments_that_pay
+from hybrid_kernels.gated_delta_rule.backends.triton.op import States
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / f"{name}.cu" for name in ("prepare", "forward_scan", "reverse_scan")]
 HEADERS = sorted(FOLDER.glob("*.cuh"))
+KEY_DIMS = (64, 96, 128)
 PROCESSORS_PER_BLOCK = 3.5
-"""SMs per block from which on sequences are cut: one pass of these scans beats two of Gluon's over segments at 15 heads, not at 8."""
-POINTERS = ("G", "begin", "end", "out", "cu", "first_chunk")
-COUNTS = ("length", "chunks", "segments", "heads", "key_heads", "values")
+"""SMs per block from which on sequences are cut: one pass is faster than two over segments at 15 heads, not at 8."""
 
 
 class Arguments(ctypes.Structure):
     """`Arguments` of scan.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in POINTERS), ("scale", ctypes.c_float), *((name, ctypes.c_int) for name in COUNTS),
-    ]  # fmt: skip
+        *((name, ctypes.c_void_p) for name in ("G", "begin", "end", "out", "cu", "first_chunk")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("length", "chunks", "segments", "heads", "key_heads", "values", "width")),
+    ]
 
 
 class Sizes(ctypes.Structure):
     """`Sizes` of prepare.cu."""
 
     _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("cu", "first_chunk", "document")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("length", "chunks", "heads", "key_heads")),
     ]
 
 
-def unsupported_reason(q: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None) -> str | None:
-    """Return why these kernels cannot run a call of the Hopper backend, or None. The first call builds them, in seconds."""
-    if (q.shape[-1], v.shape[-1]) != (96, 192):
-        return f"they take heads of 96 and 192, not {q.shape[-1]} and {v.shape[-1]}"
-    if cu_seqlens is not None:
-        return "they do not take documents"
-    return _library()[1]
+def unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Return why this backend cannot run a call that "triton" can run, or None. The first call builds the kernels, in seconds."""
+    if not v.is_cuda or torch.cuda.get_device_capability(v.device) != (9, 0):
+        return "it needs a Hopper GPU (compute capability 9.0)"
+    if v.dtype != torch.bfloat16:
+        return f"it takes bf16, not {v.dtype}"
+    if q.shape[-1] not in KEY_DIMS:
+        return f"key_head_dim {q.shape[-1]} is none of {', '.join(map(str, KEY_DIMS))}"
+    if v.shape[0] * v.shape[1] * v.shape[2] >= 2**31:
+        return "batch * tokens * heads must fit in 31 bits"
+    reason: str | None = _unbuilt_reason(q.shape[-1])
+    return reason
 
 
-def slower_scans_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Return why Gluon's scans are faster than these for a call, as measured, or None."""
-    blocks, room = v.shape[0] * v.shape[2] * (v.shape[3] // 64), processors(v.device)
-    if room >= PROCESSORS_PER_BLOCK * blocks:
-        segments = segments_of(v, q.shape[-1], None)
-        if segments > 1:
-            return f"two passes over {segments} segments of each sequence take less time than one over all of it"
-    if room < blocks <= 2 * room:
-        return f"{blocks} blocks are one round on {room} SMs, and two of CUDA's"
-    return None
+def segments_of(v: torch.Tensor, dim_k: int, cu_seqlens: torch.Tensor | None) -> int:
+    """Return the number of segments per sequence of v [b, s, H, V]. Documents are not cut."""
+    batch, length, heads, dim = v.shape
+    blocks, room = batch * heads * (dim // 64), processors(v.device)
+    if cu_seqlens is not None or room < PROCESSORS_PER_BLOCK * blocks:
+        return 1
+    return segments_that_pay(blocks, -(-length // CHUNK), room)
+
+
+def aligned(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Copy the tensors that do not start on a 16-byte boundary, as bulk copies require."""
+    return tuple(x if x.data_ptr() % 16 == 0 else x.clone() for x in tensors)
 
 
 @cache
-def _library() -> tuple[ctypes.CDLL | None, str | None]:
+def _library(key_dim: int) -> tuple[ctypes.CDLL | None, str | None]:
     """Return the library, or why there is none. Cached, so that a failed build is not repeated at every call."""
-    library, reason = nvcc.load("gated_delta_rule", SOURCES, HEADERS)
+    library, reason = nvcc.load(f"gated_delta_rule_{key_dim}", SOURCES, HEADERS, [f"KEY_DIM={key_dim}"])
     if library is None:
         return None, reason
     pointer, long = ctypes.c_void_p, ctypes.c_long
@@ -77,43 +85,50 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that torch.compile can trace a dispatch
+def _unbuilt_reason(key_dim: int) -> str | None:
+    return _library(key_dim)[1]
+
+
 def prepare(
     q: torch.Tensor, k: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, scale: float, chunks: Chunks, varlen: bool
 ) -> Scores:
-    """Run `prepare` of backends/triton/op.py, without documents."""
-    assert not varlen, "documents are left to Triton"
+    """Run `prepare` of backends/triton/op.py."""
     q, k = aligned(q, k)
     heads, key_heads = g.shape[2], k.shape[2]
     out = Scores.empty(k, heads, chunks.count)
     tensors = (q, k, g.float(), beta.float(), out.A, out.P, out.G)
-    _call("prepare", k, tensors, Sizes(scale, chunks.length, chunks.per_row, heads, key_heads), chunks.count)
+    tables = (chunks.cu, chunks.first, chunks.document) if varlen else (None,) * 3
+    sizes = Sizes(*map(_pointer, tables), scale, chunks.length, chunks.per_row, heads, key_heads)
+    _call("prepare", k, tensors, sizes, chunks.count)
     return out
 
 
 def forward_scan(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, initial: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None, scale: float, chunks: Chunks, *, output: bool = False, final: bool = False,
-    states: bool = False,
+    states: bool = False, transition: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, States]:  # fmt: skip
-    """Run `forward_scan` of backends/triton/op.py, without transitions."""
-    assert output or states, "Gluon's forward scan is for final states alone"
+    """Run `forward_scan` of backends/triton/op.py. A transition is for final states alone."""
+    assert not (transition and (output or states or initial is not None)), "blocks of a transition have no outputs"
     q, k, v = aligned(q, k, v)
     dim_k = k.shape[3]
     o = torch.empty_like(v) if output else None
-    end = ends_like(v, dim_k, chunks, False) if final else None
+    end = ends_like(v, dim_k, chunks, transition) if final else None
     kept = chunks.states_like(v, dim_k) if states else (None, None)
-    _launch("forward_scan", (q, k, v, scores.A, scores.P, *kept), scores, (initial, end, o), cu_seqlens, scale, chunks)
+    tensors = (q, k, v, scores.A, scores.P, *kept)
+    _launch("forward_scan", tensors, scores, (initial, end, o), cu_seqlens, scale, chunks)
     return o, end, kept
 
 
 def reverse_scan(
     q: torch.Tensor, k: torch.Tensor, do: torch.Tensor, scores: Scores, dfinal: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None, scale: float, chunks: Chunks, *, initial: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """Run `reverse_scan` of backends/triton/op.py, with its outputs."""
+    cu_seqlens: torch.Tensor | None, scale: float, chunks: Chunks, *, output: bool = True, initial: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Run `reverse_scan` of backends/triton/op.py."""
     q, k, do = aligned(q, k, do)
     dim_k = k.shape[3]
-    dv, dstates = torch.empty_like(do), chunks.states_like(do, dim_k)[0]
+    dv, dstates = (torch.empty_like(do), chunks.states_like(do, dim_k)[0]) if output else (None, None)
     dinitial = ends_like(do, dim_k, chunks, False) if initial else None
     tensors = (q, k, do, scores.A, scores.P, dstates)
     _launch("reverse_scan", tensors, scores, (dfinal, dinitial, dv), cu_seqlens, scale, chunks)
@@ -132,18 +147,19 @@ def _launch(
     documents = (None, None) if cu_seqlens is None else (chunks.cu, chunks.first)
     args = Arguments(
         *map(_pointer, (scores.G, begin, end, out, *documents)), scale, chunks.length, chunks.per_row, chunks.segments,
-        v.shape[2], k.shape[2], v.shape[3],
+        v.shape[2], k.shape[2], v.shape[3], v.shape[3] if end is None else end.shape[3],
     )  # fmt: skip
-    _call(name, v, tensors, args, v.shape[0] * v.shape[1], chunks.count * v.shape[2], chunks.sequences)
+    _call(name, k, tensors, args, v.shape[0] * v.shape[1], chunks.count * v.shape[2], chunks.sequences)
 
 
 def _call(
-    name: str, like: torch.Tensor, tensors: tuple[torch.Tensor | None, ...], args: ctypes.Structure, *counts: int
+    name: str, k: torch.Tensor, tensors: tuple[torch.Tensor | None, ...], args: ctypes.Structure, *counts: int
 ) -> None:
-    """Call a function of the library on the device of `like`, in its current stream."""
-    with torch.cuda.device_of(like):
+    """Call a function of k's library on k's device, in its current stream."""
+    with torch.cuda.device_of(k):
         stream = torch.cuda.current_stream().cuda_stream
-        error = getattr(_library()[0], name)(*map(_pointer, tensors), ctypes.byref(args), *counts, stream)
+        function = getattr(_library(k.shape[3])[0], name)
+        error = function(*map(_pointer, tensors), ctypes.byref(args), *counts, stream)
     if error:
         raise RuntimeError(f"the {name.replace('_', ' ')} of gated_delta_rule: {error.decode()}")
 

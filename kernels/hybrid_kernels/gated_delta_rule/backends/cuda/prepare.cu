@@ -6,13 +6,14 @@
 #include "mma.cuh"
 
 struct Sizes {
+    const int *cu, *first_chunk, *document;  // bounds of documents, their first chunks, and each chunk's document; or null
     float scale;
-    int length, chunks, heads, key_heads;  // length, chunks: of a batch row
+    int length, chunks, heads, key_heads;  // length, chunks: per batch row
 };
 
 namespace {
 
-constexpr int K = 96, CHUNK = 64, THREADS = 128;
+constexpr int K = KEY_DIM, CHUNK = 64, THREADS = 128;
 constexpr int KEY_ROW = K + 8, N_ROW = CHUNK + 8;  // elements, so that a warp meets no bank twice
 constexpr float LOG2E = 1.4426950408889634f;
 
@@ -156,14 +157,29 @@ __device__ __forceinline__ void invert(Shared &shared, int warp, uint16_t *A) {
     }
 }
 
+struct Span {
+    int start, valid;  // first token of a chunk, and its number of tokens
+};
+
+__device__ __forceinline__ Span span_of(const Sizes &sizes, int chunk) {
+    if (sizes.cu) {  // `cu` ends with a repeated bound, so that chunks past the last document are empty
+        const int document = sizes.document[chunk];
+        const int start = sizes.cu[document] + (chunk - sizes.first_chunk[document]) * CHUNK;
+        return {start, min(CHUNK, sizes.cu[document + 1] - start)};
+    }
+    const int token = chunk % sizes.chunks * CHUNK;
+    return {chunk / sizes.chunks * sizes.length + token, min(CHUNK, sizes.length - token)};
+}
+
 __global__ void __launch_bounds__(THREADS, 7)
     prepare_kernel(const uint16_t *q, const uint16_t *k, const float *g, const float *beta, uint16_t *A, uint16_t *P, float *G,
                    Sizes sizes) {
     __shared__ Shared shared;
     const int head = blockIdx.x, chunk = blockIdx.y, warp = threadIdx.x / 32;
-    const int token = chunk % sizes.chunks * CHUNK, valid = min(CHUNK, sizes.length - token);
-    const long start = (long)(chunk / sizes.chunks) * sizes.length + token, tile = (long)chunk * sizes.heads + head;
-    const long key = (start * sizes.key_heads + head / (sizes.heads / sizes.key_heads)) * K, gate = start * sizes.heads + head;
+    const auto [start, valid] = span_of(sizes, chunk);
+    if (valid <= 0) return;
+    const long tile = (long)chunk * sizes.heads + head;
+    const long key = ((long)start * sizes.key_heads + head / (sizes.heads / sizes.key_heads)) * K, gate = (long)start * sizes.heads + head;
 
     fetch_keys(shared, q + key, k + key, sizes.key_heads * K, valid);
     if (warp == 0) fetch_gates(shared, g + gate, beta + gate, G + tile * CHUNK, sizes.heads, valid);

@@ -1,6 +1,7 @@
-// The Hopper instructions that the scans are made of, one function each: barriers, bulk copies, matrix products.
+// Hopper instructions of the scans, one function each: barriers, bulk copies, GEMMs of a warpgroup.
 // Names and constraints: PTX ISA 9.0, "Asynchronous warpgroup level matrix instructions" and "cp.async.bulk.tensor".
-#pragma once
+#ifndef HYBRID_KERNELS_PTX
+#define HYBRID_KERNELS_PTX
 #include <cuda.h>
 
 #include "mma.cuh"
@@ -30,7 +31,7 @@ __device__ __forceinline__ void wait(uint64_t *bar, uint32_t parity) {
     for (int tries = 0; !done; ++tries) {
         asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                      : "=r"(done) : "r"(address(bar)), "r"(parity) : "memory");
-#ifdef WATCHDOG  // for work on the kernel: an error where it would hang
+#ifdef WATCHDOG  // for development: an error instead of a hang
         if (tries > 1 << 22) __trap();
 #endif
     }
@@ -75,7 +76,7 @@ __device__ __forceinline__ void shared_visible_to_copies() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// 8 x 8 matrices between shared memory and fragments, as they lie or transposed on the way ---------------------------
+// 8 x 8 matrices between shared memory and fragments, optionally transposed ---------------------------
 
 __device__ __forceinline__ void store(uint32_t at, const uint32_t *r) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::
@@ -92,7 +93,7 @@ __device__ __forceinline__ void store_transposed(uint32_t at, const uint32_t *r)
                  "r"(at), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
-// Matrix products of a warpgroup: acc [64, N] (+)= a [64, 16] (registers) b [16, N] (shared memory) ------------------
+// GEMMs of a warpgroup: acc [64, N] (+)= a [64, 16] (registers) b [16, N] (shared memory) ------------------
 
 enum Swizzle : uint64_t { SWIZZLE_128 = 1, SWIZZLE_64 = 2 };
 
@@ -108,11 +109,13 @@ __device__ __forceinline__ uint64_t descriptor(const void *tile, int leading, in
         "+f"(d[i + 7])
 #define R32(d) R8(d, 0), R8(d, 8), R8(d, 16), R8(d, 24)
 #define R48(d) R32(d), R8(d, 32), R8(d, 40)
+#define R64(d) R48(d), R8(d, 48), R8(d, 56)
 #define A4(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 #define LIST32                                                                                                   \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
     "%23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define LIST48 LIST32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define LIST64 LIST48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 __device__ __forceinline__ void product(float (&acc)[32], const uint32_t *a, uint64_t b, bool add) {  // b K-major, bf16
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIST32
@@ -125,7 +128,7 @@ __device__ __forceinline__ void product_half(float (&acc)[32], const uint32_t *a
 }
 
 // With b stored by rows of the summed dimension ("transposed"): bf16, fp16, and bf16 onto what acc holds
-__device__ __forceinline__ void product_rows(float (&acc)[32], const uint32_t *a, uint64_t b, bool add) {
+__device__ __forceinline__ void product_rows(float (&acc)[32], const uint32_t *a, uint64_t b, bool add = true) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIST32
                  "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1; }" : R32(acc) : A4(a), "l"(b), "r"((int)add));
 }
@@ -141,11 +144,17 @@ __device__ __forceinline__ void product_rows(float (&acc)[48], const uint32_t *a
                  : R48(acc) : A4(a), "l"(b));
 }
 
+__device__ __forceinline__ void product_rows(float (&acc)[64], const uint32_t *a, uint64_t b) {
+    asm volatile("{ .reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LIST64
+                 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1; }"
+                 : R64(acc) : A4(a), "l"(b));
+}
+
 __device__ __forceinline__ void products_follow() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Wait until at most LEFT groups are in flight; `acc` is named so that nothing that reads it moves before.
+// Wait until at most LEFT groups are in flight. `acc` is an operand so that no read of it moves before the wait.
 template <int LEFT>
 __device__ __forceinline__ void landed(float (&acc)[32]) {
     asm volatile("wgmma.wait_group.sync.aligned %32;" : R32(acc) : "n"(LEFT) : "memory");
@@ -156,7 +165,12 @@ __device__ __forceinline__ void landed(float (&acc)[48]) {
     asm volatile("wgmma.wait_group.sync.aligned %48;" : R48(acc) : "n"(LEFT) : "memory");
 }
 
-// Arithmetic, volatile so that it stays where it stands among the products ----------------------------------------
+template <int LEFT>
+__device__ __forceinline__ void landed(float (&acc)[64]) {
+    asm volatile("wgmma.wait_group.sync.aligned %64;" : R64(acc) : "n"(LEFT) : "memory");
+}
+
+// Arithmetic, volatile so that it keeps its place among the GEMMs ----------------------------------------
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     uint32_t r;
@@ -183,3 +197,4 @@ __device__ __forceinline__ float times(float x, float y) {
 }
 
 }  // namespace ptx
+#endif

@@ -1,22 +1,25 @@
-// The reverse scan of gluon_scan for key heads of 96, in CUDA C++ with roles: the same mathematics, bit for bit. S is the
-// gradient of the state, carried from the last chunk to the first: of every chunk's outgoing state it is `dstates`.
+// Reverse scan (backends/triton/scan.py has the formulas), with one role per warp. S is the gradient of the state, carried from the
+// last chunk to the first. `dstates` are the gradients of every chunk's outgoing state. Without OUTPUT, only the gradients of the
+// initial states are written.
 //
-// What does not depend on S runs where the chain leaves the tensor cores idle: do^T P of the next chunk while this one's
-// change is packed, and S += do^T q while the row powers are found.
+// GEMMs that do not depend on S run while the chain leaves the tensor cores idle: do^T P of the next chunk while this one's change
+// is packed, and S += do^T q while the row powers are computed.
 #include "launch.cuh"
 
 namespace {
 
-using Tiles = Shared<true, true, false>;
+template <bool OUTPUT>
+using Tiles = Shared<true, OUTPUT, false>;
 
-__device__ __forceinline__ void scan(Tiles &shared, const Scanner &me) {
-    constexpr int STAGES = Tiles::STAGES;
+template <bool OUTPUT>
+__device__ __forceinline__ void scan(Tiles<OUTPUT> &shared, const Scanner &me) {
+    constexpr int STAGES = Tiles<OUTPUT>::STAGES;
     const Span &span = me.span;
-    float S[K / 2], inside[32];  // inside: do^T P of the chunk to come
+    float S[K / 2], inside[32];  // inside: do^T P of the next chunk
     uint32_t gradient[16];       // do^T
     me.begin(S);
 
-    auto receive = [&](unsigned i) INLINE {  // the i-th chunk's do, and its product with P in flight
+    auto receive = [&](unsigned i) INLINE {  // load the i-th chunk's do, and start its GEMM with P
         auto &in = shared.stage[i % STAGES];
         const uint64_t P = ptx::descriptor(in.P, 16, 1024, ptx::SWIZZLE_128);
         await(shared.full, i);
@@ -46,7 +49,7 @@ __device__ __forceinline__ void scan(Tiles &shared, const Scanner &me) {
             asked[j] = ptx::pack_bf16(g.x * output[j / 2].x, g.y * output[j / 2].y);
         }
         start<4>([&](int j) { ptx::product_rows(S, asked + 4 * j, q_rows + 64 * j); });
-        me.store_state(shared.states[i % 2], left);
+        if constexpr (OUTPUT) me.store_state(shared.states[i % 2], left);
         me.columns(rest, factors.rest);
         ptx::landed<1>(x);
 #pragma unroll
@@ -56,9 +59,11 @@ __device__ __forceinline__ void scan(Tiles &shared, const Scanner &me) {
         for (int j = 0; j < 16; ++j) change[j] = ptx::pack_half(x[2 * j] * inverse[j % 2], x[2 * j + 1] * inverse[j % 2]);
         start<4>([&](int j) { ptx::product_half_rows(y, change + 4 * j, A + 128 * j, j > 0); });
         if (!last) receive(i + 1);
-        me.hand_over();
-        me.put_state(shared.states[i % 2], c);
-        if (i > 0) me.put_out(shared.out[(i - 1) % 2], c + 1);
+        if constexpr (OUTPUT) {
+            me.hand_over();
+            me.put_state(shared.states[i % 2], c);
+            if (i > 0) me.put_out(shared.out[(i - 1) % 2], c + 1);
+        }
         me.columns(decay, factors.decay);
         if (last)
             ptx::landed<0>(y);
@@ -70,8 +75,10 @@ __device__ __forceinline__ void scan(Tiles &shared, const Scanner &me) {
             written[j] = ptx::pack_bf16(y[2 * j] * -decay[j / 2].x, y[2 * j + 1] * -decay[j / 2].y);
         }
         start<4>([&](int j) { ptx::product_rows(S, written + 4 * j, k_rows + 64 * j); });
-        pack(y, change);
-        me.store_transposed(shared.out[i % 2], change);
+        if constexpr (OUTPUT) {
+            pack(y, change);
+            me.store_transposed(shared.out[i % 2], change);
+        }
         ptx::landed<0>(S);
         ptx::landed<0>(inside);
         me.release(&shared.empty[i % STAGES]);
@@ -83,25 +90,32 @@ __device__ __forceinline__ void scan(Tiles &shared, const Scanner &me) {
         ptx::landed<0>(inside);
         for (unsigned i = 0; i < last; ++i) step(i, false);
         step(last, true);
-        me.hand_over();
-        me.put_out(shared.out[last % 2], 0);
-        if (me.thread == 0) ptx::puts_done();
+        if constexpr (OUTPUT) {
+            me.hand_over();
+            me.put_out(shared.out[last % 2], 0);
+            if (me.thread == 0) ptx::puts_done();
+        }
     }
     me.end(S);
 }
 
+template <bool OUTPUT>
 __global__ void __launch_bounds__(THREADS, 1)
     reverse_scan_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments args) {
-    run_block<true, Tiles>(maps, args, [](auto &shared, const Scanner &me) INLINE { scan(shared, me); });
+    run_block<true, Tiles<OUTPUT>>(maps, args, [](auto &shared, const Scanner &me) INLINE { scan<OUTPUT>(shared, me); });
 }
 
 }  // namespace
 
-// q, k [rows, key heads, K], do [rows, heads, V] bf16; A fp16, P bf16 [tiles, 64, 64]; dstates [tiles, V, K] bf16, dv in args->out.
-// args->begin: the gradient of the final states, args->end: that of the initial ones. Returns null, or what went wrong.
+#ifdef __CUDACC__
+// q, k [rows, key heads, K], do [rows, heads, V] bf16; A fp16, P bf16 [tiles, 64, 64]; dstates [tiles, V, K] bf16 and dv in args->out,
+// or both are null. args->begin: the gradient of the final states, args->end: that of the initial ones. Returns null, or the error.
 extern "C" const char *reverse_scan(const void *q, const void *k, const void *d_o, const void *A, const void *P, void *dstates,
                                     const Arguments *args, long rows, long tiles, int sequences, void *stream) {
     const Tensors tensors{q, k, d_o, A, P, args->out, dstates, nullptr};
-    const cudaError_t error = launch<Tiles>(reverse_scan_kernel, tensors, *args, rows, tiles, sequences, stream);
+    const cudaError_t error =
+        dstates ? launch<Tiles<true>>(reverse_scan_kernel<true>, tensors, *args, rows, tiles, sequences, stream)
+                : launch<Tiles<false>>(reverse_scan_kernel<false>, tensors, *args, rows, tiles, sequences, stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+#endif

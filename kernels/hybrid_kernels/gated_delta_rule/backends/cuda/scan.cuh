@@ -1,31 +1,35 @@
-// What the two scans in CUDA C++ share: which chunks a block has, the warps that feed it, and how its tiles leave.
+// Parts of the two scans in CUDA C++: the chunks of a block, the warps that load its operands, and how its tiles leave.
 //
-// A block carries a state S^T [64 values, 96] in the registers of one warpgroup along a head's chunks of 64 tokens. Beside
-// it one warp fetches the chunks' tiles some chunks ahead, and one turns the running gate sums G into factors. In shared
-// memory q, k and the states lie in blocks of 32 columns (64-byte swizzle), so that 96 is three of them and k serves both in
-// S^T k^T and, read the other way, in S^T += x k. The rest is 64 columns wide (128-byte swizzle).
+// A block carries a state S^T [64 values, K] in the registers of one warpgroup along a head's chunks of 64 tokens. One more warp
+// fetches the chunks' tiles a few chunks ahead, and one turns the running gate sums G into factors. In shared memory q, k and the
+// states are in blocks of 32 columns (64-byte swizzle), so that K may be 64, 96 or 128, and k serves both in S^T k^T and, read in
+// the other direction, in S^T += x k. All other tiles are 64 columns wide (128-byte swizzle).
 #pragma once
+#ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#endif
 
 #include "ptx.cuh"
 
 #define INLINE __attribute__((always_inline))
 
 struct Arguments {
-    const float *G, *begin;  // begin, end: what the state is before its first chunk and after its last: [sequences, H, K, V], or null
-    float *end;
+    const float *G, *begin;       // begin: the states before the first chunks [sequences, H, K, V], or null for zero
+    float *end;                   // the states after the last chunks [sequences, H, K, width], or null
     __nv_bfloat16 *out;           // [rows, H, V], or null
     const int *cu, *first_chunk;  // of documents, or null
     float scale;
-    int length, chunks, segments, heads, key_heads, values;  // of a batch row; values: V
+    int length, chunks, segments, heads, key_heads, values;  // length, chunks, segments: per batch row; values: V
+    int width;  // V, or more: then blocks past V carry the identity without values, and end with the transition [K, K]
 };
 
 namespace {
 
-constexpr int K = 96, CHUNK = 64;
+constexpr int K = KEY_DIM, CHUNK = 64;
 constexpr int SQUARE = 64 * 64 * 2, KEYS = CHUNK * K * 2;  // bytes
 constexpr int SCANNERS = 128, THREADS = SCANNERS + 64;
+constexpr int MEMORY = 227 * 1024;  // bytes of shared memory per block
 
 struct Maps {
     CUtensorMap q, k, v, A, P;  // v: do in the reverse scan
@@ -41,6 +45,9 @@ __device__ Span span_of(const Arguments &a, int n) {
     const int row = n / a.segments, per = (a.chunks + a.segments - 1) / a.segments, before = n % a.segments * per;
     return {row * a.length + before * CHUNK, (row + 1) * a.length, row * a.chunks + before, min(per, a.chunks - before)};
 }
+
+// This block carries the identity. Its values are zeros, which the bulk copies read beyond the last column.
+__device__ __forceinline__ bool is_transition(const Arguments &a) { return blockIdx.x * 64 >= a.values; }
 
 struct alignas(1024) KeyedStage {
     char k[KEYS], A[SQUARE], v[SQUARE];
@@ -60,12 +67,16 @@ struct StageOf<true> {
     using type = QueriedStage;
 };
 
-// OUTPUT: q and P come in, and [64 tokens, 64 values] leave. STATES and CHANGES leave transposed: [values, K], [values, 64].
+// OUTPUT: q and P are loaded, and tiles [64 tokens, 64 values] are stored. STATES and CHANGES are stored transposed: [values, K]
+// and [values, 64].
 template <bool OUTPUT_, bool STATES, bool CHANGES>
 struct Shared {
     static constexpr bool OUTPUT = OUTPUT_;
-    static constexpr int STAGES = OUTPUT && STATES ? 3 : 4;  // what there is room for
-    typename StageOf<OUTPUT>::type stage[STAGES];
+    using Stage = typename StageOf<OUTPUT>::type;
+    static constexpr int SENT = 2 * ((OUTPUT + CHANGES) * SQUARE + STATES * KEYS) + 1024;  // bytes of all but the stages
+    static constexpr int fitting(int stages) { return stages * (int)(sizeof(Stage) + 1024) + SENT <= MEMORY ? stages : fitting(stages - 1); }
+    static constexpr int STAGES = fitting(4);
+    Stage stage[STAGES];
     alignas(1024) char out[OUTPUT ? 2 : 0][SQUARE];  // two of each take turns
     alignas(1024) char states[STATES ? 2 : 0][KEYS];
     alignas(1024) char changes[CHANGES ? 2 : 0][SQUARE];
@@ -75,7 +86,7 @@ struct Shared {
     uint64_t full[STAGES], empty[STAGES];
 };
 
-// The i-th chunk's use of its stage: filled, or (`before`) free for it.
+// Wait until the i-th chunk's stage is filled, or (`before`) free for it.
 template <int STAGES>
 __device__ __forceinline__ void await(uint64_t (&bars)[STAGES], unsigned i, bool before = false) {
     ptx::wait(&bars[i % STAGES], (i / STAGES & 1) ^ before);
@@ -104,7 +115,7 @@ __device__ void fetch_chunks(Shared &shared, const Maps &maps, Span span, int he
     }
 }
 
-// One warp: the gate factors of every chunk, two tokens a lane, loaded a chunk ahead.
+// One warp: the gate factors of every chunk, two tokens per lane, loaded one chunk ahead.
 template <bool REVERSE, class Shared>
 __device__ void make_factors(Shared &shared, const Arguments &args, Span span, int head) {
     const int lane = threadIdx.x % 32;
@@ -119,7 +130,7 @@ __device__ void make_factors(Shared &shared, const Arguments &args, Span span, i
         next = gates(i + 1);
         const float end = __shfl_sync(~0u, g.y, 31);
         const float2 decay = make_float2(ptx::exp2(g.x), ptx::exp2(g.y));
-        // a chunk may reach into the next document: there q and do are another's, and only their product sees both
+        // a chunk may reach into the next document, where q and do belong to another state; only their GEMM mixes the two
         const int left = span.end - span.start - chunk_of<REVERSE>(span, i) * CHUNK - 2 * lane;
         auto &to = shared.factors[i % Shared::STAGES];
         await(shared.empty, i, true);
@@ -132,8 +143,8 @@ __device__ void make_factors(Shared &shared, const Arguments &args, Span span, i
     }
 }
 
-// Of x [64 values, 64 tokens], for this thread's two rows: the power of two that brings a row's largest to [1, 2), by which
-// it is divided before it becomes fp16; and its inverse. See half_rows in triton_support.
+// For this thread's two rows of x [64 values, 64 tokens]: the power of two that brings the row's largest entry to [1, 2), and its
+// inverse. The row is divided by it before conversion to fp16. See half_rows in triton_support.py.
 __device__ __forceinline__ void row_powers(const float (&x)[32], float (&power)[2], float (&inverse)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -151,9 +162,9 @@ __device__ __forceinline__ void row_powers(const float (&x)[32], float (&power)[
     }
 }
 
-// The product of STEPS times 16 of the summed dimension, in flight. All left operands must be there: a fence between
-// the steps costs more than an early start of the first gains. ptxas moves no access to memory across the last line: it
-// would place what follows between the steps, and they late.
+// Start a GEMM over STEPS times 16 of the summed dimension. All left operands must be in registers: a fence between the steps costs
+// more than an early start of the first gains. ptxas moves no memory access across the last line; otherwise it would place later
+// accesses between the steps and delay them.
 template <int STEPS, class Multiply>
 __device__ __forceinline__ void start(Multiply multiply) {
     ptx::products_follow();
@@ -163,7 +174,7 @@ __device__ __forceinline__ void start(Multiply multiply) {
     __syncwarp();
 }
 
-// 16 of q's or k's columns on, in a descriptor
+// Offset of q's or k's i-th 16 columns in a descriptor
 __device__ __forceinline__ int col_step(int i) { return (i / 2 * CHUNK * 64 + i % 2 * 32) >> 4; }
 
 template <int N>
@@ -172,33 +183,37 @@ __device__ __forceinline__ void pack(const float (&x)[N], uint32_t (&packed)[N /
     for (int i = 0; i < N / 2; ++i) packed[i] = ptx::pack_bf16(x[2 * i], x[2 * i + 1]);
 }
 
-// One of the threads that multiply. Of an accumulator [64 values, N] it has rows lane / 4 (+ 8) of its warp's 16 and columns
+// One of the threads that run GEMMs. Of an accumulator [64 values, N] it has rows lane / 4 (+ 8) of its warp's 16 and columns
 // 8 j + 2 (lane % 4) (+ 1): packed in pairs it is the left operand of the next product as it stands.
 struct Scanner {
     const Maps &maps;
     const Arguments &args;
     const Span &span;
     int head, thread, warp, lane, value_col;
-    long state_at;   // of its first element of a state [K, V]
-    int transposed;  // where its row of the 8 x 8 matrices lies in a tile [64 tokens, 64 values]
+    long state_row;  // first row of its state in `begin` and `end`
+    int transposed;  // offset of its row of the 8 x 8 matrices in a tile [64 tokens, 64 values]
 
     __device__ __forceinline__ Scanner(const Maps &maps, const Arguments &args, const Span &span, int n, int head)
         : maps(maps), args(args), span(span), head(head), thread(threadIdx.x % SCANNERS),  // % so that it is known to be >= 0
           warp(thread / 32), lane(thread % 32), value_col(head * args.values + blockIdx.x * 64),
-          state_at(((long)n * args.heads + head) * K * args.values + blockIdx.x * 64 + warp * 16 + lane / 4),
+          state_row(((long)n * args.heads + head) * K),
           transposed((lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16) {}
 
-    __device__ __forceinline__ long at(int i) const {
-        return state_at + (long)(i / 4 * 8 + lane % 4 * 2 + i % 2) * args.values + i / 2 % 2 * 8;
-    }
+    // Of element i of S^T in this thread: its key, and its value among all columns
+    __device__ __forceinline__ int key(int i) const { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
+    __device__ __forceinline__ int value(int i) const { return blockIdx.x * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8; }
+    __device__ __forceinline__ long at(int i, int width) const { return (state_row + key(i)) * width + value(i); }
+
     __device__ __forceinline__ void begin(float (&S)[K / 2]) const {
+        const bool identity = is_transition(args);
 #pragma unroll
-        for (int i = 0; i < K / 2; ++i) S[i] = args.begin ? args.begin[at(i)] : 0.0f;
+        for (int i = 0; i < K / 2; ++i)
+            S[i] = identity ? (float)(value(i) - args.values == key(i)) : args.begin ? args.begin[at(i, args.values)] : 0.0f;
     }
     __device__ __forceinline__ void end(const float (&S)[K / 2]) const {
         if (args.end)
 #pragma unroll
-            for (int i = 0; i < K / 2; ++i) args.end[at(i)] = S[i];
+            for (int i = 0; i < K / 2; ++i) args.end[at(i, args.width)] = S[i];
     }
     __device__ __forceinline__ void columns(float2 (&f)[8], const float (&of)[CHUNK]) const {  // this thread's
 #pragma unroll
@@ -232,8 +247,8 @@ struct Scanner {
                        packed + 4 * j);
     }
 
-    // From there to global memory. `hand_over`: what all threads have written may be taken, and what was taken since the
-    // last time may be written again. After it:
+    // From there to global memory. After `hand_over`, what all threads have written may be copied, and what was copied since the last
+    // call may be overwritten.
 
     __device__ __forceinline__ void hand_over() const {
         ptx::shared_visible_to_copies();
@@ -253,7 +268,7 @@ struct Scanner {
         const int row = span.start + c * CHUNK;
         if (row + CHUNK <= span.end) {
             if (thread == 0) ptx::put(&maps.out, tile, value_col, row);
-        } else {  // rows beyond the end are another document's, or none
+        } else {  // rows beyond the end belong to another document, or to none
             for (int i = thread; i < 8 * (span.end - row); i += SCANNERS) {
                 const int t = i / 8, col = i % 8;
                 *(uint4 *)(args.out + (long)(row + t) * args.heads * args.values + value_col + 8 * col) =
@@ -266,7 +281,11 @@ struct Scanner {
 // The roles of a block. `scan(shared, scanner)` is the warpgroup's.
 template <bool REVERSE, class Shared, class Scan>
 __device__ __forceinline__ void run_block(const Maps &maps, const Arguments &args, Scan scan) {
+#ifdef __CUDACC__
     extern __shared__ __align__(1024) char memory[];
+#else
+    char *memory = cpu::memory;
+#endif
     auto &shared = *(Shared *)memory;
     const int n = blockIdx.y / args.heads, head = blockIdx.y % args.heads;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it for the same in a warp
@@ -282,7 +301,7 @@ __device__ __forceinline__ void run_block(const Maps &maps, const Arguments &arg
     __syncthreads();
     if (warp >= 4) {
         const int key_block = head / (args.heads / args.key_heads) * (K / 32);
-        const int value_col = head * args.values + blockIdx.x * 64;
+        const int value_col = is_transition(args) ? args.heads * args.values : head * args.values + blockIdx.x * 64;
         if (warp == 4 && threadIdx.x % 32 == 0)
             fetch_chunks<REVERSE>(shared, maps, span, head, args.heads, key_block, value_col);
         if (warp == 5) make_factors<REVERSE>(shared, args, span, head);

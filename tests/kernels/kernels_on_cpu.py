@@ -1,0 +1,91 @@
+"""The kernels in CUDA C++ on the CPU: their sources compiled by g++ (cuda_on_cpu.h), called in place of the GPU's library."""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from hybrid_kernels.gated_delta_rule.backends.cuda import op
+from tests.kernels.cuda_sources import compiled
+
+PREPARE, FORWARD, REVERSE = op.SOURCES
+PREPARE_ENTRY = """
+extern "C" void prepare_on_cpu(const void *q, const void *k, const void *g, const void *beta, void *A, void *P, void *G,
+                               const Sizes *sizes, int count) {
+    for (int chunk = 0; chunk < count; ++chunk)
+        for (int head = 0; head < sizes->heads; ++head)
+            cpu::run_block(head, chunk, THREADS, [&] {
+                prepare_kernel((const uint16_t *)q, (const uint16_t *)k, (const float *)g, (const float *)beta, (uint16_t *)A,
+                               (uint16_t *)P, (float *)G, *sizes);
+            });
+}
+"""
+MAPS = """
+static Maps maps_of(const void *q, const void *k, const void *v, const void *A, const void *P, const void *states,
+                    const void *changes, const Arguments &args, long rows, long tiles) {
+    auto map = [](const void *x, long rows, long cols, bool blocked) { return CUtensorMap{(char *)x, rows, cols, blocked}; };
+    const long keys = args.key_heads * K, values = args.heads * args.values;
+    return {map(q, rows, keys, true), map(k, rows, keys, true), map(v, rows, values, false), map(A, tiles * 64, 64, false),
+            map(P, tiles * 64, 64, false), map(args.out, rows, values, false), map(states, tiles * args.values, K, true),
+            map(changes, tiles * args.values, 64, false)};
+}
+template <class Kernel>
+static void run(Kernel kernel, const Maps &maps, const Arguments &args, int sequences) {
+    for (int y = 0; y < sequences * args.heads; ++y)
+        for (int x = 0; x < args.width / 64; ++x) {
+            cpu::barriers.clear();
+            cpu::named.clear();
+            std::memset(cpu::memory, 0x7F, sizeof(cpu::memory));  // NaN in bf16 and fp16
+            cpu::run_block(x, y, THREADS, [&] { kernel(maps, args); });
+        }
+}
+"""
+FORWARD_ENTRY = (
+    MAPS
+    + """
+extern "C" void forward_scan_on_cpu(const void *q, const void *k, const void *v, const void *A, const void *P, void *states,
+                                    void *new_values, const Arguments *args, long rows, long tiles, int sequences) {
+    const Maps maps = maps_of(q, k, v, A, P, states, new_values, *args, rows, tiles);
+    auto kernel = args->out ? (states ? forward_scan_kernel<true, true> : forward_scan_kernel<true, false>)
+                            : (states ? forward_scan_kernel<false, true> : forward_scan_kernel<false, false>);
+    run(kernel, maps, *args, sequences);
+}
+"""
+)
+REVERSE_ENTRY = (
+    MAPS
+    + """
+extern "C" void reverse_scan_on_cpu(const void *q, const void *k, const void *d_o, const void *A, const void *P, void *dstates,
+                                    const Arguments *args, long rows, long tiles, int sequences) {
+    const Maps maps = maps_of(q, k, d_o, A, P, dstates, nullptr, *args, rows, tiles);
+    run(dstates ? reverse_scan_kernel<true> : reverse_scan_kernel<false>, maps, *args, sequences);
+}
+"""
+)
+KERNELS = {
+    "prepare": (PREPARE, PREPARE_ENTRY),
+    "forward_scan": (FORWARD, FORWARD_ENTRY),
+    "reverse_scan": (REVERSE, REVERSE_ENTRY),
+}
+WRITTEN = {"prepare": slice(4, 7), "forward_scan": slice(5, 7), "reverse_scan": slice(5, 6)}
+
+
+def calls_on_cpu(folder: Path) -> Callable:
+    """Return a replacement of the CUDA backend's `_call`. Each kernel is compiled at its first call; skips without g++."""
+
+    @cache
+    def library(name: str, key_dim: int) -> ctypes.CDLL:
+        source, entry = KERNELS[name]
+        of_kernel = folder / f"{name}-{key_dim}"
+        of_kernel.mkdir()
+        return compiled(of_kernel, source, entry, key_dim)
+
+    def call(name, k, tensors, args, *counts) -> None:
+        for x in tensors[WRITTEN[name]]:
+            if x is not None:
+                x.fill_(7)  # to show what is not written
+        pointers = [None if x is None else ctypes.c_void_p(x.data_ptr()) for x in tensors]
+        sizes = map(ctypes.c_long, counts[:-1]), ctypes.c_int(counts[-1])
+        getattr(library(name, k.shape[3]), f"{name}_on_cpu")(*pointers, ctypes.byref(args), *sizes[0], sizes[1])
+
+    return call
