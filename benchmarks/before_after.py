@@ -29,17 +29,20 @@ SLOWER = 1.01
 
 
 def main() -> None:
+    from kernel_timing import write_gpu
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="checkout of the earlier commit")
+    parser.add_argument("--only", choices=("bits", "steps"), help="compare only these")
     parser.add_argument("--record", type=Path, help="only write this tree's curves to a file")
     args, _ = parser.parse_known_args()
     if args.record:
         args.record.write_text(json.dumps(record()))
         return
     trees = {"before": args.before.resolve(), "after": ROOT}
-    rows = compare_bits(trees)
-    write(rows)
-    write(rows + compare_steps(trees))
+    for name, compare in (("bits", compare_bits), ("steps", compare_steps)):
+        if args.only in (None, name):
+            write_gpu(f"before_after_{name}", compare(trees))
 
 
 def record() -> dict:
@@ -115,12 +118,6 @@ def steps(tree: Path) -> dict[str, float]:
         (file,) = Path(folder).glob("*.json")
         rows = json.loads(file.read_text())["rows"]
     return {r["case"]: r["ours"] for r in rows if r["metric"] == "tokens"}
-
-
-def write(rows: list[dict]) -> None:
-    from kernel_timing import write_gpu
-
-    write_gpu("before_after", rows)
 
 
 if __name__ == "__main__":

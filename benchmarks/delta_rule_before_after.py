@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS = 2
+sys.path[:0] = [str(ROOT / "benchmarks")]
 RAGGED = [0, 1, 1, 500, 1700, 1701, 4096, 4160, 8192]
 CASES = {  # batch, length, heads, K, V, document bounds
     "30 heads": (1, 8192, 30, 96, 192, None),
@@ -129,23 +129,26 @@ def measured(tree: Path) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    from kernel_timing import write_gpu
+    from report import row
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="folder with the `kernels` folder of the earlier commit")
     parser.add_argument("--measure", type=Path, help="only write the times of the tree in PYTHONPATH to a file")
-    args = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=2, help="times that each tree is measured")
+    args, _ = parser.parse_known_args()
     if args.measure:
         args.measure.write_text(json.dumps(measure()))
         return
-    rounds = [[measured(tree) for tree in (args.before.resolve(), ROOT)] for _ in range(ROUNDS)]
-    print(f"{'ms (before -> after, ratio)':44}{'forward':>26}{'forward + backward':>26}")
+    rounds = [[measured(tree) for tree in (args.before.resolve(), ROOT)] for _ in range(args.rounds)]
+    rows = []
     for name in rounds[0][1]:
-        cells = []
         for metric in ("forward", "forward + backward"):
             before, after = (
                 median(one[i][name][metric] for one in rounds) if name in rounds[0][i] else None for i in range(2)
             )
-            cells.append(f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}, {before / after:.2f}")
-        print(f"{name:44}{cells[0]:>26}{cells[1]:>26}", flush=True)
+            rows.append(row(name, metric, "ms", after, before, "before"))
+    write_gpu("delta_rule_before_after", rows)
 
 
 if __name__ == "__main__":

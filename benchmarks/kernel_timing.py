@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from report import write
 
-_printed = [0]  # rows already shown, for a benchmark that writes more than once
+_printed: dict[str, int] = {}  # rows already shown, for a benchmark that writes more than once
 
 
 def gpu_ms(fn: Callable[[], object], samples: int = 20, warmup: int = 3) -> float:
@@ -72,5 +72,5 @@ def forget() -> None:
 def write_gpu(benchmark: str, rows: list[dict]) -> None:
     """The result file of this GPU; may be called again as rows come in."""
     packages = ("torch", "triton", "flash-linear-attention", "tilelang")
-    write(benchmark, rows, packages, machine=torch.cuda.get_device_name(), printed=_printed[0])
-    _printed[0] = len(rows)
+    write(benchmark, rows, packages, machine=torch.cuda.get_device_name(), printed=_printed.get(benchmark, 0))
+    _printed[benchmark] = len(rows)

@@ -147,7 +147,7 @@ def test_reading_what_is_not_there(checkpoint):
     with CheckpointReader(checkpoint) as reader:
         with pytest.raises(CheckpointError, match="no tensor x"):
             reader.read("x")
-        with pytest.raises(CheckpointError, match="nothing lies at"):
+        with pytest.raises(CheckpointError, match="nothing is stored at"):
             reader.read("w", TensorSlice((11, 0), (2, 5)))
 
 

@@ -128,7 +128,21 @@ def _fla_unsupported_reason(v: torch.Tensor, sliced: bool) -> str | None:
         return "tensors are not on a CUDA device"
     if v.dtype not in (torch.bfloat16, torch.float16):
         return f"fla's chunked kernel takes bf16 or fp16, not {v.dtype}"
-    return None if has_module("fla") else "the package flash-linear-attention (fla) is not installed"
+    if not has_module("fla"):
+        return "the package flash-linear-attention (fla) is not installed"
+    return _fla_backward_unsupported_reason(v)
+
+
+def _fla_backward_unsupported_reason(v: torch.Tensor) -> str | None:
+    """Return why fla 0.6 refuses its backward pass: on Hopper, Triton 3.4.0 to 3.7.0 miscompiles it (fla issue 640)."""
+    if not torch.is_grad_enabled() or torch.cuda.get_device_capability(v.device)[0] != 9 or has_module("tilelang"):
+        return None
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:3])
+    if (3, 4, 0) <= version < (3, 7, 1):
+        return f"its backward pass on Hopper needs TileLang with Triton {triton.__version__}"
+    return None
 
 
 def check_save(save: str) -> None:
