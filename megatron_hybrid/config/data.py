@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_hybrid.base.errors import Problems
+from megatron_hybrid.base.errors import ConfigError, Problems
 from megatron_hybrid.base.section import Section
 
 
@@ -37,6 +37,27 @@ class SourceConfig(Section):
         return self
 
 
+class InstanceFilterConfig(Section):
+    """Samples that are excluded from the loss because an n-gram repeats in them. The defaults are OLMo-core's."""
+
+    repetition_min_period: PositiveInt = 1
+    """Shortest n-gram, in tokens."""
+    repetition_max_period: PositiveInt = 13
+    """Longest n-gram, in tokens."""
+    repetition_max_count: int = Field(32, ge=3)
+    """Repetitions in a row from which a sample is excluded."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "InstanceFilterConfig":
+        if self.repetition_min_period > self.repetition_max_period:
+            raise ConfigError.at(
+                "repetition_min_period",
+                f"{self.repetition_min_period} exceeds repetition_max_period = {self.repetition_max_period}; set it to at "
+                f"most {self.repetition_max_period}",
+            )
+        return self
+
+
 class DataConfig(Section):
     """Token sources, blended by weight into fixed-length sequences in a deterministic order."""
 
@@ -48,6 +69,13 @@ class DataConfig(Section):
     """Tokens per sample."""
     tokenizer: str = Field("byte", min_length=1)
     """`byte`, or the folder of a Hugging Face tokenizer. Tools use it; training reads tokens."""
+    documents: Literal["keep", "mask", "pack"] = "keep"
+    """`keep`: samples are cut from the token stream, and documents in a sample see each other; `mask`: the same samples, in which
+    documents are separated and positions restart; `pack`: whole documents are packed into samples by best fit, and only
+    documents longer than a sample are split. `mask` and `pack` need document boundaries: a megatron-core index, OLMo-core's
+    `.csv.gz` next to each `.npy`, or `model.eos_token_id`."""
+    instance_filter: InstanceFilterConfig | None = None
+    """Exclude samples with repeated n-grams from the loss; `{}` takes the defaults of OLMo-core, null excludes none."""
     seed: NonNegativeInt = 1234
     """Seed of the sample order."""
     num_workers: NonNegativeInt = 1

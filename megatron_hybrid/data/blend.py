@@ -12,7 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_hybrid.data.dataset import FixedLengthDataset
+from megatron_hybrid.data.document_dataset import DocumentDataset
+from megatron_hybrid.data.sample import Sample
 
+Dataset = FixedLengthDataset | DocumentDataset
 _BITS = 53  # precision of a share in integer arithmetic, which is exact for any n
 _Tree = int | tuple[int, "_Tree", "_Tree"]  # a dataset, or (share of the left side in 2^-53, left, right)
 
@@ -25,7 +28,7 @@ class Blend:
     order, none left out.
     """
 
-    def __init__(self, datasets: Sequence[FixedLengthDataset], weights: Sequence[float]):
+    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]):
         """Create a blend of datasets with equal sequence_length and positive weights. Raises ValueError otherwise."""
         if not datasets or len(datasets) != len(weights):
             raise ValueError(f"{len(datasets)} datasets and {len(weights)} weights: give as many weights, at least one")
@@ -69,8 +72,8 @@ class Blend:
         descend(self._tree, num_samples)
         return counts
 
-    def sample(self, index: int) -> np.ndarray:
-        """Return a sample of the blend: int64 [sequence_length + 1]."""
+    def sample(self, index: int) -> np.ndarray | Sample:
+        """Return a sample of the blend, as its dataset returns it: int64 [sequence_length + 1], or a `Sample`."""
         dataset, i = self.locate(index)
         return self.datasets[dataset].sample(i)
 

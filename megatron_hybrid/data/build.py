@@ -4,12 +4,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_hybrid.config.data import DataConfig, SourceConfig
-from megatron_hybrid.data.blend import Blend
+from megatron_hybrid.data.blend import Blend, Dataset
 from megatron_hybrid.data.dataset import FixedLengthDataset
+from megatron_hybrid.data.document_dataset import DocumentDataset
 from megatron_hybrid.data.permutation import hash_integers
+from megatron_hybrid.data.prepare_documents import DocumentPreparation
+from megatron_hybrid.data.sample_readers import StreamReader
 from megatron_hybrid.data.sources import TokenSource, open_source
 from megatron_hybrid.data.validate import Team, check_sources, choose_mode
 from megatron_hybrid.data.verdicts import VerdictCache
+
+
+def open_sources(config: DataConfig, vocab_size: int) -> dict[SourceConfig, TokenSource]:
+    """Open the sources of both blends, each once. Weights do not matter to what is opened: the keys have weight 1.
+
+    Raises:
+        DataError: naming the file that is wrong.
+    """
+    keys = dict.fromkeys(_without_weight(source) for source in (*config.train, *config.validation))
+    return {key: open_source(key, vocab_size) for key in keys}
 
 
 def build_train_and_validation(
@@ -19,6 +32,7 @@ def build_train_and_validation(
     validate: bool = True,
     team: Team | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
+    documents: DocumentPreparation | None = None,
 ) -> tuple[Blend, Blend | None]:
     """Return the blends that training and evaluation read; validation is None if none is configured.
 
@@ -30,21 +44,27 @@ def build_train_and_validation(
         cache: verdicts on files, or the folder that they are kept in, such as the run's; None: nowhere.
         validate: check indexes and tokens as `data.check` says, beyond what opening the files checks.
         team, report: as `check_sources` takes them.
+        documents: of the same configuration, opened; needed unless `data.documents` is keep.
 
     Raises:
         DataError: naming the file and the offset of what is wrong.
+        ValueError: documents are needed and not given.
     """
-    opened: dict[SourceConfig, TokenSource] = {}
+    if documents is None and config.documents != "keep":
+        raise ValueError(f"documents: needed with data.documents = {config.documents}")
+    opened = documents.opened if documents else open_sources(config, vocab_size)
+
+    def dataset(source: TokenSource, seed: int) -> Dataset:
+        if documents is not None:
+            return DocumentDataset(documents.reader(source), seed, config.instance_filter)
+        if config.instance_filter is not None:
+            return DocumentDataset(StreamReader(source, config.sequence_length), seed, config.instance_filter)
+        return FixedLengthDataset(source, config.sequence_length, seed)
 
     def blend(configs: Sequence[SourceConfig], purpose: int) -> Blend:
-        datasets = []
-        for i, source_config in enumerate(configs):
-            # The weight is no part of the key: a source may be in both blends.
-            key = source_config.model_copy(update={"weight": 1.0})
-            if key not in opened:
-                opened[key] = open_source(source_config, vocab_size)
-            seed = hash_integers(config.seed, purpose, i)
-            datasets.append(FixedLengthDataset(opened[key], config.sequence_length, seed))
+        sources = [opened[_without_weight(source_config)] for source_config in configs]
+        seeds = [hash_integers(config.seed, purpose, i) for i in range(len(sources))]
+        datasets = [dataset(source, seed) for source, seed in zip(sources, seeds, strict=True)]
         return Blend(datasets, [source_config.weight for source_config in configs])
 
     train = blend(config.train, 0)
@@ -55,3 +75,7 @@ def build_train_and_validation(
         verdicts = cache if isinstance(cache, VerdictCache) else VerdictCache(cache)
         check_sources(sources, vocab_size, mode, verdicts, team, report)
     return train, validation
+
+
+def _without_weight(source: SourceConfig) -> SourceConfig:
+    return source.model_copy(update={"weight": 1.0})

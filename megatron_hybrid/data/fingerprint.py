@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hybrid.data.blend import Blend
+from megatron_hybrid.data.blend import Blend, Dataset
+from megatron_hybrid.data.document_dataset import DocumentDataset
 from megatron_hybrid.data.sources import TokenSource
 
 PLACES, LENGTH = 256, 256
@@ -25,16 +26,33 @@ def stream_digest(source: TokenSource) -> str:
     return digest.hexdigest()
 
 
+def documents_digest(dataset: Dataset) -> str | None:
+    """Return a hash of the documents that a dataset separates (32 hexadecimal digits); None: it separates none."""
+    documents = dataset.reader.documents if isinstance(dataset, DocumentDataset) else None
+    if documents is None:
+        return None
+    # The number of samples tells mask from pack: packing the documents of a stream always takes more.
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((documents.num_documents, dataset.samples_per_epoch)).encode())
+    for place in np.unique(np.linspace(0, documents.num_documents - 1, PLACES).astype(np.int64)):
+        digest.update(documents.bounds(int(place), int(place) + 1).tobytes())
+    return digest.hexdigest()
+
+
 def data_identity(blend: Blend, seed: int) -> dict[str, Any]:
     """Return everything that determines the order and the content of a blend's samples, as JSON values.
 
     Returns:
-        `sequence_length` (tokens), `seed`, and `sources`: for each its `tokens`, `digest` and `share` of the samples.
+        `sequence_length` (tokens), `seed`, and `sources`: for each its `tokens`, `digest` and `share` of the samples, and
+        `documents`, a hash, if they are separated.
     """
-    sources = [
+    sources: list[dict[str, Any]] = [
         {"tokens": dataset.source.num_tokens, "digest": stream_digest(dataset.source), "share": share}
         for dataset, share in zip(blend.datasets, blend.shares, strict=True)
     ]
+    for source, dataset in zip(sources, blend.datasets, strict=True):
+        if documents := documents_digest(dataset):
+            source["documents"] = documents
     return {"sequence_length": blend.sequence_length, "seed": seed, "sources": sources}
 
 
@@ -54,6 +72,8 @@ def identity_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str,
             changes[field] = f"{one['tokens']:,} tokens before, {other['tokens']:,} now"
         elif one["digest"] != other["digest"]:
             changes[field] = f"other tokens than before ({other['tokens']:,}, as many as before)"
+        if one.get("documents") != other.get("documents"):
+            changes[f"{field}.documents"] = "other document boundaries, or another data.documents, than before"
         if one["share"] != other["share"]:
             changes[f"{field}.weight"] = f"{one['share']:.4g} of the samples before, {other['share']:.4g} now"
     return changes

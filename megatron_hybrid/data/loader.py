@@ -11,19 +11,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.data.sample import Sample
 
 
 class Dataset(Protocol):
-    """Source of samples: a `Blend` or a `FixedLengthDataset`."""
+    """Source of samples: a `Blend`, or one of its datasets."""
 
     sequence_length: int
 
-    def sample(self, index: int) -> np.ndarray:
-        """Return int64 [sequence_length + 1], for any index from 0. Several threads call this."""
+    def sample(self, index: int) -> np.ndarray | Sample:
+        """Return int64 [sequence_length + 1] or a `Sample`, for any index from 0. Several threads call this."""
         ...
 
 
@@ -113,11 +113,11 @@ class BatchLoader:
     def _read(self, start: int) -> Batch:
         """Read the micro-batch whose first sample is `start`."""
         try:
-            samples = np.stack([self.dataset.sample(start + i) for i in range(self.micro_batch_size)])  # [b, s + 1]
+            samples = [self.dataset.sample(start + i) for i in range(self.micro_batch_size)]
         except UserError as error:
             error.printed_by = "each rank"  # the others read other samples
             raise
-        batch = Batch.of_samples(torch.from_numpy(samples))
+        batch = Batch.collate(samples)
         return batch.pin_memory() if self._pin_memory else batch
 
     def _drop(self) -> None:

@@ -88,14 +88,22 @@ class TokenSource:
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"{self.name}: tokens [{start}, {start + length}) of {self.num_tokens}")
         out = np.empty(length, dtype=np.int64)
-        shard, done = int(np.searchsorted(self._ends, start, side="right")), 0
+        shard, done = self.shard_of(start), 0
         while done < length:
-            begin = start + done - (int(self._ends[shard - 1]) if shard else 0)
+            begin = start + done - self.shard_start(shard)
             part = self._read_shard(shard, begin, min(length - done, self.shards[shard].num_tokens - begin))
             out[done : done + len(part)] = part
             done += len(part)
             shard += 1
         return out
+
+    def shard_of(self, token: int) -> int:
+        """Return the number of the shard that holds a token of the stream."""
+        return int(np.searchsorted(self._ends, token, side="right"))
+
+    def shard_start(self, shard: int) -> int:
+        """Return the position in the stream at which a shard begins."""
+        return int(self._ends[shard - 1]) if shard else 0
 
     def _read_shard(self, number: int, begin: int, count: int) -> np.ndarray:
         """Read tokens of one shard. With a memory map, a truncated file would end the process by SIGBUS."""

@@ -7,6 +7,7 @@ and wait for each other by polling torch.distributed's key-value store: without 
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,8 +15,9 @@ import torch.distributed as dist
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.blend import Blend
-from megatron_hybrid.data.build import build_train_and_validation
+from megatron_hybrid.data.build import build_train_and_validation, open_sources
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.prepare_documents import DocumentPreparation
 from megatron_hybrid.data.verdicts import VerdictCache
 
 _REPORT_EVERY_S = 30.0
@@ -75,12 +77,14 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     Raises:
         DataError: on every rank alike, naming the file and the offset of what is wrong.
     """
+    documents = _prepare_documents(config) if config.data.documents != "keep" else None
     team = StoreTeam()
     cache = VerdictCache(config.run_dir, team.rank)
     report = _Progress() if team.rank == 0 else (lambda done, total: None)
 
     def build() -> tuple[Blend, Blend | None]:
-        opened = build_train_and_validation(config.data, config.model.vocab_size, cache, team=team, report=report)
+        vocab_size = config.model.vocab_size
+        opened = build_train_and_validation(config.data, vocab_size, cache, True, team, report, documents)
         _check_same_streams(opened, team)
         return opened
 
@@ -88,6 +92,24 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     if team.rank == 0 and Path(config.run_dir).is_dir():
         cache.collect()
     return opened
+
+
+def _prepare_documents(config: RunConfig) -> DocumentPreparation:
+    """Find and pack the documents of all sources, on all ranks together, and print what was found."""
+
+    def look_up() -> DocumentPreparation:
+        opened = open_sources(config.data, config.model.vocab_size)
+        return DocumentPreparation(opened, config.data, config.model.eos_token_id, config.run_dir)
+
+    preparation = StoreTeam().together(look_up)
+    for stage in preparation.stages:
+        team = StoreTeam()
+        team.together(partial(stage, team))
+    team = StoreTeam()
+    team.together(preparation.open)
+    if team.rank == 0:
+        print(*preparation.describe(), sep="\n", flush=True)
+    return preparation
 
 
 def _check_same_streams(opened: tuple[Blend, Blend | None], team: StoreTeam) -> None:

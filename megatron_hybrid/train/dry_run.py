@@ -11,7 +11,8 @@ from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.config.data import SourceConfig
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import RunDirError, check_run_dir
-from megatron_hybrid.data.dataset import FixedLengthDataset
+from megatron_hybrid.data.boundaries import boundary_origin
+from megatron_hybrid.data.dataset import count_stream_samples
 from megatron_hybrid.data.sources import open_source
 from megatron_hybrid.train.start import check_start_point, choose_start
 
@@ -46,8 +47,12 @@ class FileProblems:
             return
 
         def look() -> None:
-            tokens = open_source(source, self.config.model.vocab_size)
-            FixedLengthDataset(tokens, self.config.data.sequence_length, seed=0)
+            tokens, data = open_source(source, self.config.model.vocab_size), self.config.data
+            if data.documents != "pack":
+                count_stream_samples(tokens, data.sequence_length)
+            if data.documents != "keep":
+                for shard in tokens.shards:
+                    boundary_origin(shard, self.config.model.eos_token_id)
 
         self._try(field, look)
 

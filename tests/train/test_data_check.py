@@ -4,7 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
+from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.train.data_check import open_data
 from testing.models import SMALLEST
 from tests.data.files import write_raw
 from tests.train import data_check_jobs
@@ -49,3 +53,28 @@ def test_a_bad_token_is_raised_on_every_rank(ranks, config, tmp_path):
 def test_a_file_that_one_rank_misses_is_raised_on_every_rank(ranks, config):
     results = ranks.run(data_check_jobs.check, 2, config=config, missing_on=1)
     assert all("/nowhere/gone.npy" in result["error"] for result in results)
+
+
+@pytest.fixture
+def alone():
+    """A group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_documents_are_found_and_packed_before_the_first_step(alone, config, tmp_path, capsys):
+    run = RunConfig(**config)
+    run = run.model_copy(update={"data": run.data.model_copy(update={"documents": "pack"})})
+    with pytest.raises(DataError, match="a.npy: its document boundaries are unknown"):
+        open_data(run)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"eos_token_id": 0})})
+    training, _ = open_data(run)
+    printed = capsys.readouterr().out
+    assert "documents in 1 files; packed: 6,000 tokens in" in printed and "of the slots filled" in printed
+    samples = [training.sample(i) for i in range(training.datasets[0].samples_per_epoch)]
+    assert sum(sample.counts.tokens for sample in samples) == 6000
+    made = sorted(path.name for path in (tmp_path / "run" / "documents").iterdir())
+    again, _ = open_data(run)
+    assert (again.sample(3).tokens == samples[3].tokens).all()
+    assert sorted(path.name for path in (tmp_path / "run" / "documents").iterdir()) == made

@@ -86,6 +86,16 @@ def test_files_that_are_there_and_wrong_are_errors_wherever(run, tmp_path):
             assert any(name == field and says in message for name, message in refused.value.problems), refused.value
 
 
+@pytest.mark.parametrize("mode", ["mask", "pack"])
+def test_documents_need_boundaries(run, tmp_path, mode):
+    config = run("model.eos_token_id=null")
+    without = config.model_copy(update={"data": config.data.model_copy(update={"documents": mode})})
+    with pytest.raises(ConfigError, match="data.train.0.path: .*tokens.npy: its document boundaries are unknown"):
+        check_files(without, 4, required=True)
+    with_eos = without.model_copy(update={"model": run().model})
+    assert check_files(with_eos, 4, required=True) == []
+
+
 def test_every_problem_is_told_at_once(run):
     overrides = [
         "data.train.0.path=/no/a.npy",
