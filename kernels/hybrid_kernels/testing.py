@@ -137,7 +137,7 @@ def qkv_inputs(
     device: str = "cpu",
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw qkv_sbw, q_weight and k_weight in `dtype`, and angles_s11d, as `qk_norm_rope` takes them."""
+    """Draw qkv_sbw, q_weight and k_weight in `dtype`, and angles_sb1d [s, 1, 1, d], as `qk_norm_rope` takes them."""
     drawn: dict[str, Any] = dict(
         generator=torch.Generator(device).manual_seed(seed), device=device, dtype=torch.float64
     )

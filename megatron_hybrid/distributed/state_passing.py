@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from hybrid_kernels.custom_op import OptionalTensors, eager_only
 from hybrid_kernels.dispatch import Choice
+from hybrid_kernels.documents import check_positions
 from hybrid_kernels.gated_delta_rule import FAST, check_save, choose_backend, explain, gated_delta_rule
 from hybrid_kernels.gated_delta_rule.reference import final_state_and_transition
 from hybrid_kernels.gated_delta_rule.states import fold, fold_backward
@@ -30,6 +31,7 @@ def gated_delta_rule_of_slices(
     beta: torch.Tensor,
     *,
     group: dist.ProcessGroup,
+    positions_bs: torch.Tensor | None = None,
     scale: float | None = None,
     save: str = "scores",
     backend: str | None = None,
@@ -38,23 +40,29 @@ def gated_delta_rule_of_slices(
 
     Args:
         group: ranks that hold one slice each of every sequence, in rank order.
+        positions_bs: position of each token of the slice in its document, which may have begun in a slice before: `positions` of
+            `slice_starts` (documents.py). The transition of a slice with a boundary is exactly zero.
 
-    Other arguments: those of `gated_delta_rule`. Slices exclude documents and the caller's own initial states.
+    Other arguments: those of `gated_delta_rule`. Slices exclude the caller's own initial states.
 
     Raises:
         ValueError: the shapes do not match, or the requested backend cannot run here.
     """
     if group.size() == 1:
-        return gated_delta_rule(q, k, v, g, beta, scale=scale, save=save, backend=backend)[0]
+        options: dict[str, Any] = dict(scale=scale, save=save, backend=backend)
+        return gated_delta_rule(q, k, v, g, beta, positions_bs=positions_bs, **options)[0]
     check_save(save)
-    choice = choose_backend(q, v, backend, sliced=True)
+    check_positions(positions_bs, *v.shape[:2])
+    choice = choose_backend(q, v, backend, positions_bs is not None, sliced=True)
     if choice.backend in FAST:
         scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
         save = save if torch.is_grad_enabled() else "inputs"
         return _apply_fast(q, k, v, g, beta, scale, save, choice.backend, group)
-    ends = final_state_and_transition(k, v, g, beta)
+    ends = final_state_and_transition(k, v, g, beta, positions_bs)
     initial: torch.Tensor = _StateBefore.apply(ends, v.shape[-1], group)  # type: ignore[no-untyped-call]
-    return gated_delta_rule(q, k, v, g, beta, scale=scale, initial_state=initial, backend=choice.backend)[0]
+    return gated_delta_rule(
+        q, k, v, g, beta, scale=scale, initial_state=initial, positions_bs=positions_bs, backend=choice.backend
+    )[0]
 
 
 def explain_gated_delta_rule_of_slices(
@@ -65,10 +73,11 @@ def explain_gated_delta_rule_of_slices(
     beta: torch.Tensor,
     *,
     group: dist.ProcessGroup,
+    documents: bool = False,
     backend: str | None = None,
 ) -> Choice:
-    """Return which backend `gated_delta_rule_of_slices` would run, and why."""
-    choice = explain(q, k, v, g, beta, sliced=group.size() > 1, backend=backend)
+    """Return which backend `gated_delta_rule_of_slices` would run, and why. `documents`: with positions_bs."""
+    choice = explain(q, k, v, g, beta, documents=documents, sliced=group.size() > 1, backend=backend)
     if group.size() == 1:
         return choice
     return replace(

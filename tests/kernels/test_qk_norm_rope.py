@@ -84,7 +84,7 @@ def test_says_what_it_chose_and_refuses_what_does_not_fit():
         qk_norm_rope(qkv[..., :-1], q_weight, k_weight, angles, **options)
     with pytest.raises(ValueError, match="q_weight"):
         qk_norm_rope(qkv, q_weight, k_weight, angles, head_dim=5, true_widths=(24, 12), eps=1e-6)
-    with pytest.raises(ValueError, match="angles_s11d"):
+    with pytest.raises(ValueError, match="angles_sb1d"):
         qk_norm_rope(qkv, q_weight, k_weight, angles[:4], **options)
     with pytest.raises(ValueError, match="not on a CUDA device"):
         qk_norm_rope(qkv, q_weight, k_weight, angles, backend="triton", **options)
