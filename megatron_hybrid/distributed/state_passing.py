@@ -57,7 +57,7 @@ def gated_delta_rule_of_slices(
     if choice.backend in FAST:
         scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
         save = save if torch.is_grad_enabled() else "inputs"
-        return _apply_fast(q, k, v, g, beta, scale, save, choice.backend, group)
+        return _apply_fast(q, k, v, g, beta, positions_bs, scale, save, choice.backend, group)
     ends = final_state_and_transition(k, v, g, beta, positions_bs)
     initial: torch.Tensor = _StateBefore.apply(ends, v.shape[-1], group)  # type: ignore[no-untyped-call]
     return gated_delta_rule(
@@ -128,12 +128,17 @@ class _StateBefore(torch.autograd.Function):
 
 
 def forward_of_slice(
-    inputs: tuple[torch.Tensor, ...], scale: float, save: str, backend: str, group: dist.ProcessGroup
+    inputs: tuple[torch.Tensor, ...],
+    positions: torch.Tensor | None,
+    scale: float,
+    save: str,
+    backend: str,
+    group: dist.ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor, OptionalTensors]:
-    """Return o, the state before the slice, and the tensors that `backward_of_slice` takes. `inputs` are contiguous."""
+    """Return o, the state before the slice, and the tensors that `backward_of_slice` takes. All inputs are contiguous."""
     from hybrid_kernels.gated_delta_rule import passes  # needs Triton
 
-    call = passes.Call.of(inputs, None, scale, backend)
+    call = passes.Call.of(inputs, None, positions, scale, backend)
     scores, ends = passes.start_forward(call, sliced=True)
     assert ends is not None
     initial = state_before(*passes.end_and_transition(call, ends), group)
@@ -143,6 +148,7 @@ def forward_of_slice(
 
 def backward_of_slice(
     inputs: tuple[torch.Tensor, ...],
+    positions: torch.Tensor | None,
     initial: torch.Tensor,
     kept: OptionalTensors,
     do: torch.Tensor,
@@ -153,7 +159,7 @@ def backward_of_slice(
     """Return the gradients of q, k, v, g and beta."""
     from hybrid_kernels.gated_delta_rule import passes
 
-    call = passes.Call.of(inputs, None, scale, backend)
+    call = passes.Call.of(inputs, None, positions, scale, backend)
     complete, firsts = passes.start_backward(call, passes.Kept.of(kept), initial, do, sliced=True)
     assert complete.ends is not None and firsts is not None
     dfinal = gradient_after(*passes.first_and_transition(call, complete.ends, firsts), group)
@@ -169,23 +175,25 @@ class _DeltaRuleOfSlice(torch.autograd.Function):
         v: torch.Tensor,
         g: torch.Tensor,
         beta: torch.Tensor,
+        positions: torch.Tensor | None,
         scale: float,
         save: str,
         backend: str,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
         inputs = tuple(x.contiguous() for x in (q, k, v, g, beta))
-        o, initial, kept = forward_of_slice(inputs, scale, save, backend, group)
-        ctx.save_for_backward(*inputs, initial, *kept)
+        positions = positions if positions is None else positions.contiguous()
+        o, initial, kept = forward_of_slice(inputs, positions, scale, save, backend, group)
+        ctx.save_for_backward(*inputs, positions, initial, *kept)
         ctx.scale, ctx.backend, ctx.group = scale, backend, group
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *inputs, initial = ctx.saved_tensors[:6]
-        do, kept = grads[0].contiguous(), list(ctx.saved_tensors[6:])
-        of_inputs = backward_of_slice(tuple(inputs), initial, kept, do, ctx.scale, ctx.backend, ctx.group)
-        return *of_inputs, None, None, None, None
+        *inputs, positions, initial = ctx.saved_tensors[:7]
+        do, kept = grads[0].contiguous(), list(ctx.saved_tensors[7:])
+        of_inputs = backward_of_slice(tuple(inputs), positions, initial, kept, do, ctx.scale, ctx.backend, ctx.group)
+        return *of_inputs, None, None, None, None, None
 
 
 @eager_only

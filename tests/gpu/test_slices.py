@@ -96,9 +96,9 @@ def test_gated_delta_rule(backend, save, heads, bounds, threads):
     def rank(at: int) -> list[torch.Tensor]:
         mine = slice(bounds[at], bounds[at + 1])
         own = tuple(x[:, mine].contiguous() for x in inputs)
-        o, initial, kept = forward_of_slice(own, 96**-0.5, save, backend, group)
+        o, initial, kept = forward_of_slice(own, None, 96**-0.5, save, backend, group)
         do = given[:, mine].contiguous()
-        return [o, *backward_of_slice(own, initial, kept, do, 96**-0.5, backend, group)]
+        return [o, *backward_of_slice(own, None, initial, kept, do, 96**-0.5, backend, group)]
 
     whole = lambda *x: gated_delta_rule(*x, backend="torch")[:1]  # noqa: E731
     exact = results(whole, [x.double() for x in inputs], [given.double()])

@@ -68,7 +68,7 @@ def gated_delta_rule(
 
         return gated_delta_rule_fast(
             q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens, save=save, backend=choice.backend,
+            cu_seqlens=cu_seqlens, positions_bs=positions_bs, save=save, backend=choice.backend,
         )  # fmt: skip
     options: dict[str, Any] = dict(
         scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
@@ -114,8 +114,8 @@ def choose_backend(
 ) -> Choice:
     """Choose a backend. Arguments: `explain`."""
     backends = {
-        "cuda": lambda: "it does not take documents" if documents else _cuda_unsupported_reason(q, v),
-        "triton": lambda: "it does not take documents" if documents else _triton_unsupported_reason(q, v),
+        "cuda": lambda: _cuda_unsupported_reason(q, v),
+        "triton": lambda: _triton_unsupported_reason(q, v),
         "fla": lambda: _fla_unsupported_reason(v, documents, sliced),
         "torch": lambda: None,
     }

@@ -39,11 +39,17 @@ class Call:
 
     @classmethod
     def of(
-        cls, inputs: tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor | None, scale: float, backend: str
+        cls,
+        inputs: tuple[torch.Tensor, ...],
+        cu_seqlens: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        scale: float,
+        backend: str,
     ) -> "Call":
         q, k, v, g, beta = inputs
         kernels = choose_kernels(backend, q, v, cu_seqlens)
-        return cls(q, k, v, g, beta, cu_seqlens, scale, kernels, Chunks.of(v, cu_seqlens, kernels.segments))
+        chunks = Chunks.of(v, cu_seqlens, kernels.segments, positions)
+        return cls(q, k, v, g, beta, cu_seqlens, scale, kernels, chunks)
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:

@@ -57,7 +57,7 @@ def unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
 
 
 def segments_of(v: torch.Tensor, dim_k: int, cu_seqlens: torch.Tensor | None) -> int:
-    """Return the number of segments per sequence of v [b, s, H, V]. Documents are not cut."""
+    """Return the number of segments per sequence of v [b, s, H, V]. Packed sequences are not cut."""
     batch, length, heads, dim = v.shape
     blocks, room = batch * heads * (dim // 64), processors(v.device)
     if cu_seqlens is not None or room < PROCESSORS_PER_BLOCK * blocks:
@@ -96,9 +96,9 @@ def prepare(
     """Run `prepare` of backends/triton/op.py."""
     q, k = aligned(q, k)
     heads, key_heads = g.shape[2], k.shape[2]
-    out = Scores.empty(k, heads, chunks.count)
+    out = Scores.empty(k, heads, chunks.count, chunks.positions is not None)
     tensors = (q, k, g.float(), beta.float(), out.A, out.P, out.G)
-    tables = (chunks.cu, chunks.first, chunks.document) if varlen else (None,) * 3
+    tables = (chunks.cu, chunks.first, chunks.sequence) if varlen else (None,) * 3
     sizes = Sizes(*map(_pointer, tables), scale, chunks.length, chunks.per_row, heads, key_heads)
     _call("prepare", k, tensors, sizes, chunks.count)
     return out
