@@ -29,6 +29,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("G", "begin", "end", "out", "cu", "first_chunk")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("length", "chunks", "segments", "heads", "key_heads", "values", "width")),
+        ("documents", ctypes.c_int),
     ]
 
 
@@ -36,7 +37,7 @@ class Sizes(ctypes.Structure):
     """`Sizes` of prepare.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("cu", "first_chunk", "document")),
+        *((name, ctypes.c_void_p) for name in ("cu", "first_chunk", "sequence", "positions")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("length", "chunks", "heads", "key_heads")),
     ]
@@ -99,7 +100,7 @@ def prepare(
     out = Scores.empty(k, heads, chunks.count, chunks.positions is not None)
     tensors = (q, k, g.float(), beta.float(), out.A, out.P, out.G)
     tables = (chunks.cu, chunks.first, chunks.sequence) if varlen else (None,) * 3
-    sizes = Sizes(*map(_pointer, tables), scale, chunks.length, chunks.per_row, heads, key_heads)
+    sizes = Sizes(*map(_pointer, (*tables, chunks.positions)), scale, chunks.length, chunks.per_row, heads, key_heads)
     _call("prepare", k, tensors, sizes, chunks.count)
     return out
 
@@ -144,10 +145,11 @@ def _launch(
     k, v = tensors[1:3]
     assert k is not None and v is not None
     begin = begin if begin is None else begin.float()
-    documents = (None, None) if cu_seqlens is None else (chunks.cu, chunks.first)
+    tables = (None, None) if cu_seqlens is None else (chunks.cu, chunks.first)
     args = Arguments(
-        *map(_pointer, (scores.G, begin, end, out, *documents)), scale, chunks.length, chunks.per_row, chunks.segments,
+        *map(_pointer, (scores.G, begin, end, out, *tables)), scale, chunks.length, chunks.per_row, chunks.segments,
         v.shape[2], k.shape[2], v.shape[3], v.shape[3] if end is None else end.shape[3],
+        chunks.positions is not None,
     )  # fmt: skip
     _call(name, k, tensors, args, v.shape[0] * v.shape[1], chunks.count * v.shape[2], chunks.sequences)
 

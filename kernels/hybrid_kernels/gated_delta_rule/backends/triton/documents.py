@@ -20,13 +20,13 @@ def position_of(positions, token, end):
 
 @triton.jit
 def _add_unless_first(first_a, a, first_b, b):
-    return first_a | first_b, tl.where(first_b, b, a + b)
+    return first_a | first_b, tl.where(first_b != 0, b, a + b)
 
 
 @triton.jit
 def sum_in_document(x, first, REVERSE: tl.constexpr):
     """Return the running sum of x [64], which starts again at each `first`. No sum depends on another document."""
-    return tl.associative_scan((first, x), 0, _add_unless_first, reverse=REVERSE)[1]
+    return tl.associative_scan((first.to(tl.int32), x), 0, _add_unless_first, reverse=REVERSE)[1]
 
 
 @triton.jit

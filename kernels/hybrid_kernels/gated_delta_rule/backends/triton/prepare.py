@@ -4,8 +4,10 @@ Per chunk of 64 tokens and value head, with G the running sum of g inside the ch
     P[i, j] = scale * q_i.k_j * exp(G_i - G_j)              for j <= i
     N[i, j] = beta_i * k_i.k_j * exp(G_i - G_j)             for j <  i
     A       = (I + N)^-1 diag(beta)
-and zero from one document to another. G is summed inside documents as well, so that no result depends on another document. So the chunk's new values are A (v - exp(G) k S) and its outputs scale exp(G) q S + P new. A is stored in fp16. For similar
-keys and beta near 2 its entries cancel in the state, and the rounding errors of bf16 would grow from chunk to chunk.
+The factors exp(G_i - G_j) are zero from one document to another, and G is summed inside documents, so that no result depends on
+another document (documents.py). The chunk's new values are A (v - exp(G) k S), and its outputs scale exp(G) q S + P new. A is stored
+in fp16: for similar keys and beta near 2 its entries cancel in the state, and the rounding errors of bf16 would grow from chunk to
+chunk.
 
 The inverse is block substitution in fp32 (tf32 x 3 GEMMs). The diagonal 2-blocks of I + N invert exactly. If X inverts the diagonal
 blocks of one size and E holds the blocks below them, X - X E X inverts the blocks of twice that size. Up to size 16 this runs on

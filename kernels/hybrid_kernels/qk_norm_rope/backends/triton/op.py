@@ -87,8 +87,8 @@ def _launch_forward(
     length, batch, _ = qkv.shape
     forward_kernel[(length * batch, parts)](
         qkv, q_weight, k_weight, qkv if angles is None else angles, squares, *out,
-        _tokens_per_angles(batch, angles), *_heads_of(q_weight, k_weight, head_dim), *widths, eps, **_constants(q_weight, head_dim, angles), PHASE=phase,
-        num_warps=WARPS,
+        _tokens_per_angles(batch, angles), *_heads_of(q_weight, k_weight, head_dim), *widths, eps,
+        **_constants(q_weight, head_dim, angles), PHASE=phase, num_warps=WARPS,
     )  # fmt: skip
 
 
