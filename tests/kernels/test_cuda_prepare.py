@@ -21,7 +21,7 @@ def on_cpu(tmp_path_factory):
 
 
 def exact(q, k, g, beta, scale, positions=None) -> tuple[torch.Tensor, ...]:
-    """Return A, P and G as backends/triton/prepare.py and documents.py define them."""
+    """Return A, P and G as backends/triton/prepare.py defines them."""
     length, heads = q.shape[1], g.shape[2]
 
     def chunked(x):

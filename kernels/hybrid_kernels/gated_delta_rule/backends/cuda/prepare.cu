@@ -56,7 +56,7 @@ __device__ __forceinline__ void sum_gates(Shared &shared, float first, float sec
     G[t + 1] = shared.G[t + 1] = sum * LOG2E;
 }
 
-// The same inside documents, and which tokens see what (backends/triton/documents.py): three rows of G
+// The same inside documents, and which tokens see what (backends/triton/prepare.py): three rows of G
 __device__ __forceinline__ void sum_gates_in_documents(Shared &shared, float first, float second, const int *positions, int valid,
                                                        float *G) {
     const int lane = threadIdx.x % 32, t = 2 * lane;

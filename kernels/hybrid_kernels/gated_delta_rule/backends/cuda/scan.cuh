@@ -22,7 +22,7 @@ struct Arguments {
     float scale;
     int length, chunks, segments, heads, key_heads, values;  // length, chunks, segments: per batch row; values: V
     int width;  // V, or more: then blocks past V carry the identity without values, and end with the transition [K, K]
-    int documents;  // G has three rows per chunk and head (backends/triton/documents.py)
+    int documents;  // G has three rows per chunk and head (backends/triton/prepare.py)
 };
 
 namespace {

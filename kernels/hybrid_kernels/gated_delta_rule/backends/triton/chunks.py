@@ -62,7 +62,7 @@ class Chunks:
 class Scores:
     """Results of `prepare`: A (fp16) and P [chunks, H, 64, 64], and G in units of log 2.
 
-    G is [chunks, H, 64] or, with documents, [chunks, H, 3, 64] (documents.py).
+    G is [chunks, H, 64] or, with documents, [chunks, H, 3, 64] (prepare.py).
     """
 
     A: torch.Tensor

@@ -8,8 +8,13 @@ R[i, i] / beta_i^2. The gradient of G needs no [64, 64] sums: it is q.dq plus th
 import triton
 import triton.language as tl
 
-from hybrid_kernels.gated_delta_rule.backends.triton.documents import load_decays, position_of, sum_in_document
-from hybrid_kernels.gated_delta_rule.backends.triton.prepare import at_least, chunk_span
+from hybrid_kernels.gated_delta_rule.backends.triton.prepare import (
+    at_least,
+    chunk_span,
+    load_decays,
+    position_of,
+    sum_in_document,
+)
 from hybrid_kernels.triton_support import exp2, store_rows_in_place, tile_count, tile_width
 
 

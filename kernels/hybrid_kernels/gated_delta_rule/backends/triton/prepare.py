@@ -4,20 +4,24 @@ Per chunk of 64 tokens and value head, with G the running sum of g inside the ch
     P[i, j] = scale * q_i.k_j * exp(G_i - G_j)              for j <= i
     N[i, j] = beta_i * k_i.k_j * exp(G_i - G_j)             for j <  i
     A       = (I + N)^-1 diag(beta)
-The factors exp(G_i - G_j) are zero from one document to another, and G is summed inside documents, so that no result depends on
-another document (documents.py). The chunk's new values are A (v - exp(G) k S), and its outputs scale exp(G) q S + P new. A is stored
+The chunk's new values are A (v - exp(G) k S), and its outputs scale exp(G) q S + P new. A is stored
 in fp16: for similar keys and beta near 2 its entries cancel in the state, and the rounding errors of bf16 would grow from chunk to
 chunk.
 
 The inverse is block substitution in fp32 (tf32 x 3 GEMMs). The diagonal 2-blocks of I + N invert exactly. If X inverts the diagonal
 blocks of one size and E holds the blocks below them, X - X E X inverts the blocks of twice that size. Up to size 16 this runs on
 all four 16-blocks at once, each in one warp.
+
+Documents need not begin where chunks do. Token i sees token j before it if i - j is at most i's position in its document, and the
+state before the chunk if its position is greater than its place in the chunk. Tokens past the end of a row continue its last
+document. All other factors are zero, and G is summed inside documents, so that no result depends on another document. Then G has
+three rows per chunk and head: logarithms of the decay since the document's first token in the chunk, since the state before the
+chunk, and until the state after it.
 """
 
 import triton
 import triton.language as tl
 
-from hybrid_kernels.gated_delta_rule.backends.triton.documents import position_of, store_decays, sum_in_document
 from hybrid_kernels.triton_support import dot_fp32, exp2, load_tiles, tile_count, tile_width
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -42,6 +46,49 @@ def chunk_span(i_c, cu, chunk_start, chunk_sequence, T, NT, VARLEN: tl.constexpr
         start = row * T + (i_c % NT) * 64
         end = (row + 1) * T
     return start, end
+
+
+@triton.jit
+def position_of(positions, token, end):
+    """Return the positions of tokens, of which those from `end` on continue the document of the token before."""
+    place = tl.minimum(token, end - 1)
+    return tl.load(positions + place) + (token - place).to(tl.int32)
+
+
+@triton.jit
+def _add_unless_first(first_a, a, first_b, b):
+    return first_a | first_b, tl.where(first_b != 0, b, a + b)
+
+
+@triton.jit
+def sum_in_document(x, first, REVERSE: tl.constexpr):
+    """Return the running sum of x [64], which starts again at each `first`. No sum depends on another document."""
+    return tl.associative_scan((first.to(tl.int32), x), 0, _add_unless_first, reverse=REVERSE)[1]
+
+
+@triton.jit
+def store_decays(G, tile, G_t, position, last):
+    """Store the three rows of a chunk. `last`: position of its last token."""
+    t = tl.arange(0, 64)
+    G += tile * 192
+    G_end = tl.sum(tl.where(t == 63, G_t, 0.0), 0)
+    tl.store(G + t, G_t)
+    tl.store(G + 64 + t, tl.where(position > t, G_t, float("-inf")))
+    tl.store(G + 128 + t, tl.where(63 - t <= last, G_end - G_t, float("-inf")))
+
+
+@triton.jit
+def load_decays(G, tile, DOCUMENTS: tl.constexpr):
+    """Return logarithms of decays: from before a chunk to each token [64], from each token to its last [64], over all of it."""
+    t = tl.arange(0, 64)
+    if DOCUMENTS:
+        G += tile * 192 + 64
+        from_start, to_end, whole = tl.load(G + t), tl.load(G + 64 + t), tl.load(G + 63)
+    else:
+        G += tile * 64
+        from_start, whole = tl.load(G + t), tl.load(G + 63)
+        to_end = whole - from_start
+    return from_start, to_end, whole
 
 
 @triton.jit

@@ -7,7 +7,7 @@ or results in registers, and only q, k, A and P (see prepare.py) pass through sh
 import triton
 import triton.language as tl
 
-from hybrid_kernels.gated_delta_rule.backends.triton.documents import load_decays
+from hybrid_kernels.gated_delta_rule.backends.triton.prepare import load_decays
 from hybrid_kernels.triton_support import (
     cast_tiles,
     exp2,
