@@ -26,10 +26,13 @@ def test_gated_delta_rule(bounds, batch, key_dim, seed, options, ranks):
     check_delta_rule(ranks, inputs, bounds, 2e-5, positions, backend="triton", **options)
 
 
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("bounds", [[0, 20, 37], [0, 3, 10, 13, 37]], ids=["2 ranks", "4 ranks"])
-def test_conv_gates(bounds, documents, ranks):
+@pytest.mark.parametrize(
+    "bounds, seed",
+    [([0, 20, 37], None), ([0, 3, 10, 13, 37], None), ([0, 3, 10, 13, 37], 2)],
+    ids=["2 ranks", "4 ranks", "documents, 4 ranks"],
+)
+def test_conv_gates(bounds, seed, ranks):
     dims = dict(num_key_heads=1, num_value_heads=2, key_head_dim=16, value_head_dim=16)
-    inputs = packed_inputs(37, 4, 1, 2, 16, 16)
-    positions = random_positions(4, 37, seed=5) if documents else None
+    inputs = packed_inputs(37, 2, 1, 2, 16, 16)
+    positions = None if seed is None else random_positions(2, 37, seed=seed)
     check_conv(ranks, inputs, bounds, 1e-5, positions, backend="triton", walk=(16, 4, 4), **dims)

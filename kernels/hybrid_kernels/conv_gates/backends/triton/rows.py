@@ -40,7 +40,7 @@ def seen(tiles, position, back: tl.constexpr, DOCUMENTS: tl.constexpr, DIM: tl.c
     out = ()
     for i in tl.static_range(DIM // even_width(DIM)):
         x = tiles[i].to(tl.float32)
-        if DOCUMENTS:
+        if DOCUMENTS and back > 0:
             x = tl.where((position >= back)[:, None], x, 0.0)
         out = out + (x,)
     return out
