@@ -5,6 +5,9 @@ A slice maps the state S before it to M S + E after it, with its final state E [
 each rank folds what the ranks before it have contributed. The backward pass does the same in the other direction.
 flash-linear-attention passes states between ranks in the same way (its fla/ops/cp/KCP.md).
 
+With documents, the scan forgets the state at each boundary. Then M is zero for a slice that contains a boundary, E is the final
+state of its last document alone, and S reaches its first document alone. The exchange does not know about documents.
+
 All ranks call these functions in the same order. Slices may differ in length.
 """
 

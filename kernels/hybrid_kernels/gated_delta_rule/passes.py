@@ -9,6 +9,8 @@ second scan of all segments at once writes the results.
 
 Each direction is split in two functions, start and finish. A caller that holds one part of a longer sequence exchanges states
 with the other parts between the two (`end_and_transition`, `first_and_transition`); see states.py for the algebra.
+
+Documents in the rows change no launch and no shape, except that of G (backends/triton/prepare.py).
 """
 
 from dataclasses import dataclass, replace
