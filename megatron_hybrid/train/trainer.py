@@ -22,6 +22,7 @@ from megatron_hybrid.train.callbacks import default_callbacks
 from megatron_hybrid.train.callbacks.base import Callback, StepOutcome
 from megatron_hybrid.train.data_check import open_data
 from megatron_hybrid.train.engines.build import build_engine
+from megatron_hybrid.train.engines.losses import BatchLosses
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.progress import Progress
 from megatron_hybrid.train.schedules import learning_rate
@@ -135,12 +136,17 @@ class Trainer:
         progress.samples += batch_size
         progress.tokens += batch_size * config.data.sequence_length
         lr = learning_rate(progress.step, config.train)
-        reasons = [callback.reason_to_skip(losses.loss, norm) for callback in self.callbacks]
-        skipped = next((reason for reason in reasons if reason is not None), None)
+        skipped = self._reason_to_skip(losses, norm)
         if skipped is None:
             self.engine.update(lr, norm)
             progress.updates += 1
         return StepOutcome(losses, norm, lr, batch_size, skipped)
+
+    def _reason_to_skip(self, losses: BatchLosses, grad_norm: float) -> str | None:
+        if losses.weight == 0:  # callbacks would take the missing loss for a run that diverges
+            return "no token of the batch counts in the loss"
+        reasons = [callback.reason_to_skip(losses.loss, grad_norm) for callback in self.callbacks]
+        return next((reason for reason in reasons if reason is not None), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint: JSON values, the same on every rank."""
