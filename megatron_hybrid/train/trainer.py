@@ -26,7 +26,13 @@ from megatron_hybrid.train.engines.losses import BatchLosses
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.progress import Progress
 from megatron_hybrid.train.schedules import learning_rate
-from megatron_hybrid.train.setup import build_loader, build_logger, write_config
+from megatron_hybrid.train.setup import (
+    build_loader,
+    build_logger,
+    build_validation_sets,
+    find_text_bytes,
+    write_config,
+)
 from megatron_hybrid.train.start import check_start_point, choose_start
 from megatron_hybrid.train.start_checks import check_start, newest_step, on_first_rank, run_folder
 
@@ -83,8 +89,9 @@ class Trainer:
         self.data_identity, self.changes = on_first_rank(lambda: self._compare(training))
         self.engine = build_engine(config, groups)
         self.loader = build_loader(config, groups, training, config.data.num_workers)
-        validation_loader = build_loader(config, groups, validation, num_workers=0) if validation else None
-        self.callbacks = [*callbacks, *default_callbacks(config, validation_loader, interrupt)]
+        text_bytes = on_first_rank(lambda: find_text_bytes(config))
+        validation_sets = build_validation_sets(config, groups, validation, text_bytes)
+        self.callbacks = [*callbacks, *default_callbacks(config, training, validation_sets, interrupt)]
         for callback in self.callbacks:
             callback.setup(self)
         if launch.rank == 0:
