@@ -9,7 +9,6 @@ from tests.config.wrong_runs import TINY, Case, assert_named, each
 NOT_YET: list[Case] = [
     (["data.documents=pack"], "data.documents", "pack is not implemented", "set it to keep"),
     (["data.documents=mask"], "data.documents", "the model does not obey document boundaries yet", "set it to keep"),
-    (["data.instance_filter={}"], "data.instance_filter", "not implemented", "set it to null"),
 ]
 WRONG: list[Case] = [
     (["data.documents=packed"], "data.documents", "packed", "pack"),
@@ -20,7 +19,12 @@ WRONG: list[Case] = [
         "at most 13",
     ),
     (["data.instance_filter={repetition_max_count: 2}"], "data.instance_filter.repetition_max_count", "2", "3"),
-    (["data.instance_filter={max_count: 32}"], "data.instance_filter.max_count", "no such field", "repetition_max_count"),
+    (
+        ["data.instance_filter={max_count: 32}"],
+        "data.instance_filter.max_count",
+        "no such field",
+        "repetition_max_count",
+    ),
 ]
 
 
@@ -32,6 +36,10 @@ def test_what_the_model_cannot_do_yet(overrides, field, wrong, remedy):
 @each(WRONG)
 def test_wrong_values(overrides, field, wrong, remedy):
     assert_named(overrides, field, wrong, remedy)
+
+
+def test_the_instance_filter_is_accepted():
+    assert load_run(None, [*TINY, "data.instance_filter={}"]).data.instance_filter == InstanceFilterConfig()
 
 
 def test_defaults_keep_the_stream():

@@ -18,7 +18,7 @@ from megatron_hybrid.model.formats import format_table
 from megatron_hybrid.model.hybrid_model import build_model
 from megatron_hybrid.model.initialize import initialize
 from megatron_hybrid.model.param_layout import ParamLayout
-from megatron_hybrid.train.engines.base import BatchLosses
+from megatron_hybrid.train.engines.losses import BatchLosses
 from megatron_hybrid.train.engines.schedule import BatchRunner, prepare_for_training
 from megatron_hybrid.train.optimizers.megatron import MegatronCollector, Optimizer, wrap_data_parallel
 
