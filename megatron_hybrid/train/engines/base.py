@@ -58,11 +58,5 @@ class Engine(Protocol):
 
 
 def run_model(model: Callable[..., Any], batch: Batch, z_loss: float) -> Any:
-    """Run the model on a micro-batch: `TokenLosses` on the last pipeline stage, hidden states on the others.
-
-    Raises:
-        NotImplementedError: a batch with document boundaries.
-    """
-    if batch.documents is not None:
-        raise NotImplementedError("the model does not take document boundaries")
-    return model(batch.tokens, batch.labels, batch.loss_mask, z_loss)
+    """Run the model on a micro-batch: `TokenLosses` on the last pipeline stage, hidden states on the others."""
+    return model(batch.tokens, batch.labels, batch.loss_mask, z_loss, batch.documents, batch.cu_seqlens)

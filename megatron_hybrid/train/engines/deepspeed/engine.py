@@ -51,6 +51,7 @@ class DeepSpeedEngine:
         precision: PrecisionConfig = PrecisionConfig(),  # noqa: B008 - frozen
         fill: Fill = initialize,
         zero: ZeroConfig = ZeroConfig(),  # noqa: B008 - frozen
+        documents: bool = False,
     ) -> None:
         deepspeed = import_deepspeed(zero)
         self.groups, self.z_loss = groups, train.z_loss
@@ -69,7 +70,8 @@ class DeepSpeedEngine:
         decayed = [p for p in chunk.parameters() if p not in exempt]
         optimizer = build_optimizer(decayed, [p for p in chunk.parameters() if p in exempt], spec, settings, zero)
         name = f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}, {_describe(zero)}"
-        self._formats = format_table(self.chunks, precision, train.dtype, sequence_length, train.micro_batch_size, name)
+        sizes = (train.dtype, sequence_length, train.micro_batch_size)
+        self._formats = format_table(self.chunks, precision, *sizes, name, documents)
         self.engine = start_engine(deepspeed, chunk, optimizer, groups, deepspeed_config(train, zero))
         self.optimizer = ZeroOptimizer(self.engine, scalars, spec, name)
 
