@@ -38,7 +38,8 @@ class RunConfig(Section):
     """Everything that `tools/pretrain.py` needs."""
 
     run_dir: str = Field(min_length=1)
-    """Folder of everything the run writes: config.yaml, metrics.jsonl, loss.png, tensorboard/, checkpoints/."""
+    """Folder of everything the run writes: config.yaml, config-<step>.yaml of every start, metrics.jsonl, loss.png, tensorboard/,
+    checkpoints/."""
     plugins: tuple[str, ...] = Field((), strict=False)
     """Modules to import before the configuration is validated, such as `my_package.my_mixer`. They register mixers
     (docs/development/extending.md)."""
