@@ -154,7 +154,7 @@ class Trainer:
         """Restore the state of the checkpoint that the run starts from."""
         samples = state.get("samples", 0)  # absent where a run takes moments only, or starts from an average
         tokens = state["tokens"] if "tokens" in state else samples * self._saved_sequence_length()
-        self.progress = Progress(state.get("step", 0), samples, tokens, state["updates"])
+        self.progress = Progress(state.get("step", 0), samples, tokens, state.get("updates", 0))
         self.engine.optimizer.set_updates(self.progress.updates)
         for callback in self.callbacks:
             if callback.name in state:
