@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.registry import mixer_specs
 from megatron_hybrid.base.errors import shown
-from megatron_hybrid.checkpoint.format import CheckpointError, Index
+from megatron_hybrid.checkpoint.format import CheckpointError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.fingerprint import identity_changes
 from megatron_hybrid.data.vocabulary import vocabulary_identity
@@ -102,15 +102,15 @@ def data_changes(
     return {field: text for field, text in changes.items() if field.startswith(fields)}
 
 
-def stage_changes(index: Index, config: RunConfig, changes: Mapping[str, str]) -> dict[str, str]:
+def stage_changes(before: object, config: RunConfig, changes: Mapping[str, str]) -> dict[str, str]:
     """Return `{field: "old before, new now"}` of the changes that the start of a new stage does not allow.
 
     Args:
-        index: index of the checkpoint that the stage starts from.
+        before: identity of the vocabulary (data/vocabulary.py) that the weights were trained on; None: unknown.
         changes: all changes of the model.
     """
     refused = {field: text for field, text in changes.items() if not field.startswith(_CHANGED_BY_STAGES)}
-    before, now = index.state.get("vocabulary"), vocabulary_identity(config)
+    now = vocabulary_identity(config)
     if isinstance(before, dict) and now is not None and before != now:
         names = (f"{v['ids']:,} ids, SHA-256 {str(v['sha256'])[:12]}" for v in (before, now))
         refused["data.tokenizer"] = "{} before, {} now".format(*names)

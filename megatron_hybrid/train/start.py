@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.checkpoint.folders import (
     check_same_tensors,
@@ -112,21 +113,36 @@ def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] 
         index, theirs = reader.index, reader.model
         if start.take == "moments":
             _check_moments(config, reader)
-    check_same_tensors(start.folder, theirs, config.model)
-    changes = model_changes(theirs, config.model)
     if start.take != "everything":
-        changes = stage_changes(index, config, changes)
+        check_stage(start.folder, theirs, index.state.get("vocabulary"), config)
     else:
+        check_same_tensors(start.folder, theirs, config.model)
         _check_work_left(config, start.folder, index.state.get("step", 0))
+        changes = model_changes(theirs, config.model)
         if identity is not None:
             changes = data_changes(index.run, index.state, config, identity) | changes
-    refuse_changes(start.folder, changes, config.checkpoint.allow_changes)
+        refuse_changes(start.folder, changes, config.checkpoint.allow_changes)
     now = config.model_dump(mode="json")
     before = index.run if "train" in index.run else {"model": theirs.model_dump(mode="json")}
     known = {name: now[name] for name in now if name in before}
     return [
         f"changed since {start.folder.name}: {field} {text}" for field, text in config_changes(before, known).items()
     ]
+
+
+def check_stage(folder: Path, theirs: ModelConfig, vocabulary: object, config: RunConfig) -> None:
+    """Check that a stage can start from weights of a model.
+
+    Args:
+        folder: where the weights come from, for errors.
+        vocabulary: its identity (data/vocabulary.py); None: unknown.
+
+    Raises:
+        CheckpointError: names the fields that differ and may not.
+    """
+    check_same_tensors(folder, theirs, config.model)
+    changes = stage_changes(vocabulary, config, model_changes(theirs, config.model))
+    refuse_changes(folder, changes, config.checkpoint.allow_changes)
 
 
 def _check_moments(config: RunConfig, reader: CheckpointReader) -> None:
