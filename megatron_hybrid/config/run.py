@@ -12,7 +12,7 @@ from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.base.section import Section
 from megatron_hybrid.config.checkpoint import CheckpointConfig
 from megatron_hybrid.config.data import DataConfig
-from megatron_hybrid.config.data_checks import check_data
+from megatron_hybrid.config.data_checks import check_data, check_mixes
 from megatron_hybrid.config.document_checks import check_documents
 from megatron_hybrid.config.engine_checks import check_engine
 from megatron_hybrid.config.layout_checks import (
@@ -89,6 +89,7 @@ class RunConfig(Section):
         check_offload(train, parallel, precision, problems)
         check_stages(model, parallel, problems)
         check_data(model, data, train, problems)
+        check_mixes(data, problems)
         check_documents(data, problems)
         check_precision(model, train, parallel, precision, problems)
         check_fp8_sizes(model, data, train, parallel, precision, problems)

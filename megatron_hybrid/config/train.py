@@ -9,6 +9,7 @@ from megatron_hybrid.arch.registry import decay_groups
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, shown
 from megatron_hybrid.base.section import Section
+from megatron_hybrid.config.schedule import ScheduleConfig, check_schedule
 
 
 class OptimizerConfig(Section):
@@ -44,16 +45,6 @@ class OptimizerConfig(Section):
                     f"{shown(group)} is not one of {', '.join(legal_groups)}; the nearest is {nearest.word(group, legal_groups)}",
                 )
         return self
-
-
-class ScheduleConfig(Section):
-    """Learning rate schedule: linear warm-up, then decay of the given kind to min_lr_ratio of the peak."""
-
-    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
-    decay_steps: PositiveInt | None = None
-    """cosine, linear: step at which the minimum is reached (None: the last). wsd: steps of the final decay (None: a tenth)."""
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
 
 
 class BatchRampConfig(Section):
@@ -104,40 +95,10 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         problems = Problems()
-        self._check_schedule(problems)
+        check_schedule(self.schedule, self.steps, problems)
         self._check_ramp(problems)
         problems.raise_if_any()
         return self
-
-    def _check_schedule(self, problems: Problems) -> None:
-        kind, warmup, decay, steps = (
-            self.schedule.kind,
-            self.schedule.warmup_steps,
-            self.schedule.decay_steps,
-            self.steps,
-        )
-        if warmup >= steps:
-            problems.add(
-                "schedule.warmup_steps", f"{warmup} is not below train.steps = {steps}; give at most {steps - 1}"
-            )
-        elif decay is None:
-            return
-        elif kind == "constant":
-            problems.add(
-                "schedule.decay_steps",
-                f"{decay} has no meaning for a constant schedule; set it to null, or kind to linear",
-            )
-        elif kind == "wsd" and decay > steps - warmup:
-            problems.add(
-                "schedule.decay_steps",
-                f"{decay} steps of decay after warmup_steps = {warmup} do not fit into train.steps = {steps}; "
-                f"give at most {steps - warmup}",
-            )
-        elif kind in ("cosine", "linear") and decay <= warmup:
-            problems.add(
-                "schedule.decay_steps",
-                f"{decay} is not after warmup_steps = {warmup}; give at least {warmup + 1}, or null",
-            )
 
     def _check_ramp(self, problems: Problems) -> None:
         ramp, full = self.batch_ramp, self.global_batch_size

@@ -23,10 +23,12 @@ from megatron_hybrid.convert.checkpoint_source import CheckpointSource
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.io.compare import TORCH_DTYPES
 from megatron_hybrid.convert.io.header import ITEM_BYTES
-from megatron_hybrid.convert.io.source import BLOCK_BYTES, OpenFiles, TensorSource
+from megatron_hybrid.convert.io.source import OpenFiles, TensorSource
 from megatron_hybrid.convert.io.writer import OutputTensor
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files
 
+_BLOCK_BYTES = 1 << 20
+"""Bytes of a block of the mean. Its sums in fp64 then fit in a processor's cache."""
 _MASTERS = state_name(MASTER, "")
 
 
@@ -42,26 +44,32 @@ class AveragedSource(TensorSource):
         """Return False: no file holds these values, so none can be copied."""
         return False
 
-    def blocks(self, files: OpenFiles, limit: int = BLOCK_BYTES) -> Iterator[memoryview]:
+    def blocks(self, files: OpenFiles, limit: int = _BLOCK_BYTES) -> Iterator[memoryview]:
         """Yield the mean's bytes in order, whole rows at a time.
 
         Raises:
             ConversionError: a value is infinite or NaN.
         """
         readers = [part.blocks(files, limit // 4 * ITEM_BYTES[part.dtype]) for part in self.parts]
-        for _ in range(0, self.rows, max(1, limit // 4 // max(1, self.columns))):
-            total: torch.Tensor | None = None
-            for reader, part, weight in zip(readers, self.parts, self.weights, strict=True):
-                values = torch.frombuffer(next(reader), dtype=TORCH_DTYPES[part.dtype]).double()
-                values *= weight  # converted values are a copy; the next read may reuse the block
-                total = values if total is None else total.add_(values)
-            assert total is not None
-            mean = total.div_(sum(self.weights)).float()
+        step = max(1, limit // 4 // max(1, self.columns))
+        total, product = torch.empty(2, step * self.columns, dtype=torch.float64)
+        for first in range(0, self.rows, step):
+            count = (min(first + step, self.rows) - first) * self.columns
+            mean = self._mean(readers, total[:count], product[:count])
             if not bool(torch.isfinite(mean).all()):
                 raise ConversionError(
-                    f"{self.name}: the average holds infinities or NaN; tools/verify_checkpoint.py says whose"
+                    f"{self.name}: the average holds infinities or NaN; tools/verify_checkpoint.py finds the checkpoint at fault"
                 )
             yield memoryview(mean.view(torch.uint8).numpy()).cast("B")
+
+    def _mean(self, readers: list[Iterator[memoryview]], total: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+        """Return the mean of the next blocks. The memory of `total` and `product` is used on the way."""
+        total.zero_()
+        for reader, part, weight in zip(readers, self.parts, self.weights, strict=True):
+            values = torch.frombuffer(next(reader), dtype=TORCH_DTYPES[part.dtype])
+            product.copy_(values)  # the next read may reuse the block
+            total.add_(product if weight == 1 else product.mul_(weight))
+        return total.div_(sum(self.weights)).float()
 
 
 def newest_checkpoints(run_dir: Path, count: int) -> list[Path]:

@@ -47,7 +47,7 @@ class StageConfig(Section):
 
 
 class SlurmConfig(Section):
-    """How stages become jobs of SLURM."""
+    """Submission of stages as jobs of SLURM."""
 
     script: str = "examples/pretrain_hybrid_7b.sh"
     """Batch script of a stage, relative to the project's folder. It reads the run's file from CONFIG, and overrides from its

@@ -84,7 +84,7 @@ class Trainer:
         self.engine = build_engine(config, groups)
         self.loader = build_loader(config, groups, training, config.data.num_workers)
         validation_loader = build_loader(config, groups, validation, num_workers=0) if validation else None
-        self.callbacks = [*callbacks, *default_callbacks(config, validation_loader, interrupt)]
+        self.callbacks = [*callbacks, *default_callbacks(config, training, validation_loader, interrupt)]
         for callback in self.callbacks:
             callback.setup(self)
         if launch.rank == 0:

@@ -1,9 +1,11 @@
 """Callbacks of the trainer, and those of an ordinary run in their order."""
 
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.loader import BatchLoader
 from megatron_hybrid.train.callbacks.base import Callback
 from megatron_hybrid.train.callbacks.checkpoints import Checkpoints
+from megatron_hybrid.train.callbacks.data_epochs import DataEpochs
 from megatron_hybrid.train.callbacks.expected_memory import ExpectedMemory
 from megatron_hybrid.train.callbacks.graceful_shutdown import GracefulShutdown
 from megatron_hybrid.train.callbacks.outlier_skipping import OutlierSkipping
@@ -12,16 +14,19 @@ from megatron_hybrid.train.callbacks.step_metrics import StepMetrics
 from megatron_hybrid.train.interrupt import Interrupt
 
 
-def default_callbacks(config: RunConfig, validation: BatchLoader | None, interrupt: Interrupt | None) -> list[Callback]:
+def default_callbacks(
+    config: RunConfig, training: Blend, validation: BatchLoader | None, interrupt: Interrupt | None
+) -> list[Callback]:
     """Return the callbacks of a run, in the order in which their hooks are called.
 
     A step is logged before anything that may end the run. It is evaluated before it is saved.
 
     Args:
+        training: blend that training reads.
         validation: loader of the validation data; None: do not evaluate.
         interrupt: receives signals that ask the run to stop; None: the process handles signals itself.
     """
-    callbacks: list[Callback] = [StepMetrics(), OutlierSkipping(config.train.skip_step)]
+    callbacks: list[Callback] = [StepMetrics(), OutlierSkipping(config.train.skip_step), DataEpochs(training)]
     if config.train.engine == "megatron":
         callbacks.append(ExpectedMemory())
     if validation is not None:
