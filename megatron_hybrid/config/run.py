@@ -29,6 +29,7 @@ from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.precision_checks import check_fp8_sizes, check_precision
 from megatron_hybrid.config.preflight import PreflightConfig
+from megatron_hybrid.config.ramp_checks import check_sequence_ramp
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.world_checks import world_problems
 from megatron_hybrid.config.zero import ZeroConfig
@@ -91,6 +92,7 @@ class RunConfig(Section):
         check_data(model, data, train, problems)
         check_mixes(data, problems)
         check_documents(data, problems)
+        check_sequence_ramp(model, data, train, parallel, self.layout, problems)
         check_precision(model, train, parallel, precision, problems)
         check_fp8_sizes(model, data, train, parallel, precision, problems)
         check_engine(train, parallel, precision, self.zero, problems)

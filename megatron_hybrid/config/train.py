@@ -56,6 +56,19 @@ class BatchRampConfig(Section):
     """Samples over which the batch size grows."""
 
 
+class SequenceRampConfig(Section):
+    """Sequence length ramp: samples are split into shorter sequences, whose length doubles from start to data.sequence_length.
+
+    Tokens per step, micro-batches' tokens and the order of the data stay the same; only the context is shorter. Each length gets
+    an equal share of `samples`. Reported FLOPs and predicted memory are those of whole samples.
+    """
+
+    start: PositiveInt
+    """data.sequence_length divided by a power of two."""
+    samples: PositiveInt
+    """Samples until whole ones are trained on."""
+
+
 class SkipStepConfig(Section):
     """Skip the update when loss or gradient norm is an outlier (as OLMo-core does), or not finite (always)."""
 
@@ -86,6 +99,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch_ramp: BatchRampConfig | None = None
+    sequence_ramp: SequenceRampConfig | None = None
     skip_step: SkipStepConfig = SkipStepConfig()
     eval_interval: PositiveInt | None = None
     """Steps between evaluations on data.validation. None: never evaluate."""
@@ -131,6 +145,18 @@ class TrainConfig(Section):
             return self.global_batch_size
         increments = (self.global_batch_size - ramp.start) // ramp.increment
         return ramp.start + ramp.increment * (consumed_samples * increments // ramp.samples)
+
+    def sequence_length_at(self, consumed_samples: int, whole: int) -> int:
+        """Return the length of the sequences of the step that starts after `consumed_samples`.
+
+        Args:
+            whole: data.sequence_length.
+        """
+        ramp = self.sequence_ramp
+        if ramp is None or consumed_samples >= ramp.samples:
+            return whole
+        doublings = (whole // ramp.start).bit_length() - 1
+        return ramp.start << (consumed_samples * doublings // ramp.samples)
 
     def samples_after(self, steps: int) -> int:
         """Return the number of sequences that the first `steps` steps consume, skipped updates included."""

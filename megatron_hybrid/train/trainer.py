@@ -130,7 +130,9 @@ class Trainer:
         """Train on one global batch: compute gradients, then update unless a callback says to skip."""
         config, progress = self.config, self.progress
         batch_size = config.train.batch_size_at(progress.samples)
-        losses = self.engine.forward_backward(list(self.loader.global_batch(progress.samples, batch_size)))
+        length = config.train.sequence_length_at(progress.samples, config.data.sequence_length)
+        batches = [batch.split(length) for batch in self.loader.global_batch(progress.samples, batch_size)]
+        losses = self.engine.forward_backward(batches)
         norm = self.engine.gradient_norm()
 
         progress.step += 1
