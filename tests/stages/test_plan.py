@@ -2,8 +2,12 @@
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import yaml
@@ -175,3 +179,28 @@ def test_the_shipped_stages_are_valid(root):
         work = plan_work(load_stages(file), file)
         ranks = 2 if "tiny" in str(file) else 128
         assert check_work(work, ranks, "skip") and len(work) == 5, json.dumps([item.name for item in work])
+
+
+SAVES_ON_SIGTERM = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+
+
+def test_a_signal_reaches_the_running_stage(planned, tmp_path, monkeypatch):
+    work, _ = planned(STAGES)
+    ready, before = tmp_path / "ready", signal.getsignal(signal.SIGTERM)
+    command = [sys.executable, "-c", SAVES_ON_SIGTERM, str(ready)]
+    monkeypatch.setattr(execute, "local_command", lambda item, launcher: command)
+
+    def send() -> None:
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    assert run_all(work, [], lambda: None) == 75
+    assert signal.getsignal(signal.SIGTERM) is before
