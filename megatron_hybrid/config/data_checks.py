@@ -19,9 +19,9 @@ def check_mixes(data: DataConfig, problems: Problems) -> None:
                 join("data.train", i, "weight"),
                 "0, and no change of the mix gives the source a weight; remove the source",
             )
-    for i, source in enumerate(data.validation):
-        if not source.weight:
-            problems.add(join("data.validation", i, "weight"), "0 leaves nothing of the source; remove the source")
+    for field, source in data.sources().items():
+        if not source.weight and field.startswith("data.validation"):
+            problems.add(join(field, "weight"), "0 leaves nothing of the source; remove the source")
     before = 0
     for number, change in enumerate(data.mix_changes):
         field = join("data.mix_changes", number)
@@ -46,10 +46,9 @@ def check_data(model: ModelConfig, data: DataConfig, train: TrainConfig, problem
             "train.eval_interval",
             f"{train.eval_interval} has nothing to evaluate on; give data.validation a source, or set it to null",
         )
-    for split in ("train", "validation"):
-        for index, source in enumerate(getattr(data, split)):
-            if source.dtype == "uint16" and model.vocab_size > 2**16:
-                problems.add(
-                    join("data", split, index, "dtype"),
-                    f"uint16 does not hold model.vocab_size = {model.vocab_size} tokens; the nearest is uint32",
-                )
+    for field, source in data.sources().items():
+        if source.dtype == "uint16" and model.vocab_size > 2**16:
+            problems.add(
+                join(field, "dtype"),
+                f"uint16 does not hold model.vocab_size = {model.vocab_size} tokens; the nearest is uint32",
+            )
