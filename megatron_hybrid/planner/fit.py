@@ -40,7 +40,9 @@ def fit_nonnegative(columns: Sequence[Sequence[float]], times: Sequence[float]) 
     scaled = [[value / time for value, time in zip(column, times)] for column in columns]
     size = [max(map(abs, column)) or 1.0 for column in scaled]
     scaled = [[value / s for value in column] for column, s in zip(scaled, size)]
-    fits = [_fit_terms(scaled, terms) for n in range(len(columns) + 1) for terms in combinations(range(len(columns)), n)]
+    fits = [
+        _fit_terms(scaled, terms) for n in range(len(columns) + 1) for terms in combinations(range(len(columns)), n)
+    ]
     best = min((fit for fit in fits if min(fit, default=0.0) >= 0), key=lambda fit: _squared_errors(scaled, fit))
     return [value / s for value, s in zip(best, size)]
 

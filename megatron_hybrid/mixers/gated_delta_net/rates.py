@@ -74,4 +74,6 @@ def memory_bound_points(model: ModelConfig, block: Block, degree: int, tokens: i
     o = torch.randn(1, tokens, value_heads, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
     gate = torch.randn(tokens, 1, v_width, device=device, dtype=dtype, requires_grad=True)
     ones = torch.ones(gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
-    yield from both_passes({"op": "gated_norm", **where}, lambda: gated_rmsnorm(o, gate, ones, gdn.norm_eps), (o, gate, ones))
+    yield from both_passes(
+        {"op": "gated_norm", **where}, lambda: gated_rmsnorm(o, gate, ones, gdn.norm_eps), (o, gate, ones)
+    )
