@@ -1,12 +1,17 @@
-"""BENCHMARKS.md from the result files: `python benchmarks/tables.py`. A result's optional `notes` say what fell short and why."""
+"""Write BENCHMARKS.md, and the tables in README.md and docs/, from the result files: `python benchmarks/tables.py`.
+
+The optional `notes` of a result say what fell short and why.
+"""
 
 import json
 from pathlib import Path
 
+import figures
+
 FOLDER = Path(__file__).resolve().parent
 TARGET = FOLDER.parent / "BENCHMARKS.md"
 LONG = 60  # rows
-HELPERS = {"tables", "report", "kernel_timing", "planner_memory"}  # of which the last measures for planner_errors
+HELPERS = {"tables", "figures", "report", "kernel_timing", "planner_memory"}  # of which the last measures for planner_errors
 HEAD = """# Benchmarks
 
 Made from `benchmarks/results/*.json` by `python benchmarks/tables.py`; each section names the command that wrote its file.
@@ -63,3 +68,4 @@ def document() -> str:
 
 if __name__ == "__main__":
     TARGET.write_text(document())
+    figures.write()

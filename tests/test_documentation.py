@@ -1,0 +1,85 @@
+"""README.md and docs/: figures come from result files, links lead somewhere, and sentences are short."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from testing.prose import lengths, median_and_90th
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+PAGES = [*GUIDES, *sorted((ROOT / "docs" / "development").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+FIGURE = re.compile(r"\d[\d,.]*\s*(?:tokens/s|TFLOP/s|ms\b|nats|GiB\b|minutes)|\bMFU of \d")
+NOT_MEASURED = ("989 TFLOP/s", "128 GiB", "42 GiB")
+"""Figures in pages that are no measurements: a peak, the size of a machine, arithmetic."""
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture
+def figures():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import figures
+
+        yield figures
+    finally:
+        sys.path.pop(0)
+
+
+def test_tables_are_those_of_the_result_files(figures):
+    for page in figures.pages():
+        text = page.read_text()
+        assert figures.with_figures(text) == text, f"{name(page)}: run python benchmarks/tables.py"
+    assert "12,390" in figures.headline() and figures.figure("main_job-cpu", *MAIN_JOB) > 1
+
+
+MAIN_JOB = "examples/pretrain_hybrid_tiny.sh, TP2 x PP2 on 4 ranks", "validation loss at the end"
+
+
+def test_a_figure_that_no_file_holds_is_an_error(figures):
+    with pytest.raises(figures.Missing, match="no ours of 'nothing'"):
+        figures.figure("main_job-cpu", "nothing", "tokens")
+
+
+def test_benchmarks_page_is_that_of_the_result_files():
+    code = "import tables, sys; sys.exit(tables.document() != tables.TARGET.read_text())"
+    assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks").returncode, "run tables.py"
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDES if page.name not in ("tuning.md", "layer-spec.md")], ids=name)
+def test_measured_figures_are_in_tables(page, figures):
+    """A figure in running text would not follow its result file."""
+    text = figures.REGION.sub("", page.read_text())
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for known in NOT_MEASURED:
+        text = text.replace(known, "")
+    assert FIGURE.findall(text) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=name)
+def test_sentences_are_short(page):
+    median, long = median_and_90th(lengths(page.read_text()))
+    assert median <= 14 and long <= 26
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_every_guide_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("guides/*.md"):
+        assert f"docs/guides/{page.name}" in readme, page.name
