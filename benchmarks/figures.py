@@ -156,9 +156,23 @@ def planner() -> str:
     return table(["prediction", "H100, mean of 12", "worst", "H200, mean of 20", "worst"], rows)
 
 
+def planner_runs() -> str:
+    """Predicted and measured memory and step time of the whole 7B on H200s."""
+    rows = json.loads((RESULTS / "planner_errors-H200.json").read_text())["rows"]
+    by_case: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in rows:
+        if row["metric"] in ("memory", "step") and row["case"].startswith(("whole, ", "7B, ")):
+            by_case.setdefault(row["case"], {})[row["metric"]] = row["ours"], row["peer"]
+    lines = []
+    for case, found in by_case.items():
+        label = case.removeprefix("whole, ").replace(" (held out)", "")
+        lines.append([label, *(f"{x:.1f}" for x in found["memory"]), *(f"{x:.2f}" for x in found["step"])])
+    return table(["layout", "GB, predicted", "measured", "s per step, predicted", "measured"], lines)
+
+
 TABLES = {
     "training": training, "headline": headline, "kernels": kernels, "tiny": tiny, "fp8-loss": fp8_loss,
-    "one-gpu": one_gpu, "planner": planner,
+    "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs,
 }  # fmt: skip
 
 

@@ -11,7 +11,10 @@ _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[A-Z`\[0-9])|\n{2,}")
 
 
 def sentences(text: str) -> Iterator[list[str]]:
-    """Yield the words of each sentence of a page. Code blocks, tables, headings and HTML are left out. An item of a list is at least one."""
+    """Yield the words of each sentence of a page, without code blocks, tables, headings and HTML.
+
+    A list item begins a sentence.
+    """
     text = _CODE.sub("\n\n", text)
     lines = [line for line in text.splitlines() if not line.startswith(("|", "#", "<"))]
     text = re.sub(r"^(?:[-*]|\d+\.) ", "\n\n", "\n".join(lines), flags=re.MULTILINE)
