@@ -48,7 +48,11 @@ def _or_dash(text: str, *where: str) -> str:
 LAYOUTS = (
     ("TP1 x DP2", "train_step_x2-H200", "whole, TP1 x DP2, {}"),
     ("TP1 x DP4", "train_step_x4-H200", "whole, TP1 x DP4, {}"),
-    ("TP2 x DP2, `tp_comm_overlap`, micro-batch 2", "train_step_x4-H200", "whole, TP2 x DP2, overlapped, {}, micro-batch 2"),
+    (
+        "TP2 x DP2, `tp_comm_overlap`, micro-batch 2",
+        "train_step_x4-H200",
+        "whole, TP2 x DP2, overlapped, {}, micro-batch 2",
+    ),
     ("TP2 x DP2, `tp_comm_overlap`, micro-batch 1", "train_step_x4-H200", "whole, TP2 x DP2, overlapped, {}"),
     ("PP2 x VPP4 x DP2", "train_step_x4-H200", "whole, PP2, VPP4, DP2, {}"),
     ("PP4 x VPP2", "train_step_x4-H200", "whole, PP4, VPP2, {}"),
@@ -141,13 +145,19 @@ def one_gpu() -> str:
             f"{figure('zero_offload-H100', name, 'peak memory of the GPU'):.1f} GiB",
             f"{figure('zero_offload-H100', name, 'peak memory of the host'):.1f} GiB",
         ])  # fmt: skip
-    return table(["one H100 80GB, 8 sequences of 8,192 tokens per step", "tokens/s", "step", "GPU peak", "host peak"], rows)
+    return table(
+        ["one H100 80GB, 8 sequences of 8,192 tokens per step", "tokens/s", "step", "GPU peak", "host peak"], rows
+    )
 
 
 def planner() -> str:
     """Errors of the planner's predictions."""
     rows = []
-    for label, name in (("peak memory", "memory"), ("step time", "step"), ("step time, calibrated", "step, calibrated")):
+    for label, name in (
+        ("peak memory", "memory"),
+        ("step time", "step"),
+        ("step time, calibrated", "step, calibrated"),
+    ):
         cells = [label]
         for result, count in (("planner_errors-H100", 12), ("planner_errors-H200", 20)):
             mean, worst = (figure(result, f"{name}, all ({count})", f"{kind} error") for kind in ("mean", "worst"))

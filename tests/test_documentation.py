@@ -1,5 +1,6 @@
 """README.md and docs/: figures come from result files, links lead somewhere, and sentences are short."""
 
+import os
 import re
 import subprocess
 import sys
@@ -47,9 +48,30 @@ def test_a_figure_that_no_file_holds_is_an_error(figures):
         figures.figure("main_job-cpu", "nothing", "tokens")
 
 
-def test_benchmarks_page_is_that_of_the_result_files():
-    code = "import tables, sys; sys.exit(tables.document() != tables.TARGET.read_text())"
-    assert not subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks").returncode, "run tables.py"
+def test_measurements_are_those_of_the_result_files(figures):
+    import tables
+
+    texts = tables.pages()
+    assert {path: path.read_text() for path in tables.TARGET.glob("*.md")} == texts, "run python benchmarks/tables.py"
+    assert sum(len(text.splitlines()) for text in texts.values()) > 500
+
+
+@pytest.fixture
+def generate():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import generate
+
+        yield generate
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.mark.parametrize("page", ["configuration", "commands"])
+def test_the_reference_is_that_of_the_code(generate, page):
+    if page == "commands" and sys.version_info[:2] != (3, 12):
+        pytest.skip("argparse formats help differently in other versions of Python than 3.12")
+    assert (ROOT / "docs" / "reference" / f"{page}.md").read_text() == generate.PAGES[page](), "run docs/generate.py"
 
 
 @pytest.mark.parametrize("page", [page for page in GUIDES if page.name not in ("tuning.md", "layer-spec.md")], ids=name)
@@ -83,3 +105,12 @@ def test_every_guide_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     for page in (ROOT / "docs").glob("guides/*.md"):
         assert f"docs/guides/{page.name}" in readme, page.name
+
+
+def test_the_site_builds_without_warnings(tmp_path):
+    """Strict: a warning, such as one of a page that is in no menu or of a broken anchor, is an error."""
+    pytest.importorskip("mkdocs", reason="mkdocs-material is in the dev extra")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Gated DeltaNet" in (tmp_path / "index.html").read_text()

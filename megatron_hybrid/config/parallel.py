@@ -27,6 +27,7 @@ class ParallelConfig(Section):
     data.sequence_length must be a multiple of it (of it x tensor_parallel_size with sequence parallelism). Slices of whole 64-token
     chunks are slightly faster."""
     pipeline_parallel_size: PositiveInt = 1
+    """Ranks that share the layers, in stages."""
     virtual_pipeline_parallel_size: PositiveInt = 1
     """Model chunks per pipeline rank (interleaved 1F1B). 1: plain 1F1B."""
     overlap_p2p_comm: bool = True
