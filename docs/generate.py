@@ -42,9 +42,9 @@ def default_of(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    return (
-        "a section" if isinstance(value, Section) else f"`{shown(list(value) if isinstance(value, tuple) else value)}`"
-    )
+    if isinstance(value, Section):
+        return "default: a section"
+    return f"default: `{shown(list(value) if isinstance(value, tuple) else value)}`"
 
 
 def sections_in(annotation: Any) -> Iterator[type[Section]]:
@@ -66,7 +66,7 @@ def fields(path: str, section: type[Section]) -> Iterator[str]:
         inner += found
         if not found or field.description:
             text = " ".join((field.description or "").split())
-            yield f"\n**`{whole}`** ({type_name(field.annotation)}; default: {default_of(field)})  \n{text}\n"
+            yield f"\n**`{whole}`** ({type_name(field.annotation)}; {default_of(field)})  \n{text}\n"
     for whole, one in inner:
         yield from fields(whole, one)
 
