@@ -47,6 +47,7 @@ EXTRAS = {
         "mypy==2.4.1",
         "types-PyYAML==6.0.12.20261113",
         "deepspeed==0.19.8",  # for its tests on CPU ranks
+        "mkdocs-material==9.8.2",
         "setuptools>=77,<82",
     ],
 }

@@ -20,34 +20,27 @@ from report import bounded, row, write  # noqa: E402
 from megatron_hybrid.config.presets import expand  # noqa: E402
 from megatron_hybrid.config.renames import rename_saved  # noqa: E402
 from megatron_hybrid.config.run import RunConfig  # noqa: E402
-from megatron_hybrid.planner.calibration import GROUPS, fit_factors, group_seconds  # noqa: E402
-from megatron_hybrid.planner.hardware import load  # noqa: E402
+from megatron_hybrid.planner.calibration import Measured, fit_factors, predict  # noqa: E402
+from megatron_hybrid.planner.hardware import Hardware, load  # noqa: E402
 from megatron_hybrid.planner.memory import fullest  # noqa: E402
 from megatron_hybrid.planner.plan import Plan  # noqa: E402
 from megatron_hybrid.planner.search import device_bytes  # noqa: E402
-from megatron_hybrid.planner.timing import StepPredictor  # noqa: E402
 
 MEMORY_GOALS, TIME_GOALS = (0.05, 0.10), (0.20, 0.10)
 
 
-def predicted(case: dict, predictor: StepPredictor) -> dict:
-    """Return a measured case with its prediction."""
+def predicted(case: dict, hardware: Hardware) -> dict:
+    """Return a measured case with its plan and predicted memory."""
     saved = rename_saved(case["config"])
     config = RunConfig.model_validate(saved | {"model": expand(saved["model"])})
     plan = Plan.of(config, case["world"])
     memory = fullest(plan)
-    step = group_seconds(predictor.step(plan, simulated=True))
-    return case | {
-        "plan": plan,
-        "memory": memory.total,
-        "predicted": step,
-        "device": device_bytes(memory, predictor.hardware),
-    }
+    return case | {"plan": plan, "memory": memory.total, "device": device_bytes(memory, hardware)}
 
 
-def after(case: dict, factors: dict) -> float:
-    """Return the seconds of a step with calibrated factors."""
-    return sum(case["predicted"][group] * factors[group] for group in GROUPS)
+def measured(cases: list[dict]) -> list[Measured]:
+    """Return the measured steps of cases."""
+    return [Measured(case["plan"], case["seconds"], case["peak_bytes"]) for case in cases]
 
 
 def by_layer(case: dict) -> None:
@@ -74,15 +67,14 @@ def main() -> None:
     arguments, _ = parser.parse_known_args()
     data = json.loads(arguments.measured.read_text())
     hardware = load(arguments.hardware or ("h200" if "H200" in data["device"] else "h100-80gb"))
-    predictor = StepPredictor(hardware)
-    everything = [predicted(case, predictor) for case in data["cases"]]
+    everything = [predicted(case, hardware) for case in data["cases"]]
     cases = [case for case in everything if "seconds" in case]
-    factors = fit_factors([case for case in cases if not case["held_out"]])
+    factors = fit_factors(measured([case for case in cases if not case["held_out"]]), hardware)
+    predictions = predict(measured(cases), hardware), predict(measured(cases), hardware.calibrated(factors))
     print("factors:", {name: round(x, 3) for name, x in factors.items()})
     rows, memory, before, calibrated = [], [], [], []
-    for case in cases:
+    for case, *times in zip(cases, *predictions, strict=True):
         held = " (held out)" if case["held_out"] else ""
-        times = sum(case["predicted"].values()), after(case, factors)
         errors = [case["memory"] / case["peak_bytes"] - 1, *(x / case["seconds"] - 1 for x in times)]
         memory.append((case["held_out"], errors[0]))
         before.append((case["held_out"], errors[1]))
@@ -105,7 +97,7 @@ def main() -> None:
             rows.append(bounded(f"{name}, {which} ({len(sizes)})", "worst error", "share", max(sizes), goals[1]))
     wrong = [c for c in everything if c.get("out_of_memory") and c["device"] <= hardware.memory_bytes]
     rows.append(bounded("every case", "said to fit, and ran out of memory", "cases", len(wrong), 0))
-    rows += ranking(cases, factors)
+    rows += ranking(cases, *predictions)
     for line in rows[3 * len(cases) :]:
         print(line["case"], line["metric"], line["ours"], "goal", line["goal"], "met", line["met"])
     sys.argv[0] = "planner_errors.py"
@@ -117,20 +109,16 @@ def main() -> None:
     write("planner_errors", rows, ("torch",), machine=data["device"], notes=notes, printed=len(rows))
 
 
-def ranking(cases: list[dict], factors: dict) -> list[dict]:
+def ranking(cases: list[dict], before: list[float], after: list[float]) -> list[dict]:
     """Return the place of the measured best among the predictions, for the layouts of one job."""
-    job = [case for case in cases if case["case"].startswith("7B")]
+    job = [i for i, case in enumerate(cases) if case["case"].startswith("7B")]
     if len(job) < 3:
         return []
-    best = min(job, key=lambda case: case["seconds"])
-    orders = {
-        "before calibration": sorted(job, key=lambda case: sum(case["predicted"].values())),
-        "after calibration": sorted(job, key=lambda case: after(case, factors)),
-    }
+    best = min(job, key=lambda i: cases[i]["seconds"])
     return [
         bounded(f"7B on two GPUs, {len(job)} layouts, {when}", "predicted place of the measured best", "place",
-                order.index(best) + 1, 3)
-        for when, order in orders.items()
+                sorted(job, key=seconds.__getitem__).index(best) + 1, 3)
+        for when, seconds in (("before calibration", before), ("after calibration", after))
     ]  # fmt: skip
 
 

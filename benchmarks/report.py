@@ -1,4 +1,4 @@
-"""Result files: benchmarks/results/<benchmark>-<machine>.json, from which benchmarks/tables.py makes BENCHMARKS.md."""
+"""Result files: benchmarks/results/<benchmark>-<machine>.json, from which benchmarks/tables.py writes docs/measurements."""
 
 import argparse
 import datetime

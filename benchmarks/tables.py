@@ -1,16 +1,29 @@
-"""BENCHMARKS.md from the result files: `python benchmarks/tables.py`. A result's optional `notes` say what fell short and why."""
+"""Write docs/measurements, and the tables in README.md and docs/, from the result files: `python benchmarks/tables.py`.
+
+The optional `notes` of a result say what fell short and why.
+"""
 
 import json
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-TARGET = FOLDER.parent / "BENCHMARKS.md"
-LONG = 60  # rows
-HELPERS = {"tables", "report", "kernel_timing", "planner_memory"}  # of which the last measures for planner_errors
-HEAD = """# Benchmarks
+import figures
 
-Made from `benchmarks/results/*.json` by `python benchmarks/tables.py`; each section names the command that wrote its file.
-A ratio above 1 means ours is better. A goal that was missed says so, and the notes under its table say why.
+FOLDER = Path(__file__).resolve().parent
+TARGET = FOLDER.parent / "docs" / "measurements"
+LONG = 60  # rows
+HELPERS = {
+    "tables",
+    "figures",
+    "report",
+    "kernel_timing",
+    "planner_memory",
+}  # of which the last measures for planner_errors
+NOTICE = "<!-- Written by benchmarks/tables.py from benchmarks/results. Do not edit. -->"
+HEAD = f"""{NOTICE}
+# Measurements
+
+One page per benchmark. Each section names the command that wrote its result file in `benchmarks/results`. A ratio above 1 means
+that ours is better. A missed goal is marked, and the notes under the table say why.
 """
 
 
@@ -55,11 +68,30 @@ def not_run() -> str:
     return f"Without a result yet, whatever goal they have: {', '.join(missing)}.\n" if missing else ""
 
 
-def document() -> str:
-    """The whole of BENCHMARKS.md."""
-    results = [json.loads(path.read_text()) for path in sorted((FOLDER / "results").glob("*.json"))]
-    return "\n".join([HEAD, *filter(None, [not_run()]), *map(section, results)])
+def pages() -> dict[Path, str]:
+    """Return all pages of measurements: one per benchmark, with a section per result file, and the list of them."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted((FOLDER / "results").glob("*.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(result["benchmark"], []).append(result)
+    lines = [f"- [{name}]({name}.md): {', '.join(r['machine'] for r in results)}" for name, results in found.items()]
+    index = "\n".join([HEAD, *filter(None, [not_run()]), *lines, ""])
+    of_benchmarks = {
+        TARGET / f"{name}.md": "\n".join([NOTICE, f"# {name}\n", *map(section, results)])
+        for name, results in found.items()
+    }
+    return {TARGET / "index.md": index} | of_benchmarks
+
+
+def write() -> None:
+    """Write the pages, and remove those of benchmarks that are gone."""
+    texts = pages()
+    for path, text in texts.items():
+        path.write_text(text)
+    for path in set(TARGET.glob("*.md")) - texts.keys():
+        path.unlink()
 
 
 if __name__ == "__main__":
-    TARGET.write_text(document())
+    write()
+    figures.write()

@@ -29,6 +29,7 @@ class Block(Section):
     sliding_window: bool = False
     """Attend to the last model.sliding_window tokens only."""
     mlp: Literal["swiglu", "none"] = "swiglu"
+    """Feed-forward sublayer after the mixer."""
 
 
 Blocks = Mapping[str, Block]

@@ -20,6 +20,7 @@ class RopeScalingConfig(Section):
     """
 
     rope_type: Literal["yarn"] = "yarn"
+    """Method. Only YaRN is implemented."""
     factor: float = Field(ge=1)
     """Longest sequence divided by original_max_position_embeddings."""
     original_max_position_embeddings: PositiveInt
@@ -55,10 +56,13 @@ class ModelFields(Section):
     """Blocks of layer_pattern symbols: changes to those that mixers bring, and new ones. A new symbol begins with its mixer's first
     block."""
     hidden_size: PositiveInt
+    """Width of the residual stream."""
     ffn_hidden_size: PositiveInt
+    """Inner width of the SwiGLU MLP."""
     vocab_size: PositiveInt
     """True vocabulary. Padding for tensor parallelism is added, and masked, by the layout."""
     num_attention_heads: PositiveInt
+    """Query heads of attention layers."""
     num_key_value_heads: PositiveInt | None = None
     """None: as many as num_attention_heads. Fewer: grouped-query attention."""
     head_dim: PositiveInt | None = None
@@ -70,12 +74,17 @@ class ModelFields(Section):
     sliding_window: PositiveInt | None = None
     """Tokens a W layer sees, itself included."""
     norm_eps: PositiveFloat = 1e-6
+    """Added to the mean square in RMSNorm."""
     zero_centered_norm: bool = False
     """Norms multiply by 1 + weight."""
     tie_embeddings: bool = False
+    """Use the embedding's weight in the output layer."""
     init_std: PositiveFloat = 0.02
+    """Standard deviation of initial weights."""
     eos_token_id: int | None = Field(None, ge=0)
+    """End-of-document token. It is written to exports and compared with the tokenizer's."""
     pad_token_id: int | None = Field(None, ge=0)
+    """Padding token, which is written to exports only."""
     backend: Backend = "auto"
     """Modules of linears, norms and attention. It is not part of the architecture: any backend loads any checkpoint. local:
     megatron-core's linears and PyTorch's attention, on any device. auto: Transformer Engine in bf16 on a GPU if it is installed,

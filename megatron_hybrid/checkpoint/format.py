@@ -196,9 +196,7 @@ def _check_slice(name: str, shape: tuple[int, ...], stored: StoredSlice) -> None
     if inside and stored.range is not None:
         inside = len(shape) in (1, 2) and 0 <= stored.range[0] < stored.range[1] <= part.numel
     if not inside:
-        raise CheckpointError(
-            f"{name}: a shard at {part.offset} of shape {part.shape} is outside the tensor's {shape}"
-        )
+        raise CheckpointError(f"{name}: a shard at {part.offset} of shape {part.shape} is outside the tensor's {shape}")
 
 
 def tensors_from_json(data: dict[str, Any]) -> dict[str, TensorEntry]:

@@ -116,7 +116,9 @@ class CheckpointReader:
         wanted = whole if wanted is None else wanted
         where = f"{self.folder}: {state_name(state, name) if state else name}"
         if whole.intersection(wanted) != wanted:
-            raise CheckpointError(f"{where} is {entry.shape}; nothing is stored at {wanted.offset} of shape {wanted.shape}")
+            raise CheckpointError(
+                f"{where} is {entry.shape}; nothing is stored at {wanted.offset} of shape {wanted.shape}"
+            )
         result, found = None, 0
         for stored in entry.slices:
             for part, first in stored.parts():

@@ -97,6 +97,12 @@ def _context(config: RunConfig) -> list[str]:
     return [f"  context   {ranks}{words}"]
 
 
+def _stage_layers(config: RunConfig) -> tuple[int, ...]:
+    return config.parallel.stage_layers(
+        config.model.num_layers, flops.output_in_layers(config.model, config.precision.fp8)
+    )
+
+
 def _stages(config: RunConfig) -> list[str]:
     """Return the table of pipeline stages; empty for one stage."""
     model, parallel = config.model, config.parallel
@@ -105,7 +111,7 @@ def _stages(config: RunConfig) -> list[str]:
     outside = flops.parameters_by_part(model)
     rows = [("stage", "pipeline rank", "chunk", "layers", "kinds", "parameters")]
     first = 0
-    for stage, count in enumerate(parallel.stage_layers(model.num_layers)):
+    for stage, count in enumerate(_stage_layers(config)):
         kinds = model.layers[first : first + count]
         size = sum(flops.layer_size(model, kind) for kind in kinds)
         if stage == 0:

@@ -130,6 +130,6 @@ def check_offload(train: TrainConfig, parallel: ParallelConfig, precision: Preci
 def check_stages(model: ModelConfig, parallel: ParallelConfig, problems: Problems) -> None:
     """Check that the layers divide into the pipeline's stages."""
     try:
-        parallel.stage_layers(model.num_layers)
+        parallel.stage_layers(model.num_layers, output_in_layers=0.0)
     except ConfigError as error:
         problems += [(join("parallel", field), message) for field, message in error.problems]

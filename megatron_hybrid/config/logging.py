@@ -11,6 +11,7 @@ class LoggingConfig(Section):
     interval: PositiveInt = 1
     """Steps between lines of metrics.jsonl and TensorBoard."""
     tensorboard: bool = True
+    """Write TensorBoard events to run_dir/tensorboard."""
     wandb_project: str | None = None
     """Weights & Biases project that receives the metrics. None: do not send them."""
     plot_interval: NonNegativeInt = 100

@@ -27,13 +27,15 @@ class ParallelConfig(Section):
     data.sequence_length must be a multiple of it (of it x tensor_parallel_size with sequence parallelism). Slices of whole 64-token
     chunks are slightly faster."""
     pipeline_parallel_size: PositiveInt = 1
+    """Ranks that share the layers, in stages."""
     virtual_pipeline_parallel_size: PositiveInt = 1
     """Model chunks per pipeline rank (interleaved 1F1B). 1: plain 1F1B."""
     overlap_p2p_comm: bool = True
     """Overlap the exchange of activations and gradients between interleaved stages with compute. False: compute waits for the
     exchange, which then takes no SMs from it. Try false if NVLink connects the stages."""
     pipeline_split: tuple[PositiveInt, ...] | None = Field(None, strict=False)
-    """Layers of each (virtual) stage in model order. None: divide evenly; the middle stages get the extra layers."""
+    """Layers of each (virtual) stage in model order. None: as evenly as possible, with fewer layers on the last pipeline rank in
+    proportion to the size of the output layer."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data and context parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -113,8 +115,11 @@ class ParallelConfig(Section):
         """Return the data parallel size of `world_size` ranks, which `RunConfig.check_world` has checked."""
         return world_size // self.replica_size
 
-    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+    def stage_layers(self, num_layers: int, output_in_layers: float) -> tuple[int, ...]:
         """Return the number of layers of each virtual stage, in model order.
+
+        Args:
+            output_in_layers: time of the output layer in units of a layer's. The last pipeline rank gets fewer layers for it.
 
         Raises:
             ConfigError: fewer layers than stages, or a pipeline_split with another total.
@@ -143,6 +148,29 @@ class ParallelConfig(Section):
                 f"{pipeline} x virtual_pipeline_parallel_size {virtual} = {stages} stages exceed "
                 f"the {num_layers} layers of layer_pattern; {remedy}",
             )
-        base, extra = divmod(num_layers, stages)
-        first = (stages - extra) // 2  # the first and last stages also have embedding and logits
-        return tuple(base + (first <= i < first + extra) for i in range(stages))
+        ranks, virtual = self.pipeline_parallel_size, self.virtual_pipeline_parallel_size
+        by_rank = [_spread(count, virtual) for count in _rank_layers(num_layers, ranks, virtual, output_in_layers)]
+        by_rank[-1].reverse()
+        return tuple(by_rank[rank][place] for place in range(virtual) for rank in range(ranks))
+
+
+def _rank_layers(num_layers: int, ranks: int, least: int, output_in_layers: float) -> list[int]:
+    """Return the layers of each pipeline rank, at least `least`, so that the slowest one is as fast as it can be.
+
+    Ranks further down the pipeline hold fewer micro-batches, so they get a layer more where the number does not divide.
+    """
+    if ranks == 1:
+        return [num_layers]
+
+    def slowest(last: int) -> float:
+        return max(-(-(num_layers - last) // (ranks - 1)), last + output_in_layers)
+
+    even = num_layers // ranks
+    last = min(range(even, least - 1, -1), key=slowest)  # of equal ones the largest: the others hold more activations
+    return [*_spread(num_layers - last, ranks - 1), last]
+
+
+def _spread(count: int, places: int) -> list[int]:
+    """Return `count` as a sum of `places` numbers that differ by at most one, in ascending order."""
+    base, extra = divmod(count, places)
+    return [base] * (places - extra) + [base + 1] * extra

@@ -1,7 +1,7 @@
 """Time operations on this process's device. A measurement is a point: a dictionary of sizes and seconds."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,15 +37,19 @@ def seconds_of(call: Callable[[], object], samples: int = 8) -> float:
     return times[samples // 2]
 
 
-def both_passes(sizes: Point, forward: Callable[[], torch.Tensor]) -> Iterator[Point]:
+def both_passes(sizes: Point, forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> Iterator[Point]:
     """Yield the points of the forward and backward pass of a differentiable call.
 
     The backward pass takes the time of both passes minus that of the forward pass.
+
+    Args:
+        inputs: leaves whose gradients the backward pass computes. They are returned, not added to `.grad`: in training the gradients
+            of activations are not accumulated either, and adding them would take as long as some of the operations.
     """
 
     def forward_backward() -> None:
         y = forward()
-        y.backward(y.detach())
+        torch.autograd.grad(y, inputs, y.detach())
 
     alone, both = seconds_of(forward), seconds_of(forward_backward)
     yield {**sizes, "pass": "forward", "seconds": alone}

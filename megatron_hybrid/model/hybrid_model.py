@@ -61,7 +61,7 @@ class HybridLanguageModel(HybridModel):
             layers,
             _padded_vocabulary(model, parallel.tensor_parallel_size),
             sequence_length,
-            hybrid_layer_pattern=hybrid_layer_pattern(model, parallel),
+            hybrid_layer_pattern=hybrid_layer_pattern(model, parallel, precision),
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=tied,

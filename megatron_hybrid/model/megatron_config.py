@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hybrid.arch.flops import output_in_layers
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.packing import round_up
 from megatron_hybrid.config.parallel import ParallelConfig
@@ -23,9 +24,11 @@ def apex_weight_gradients() -> bool:
     return has_cuda() and find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def hybrid_layer_pattern(model: ModelConfig, parallel: ParallelConfig) -> str:
+def hybrid_layer_pattern(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig) -> str:
     """Return megatron-core's pattern: every layer in the same slot (model/hybrid_stack.py), `|` between virtual stages."""
-    return "|".join(SLOT * count for count in parallel.stage_layers(model.num_layers))
+    return "|".join(
+        SLOT * count for count in parallel.stage_layers(model.num_layers, output_in_layers(model, precision.fp8))
+    )
 
 
 def _fp8(precision: PrecisionConfig) -> dict[str, Any]:

@@ -1,21 +1,21 @@
 """Command of tools/tune_parallelism.py: search, measure, and write or print the result."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_hybrid.arch.documents import ASSUMED_LENGTH
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.command_line import check_output_file
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.planner import calibration, measure, plot, report
+from megatron_hybrid.planner import calibration_file, measure, plot, report
+from megatron_hybrid.planner.calibration import Measured, Run, fit_factors, format_comparison
 from megatron_hybrid.planner.emit import apply_plan, comment, load_base_run
 from megatron_hybrid.planner.hardware import load
 from megatron_hybrid.planner.job import Job
-from megatron_hybrid.planner.search import Candidate, SearchResult, search
+from megatron_hybrid.planner.search import SearchResult, search
 
 MOST_GPUS = 1 << 20
 
@@ -55,7 +55,7 @@ def answer(request: Request) -> str:
     hardware = load(request.hardware or request.gpu)
     if request.gpus_per_node:
         hardware = replace(hardware, gpus_per_node=request.gpus_per_node)
-    runs = calibration.read_calibration(request.calibration, hardware) if request.calibration else []
+    runs = calibration_file.read_calibration(request.calibration, hardware) if request.calibration else []
     run = load_base_run(
         request.model, request.sequence_length, request.global_batch_size, request.precision, request.documents
     )
@@ -70,19 +70,15 @@ def answer(request: Request) -> str:
             "keep, or leave it out",
         )
     job = Job.of(run, request.gpus, hardware, request.recompute, request.document_length or ASSUMED_LENGTH)
-    plain = search(job)
-    found, texts = _calibrated(job, runs) if runs else plain, []
+    found, texts = _calibrated(job, runs) if runs else search(job), []
     if request.measure:
         measure.check_local_devices(hardware, request.gpus)
-        chosen = {c.plan.label for c in found.candidates[: request.measure]}
-        # factors are fitted to predictions without factors
-        fresh = [measure.measure(run, candidate) for candidate in _by_label(plain, chosen)]
-        runs = [old for old in runs if old["layout"] not in chosen or old.get("gpus") != job.gpus] + fresh
-        factors = calibration.fit_factors(runs)
+        fresh = [measure.measure(run, candidate) for candidate in found.candidates[: request.measure]]
+        runs = calibration_file.add_runs(runs, fresh)
         if request.calibration:
-            calibration.write_calibration(request.calibration, hardware, runs)
-        texts.append(calibration.format_comparison(fresh, factors))
+            calibration_file.write_calibration(request.calibration, hardware, runs)
         found = _calibrated(job, runs)
+        texts.append(format_comparison([Measured.of(one) for one in fresh], hardware, found.job.hardware.factors))
     return "\n\n".join([*texts, _write(request, found, run)])
 
 
@@ -123,9 +119,6 @@ def _write(request: Request, found: SearchResult, run: RunConfig) -> str:
     return "\n\n".join(texts)
 
 
-def _calibrated(job: Job, runs: Sequence[Mapping[str, Any]]) -> SearchResult:
-    return search(replace(job, hardware=job.hardware.calibrated(calibration.fit_factors(runs))))
-
-
-def _by_label(found: SearchResult, labels: set[str]) -> list[Candidate]:
-    return [candidate for candidate in found.candidates if candidate.plan.label in labels]
+def _calibrated(job: Job, runs: Sequence[Run]) -> SearchResult:
+    factors = fit_factors([Measured.of(run) for run in runs], job.hardware)
+    return search(replace(job, hardware=job.hardware.calibrated(factors)))

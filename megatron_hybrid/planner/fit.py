@@ -3,7 +3,9 @@
 Plain Python, so that predictions do not depend on an installed BLAS.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import combinations
 
 PIVOT_TOLERANCE = 1e-12
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.5, 2.0
@@ -30,34 +32,48 @@ def solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[flo
 def fit_nonnegative(columns: Sequence[Sequence[float]], times: Sequence[float]) -> list[float]:
     """Return coefficients >= 0 for which sum(coefficient * column) has the least squared relative errors against `times`.
 
+    Solves for every subset of the terms: there are at most three of them.
+
     Args:
         columns: one sequence per term, as long as `times`.
     """
     scaled = [[value / time for value, time in zip(column, times)] for column in columns]
     size = [max(map(abs, column)) or 1.0 for column in scaled]
     scaled = [[value / s for value in column] for column, s in zip(scaled, size)]
-    active, found = list(range(len(columns))), list[float]()
-    while active:
-        normal = [[sum(a * b for a, b in zip(scaled[i], scaled[j])) for j in active] for i in active]
-        found = solve(normal, [sum(scaled[i]) for i in active])
-        if min(found) >= 0:
-            break
-        active.pop(found.index(min(found)))  # the most negative term explains nothing
-    result = [0.0] * len(columns)
-    for i, value in zip(active, found if active else []):
-        result[i] = value / size[i]
-    return result
+    fits = [
+        _fit_terms(scaled, terms) for n in range(len(columns) + 1) for terms in combinations(range(len(columns)), n)
+    ]
+    best = min((fit for fit in fits if min(fit, default=0.0) >= 0), key=lambda fit: _squared_errors(scaled, fit))
+    return [value / s for value, s in zip(best, size)]
 
 
-def fit_near_one(columns: Sequence[Sequence[float]], times: Sequence[float], strength: float) -> list[float]:
-    """Return factors of the columns that minimize the squared relative errors plus strength * (factor - 1)^2.
+def _fit_terms(columns: Sequence[Sequence[float]], terms: Sequence[int]) -> list[float]:
+    """Return the coefficients of least squares against ones if only these terms are not zero."""
+    normal = [[sum(a * b for a, b in zip(columns[i], columns[j])) for j in terms] for i in terms]
+    found = dict(zip(terms, solve(normal, [sum(columns[i]) for i in terms])))
+    return [found.get(i, 0.0) for i in range(len(columns))]
 
-    Factors that the times do not determine stay near 1.
+
+def _squared_errors(columns: Sequence[Sequence[float]], coefficients: Sequence[float]) -> float:
+    errors = [sum(c * x for c, x in zip(coefficients, point)) - 1 for point in zip(*columns)]
+    return math.fsum(error * error for error in errors)
+
+
+def fit_near_one(
+    columns: Sequence[Sequence[float]], targets: Sequence[float], scales: Sequence[float], strength: float
+) -> list[float]:
+    """Return factors of the columns that minimize squared errors against `targets` plus strength * (factor - 1)^2.
+
+    Factors that the targets do not determine stay near 1.
+
+    Args:
+        scales: errors are relative to these, one per target.
     """
-    scaled = [[value / time for value, time in zip(column, times)] for column in columns]
+    scaled = [[value / scale for value, scale in zip(column, scales)] for column in columns]
+    right = [target / scale for target, scale in zip(targets, scales)]
     n = len(columns)
     normal = [
         [sum(a * b for a, b in zip(scaled[i], scaled[j])) + strength * (i == j) for j in range(n)] for i in range(n)
     ]
-    found = solve(normal, [sum(column) + strength for column in scaled])
+    found = solve(normal, [sum(a * b for a, b in zip(column, right)) + strength for column in scaled])
     return [min(max(factor, SMALLEST_FACTOR), LARGEST_FACTOR) for factor in found]

@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.planner.calibration import Run, group_seconds, is_device
+from megatron_hybrid.planner.calibration import Run
+from megatron_hybrid.planner.calibration_file import is_device
 from megatron_hybrid.planner.emit import apply_plan
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.search import Candidate
@@ -45,15 +46,15 @@ def check_local_devices(hardware: Hardware, gpus: int) -> None:
 
 
 def measure(run: RunConfig, candidate: Candidate, steps: int = 10) -> Run:
-    """Train a few steps of a candidate, and return the measurement with the prediction.
+    """Train a few steps of a candidate, and return the measurement with the configuration that was run.
 
     Raises:
         UserError: the run failed. The message has its last lines.
     """
-    plan = candidate.plan
+    plan, applied = candidate.plan, apply_plan(run, candidate.plan)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "run.yaml"
-        config.write_text(dump_run(apply_plan(run, plan)), encoding="utf-8")
+        config.write_text(dump_run(applied), encoding="utf-8")
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(plan.world_size)]
         script = ["megatron_hybrid.profiling.engine_steps", str(config), "--steps", str(steps)]
         done = _run([sys.executable, "-m", *launcher, "-m", *script])
@@ -66,10 +67,9 @@ def measure(run: RunConfig, candidate: Candidate, steps: int = 10) -> Run:
         "gpus": plan.world_size,
         "date": datetime.date.today().isoformat(),
         "device": found["device"],
+        "config": applied.model_dump(mode="json"),
         "seconds": found["seconds"],
         "peak_bytes": found["peak_bytes"],
-        "predicted": group_seconds(candidate.step),
-        "memory": candidate.memory.total,
     }
 
 

@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.costs import Shard
 from megatron_hybrid.arch.documents import ASSUMED_LENGTH, assumed_attended_length
+from megatron_hybrid.arch.flops import output_in_layers
 from megatron_hybrid.arch.layer import outer_parameters
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.packing import PackedParameter
@@ -124,7 +125,7 @@ class Plan:
     def chunks(self) -> tuple["Chunk", ...]:
         """Every virtual stage of the pipeline, in model order."""
         symbols, at, found = self.model.layers, 0, []
-        counts = self.parallel.stage_layers(len(symbols))
+        counts = self.parallel.stage_layers(len(symbols), output_in_layers(self.model, self.precision.fp8))
         for stage, count in enumerate(counts):
             found.append(Chunk(stage, at, symbols[at : at + count], stage == 0, stage == len(counts) - 1))
             at += count

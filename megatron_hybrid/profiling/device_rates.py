@@ -80,7 +80,7 @@ def linear_points(form: str, m: int, n: int, k: int) -> Iterator[Point]:
             y: torch.Tensor = linear(x)
             return y
 
-    yield from both_passes({"op": "linear", "format": form, "m": m, "n": n, "k": k}, forward)
+    yield from both_passes({"op": "linear", "format": form, "m": m, "n": n, "k": k}, forward, (x, linear.weight))
 
 
 def copy_points(size: int) -> Iterator[Point]:

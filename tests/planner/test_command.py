@@ -9,8 +9,10 @@ import pytest
 
 from megatron_hybrid.base.errors import BAD_INPUT, ConfigError, UserError
 from megatron_hybrid.config.load import dump_run, load_run
-from megatron_hybrid.planner import calibration, measure, report
+from megatron_hybrid.planner import measure, report
+from megatron_hybrid.planner.calibration import Measured
 from megatron_hybrid.planner.command import Request, answer
+from megatron_hybrid.planner.emit import apply_plan
 from megatron_hybrid.planner.hardware import load
 from megatron_hybrid.planner.job import Job
 from megatron_hybrid.planner.layouts import degrees_of
@@ -186,10 +188,9 @@ def test_measurements_calibrate(tmp_path, monkeypatch):
     """Steps take a quarter longer than predicted; no trainer runs."""
 
     def measured(run, candidate):
-        predicted = calibration.group_seconds(candidate.step)
-        seconds = 1.25 * sum(predicted.values())
-        return dict(layout=candidate.plan.label, gpus=candidate.plan.world_size, seconds=seconds, predicted=predicted,
-                    peak_bytes=1.02 * candidate.memory.total, memory=candidate.memory.total)  # fmt: skip
+        return dict(layout=candidate.plan.label, gpus=candidate.plan.world_size, seconds=1.25 * candidate.step.seconds,
+                    config=apply_plan(run, candidate.plan).model_dump(mode="json"),
+                    peak_bytes=1.02 * candidate.memory.total)  # fmt: skip
 
     monkeypatch.setattr(measure, "measure", measured)
     monkeypatch.setattr(measure, "check_local_devices", lambda hardware, gpus: None)
@@ -215,7 +216,7 @@ def tiny():
 
 def test_a_candidate_is_measured_through_the_real_engine(tiny):
     seen = measure.measure(*tiny, steps=2)
-    assert seen["seconds"] > 0 and seen["device"] == "cpu" and set(seen["predicted"]) == set(calibration.GROUPS)
+    assert seen["seconds"] > 0 and seen["device"] == "cpu" and Measured.of(seen).plan.label == seen["layout"]
 
 
 def test_a_run_that_fails_says_its_last_words(tiny):

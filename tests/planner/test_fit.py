@@ -1,5 +1,7 @@
 """Least squares against numpy, and non-negative rates."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,22 @@ def test_no_rate_is_negative():
 
 
 def test_factors_stay_at_one_where_nothing_is_said():
-    compute, host = fit_near_one([[1.0, 2.0], [0.0, 0.0]], [1.2, 2.4], strength=1e-6)
+    times = [1.2, 2.4]
+    compute, host = fit_near_one([[1.0, 2.0], [0.0, 0.0]], times, times, strength=1e-6)
     assert (compute, host) == pytest.approx((1.2, 1.0), rel=1e-4)
-    assert fit_near_one([[1.0]], [9.0], strength=1e-6) == [2.0], "no factor beyond two"
+    assert fit_near_one([[1.0]], [9.0], [9.0], strength=1e-6) == [2.0], "no factor beyond two"
+
+
+def test_a_term_that_only_others_made_negative_counts():
+    """Dropping the most negative term, then the next, ends at zero here: numpy's best non-negative fit has the second term."""
+    columns, times = [[1.0, 1.0, 1.0], [3.0, 1.0, 2.0], [9.0, 1.0, 5.0]], [2.9, 1.1, 1.8]
+    scaled = np.array(columns).T / np.array(times)[:, None]
+    subsets = [s for n in range(4) for s in itertools.combinations(range(3), n)]
+    errors = {}
+    for subset in subsets:
+        found = np.linalg.lstsq(scaled[:, list(subset)], np.ones(3), rcond=None)[0]
+        if (found >= 0).all():
+            errors[subset] = float(((scaled[:, list(subset)] @ found - 1) ** 2).sum())
+    found = fit_nonnegative(columns, times)
+    assert min(found) >= 0
+    assert float(((scaled @ np.array(found) - 1) ** 2).sum()) == pytest.approx(min(errors.values()), rel=1e-9)

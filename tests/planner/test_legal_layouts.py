@@ -67,7 +67,7 @@ def test_deepspeed_is_refused(tmp_path):
 
 
 RUN_ON_CPU = (
-    "{layout: a, device: cpu, seconds: 1, memory: 1, predicted: {compute: 1, communication: 0, host: 0, optimizer: 0}}"
+    "{layout: a, gpus: 1, device: cpu, seconds: 1, config: {}}"
 )
 
 
@@ -81,6 +81,14 @@ RUN_ON_CPU = (
         ),
         ("gpu: NVIDIA H100 80GB HBM3\nruns: [1]", "is damaged: its runs are not what --measure writes"),
         ("gpu: NVIDIA H100 80GB HBM3\nruns: {a: 1}", "is damaged"),
+        (
+            "gpu: NVIDIA H100 80GB HBM3\nruns: [{layout: a, gpus: 1, seconds: 1, predicted: {}}]",
+            "a does not say what was run: an earlier version measured it; remove it, and measure again",
+        ),
+        (
+            "gpu: NVIDIA H100 80GB HBM3\nruns: [{layout: a, gpus: 1, seconds: 1, config: {train: 1}}]",
+            "a: its config is not one of this version",
+        ),
         ("[1]", "is a calibration of None"),
     ],
 )

@@ -130,9 +130,9 @@ def test_swiglu_keeps_what_the_table_says():
 
 
 def test_pipelines_hold_more_micro_batches_on_their_first_rank():
-    first, last = (rank_memory(plan(pp=4), rank) for rank in (0, 3))
+    first, last = (rank_memory(plan(pp=4, pipeline_split=(8,) * 4), rank) for rank in (0, 3))
     assert first.activations["Gated DeltaNet"] == pytest.approx(4 * last.activations["Gated DeltaNet"])
-    interleaved = rank_memory(plan(pp=4, vpp=2), 0)
+    interleaved = rank_memory(plan(pp=4, vpp=2, pipeline_split=(4,) * 8), 0)
     assert interleaved.activations["Gated DeltaNet"] / first.activations["Gated DeltaNet"] == pytest.approx(1 + 3 / 8)
 
 

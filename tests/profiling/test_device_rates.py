@@ -1,6 +1,9 @@
 """Measurements for the planner's hardware files: every mixer's operations, with positive times, from which rates are fitted."""
 
+import torch
+
 from megatron_hybrid.config.presets import olmo_hybrid_tiny, preset
+from megatron_hybrid.distributed.timing import both_passes
 from megatron_hybrid.planner.hardware import load
 from megatron_hybrid.planner.points import from_points
 from megatron_hybrid.profiling.device_rates import device_points
@@ -25,3 +28,11 @@ def test_a_model_without_a_mixer_does_not_measure_it(ranks):
 def measured(pattern: str = "GA") -> list[dict]:
     model = preset("olmo_hybrid_tiny").model_copy(update={"layer_pattern": pattern})
     return list(device_points(model, tokens=128, degrees=(1, 2)))
+
+
+def test_the_backward_pass_accumulates_nothing():
+    """Adding gradients of leaves to `.grad` once took as long as the operation: 0.78 ms instead of 0.43 for conv_gates."""
+    x, w = torch.randn(8, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    points = list(both_passes({"op": "linear"}, lambda: x @ w, (x, w)))
+    assert [point["pass"] for point in points] == ["forward", "backward"]
+    assert x.grad is None and w.grad is None

@@ -55,4 +55,4 @@ def attention_points(
             return F.scaled_dot_product_attention(q_, k_, v_, is_causal=True, enable_gqa=heads != groups)
 
     sizes_ = {"op": "attention", "format": form, "sequence": sequence, "batch": batch, "heads": heads, "head_dim": d}
-    yield from both_passes(sizes_, forward)
+    yield from both_passes(sizes_, forward, (q, k, v))

@@ -47,7 +47,7 @@ def delta_rule_points(model: ModelConfig, block: Block, degree: int, sequence: i
     beta = (2 * torch.rand(batch, sequence, heads, device=device)).requires_grad_()
     sizes_ = {"op": "recurrence", "sequence": sequence, "batch": batch, "heads": heads}
     sizes_ |= {"key_head_dim": gdn.key_head_dim, "value_head_dim": gdn.value_head_dim}
-    yield from both_passes(sizes_, lambda: gated_delta_rule(q, k, v, g, beta)[0])
+    yield from both_passes(sizes_, lambda: gated_delta_rule(q, k, v, g, beta)[0], (q, k, v, g, beta))
 
 
 def memory_bound_points(model: ModelConfig, block: Block, degree: int, tokens: int) -> Iterator[Point]:
@@ -70,8 +70,10 @@ def memory_bound_points(model: ModelConfig, block: Block, degree: int, tokens: i
         joined: torch.Tensor = Join.apply(*outputs, gate)
         return joined
 
-    yield from both_passes({"op": "conv_gates", **where}, all_outputs)
+    yield from both_passes({"op": "conv_gates", **where}, all_outputs, (packed, weight, a, dt))
     o = torch.randn(1, tokens, value_heads, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
     gate = torch.randn(tokens, 1, v_width, device=device, dtype=dtype, requires_grad=True)
     ones = torch.ones(gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
-    yield from both_passes({"op": "gated_norm", **where}, lambda: gated_rmsnorm(o, gate, ones, gdn.norm_eps))
+    yield from both_passes(
+        {"op": "gated_norm", **where}, lambda: gated_rmsnorm(o, gate, ones, gdn.norm_eps), (o, gate, ones)
+    )

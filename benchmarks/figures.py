@@ -1,0 +1,202 @@
+"""Tables of measured figures in README.md and docs/, from the result files.
+
+A page has `<!-- figures: NAME -->` and `<!-- end of figures -->`. `python benchmarks/tables.py` writes the table called NAME between
+them, and tests/test_documentation.py checks that it is there.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+REGION = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+
+
+class Missing(LookupError):
+    """A result file does not hold a figure."""
+
+
+def figure(result: str, case: str, metric: str, column: str = "ours") -> float:
+    """Return a figure of a result file.
+
+    Raises:
+        Missing: the file has no such row.
+    """
+    rows = json.loads((RESULTS / f"{result}.json").read_text())["rows"]
+    for row in rows:
+        if row["case"] == case and row["metric"] == metric and row.get(column) is not None:
+            return float(row[column])
+    raise Missing(f"{result}: no {column} of {case!r}, {metric!r}")
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table."""
+    columns = list(head)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _or_dash(text: str, *where: str) -> str:
+    try:
+        return text.format(figure(*where))
+    except Missing:
+        return "-"
+
+
+LAYOUTS = (
+    ("TP1 x DP2", "train_step_x2-H200", "whole, TP1 x DP2, {}"),
+    ("TP1 x DP4", "train_step_x4-H200", "whole, TP1 x DP4, {}"),
+    (
+        "TP2 x DP2, `tp_comm_overlap`, micro-batch 2",
+        "train_step_x4-H200",
+        "whole, TP2 x DP2, overlapped, {}, micro-batch 2",
+    ),
+    ("TP2 x DP2, `tp_comm_overlap`, micro-batch 1", "train_step_x4-H200", "whole, TP2 x DP2, overlapped, {}"),
+    ("PP2 x VPP4 x DP2", "train_step_x4-H200", "whole, PP2, VPP4, DP2, {}"),
+    ("PP4 x VPP2", "train_step_x4-H200", "whole, PP4, VPP2, {}"),
+    ("TP2, `tp_comm_overlap`", "train_step_x2-H200", "whole, TP2, overlapped, {}"),
+    ("TP4, `tp_comm_overlap`", "train_step_x4-H200", "whole, TP4, overlapped, {}"),
+)
+FORMATS = ("bf16", "FP8 tensorwise")
+
+
+def training_rows(layouts: Iterable[tuple[str, str, str]]) -> Iterable[list[str]]:
+    """Yield a row per layout: tokens/s per GPU, MFU and memory in bf16 and FP8."""
+    for label, result, case in layouts:
+        cells = [label]
+        for metric, text in (("tokens", "{:,.0f}"), ("MFU", "{:.0%}"), ("peak memory", "{:.0f}")):
+            for form in FORMATS:
+                cells.append(_or_dash(text, result, case.format(form), metric))
+        yield cells
+
+
+def training(layouts: Iterable[tuple[str, str, str]] = LAYOUTS) -> str:
+    """Throughput of the whole 7B model by layout."""
+    head = ["layout", "tokens/s per GPU, bf16", "FP8", "MFU, bf16", "FP8", "GB, bf16", "FP8"]
+    return table(head, training_rows(layouts))
+
+
+def headline() -> str:
+    """The same for the three layouts that README.md shows."""
+    return training([LAYOUTS[1], LAYOUTS[2], LAYOUTS[4]])
+
+
+def kernels() -> str:
+    """Times of kernels and blocks against the baselines."""
+    rows = []
+    for label, result, case, metric in (
+        ("gated delta rule, H100", "gated_delta_rule-H100", "B 1, T 8192, H 30, hopper, saving scores", "forward + backward"),
+        ("gated delta rule, H200", "gated_delta_rule-H200", "B 1, T 8192, H 30, hopper, saving scores", "forward + backward"),
+        ("Gated DeltaNet block, H100", "blocks-H100", "Gated DeltaNet block, TP1, bf16", "forward + backward"),
+        ("attention block, H100", "blocks-H100", "attention block, TP1, bf16", "forward + backward"),
+        ("Gated DeltaNet block, TP2, two H200s", "blocks_tp2-H200", "Gated DeltaNet block, TP2, bf16", "forward + backward"),
+    ):  # fmt: skip
+        ours, other = (figure(result, case, metric, column) for column in ("ours", "peer"))
+        name = "fla 0.6.0" if "rule" in label else "megatron-core 0.19.2"
+        rows.append([label, f"{ours:.2f} ms", f"{other:.2f} ms ({name})", f"{other / ours:.2f}"])
+    return table(["forward and backward, 8,192 tokens, bf16", "ours", "baseline", "ratio"], rows)
+
+
+def tiny() -> str:
+    """The run of examples/pretrain_hybrid_tiny.sh."""
+    case, result = "examples/pretrain_hybrid_tiny.sh, TP2 x PP2 on 4 ranks", "main_job-cpu"
+
+    def value(metric: str, text: str) -> str:
+        return text.format(figure(result, case, metric))
+
+    rows = [
+        ["empty checkout to finished run", value("empty checkout to finished run", "{:.1f} minutes")],
+        ["of that, training", value("of that, training steps", "{:.1f} minutes")],
+        ["training loss, first step", value("loss of the first step", "{:.2f} nats per byte")],
+        ["training loss, last ten steps", value("mean loss of the last ten steps", "{:.2f} nats per byte")],
+        ["validation loss", value("validation loss at the end", "{:.2f} nats per byte")],
+    ]
+    return table(["tiny run on two CPU cores", ""], rows)
+
+
+def fp8_loss() -> str:
+    """Loss with FP8 against bf16."""
+    names = {
+        "fp8_tensorwise": "`tensorwise`", "fp8_delayed": "`delayed`", "fp8_blockwise": "`blockwise`",
+        "fp8_tensorwise+attention": "`tensorwise` and `fp8_attention`",
+        "fp8_delayed+attention": "`delayed` and `fp8_attention`",
+    }  # fmt: skip
+    rows = [
+        [label, f"{figure('fp8_loss-H200', f'{name}, 300 steps of 32,768 bytes', 'gap to bf16'):.2%}"]
+        for name, label in names.items()
+    ]
+    return table(["`precision.fp8_recipe`", "loss against bf16"], rows)
+
+
+def one_gpu() -> str:
+    """The whole 7B model on one H100."""
+    rows = []
+    for label, name in (
+        ("megatron, `offload_fraction` 0.8", "megatron-core's HybridDeviceOptimizer, 80% on the host"),
+        ("DeepSpeed ZeRO 3, `offload_fraction` 0.6", "DeepSpeed, ZeRO 3, 60% on the host"),
+    ):
+        step = f"{name}, 8 sequences a step"
+        rows.append([
+            label,
+            f"{figure('zero_offload-H100', step, 'tokens'):,.0f}",
+            f"{figure('zero_offload-H100', step, 'step'):.1f} s",
+            f"{figure('zero_offload-H100', name, 'peak memory of the GPU'):.1f} GiB",
+            f"{figure('zero_offload-H100', name, 'peak memory of the host'):.1f} GiB",
+        ])  # fmt: skip
+    return table(
+        ["one H100 80GB, 8 sequences of 8,192 tokens per step", "tokens/s", "step", "GPU peak", "host peak"], rows
+    )
+
+
+def planner() -> str:
+    """Errors of the planner's predictions."""
+    rows = []
+    for label, name in (
+        ("peak memory", "memory"),
+        ("step time", "step"),
+        ("step time, calibrated", "step, calibrated"),
+    ):
+        cells = [label]
+        for result, count in (("planner_errors-H100", 12), ("planner_errors-H200", 20)):
+            mean, worst = (figure(result, f"{name}, all ({count})", f"{kind} error") for kind in ("mean", "worst"))
+            cells += [f"{mean:.1%}", f"{worst:.1%}"]
+        rows.append(cells)
+    return table(["prediction", "H100, mean of 12", "worst", "H200, mean of 20", "worst"], rows)
+
+
+def planner_runs() -> str:
+    """Predicted and measured memory and step time of the whole 7B on H200s."""
+    rows = json.loads((RESULTS / "planner_errors-H200.json").read_text())["rows"]
+    by_case: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in rows:
+        if row["metric"] in ("memory", "step") and row["case"].startswith(("whole, ", "7B, ")):
+            by_case.setdefault(row["case"], {})[row["metric"]] = row["ours"], row["peer"]
+    lines = []
+    for case, found in by_case.items():
+        label = case.removeprefix("whole, ").replace(" (held out)", "")
+        lines.append([label, *(f"{x:.1f}" for x in found["memory"]), *(f"{x:.2f}" for x in found["step"])])
+    return table(["layout", "GB, predicted", "measured", "s per step, predicted", "measured"], lines)
+
+
+TABLES = {
+    "training": training, "headline": headline, "kernels": kernels, "tiny": tiny, "fp8-loss": fp8_loss,
+    "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs,
+}  # fmt: skip
+
+
+def pages() -> list[Path]:
+    """Return the pages that may hold tables of figures."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def with_figures(text: str) -> str:
+    """Return a page with its tables written anew."""
+    return REGION.sub(lambda region: f"{region[1]}{TABLES[region[2]]()}{region[3]}", text)
+
+
+def write() -> None:
+    """Write the tables into all pages."""
+    for page in pages():
+        page.write_text(with_figures(page.read_text()))

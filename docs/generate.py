@@ -1,0 +1,101 @@
+"""Write the pages under docs/reference/ from the code: `python docs/generate.py`. tests/test_documentation.py checks them."""
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from pydantic.fields import FieldInfo  # noqa: E402
+
+from megatron_hybrid.base.errors import shown  # noqa: E402
+from megatron_hybrid.base.section import Section  # noqa: E402
+from megatron_hybrid.config.run import RunConfig  # noqa: E402
+
+SCALARS = {type(None): "null", str: "text", bool: "true or false", int: "integer", float: "number"}
+NOTICE = "<!-- Written by docs/generate.py from the code. Do not edit. -->\n"
+
+
+def type_name(annotation: Any) -> str:
+    """Return a type as users read it: `int or null`, `one of a, b`, `list of str`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(type_name(argument) for argument in arguments)
+    if str(origin) == "typing.Literal":
+        return "one of " + ", ".join(f"`{argument}`" for argument in arguments)
+    if origin in (tuple, list):
+        return f"list of {type_name(arguments[0])}"
+    if origin is dict or str(origin).endswith("Mapping'>"):
+        return f"map of {type_name(arguments[1])}"
+    if hasattr(annotation, "__metadata__"):
+        return type_name(arguments[0])
+    return SCALARS.get(annotation) or getattr(annotation, "__name__", str(annotation))
+
+
+def default_of(field: FieldInfo) -> str:
+    """Return a field's default as YAML has it."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Section):
+        return "default: a section"
+    return f"default: `{shown(list(value) if isinstance(value, tuple) else value)}`"
+
+
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the section classes that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from sections_in(argument)
+
+
+def fields(path: str, section: type[Section]) -> Iterator[str]:
+    """Yield the Markdown of a section's fields, then of the sections in it."""
+    inner: list[tuple[str, type[Section]]] = []
+    heading = f"`{path}`" if path else "Top level"
+    yield f"\n## {heading}\n\n{inspect.getdoc(section)}\n"
+    for name, field in section.model_fields.items():
+        whole = f"{path}.{name}" if path else name
+        found = [(whole, one) for one in sections_in(field.annotation)]
+        inner += found
+        if not found or field.description:
+            text = " ".join((field.description or "").split())
+            yield f"\n**`{whole}`** ({type_name(field.annotation)}; {default_of(field)})  \n{text}\n"
+    for whole, one in inner:
+        yield from fields(whole, one)
+
+
+def configuration() -> str:
+    """Return the page of all fields."""
+    return f"{NOTICE}# Configuration fields\n{''.join(fields('', RunConfig))}"
+
+
+def commands() -> str:
+    """Return the page of all commands: their `--help`."""
+    pages = [f"{NOTICE}# Commands\n"]
+    tools = sorted(path for path in (ROOT / "tools").glob("*.py"))
+    running = [
+        subprocess.Popen([sys.executable, str(tool), "--help"], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        for tool in tools
+    ]
+    for tool, process in zip(tools, running, strict=True):
+        text, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{tool.name} --help ended with status {process.returncode}")
+        pages.append(f"\n## `tools/{tool.name}`\n```text\n{text.strip()}\n```\n")
+    return "".join(pages)
+
+
+ENVIRONMENT = {"COLUMNS": "100", "PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HOME": "/tmp"}
+PAGES = {"configuration": configuration, "commands": commands}
+
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (ROOT / "docs" / "reference" / f"{name}.md").write_text(page())
