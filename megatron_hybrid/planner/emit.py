@@ -9,7 +9,7 @@ from megatron_hybrid.arch.fp8_recipes import RECOMMENDED
 from megatron_hybrid.base import yaml_text
 from megatron_hybrid.base.errors import ConfigError, shown
 from megatron_hybrid.config import presets
-from megatron_hybrid.config.command_line import read_text
+from megatron_hybrid.config.command_line import read_yaml
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.plan import Plan
@@ -72,7 +72,7 @@ def _overrides(
 
 def _read(path: Path) -> tuple[dict[str, Any], bool]:
     """Return a file's sections, and its parallel.tp_comm_overlap. A model's fields become the section `model`."""
-    read = yaml_text.read(read_text("model", path), str(path))
+    read = read_yaml("model", path)
     if not isinstance(read, dict):
         raise ConfigError.at(str(path), f"holds {shown(read)}; write a model's fields, or a run's sections")
     if "model" not in read:
