@@ -13,7 +13,8 @@ from megatron_hybrid.checkpoint.folders import (
     complete_checkpoints,
     find_checkpoint,
 )
-from megatron_hybrid.checkpoint.format import CheckpointError, read_index
+from megatron_hybrid.checkpoint.format import CheckpointError
+from megatron_hybrid.checkpoint.index_file import read_index
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.train.changes import config_changes, data_changes, model_changes, refuse_changes
 from megatron_hybrid.train.run_lock import RunFolderError
@@ -26,6 +27,10 @@ class Start:
     kind: Literal["initial", "resume", "rewind", "checkpoint"]
     folder: Path | None = None
     weights_only: bool = False
+    notes: tuple[str, ...] = ()
+    """Lines for the log: damaged checkpoints that were set aside, and what could not be verified."""
+    fell_back: bool = False
+    """True if a newer checkpoint of the run is damaged."""
 
     @property
     def continues(self) -> bool:

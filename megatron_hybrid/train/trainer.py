@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_hybrid.checkpoint.format import read_index
+from megatron_hybrid.checkpoint.index_file import read_index
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import check_run_dir
 from megatron_hybrid.data.blend import Blend
@@ -26,8 +26,9 @@ from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.progress import Progress
 from megatron_hybrid.train.schedules import learning_rate
 from megatron_hybrid.train.setup import build_loader, build_logger, write_config
-from megatron_hybrid.train.start import check_start_point, choose_start
+from megatron_hybrid.train.start import check_start_point
 from megatron_hybrid.train.start_checks import check_start, newest_step, on_first_rank, run_folder
+from megatron_hybrid.train.verified_start import choose_verified_start
 
 
 def pretrain(config: RunConfig, launch: Launch) -> Progress:
@@ -77,7 +78,7 @@ class Trainer:
     ) -> None:
         self.config, self.launch, self.groups = config, launch, groups
         self.progress, self.stop = Progress(), False
-        self.start = on_first_rank(lambda: choose_start(config))
+        self.start = choose_verified_start(config)
         training, validation = open_data(config)
         self.data_identity, self.changes = on_first_rank(lambda: self._compare(training))
         self.engine = build_engine(config, groups)
@@ -86,8 +87,7 @@ class Trainer:
         self.callbacks = [*callbacks, *default_callbacks(config, validation_loader, interrupt)]
         for callback in self.callbacks:
             callback.setup(self)
-        if launch.rank == 0:
-            write_config(config)
+        on_first_rank(lambda: write_config(config))
         self.logger = build_logger(config, launch, self.progress, continues=self.start.kind == "resume")
         for line in self.engine.backends(config.train.micro_batch_size):
             self.logger.info(line)

@@ -13,8 +13,4 @@ def exempt_from_decay(
     """Return the parameters of the groups `no_decay`, the same on every tensor parallel rank."""
     # on other ranks a parameter may consist of padding only, without pieces
     first = ParamLayout(layout.model, 0, layout.ranks)
-    return {
-        parameter
-        for _, parameter, slices in first.parameters(chunks)
-        if slices[0].tensor.decay_group in no_decay
-    }
+    return {parameter for _, parameter, slices in first.parameters(chunks) if slices[0].tensor.decay_group in no_decay}
