@@ -63,7 +63,7 @@ class Job:
         )
         data = DataConfig.model_construct(
             train=(SourceConfig.model_construct(path="none", dtype=None),),
-            validation=(),
+            validation={},
             sequence_length=self.sequence_length,
         )
         return RunConfig.model_construct(

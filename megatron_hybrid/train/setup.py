@@ -1,5 +1,6 @@
-"""Builds what the trainer needs besides the engine: data loaders, the logger and the saved configuration."""
+"""Builds what the trainer needs besides the engine: data loaders, validation sets, the logger and the saved configuration."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.loader import BatchLoader
+from megatron_hybrid.data.text_bytes import TextBytes
 from megatron_hybrid.distributed.device import has_cuda
+from megatron_hybrid.evaluation.validation_set import ValidationSet
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.train.progress import Progress
@@ -26,6 +29,34 @@ def build_loader(config: RunConfig, groups: ProcessGroupCollection, data: Blend,
         num_workers=num_workers,
         pin_memory=has_cuda(),
     )
+
+
+def build_validation_sets(
+    config: RunConfig, groups: ProcessGroupCollection, blends: Mapping[str, Blend], text_bytes: TextBytes
+) -> list[ValidationSet]:
+    """Build the validation sets of this rank."""
+    train = config.train
+    unit = train.micro_batch_size * groups.dp.size()
+    if (
+        config.parallel.virtual_pipeline_parallel_size > 1
+    ):  # the interleaved schedule needs whole rounds of micro-batches
+        unit *= config.parallel.pipeline_parallel_size
+    found = []
+    for name, blend in blends.items():
+        samples = blend.samples_without_repeats()
+        if train.eval_batches is not None:
+            samples = min(samples, train.eval_batches * train.global_batch_size)
+        sizes = (train.micro_batch_size, train.global_batch_size, unit)
+        found.append(ValidationSet(name, blend, samples, groups, *sizes, text_bytes))
+    return found
+
+
+def find_text_bytes(config: RunConfig) -> TextBytes:
+    """Return the bytes of text of each token, if validation sets need them. Call it on one rank."""
+    paths = [source.path for sources in config.data.validation.values() for source in sources]
+    if config.train.eval_interval is None:
+        return TextBytes(None, "there are no evaluations")
+    return TextBytes.of(config.data.tokenizer, config.model.vocab_size, paths)
 
 
 def build_logger(config: RunConfig, launch: Launch, progress: Progress, continues: bool) -> RunLogger:
