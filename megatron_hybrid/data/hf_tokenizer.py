@@ -5,6 +5,7 @@ transformers' AutoTokenizer applies them all; this module keeps the Rust tokeniz
 costs what the `tokenizers` package costs, and worker processes receive the tokenizer without importing transformers.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
