@@ -105,7 +105,11 @@ class MixerSpec(ABC):
 
     @abstractmethod
     def flops(self, model: ModelFields, block: Block, sequence_length: int) -> int:
-        """Return forward FLOPs per token besides the GEMMs of its linears."""
+        """Return forward FLOPs per token besides the GEMMs of its linears.
+
+        Args:
+            sequence_length: tokens of a sequence, or the attended length of documents (arch/documents.py).
+        """
 
     @abstractmethod
     def operations(self, shard: Shard) -> list[Operation]:

@@ -9,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_hybrid.arch.flops import training_flops_per_token
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.attended_length import blend_attended_length
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.loader import BatchLoader
 from megatron_hybrid.data.text_bytes import TextBytes
@@ -59,10 +60,11 @@ def find_text_bytes(config: RunConfig) -> TextBytes:
     return TextBytes.of(config.data.tokenizer, config.model.vocab_size, paths)
 
 
-def build_logger(config: RunConfig, launch: Launch, progress: Progress, continues: bool) -> RunLogger:
+def build_logger(config: RunConfig, launch: Launch, training: Blend, progress: Progress, continues: bool) -> RunLogger:
     """Build the logger of a run, which writes on the first rank only.
 
     Args:
+        training: blend that training reads, whose documents determine the FLOPs of attention.
         progress: progress of the checkpoint that the run starts from.
         continues: whether the earlier logs in run_dir belong to this run.
     """
@@ -73,7 +75,7 @@ def build_logger(config: RunConfig, launch: Launch, progress: Progress, continue
         total_steps=config.train.steps,
         start_step=progress.step,
         start_tokens=progress.tokens,
-        flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
+        flops_per_token=training_flops_per_token(config.model, max(1, round(blend_attended_length(training)))),
         num_devices=launch.world_size,
         device_name=torch.cuda.get_device_name() if has_cuda() else None,
         settings=config.model_dump(mode="json"),

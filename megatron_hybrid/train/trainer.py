@@ -96,7 +96,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.setup(self)
         on_first_rank(lambda: write_config(config))
-        self.logger = build_logger(config, launch, self.progress, continues=self.start.kind == "resume")
+        self.logger = build_logger(config, launch, training, self.progress, continues=self.start.kind == "resume")
         for line in self.engine.backends(config.train.micro_batch_size):
             self.logger.info(line)
         for callback in self.callbacks:
