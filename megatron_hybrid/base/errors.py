@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from megatron_hybrid.base.storage import FAILURES, describe_failure
+
 BAD_INPUT = 78
 """Exit status after wrong input (EX_CONFIG of sysexits.h)."""
 REQUEUE = 75
@@ -48,15 +50,45 @@ class LaunchError(UserError):
     printed_by: Literal["first rank", "each node", "each rank"] = "each rank"
 
 
+class StorageError(UserError):
+    """A file system is full, read-only or failing. The message names the path, the reason and the remedy."""
+
+
+def as_storage_error(
+    error: OSError, path: str | os.PathLike[str] = "a file", needed: int | None = None
+) -> StorageError | None:
+    """Return the error of a failing file system for users; None: another kind of error. See `describe_failure`."""
+    return StorageError(describe_failure(error, path, needed)) if error.errno in FAILURES else None
+
+
+@contextmanager
+def storage_errors(path: str | os.PathLike[str], needed: int | None = None) -> Iterator[None]:
+    """Raise a StorageError for an OSError of a failing file system. See `describe_failure` for the arguments."""
+    try:
+        yield
+    except OSError as error:
+        if (failure := as_storage_error(error, path, needed)) is None:
+            raise
+        raise failure from error
+
+
 @contextmanager
 def no_traceback() -> Iterator[None]:
-    """End the process without a traceback: after a UserError with status BAD_INPUT, after Ctrl-C with status INTERRUPTED."""
+    """End the process without a traceback.
+
+    The status is BAD_INPUT after a UserError and after an OSError of a failing file system, INTERRUPTED after Ctrl-C.
+    """
     try:
         yield
     except UserError as error:
         variable = {"first rank": "RANK", "each node": "LOCAL_RANK", "each rank": ""}[error.printed_by]
         if os.environ.get(variable, "0") == "0":
             print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except OSError as error:  # one rank alone may raise it: every rank prints its own
+        if (failure := as_storage_error(error)) is None:
+            raise
+        print(f"{Path(sys.argv[0]).stem}: {failure}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).stem}: interrupted", file=sys.stderr)

@@ -10,6 +10,7 @@ resolver, too, because `2024-01-01` is a date and `0123` a number in it. It take
 
 import re
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -31,8 +32,46 @@ _PLAIN: tuple[tuple[str, str, str], ...] = (
 """Kind, pattern and first characters of plain values."""
 
 
+MAX_CHARACTERS = 512 << 10
+MAX_NODES = 20_000
+"""Most keys and values, with every use of an alias counted as what it stands for."""
+MAX_DEPTH = 50
+_LONGEST_INTEGER = 30
+"""Digits."""
+
+
+class TooLarge(Exception):
+    """A text that is, or expands to, more than any configuration holds."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe loader: it creates only dicts, lists, text, numbers, booleans and null."""
+    """Safe loader: it creates only dicts, lists, text, numbers, booleans and null, and stops at MAX_NODES and MAX_DEPTH."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose one node, as PyYAML does, within the limits."""
+        self._nodes += 1
+        self._depth += 1
+        if self._nodes > MAX_NODES:
+            raise TooLarge(f"it has more than {MAX_NODES:,} keys and values")
+        if self._depth > MAX_DEPTH:
+            raise RecursionError
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Construct an integer with a bounded number of digits: a longer one fits no field, and is slow to print."""
+        if len(node.value) > _LONGEST_INTEGER:
+            raise ValueError(f"an integer of {len(node.value):,} digits")
+        value: int = super().construct_yaml_int(node)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -65,14 +104,17 @@ def read(text: str, name: str, field: str = "") -> object:
         name: origin of the text, for errors. field: configuration field that the value is for.
 
     Raises:
-        ConfigError: not YAML, a duplicate key, or a tag.
+        ConfigError: not YAML, a duplicate key, a tag, or a text that is too large, too deeply nested or expands too much.
     """
+    _check_size(len(text), name)
     loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
+        if _expanded_size(node, {}) > MAX_NODES:
+            raise TooLarge(f"its aliases contain themselves, or stand for more than {MAX_NODES:,} keys and values")
         Problems((join(field, path), f"{what} of {name}; keep one") for path, what in _duplicates(node)).raise_if_any()
         value: object = loader.construct_document(node)
         return value
@@ -87,6 +129,11 @@ def read(text: str, name: str, field: str = "") -> object:
         raise ConfigError.at(
             name,
             f"is not YAML: {error}; save it as plain text",
+        ) from None
+    except TooLarge as error:
+        raise ConfigError.at(
+            name,
+            f"is refused: {error}; write out the fields of a run, which are far fewer",
         ) from None
     except RecursionError:
         raise ConfigError.at(
@@ -103,6 +150,41 @@ def read(text: str, name: str, field: str = "") -> object:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def read_file(path: Path, name: str) -> object:
+    """Return the value of a YAML file.
+
+    Args:
+        name: origin of the text, for errors.
+
+    Raises:
+        ConfigError: as `read`.
+        OSError, UnicodeDecodeError: the file cannot be read, or is not UTF-8.
+    """
+    _check_size(path.stat().st_size, name)
+    with path.open("rb") as file:  # a pipe or device has no size
+        data = file.read(4 * MAX_CHARACTERS + 1)
+    _check_size(len(data), name)
+    return read(data.decode("utf-8"), name)
+
+
+def _check_size(size: int, name: str) -> None:
+    if size > MAX_CHARACTERS:
+        raise ConfigError.at(
+            name,
+            f"has {size:,} characters, and at most {MAX_CHARACTERS:,} are read; give a configuration file",
+        )
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return the number of nodes below a node, where every alias counts as what it stands for. `known`: results by identity."""
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # of a node that contains itself
+        children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        inner = () if isinstance(node, yaml.ScalarNode) else children
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in inner)
+    return known[id(node)]
 
 
 def write(value: object) -> str:

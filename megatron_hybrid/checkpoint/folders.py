@@ -8,8 +8,6 @@ from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError
 
 _NAME = re.compile(r"step-(\d{8})")
-SAVING, DELETING = ".saving-", ".deleting-"
-"""Prefixes of a checkpoint's folder while it is written and while it is removed."""
 
 
 def checkpoint_step(folder: Path) -> int | None:

@@ -1,17 +1,21 @@
 """The checkpoint format: safetensors files and one JSON index. There is no pickle in it.
 
     step-00001000/
-        index.json                  the tensors, the file of each slice, the run's state and configuration
+        index.json                  the tensors, the file of each slice, the run's state and configuration, and checksums
         rank-00000.safetensors      the slices that rank 0 wrote; at most about 4 GiB per file
         rank-00000-001.safetensors  the rest of them
+        original/                   files of the model that was converted, if it was (checkpoint/origin.py)
 
 The index describes true tensors (arch/tensors.py): no padding, no packing, no layout. Weights are stored in rectangular
 slices. Optimizer state may be stored in flattened ranges of slices, because the distributed optimizer splits it that way.
+
+The index holds the SHA-256 of every other file, and ends with its own: that of its text without this last member.
 
 megatron-core's own `torch_dist` format keeps metadata and common state in pickles, and gathers the distributed optimizer's
 state on one rank to reshard it. This format does neither.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -25,13 +29,12 @@ from pydantic import ValidationError
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.base.errors import ConfigError, UserError
-from megatron_hybrid.base.lfs import refuse_lfs_pointer
-from megatron_hybrid.config.renames import rename_saved
+from megatron_hybrid.checkpoint.coverage import coverage_problem
 from megatron_hybrid.config.translate import translate
 
-FORMAT = "megatron_hybrid/1"
+FORMAT = "megatron_hybrid/2"
 INDEX = "index.json"
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
+_STEP = re.compile(r"step-(\d{8})")
 
 
 class CheckpointError(UserError):
@@ -121,14 +124,36 @@ class Index:
     state: dict[str, Any]
     """State that the trainer resumes from: step, samples consumed, window of the skip-step, ..."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """{file: {"bytes": int, "sha256": str}}"""
+    """Safetensors files: {name: {"bytes": int, "sha256": str}}"""
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
+    other_files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """All other files in the same form, by their path in the folder."""
+    checksum: str | None = None
+    """SHA-256 of the index as it was read. None: an earlier version wrote the checkpoint."""
 
     def dump(self) -> str:
-        """Return the index as JSON."""
-        tensors = {name: entry.as_json() for name, entry in self.tensors.items()}
-        content = {"model": self.model, "run": self.run, "state": self.state, "files": self.files, "tensors": tensors}
-        return json.dumps({"format": FORMAT, **content}, separators=(",", ":"))
+        """Return the index as JSON, with its checksum."""
+        content = {
+            "format": FORMAT,
+            "model": self.model,
+            "run": self.run,
+            "state": self.state,
+            "files": self.files,
+            "other_files": self.other_files,
+            "tensors": {name: entry.as_json() for name, entry in self.tensors.items()},
+        }
+        return add_checksum(json.dumps(content, separators=(",", ":")))
+
+    def all_files(self) -> dict[str, dict[str, Any]]:
+        """Return size and SHA-256 of every file but the index, by its path in the folder."""
+        return {**self.files, **self.other_files}
+
+    def unchecked(self) -> str | None:
+        """Return what no checksum protects; None: everything is protected."""
+        if self.checksum is None:
+            return f"an earlier version wrote it: its {INDEX} has no checksum, so that changes to it go unnoticed"
+        without = [name for name, facts in self.all_files().items() if not facts.get("sha256")]
+        return f"there is no checksum of {', '.join(without[:4])}, so that changes go unnoticed" if without else None
 
     def merge(self, tensors: dict[str, TensorEntry]) -> None:
         """Add the slices that another rank wrote.
@@ -161,114 +186,33 @@ class Index:
         except (ConfigError, ValueError) as error:
             raise CheckpointError(f"{where}: {error!s:.500}") from None
 
-    def incomplete(self) -> Iterator[tuple[str, int, int]]:
-        """Yield (name, number of stored values, number of values) of each tensor whose slices do not add up."""
+    def check_state(self, folder: Path) -> None:
+        """Check the part of the state that a run resumes from. A converted checkpoint has no state.
+
+        Raises:
+            CheckpointError: a count is missing or is not a number.
+        """
+        for name in ("step", "samples", "updates") if self.state else ():
+            value = self.state.get(name)
+            if value is not None and (type(value) is not int or not 0 <= value < 1 << 62):
+                raise CheckpointError(
+                    f"{folder}: damaged: {name} in its state is {value!r:.50}; use an earlier checkpoint"
+                )
+        expected = _STEP.fullmatch(folder.name)
+        if expected and self.state.get("step", int(expected[1])) != int(expected[1]):
+            raise CheckpointError(
+                f"{folder}: its content is of step {self.state['step']}: folders were exchanged or renamed; give it the name of "
+                "its step"
+            )
+
+    def coverage_problems(self) -> Iterator[str]:
+        """Yield a line for each tensor whose slices overlap or do not cover it."""
         for name, entry in self.tensors.items():
-            held, total = sum(stored.numel for stored in entry.slices), prod(entry.shape)
-            if held != total:
-                yield name, held, total
+            parts = (part for stored in entry.slices for part, _ in stored.parts())
+            if problem := coverage_problem(entry.shape, parts):
+                yield f"{name} {problem}"
 
 
-def _whole_numbers(values: list[int]) -> tuple[int, ...]:
-    if not all(type(value) is int for value in values):
-        raise TypeError(f"{values!r:.100} are not whole numbers")
-    return tuple(values)
-
-
-def _slice_from_json(data: dict[str, Any]) -> StoredSlice:
-    part = TensorSlice(_whole_numbers(data["offset"]), _whole_numbers(data["shape"]))
-    if not data["range"]:
-        return StoredSlice(data["file"], data["entry"], part)
-    start, stop = _whole_numbers(data["range"])
-    return StoredSlice(data["file"], data["entry"], part, (start, stop))
-
-
-def _check_slice(name: str, shape: tuple[int, ...], stored: StoredSlice) -> None:
-    if not _FILE_NAME.fullmatch(stored.file):
-        raise CheckpointError(
-            f"{name}: {stored.file!r} is not the name of a safetensors file in the checkpoint's folder"
-        )
-    part = stored.slice
-    inside = len(part.offset) == len(part.shape) == len(shape) and all(
-        at >= 0 and length > 0 and at + length <= total
-        for at, length, total in zip(part.offset, part.shape, shape, strict=True)
-    )
-    if inside and stored.range is not None:
-        inside = len(shape) in (1, 2) and 0 <= stored.range[0] < stored.range[1] <= part.numel
-    if not inside:
-        raise CheckpointError(f"{name}: a shard at {part.offset} of shape {part.shape} is outside the tensor's {shape}")
-
-
-def tensors_from_json(data: dict[str, Any]) -> dict[str, TensorEntry]:
-    """Parse and check the `tensors` of an index, or of one rank's part of it.
-
-    Raises:
-        CheckpointError: a file outside the folder, a slice outside its tensor, a range outside its slice.
-        TypeError, KeyError, ValueError: values of another type or form.
-    """
-    tensors = {}
-    for name, entry in data.items():
-        shape = _whole_numbers(entry["shape"])
-        slices = [_slice_from_json(stored) for stored in entry["shards"]]
-        if not all(isinstance(text, str) for text in (entry["dtype"], *(stored.entry for stored in slices))):
-            raise TypeError(f"{name}: dtype and entry must be text")
-        for stored in slices:
-            _check_slice(name, shape, stored)
-        tensors[name] = TensorEntry(entry["dtype"], shape, slices)
-    return tensors
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice in one object")
-    return result
-
-
-def read_index(folder: Path) -> Index:
-    """Read the index of a complete checkpoint, and check that its files have the sizes that the index states.
-
-    Raises:
-        CheckpointError: no index, not JSON, another format, or a file that is missing or has another size.
-    """
-    path = folder / INDEX
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} is not a checkpoint: it has no {INDEX}; name a folder such as RUN/checkpoints/step-00001000"
-        )
-    refuse_lfs_pointer(path)
-    try:
-        index = _parse_index(path)
-        sizes = {name: (facts["bytes"], facts["sha256"])[0] for name, facts in index.files.items()}
-    except CheckpointError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise CheckpointError(
-            f"{path}: damaged ({type(error).__name__}: {error!s:.200}); use an earlier checkpoint"
-        ) from error
-    for name, size in sizes.items():
-        _check_file(path, name, size)
-    return index
-
-
-def _parse_index(path: Path) -> Index:
-    data = json.loads(path.read_text(), object_pairs_hook=_refuse_duplicates)
-    if data.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {data.get('format')!r}; this version reads {FORMAT!r}")
-    index = Index(data["model"], data["run"], data["state"], data["files"], tensors_from_json(data["tensors"]))
-    if not all(isinstance(part, dict) for part in (index.model, index.run, index.state)):
-        raise TypeError("model, run and state must be objects")
-    index.run = rename_saved(index.run)
-    return index
-
-
-def _check_file(index: Path, name: str, size: int) -> None:
-    if not _FILE_NAME.fullmatch(name):
-        raise CheckpointError(f"{index}: {name!r} is not the name of a safetensors file in the checkpoint's folder")
-    file = index.parent / name
-    if file.is_file() and file.stat().st_size == size:
-        return
-    if file.is_file():
-        refuse_lfs_pointer(file)
-    found = f"{file.stat().st_size} bytes" if file.is_file() else "no file"
-    raise CheckpointError(f"{file}: {found}, {size!r:.50} bytes were written; use an earlier checkpoint")
+def add_checksum(text: str) -> str:
+    """Return the text of a JSON object with its SHA-256 as the last member."""
+    return f'{text[:-1]},"sha256":"{hashlib.sha256(text.encode()).hexdigest()}"}}'

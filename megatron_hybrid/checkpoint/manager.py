@@ -1,8 +1,7 @@
 """Save, load and remove the checkpoints of a run."""
 
-import os
-import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.base.errors import UserError, storage_errors
+from megatron_hybrid.base.synced_files import sync
+from megatron_hybrid.checkpoint.agreement import RankAgreement, StepVotes
 from megatron_hybrid.checkpoint.collect import Collector
-from megatron_hybrid.checkpoint.folders import DELETING, SAVING, check_same_tensors, checkpoint_step
+from megatron_hybrid.checkpoint.folders import check_same_tensors, checkpoint_step, complete_checkpoints
 from megatron_hybrid.checkpoint.format import Index
 from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.removal import SAVING, remove_checkpoint, remove_folder
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SlicedTensor, finish, write_rank
 from megatron_hybrid.config.checkpoint import CheckpointConfig, Take
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint. It is renamed first, because one that is half removed must not look complete."""
-    doomed = folder.with_name(DELETING + folder.name)
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
-
-
-def remove_remains(root: Path) -> list[str]:
-    """Remove what interrupted saves and removals left behind, and return the names. The run's lock must be held."""
-    remains = [path for prefix in (SAVING, DELETING) for path in root.glob(f"{prefix}step-*")]
-    for path in remains:
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
-    return sorted(path.name for path in remains)
 
 
 def _state_to_take(state: dict[str, Any], take: Take) -> dict[str, Any]:
@@ -60,6 +44,12 @@ class CheckpointManager:
         self.own: list[Path] = []
         """Checkpoints of this run, oldest first."""
         self._writes = AsyncWrites()
+        self._agreement: RankAgreement | None = None
+        self._votes: StepVotes | None = None
+
+    def adopt_own(self, keep: Path | None = None) -> None:
+        """Treat all checkpoints under `root` as this run's, which it removes when they are old, except for one to keep."""
+        self.own = [folder for folder in complete_checkpoints(self.root) if folder != keep]
 
     def save(self, step: int, state: dict[str, Any], extra: dict[str, torch.Tensor]) -> Path:
         """Save a step. With `async_save`, return once all tensors are copied to host memory.
@@ -67,21 +57,25 @@ class CheckpointManager:
         Args:
             state: JSON values, the same on every rank.
             extra: tensors of this rank alone.
+
+        Raises:
+            StorageError, CheckpointError: on all ranks alike, if this save or the one before it in the background failed on any
+                rank. Earlier checkpoints are as they were.
         """
-        self._writes.wait()
+        self._wait()
         target = self.root / f"step-{step:08d}"
         folder = self.root / f"{SAVING}{target.name}"
-        if self.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        dist.barrier()
+        if self._agreement is None:
+            self._agreement, self._votes = RankAgreement(), StepVotes()
+        agreement = self._agreement
+        agreement.settle(lambda: _new_folder(folder) if self.rank == 0 else None)
         tensors = map(self._on_host, self.collector.shards())
         if self.config.async_save:
             copies = list(tensors)
-            self._writes.start(lambda: self._write(folder, target, copies, state, extra))
+            self._writes.start(lambda: self._write(agreement, folder, target, copies, state, extra))
         else:
-            self._write(folder, target, tensors, state, extra)  # one by one: host memory need not hold all of them
-            dist.barrier()
+            # one by one: host memory need not hold all of them
+            self._write(agreement, folder, target, tensors, state, extra)
         return target
 
     def _on_host(self, tensor: SlicedTensor) -> SlicedTensor:
@@ -92,17 +86,30 @@ class CheckpointManager:
 
     def _write(
         self,
+        agreement: RankAgreement,
         folder: Path,
         target: Path,
         tensors: Iterable[SlicedTensor],
         state: dict[str, Any],
         extra: dict[str, torch.Tensor],
     ) -> None:
-        write_rank(folder, self.rank, tensors, extra)
-        if self.rank == 0:
-            self.origin.write(folder)
-            finish(folder, target, Index(self.model, {**self.run, **self.origin.record}, state), self.world_size)
-            self.own = [*(other for other in self.own if other != target), target]
+        try:
+            agreement.settle(lambda: write_rank(folder, self.rank, tensors, extra))
+            agreement.settle(lambda: self._finish(folder, target, state) if self.rank == 0 else None)
+        except UserError:
+            # all ranks have stopped writing; what cannot be removed now is removed at the next start
+            if self.rank == 0:
+                with suppress(OSError):
+                    remove_folder(folder)
+            raise
+
+    def _finish(self, folder: Path, target: Path, state: dict[str, Any]) -> None:
+        with storage_errors(folder):
+            kept = self.origin.write(folder)
+        index = Index(self.model, {**self.run, **self.origin.record}, state, other_files=kept)
+        finish(folder, target, index, self.world_size)
+        self.own = [*(other for other in self.own if other != target), target]
+        with storage_errors(self.root):
             self._remove_old()
 
     def _remove_old(self) -> None:
@@ -120,6 +127,8 @@ class CheckpointManager:
     def load(self, folder: Path, take: Take = "everything") -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
         """Load the weights and, unless `take` is weights, the optimizer state if the checkpoint has one.
 
+        Hashes are not compared; `choose_verified_start` (train/verified_start.py) has done so.
+
         Returns:
             The part of the run's state that is taken. This rank's own tensors; None unless everything is taken from a checkpoint
             of the same number of ranks.
@@ -127,7 +136,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: the checkpoint is of another model; names the first field that differs.
         """
-        with CheckpointReader(folder) as reader:
+        with CheckpointReader(folder, verify="sizes") as reader:
             check_same_tensors(folder, reader.model, ModelConfig(**self.model))
             self.origin = Origin.of(folder, reader.index.run, with_files=self.rank == 0)
             self.collector.load_weights(reader)
@@ -142,9 +151,30 @@ class CheckpointManager:
         return state, extra
 
     def check(self) -> None:
-        """Raise the error of a background save that failed."""
-        self._writes.check()
+        """Raise the error of a background save that failed, on all ranks after the same step. Every rank calls it once per step.
+
+        Raises:
+            StorageError, CheckpointError: as `save`.
+        """
+        if self._writes.in_progress and self._votes is not None and self._votes.unanimous(self._writes.ended):
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for the write in progress, on all ranks alike."""
+        if self._votes is not None:
+            self._votes.drain()
+        self._writes.wait()
 
     def close(self) -> None:
-        """Wait for the write in progress."""
+        """Wait for the write in progress. Also called after an error, when other ranks may have stopped."""
         self._writes.wait()
+
+
+def _new_folder(folder: Path) -> None:
+    """Create an empty folder, and the folders above it."""
+    with storage_errors(folder):
+        remove_folder(folder)
+        is_first = not folder.parent.exists()
+        folder.mkdir(parents=True)
+        if is_first:
+            sync(folder.parent.parent)

@@ -5,11 +5,13 @@ next to a converted model's weights, such as its tokenizer. Training copies all 
 export contains these files again.
 """
 
-import os
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatron_hybrid.base.synced_files import sync, write_synced
 
 FOLDER = "original"
 
@@ -31,14 +33,20 @@ class Origin:
         paths = [p for p in sorted(kept.rglob("*")) if p.is_file() and not p.is_symlink()] if with_files else []
         return cls(record, {str(path.relative_to(kept)): path.read_bytes() for path in paths})
 
-    def write(self, checkpoint: Path) -> None:
-        """Write `original/` into a checkpoint's folder, if there are files to keep."""
+    def write(self, checkpoint: Path) -> dict[str, dict[str, Any]]:
+        """Write `original/` into a checkpoint's folder, if there are files to keep.
+
+        Returns:
+            The entries of these files in the index.
+        """
+        entries = {}
         for name, content in self.files.items():
             path = checkpoint / FOLDER / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                file.write(content)
-                os.fsync(file.fileno())
+            write_synced(path, content)
+            sync(path.parent)
+            entries[f"{FOLDER}/{name}"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        return entries
 
 
 def longest_sequence(run: dict[str, Any]) -> int | None:

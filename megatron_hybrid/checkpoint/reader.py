@@ -6,18 +6,21 @@
 torch is imported when the first tensor is read, not before.
 """
 
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import safe_open
+from typing import TYPE_CHECKING
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.optimizers.spec import MASTER
 from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.arch.tensors import model_tensors
-from megatron_hybrid.checkpoint.format import CheckpointError, StoredSlice, TensorEntry, read_index, state_name
+from megatron_hybrid.checkpoint.format import CheckpointError, StoredSlice, TensorEntry, state_name
+from megatron_hybrid.checkpoint.index_file import read_index
+from megatron_hybrid.checkpoint.open_files import OpenFiles
+from megatron_hybrid.checkpoint.safetensors_header import ITEM_BYTES, TORCH_NAMES, StoredTensor, read_header
+from megatron_hybrid.checkpoint.verification import Verify, find_damage, refuse_damage, warn_unchecked
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +32,23 @@ FP8_PREFIX = "fp8/"
 class CheckpointReader:
     """An open checkpoint. It reads only the bytes that are asked for. Use it in a `with`, or close it."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """
+    def __init__(self, folder: str | Path, verify: Verify = "full") -> None:
+        """Open a checkpoint.
+
+        Args:
+            verify: `full` compares all files with the hashes in the index. `sizes` is for callers that have done so, or that
+                accept damaged values.
+
         Raises:
             CheckpointError: not a checkpoint, or a damaged one.
         """
         self.folder = Path(folder)
         self.index = read_index(self.folder)
-        self._files: dict[str, Any] = {}
+        if verify == "full":
+            refuse_damage(self.folder, find_damage(self.folder, self.index))
+            warn_unchecked(self.folder, self.index)
+        self._files = OpenFiles(CheckpointError)
+        self._headers: dict[str, dict[str, StoredTensor]] = {}
 
     def __enter__(self) -> "CheckpointReader":
         return self
@@ -46,7 +58,7 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Close the files."""
-        self._files.clear()
+        self._files.close()
 
     @cached_property
     def model(self) -> ModelConfig:
@@ -98,9 +110,12 @@ class CheckpointReader:
 
     def local_tensors(self, rank: int) -> "dict[str, torch.Tensor]":
         """Return the tensors that rank `rank` saved for itself: its random state."""
-        with safe_open(self.folder / f"rank-{rank:05d}.safetensors", framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith("local.")]  # noqa: SIM118 - it is no dict
-            return {name.removeprefix("local."): file.get_tensor(name) for name in names}
+        stored = self._header(f"rank-{rank:05d}.safetensors")
+        return {
+            name.removeprefix("local."): self._read_rows(tensor, tensor.shape, TensorSlice.whole(tensor.shape))
+            for name, tensor in stored.items()
+            if name.startswith("local.")
+        }
 
     def read(self, name: str, wanted: TensorSlice | None = None, state: str | None = None) -> "torch.Tensor":
         """Read a slice of a tensor, or of an optimizer state of it, to the CPU, in the dtype in which it was saved.
@@ -123,7 +138,7 @@ class CheckpointReader:
         for stored in entry.slices:
             for part, first in stored.parts():
                 if shared := part.intersection(wanted):
-                    data = self._read_part(stored, shared.relative_to(part.offset), part, first)
+                    data = self._read_part(self.locate(stored, entry), shared.relative_to(part.offset), part, first)
                     result = data.new_empty(wanted.shape) if result is None else result
                     result[shared.relative_to(wanted.offset).index] = data
                     found += shared.numel
@@ -133,20 +148,53 @@ class CheckpointReader:
             )
         return result
 
-    def _read_part(self, stored: StoredSlice, inner: TensorSlice, part: TensorSlice, first: int) -> "torch.Tensor":
-        """Read `inner` of `part`, whose elements begin at `first` of a flattened entry."""
-        entry = self._open(stored)
-        if stored.range is None:
-            whole: torch.Tensor = entry[inner.index]
-            return whole
-        width = prod(part.shape[1:])
-        rows: torch.Tensor = entry[first + inner.offset[0] * width : first + inner.end[0] * width]
-        return rows.view(-1, *part.shape[1:])[(slice(None), *inner.index[1:])]
+    def locate(self, stored: StoredSlice, entry: TensorEntry) -> StoredTensor:
+        """Return the bytes that hold a stored slice.
 
-    def _open(self, stored: StoredSlice) -> Any:
-        if stored.file not in self._files:
-            self._files[stored.file] = safe_open(self.folder / stored.file, framework="pt")
-        return self._files[stored.file].get_slice(stored.entry)
+        Raises:
+            CheckpointError: the file does not hold it as the index says.
+        """
+        found = self._header(stored.file).get(stored.entry)
+        if found is None or found.dtype != entry.dtype or found.shape != stored.stored_shape:
+            what = f"{found.dtype} {list(found.shape)}" if found else "nothing"
+            raise CheckpointError(
+                f"{self.folder / stored.file}: {stored.entry!r:.200} is {what}; the index says {entry.dtype} "
+                f"{list(stored.stored_shape)}; use an earlier checkpoint"
+            )
+        return found
+
+    def _header(self, file: str) -> dict[str, StoredTensor]:
+        if file not in self.index.files:
+            raise CheckpointError(
+                f"{self.folder}: the index does not list {file}, which is needed; use an earlier checkpoint"
+            )
+        if file not in self._headers:
+            self._headers[file] = read_header(self.folder / file, CheckpointError)
+        return self._headers[file]
+
+    def _read_part(self, found: StoredTensor, inner: TensorSlice, part: TensorSlice, first: int) -> "torch.Tensor":
+        """Read `inner` of `part`, whose elements begin at `first` of a stored entry."""
+        begin = found.begin + first * ITEM_BYTES[found.dtype]
+        return self._read_rows(replace(found, begin=begin), part.shape, inner)
+
+    def _read_rows(self, found: StoredTensor, shape: tuple[int, ...], inner: TensorSlice) -> "torch.Tensor":
+        """Read `inner` of a tensor of this shape, which is stored row-major from byte `found.begin`."""
+        import torch
+
+        result = torch.empty(inner.shape, dtype=getattr(torch, TORCH_NAMES[found.dtype]))
+        if not result.numel():
+            return result
+        buffer = memoryview(result.reshape(-1).view(torch.uint8).numpy())
+        item = ITEM_BYTES[found.dtype]
+        width, place = prod(shape[1:]) * item, inner.offset[0] if inner.offset else 0
+        if inner.shape[1:] == shape[1:]:
+            self._files.read_into(found.path, found.begin + place * width, buffer)
+            return result
+        columns, before = prod(inner.shape[1:]) * item, inner.offset[1] * prod(shape[2:]) * item
+        for row in range(inner.shape[0]):  # slices are never split along further dimensions
+            at = found.begin + (place + row) * width + before
+            self._files.read_into(found.path, at, buffer[row * columns : (row + 1) * columns])
+        return result
 
 
 def _tensor_of(name: str) -> str:

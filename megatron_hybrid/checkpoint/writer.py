@@ -1,13 +1,12 @@
 """The writer of checkpoints. Each rank writes its files into a temporary folder; rank 0 checks the folder and renames it.
 
-Finishing needs no collective: a rank is done when its `rank-XXXXX.json` is next to its files, and rank 0 waits for these
-files. Writing can therefore run in a background thread.
+A rank's `rank-XXXXX.json` next to its files is its part of the index. Ranks tell each other whether they have written
+(checkpoint/agreement.py).
 """
 
-import hashlib
 import json
 import os
-import shutil
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,21 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_hybrid.arch.tensor_slice import TensorSlice
-from megatron_hybrid.checkpoint.folders import DELETING
-from megatron_hybrid.checkpoint.format import (
-    INDEX,
-    CheckpointError,
-    Index,
-    StoredSlice,
-    TensorEntry,
-    read_index,
-    tensors_from_json,
-)
+from megatron_hybrid.base.errors import storage_errors
+from megatron_hybrid.base.synced_files import replace_synced, sync
+from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, Index, StoredSlice, TensorEntry
+from megatron_hybrid.checkpoint.index_file import read_index, tensors_from_json
+from megatron_hybrid.checkpoint.removal import REPLACED, remove_folder
+from megatron_hybrid.checkpoint.verification import file_sha256
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 FILE_BYTES = 4 << 30
 """A rank begins another file after this many bytes. Tensors copied from a device stay in host memory until then."""
@@ -46,18 +43,15 @@ class SlicedTensor:
     range: tuple[int, int] | None = None
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def write_rank(folder: Path, rank: int, tensors: Iterable[SlicedTensor], extra: dict[str, torch.Tensor]) -> None:
     """Write one rank's tensors and then, when they are safe on disk, its part of the index.
 
     Args:
         tensors: taken one by one; their data is released file by file.
         extra: tensors of this rank alone (its random state), stored in the first file under `local.NAME`.
+
+    Raises:
+        StorageError: the disk is full, read-only or failing.
     """
     index: dict[str, TensorEntry] = {}
     facts = {}
@@ -69,13 +63,27 @@ def write_rank(folder: Path, rank: int, tensors: Iterable[SlicedTensor], extra: 
             entries[entry] = tensor.data.contiguous()
             known = index.setdefault(tensor.name, TensorEntry(_DTYPE_NAMES[tensor.data.dtype], tensor.tensor_shape))
             known.slices.append(StoredSlice(file, entry, tensor.slice, tensor.range))
-        save_file(entries, folder / file)
+        facts[file] = _write_file(folder / file, entries)
         entries.clear()
         group.clear()
-        _sync(folder / file)
-        facts[file] = {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
     part = {"files": facts, "tensors": {name: entry.as_json() for name, entry in index.items()}}
-    _write_text(folder / f"rank-{rank:05d}.json", json.dumps(part, separators=(",", ":")))
+    text = json.dumps(part, separators=(",", ":")).encode()
+    with storage_errors(folder, len(text)):
+        replace_synced(folder / f"rank-{rank:05d}.json", text)
+
+
+def _write_file(path: Path, entries: dict[str, torch.Tensor]) -> dict[str, int | str]:
+    """Write a file of tensors, sync it to disk, and return its size and hash."""
+    with storage_errors(path, sum(tensor.nbytes for tensor in entries.values())):
+        try:
+            save_file(entries, path)
+        except SafetensorError as error:  # of a write; its text ends with the system's error number
+            number = _OS_ERROR.search(str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        sync(path)
+        return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _by_file(tensors: Iterable[SlicedTensor]) -> Iterator[list[SlicedTensor]]:
@@ -91,45 +99,51 @@ def _by_file(tensors: Iterable[SlicedTensor]) -> Iterator[list[SlicedTensor]]:
     yield held
 
 
-def finish(folder: Path, target: Path, index: Index, world_size: int, timeout_s: float = 1800) -> None:
-    """Wait for every rank's part, write the index, check the checkpoint, and rename the folder to `target`.
+def finish(folder: Path, target: Path, index: Index, world_size: int, timeout_s: float = 60) -> None:
+    """Write the index from every rank's part, check the checkpoint, and rename the folder to `target`.
+
+    Args:
+        timeout_s: a network file system may show the files of other nodes this much later.
 
     Raises:
-        CheckpointError: a rank's part did not appear in time, or tensors are incomplete. `folder` is kept for inspection.
+        CheckpointError: a rank's part is not in the folder, or tensors are incomplete.
+        StorageError: the disk is full, read-only or failing.
     """
-    deadline = time.monotonic() + timeout_s
     parts = [folder / f"rank-{rank:05d}.json" for rank in range(world_size)]
-    while missing := [part.stem for part in parts if not part.exists()]:
+    _wait_for(parts, timeout_s)
+    with storage_errors(folder):
+        for part in parts:
+            data = json.loads(part.read_text())
+            index.files |= data["files"]
+            index.merge(tensors_from_json(data["tensors"]))
+        replace_synced(folder / INDEX, index.dump().encode())
+        read_index(folder)
+        for part in parts:
+            part.unlink()
+        sync(folder)
+        _publish(folder, target)
+
+
+def _wait_for(parts: list[Path], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while missing := [part for part in parts if not part.exists()]:
         if time.monotonic() > deadline:
             raise CheckpointError(
-                f"{folder}: {', '.join(missing[:4])} of {world_size} ranks wrote nothing in {timeout_s:.0f} s; is the disk full?"
+                f"{missing[0].parent}: {', '.join(part.stem for part in missing[:4])} of {len(parts)} ranks cannot be seen there; "
+                "put run_dir on a file system that all nodes share"
             )
         time.sleep(0.02)
-    for part in parts:
-        data = json.loads(part.read_text())
-        index.files |= data["files"]
-        index.merge(tensors_from_json(data["tensors"]))
-    _write_text(folder / INDEX, index.dump())
-    read_index(folder)
-    check_complete(index, folder)
-    for part in parts:
-        part.unlink()
-    replaced = target.with_name(DELETING + target.name)
-    if target.exists():  # an earlier attempt at the same step
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Rename a complete folder to `target`. If this is interrupted, `remove_remains` restores what was there before."""
+    replaced = target.with_name(REPLACED + target.name)
+    if os.path.lexists(target):  # an earlier attempt at the same step
+        remove_folder(replaced)
         os.replace(target, replaced)
     os.replace(folder, target)
-    _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def check_complete(index: Index, folder: Path) -> None:
-    """Check that the slices of every tensor hold as many values as the tensor.
-
-    Raises:
-        CheckpointError: names the first tensor whose slices do not.
-    """
-    for name, held, total in index.incomplete():
-        raise CheckpointError(f"{folder}: {name} holds {held} values of {total}")
+    sync(target.parent)
+    remove_folder(replaced)
 
 
 class AsyncWrites:
@@ -152,30 +166,21 @@ class AsyncWrites:
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=False)
         self._thread.start()
 
+    @property
+    def in_progress(self) -> bool:
+        """True from `start` to `wait`."""
+        return self._thread is not None
+
+    @property
+    def ended(self) -> bool:
+        """True if the last write has ended."""
+        return self._thread is None or not self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait for the write in progress, and raise its error if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
-
-    def check(self) -> None:
-        """Raise the error of a write that failed."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,6 +28,9 @@ class CheckpointConfig(Section):
     checkpoint, or a new run if it has none. `none`: a new run; an error if run_dir has checkpoints. A folder: that checkpoint.
     A run that began from another run's checkpoint resumes its own. An earlier checkpoint of the run itself rewinds the run:
     later checkpoints are set aside, not deleted."""
+    verify: Literal["full", "sizes"] = "full"
+    """Check of the checkpoint that the run starts from. `full`: compare the SHA-256 of every file, shared by all ranks. `sizes`:
+    compare only the index and the sizes of files."""
     init_from: str | None = Field(None, min_length=1)
     """Folder of another run's checkpoint, from which a new run starts. `take` says what the run takes from it. Once the run has
     checkpoints, it resumes the newest of them."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_hybrid.base import nearest
+from megatron_hybrid.base import nearest, yaml_text
 from megatron_hybrid.base.errors import BAD_INPUT, ConfigError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.translate import fields_called
@@ -104,14 +104,16 @@ def check_output_file(option: str, path: Path | str | None) -> None:
         raise ConfigError.at(option, f"{path} cannot be written ({reason}); give another file") from None
 
 
-def read_text(option: str, path: Path) -> str:
-    """Read a text file given on the command line.
+def read_yaml(option: str, path: Path) -> object:
+    """Read a YAML file given on the command line.
 
     Raises:
-        ConfigError: the file does not exist, is a folder, is not readable, or is not UTF-8 text.
+        ConfigError: the file does not exist, is a folder, is not readable, or is not UTF-8 text; or as `yaml_text.read`.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return yaml_text.read_file(path, str(path))
+    except ConfigError:
+        raise
     except UnicodeDecodeError as error:
         raise ConfigError.at(option, f"{path} is not UTF-8 text (byte {error.start}); give a text file") from None
     except (OSError, ValueError) as error:

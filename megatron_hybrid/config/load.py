@@ -78,7 +78,7 @@ def _read(path_or_preset: str) -> dict[str, Any]:
             f"is a folder; give a YAML file, such as {path / 'config.yaml'}",
         )
     try:
-        data = yaml_text.read(path.read_text(encoding="utf-8"), path_or_preset)
+        data = yaml_text.read_file(path, path_or_preset)
     except OSError as error:
         raise ConfigError.at(
             path_or_preset,

@@ -17,13 +17,14 @@ from megatron_hybrid.arch.optimizers.spec import MASTER
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.checkpoint.format import state_name
+from megatron_hybrid.checkpoint.open_files import OpenFiles
 from megatron_hybrid.checkpoint.origin import FOLDER, Origin
+from megatron_hybrid.checkpoint.safetensors_header import ITEM_BYTES
 from megatron_hybrid.convert.checkpoint_output import MAX_FILE_BYTES, write_index
 from megatron_hybrid.convert.checkpoint_source import CheckpointSource
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.io.compare import TORCH_DTYPES
-from megatron_hybrid.convert.io.header import ITEM_BYTES
-from megatron_hybrid.convert.io.source import OpenFiles, TensorSource
+from megatron_hybrid.convert.io.source import TensorSource
 from megatron_hybrid.convert.io.writer import OutputTensor
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files
 

@@ -8,10 +8,14 @@ from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensor_slice import TensorSlice
 from megatron_hybrid.arch.tensors import TensorSpec
 from megatron_hybrid.base import yaml_text
-from megatron_hybrid.checkpoint.format import INDEX, Index, StoredSlice, TensorEntry, read_index
+from megatron_hybrid.checkpoint.format import INDEX, Index, StoredSlice, TensorEntry
+from megatron_hybrid.checkpoint.index_file import read_index
+from megatron_hybrid.checkpoint.origin import FOLDER
+from megatron_hybrid.checkpoint.verification import file_sha256
 from megatron_hybrid.convert.io.writer import OutputTensor
 from megatron_hybrid.convert.job import Facts, write_text
 
+MODEL = "model.yaml"
 MAX_FILE_BYTES = 2_000_000_000
 """Largest file of such a checkpoint. There are then enough files for several ranks to share."""
 CONVERTED_STATE: dict[str, Any] = {}
@@ -46,6 +50,15 @@ def write_index(
         for tensor in tensors:
             stored = StoredSlice(name, tensor.name, TensorSlice.whole(tensor.shape))
             index.tensors[tensor.name] = TensorEntry(tensor.dtype, tensor.shape, [stored])
-    write_text(folder / "model.yaml", yaml_text.write({"model": index.model}))
+    write_text(folder / MODEL, yaml_text.write({"model": index.model}))
+    index.other_files = _other_files(folder)
     write_text(folder / INDEX, index.dump())
     read_index(folder)
+
+
+def _other_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries of model.yaml and of the files in `original/`."""
+    paths = [folder / MODEL, *sorted(path for path in (folder / FOLDER).rglob("*") if path.is_file())]
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths
+    }

@@ -10,17 +10,23 @@ from pathlib import Path
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, StoredSlice, TensorEntry
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.safetensors_header import ITEM_BYTES, StoredTensor
+from megatron_hybrid.checkpoint.verification import Verify, find_damage, refuse_damage, share_of_files, warn_unchecked
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.io.folder import regular_file
-from megatron_hybrid.convert.io.header import ITEM_BYTES, StoredTensor, read_header
 from megatron_hybrid.convert.io.source import TORCH_NAMES, FileSlice, TensorSource, as_matrix
+from megatron_hybrid.convert.ranks import find_ranks
 
 
 class CheckpointSource:
     """A checkpoint whose index, files and model have been checked against each other."""
 
-    def __init__(self, folder: Path) -> None:
-        """
+    def __init__(self, folder: Path, verify: Verify = "full") -> None:
+        """Read the index, and compare the files with it.
+
+        Args:
+            verify: `full` compares their content, too. MPI ranks that share a conversion share this work.
+
         Raises:
             ConversionError: not a checkpoint, damaged, unsafe, or not of the model in its index.
         """
@@ -31,16 +37,24 @@ class CheckpointSource:
         self.folder = folder
         regular_file(folder, INDEX)
         try:
-            self._reader = CheckpointReader(folder)
+            self._reader = CheckpointReader(folder, verify="sizes")
             self._reader.check_tensors()
+            if verify == "full":
+                self._verify()
         except CheckpointError as error:
             raise ConversionError(str(error)) from None
         self.index, self.model = self._reader.index, self._reader.model
         self.files = [folder / INDEX, *(regular_file(folder, name) for name in self.index.files)]
-        self._headers: dict[str, dict[str, StoredTensor]] = {}
         for name in model_tensors(self.model):
             if (dtype := self.index.tensors[name].dtype) not in TORCH_NAMES:
                 raise ConversionError(f"{folder}: {name} is {dtype}; weights must be one of {', '.join(TORCH_NAMES)}")
+
+    def _verify(self) -> None:
+        ranks, index = find_ranks(), self._reader.index
+        share = share_of_files(index.all_files(), ranks.rank, ranks.size)
+        refuse_damage(self.folder, find_damage(self.folder, index, share))
+        if ranks.rank == 0:
+            warn_unchecked(self.folder, index)
 
     def locate(self, stored: StoredSlice, entry: TensorEntry) -> StoredTensor:
         """Return the bytes that hold a stored slice.
@@ -48,18 +62,10 @@ class CheckpointSource:
         Raises:
             ConversionError: the file does not hold it as the index says.
         """
-        if stored.file not in self.index.files:
-            raise ConversionError(f"{self.folder}: {stored.entry} is in {stored.file}, which the index does not list")
-        if stored.file not in self._headers:
-            self._headers[stored.file] = read_header(self.folder / stored.file)
-        found = self._headers[stored.file].get(stored.entry)
-        if found is None or found.dtype != entry.dtype or found.shape != stored.stored_shape:
-            what = f"{found.dtype} {list(found.shape)}" if found else "nothing"
-            raise ConversionError(
-                f"{self.folder / stored.file}: {stored.entry} is {what}; the index says {entry.dtype} "
-                f"{list(stored.stored_shape)}"
-            )
-        return found
+        try:
+            return self._reader.locate(stored, entry)
+        except CheckpointError as error:
+            raise ConversionError(str(error)) from None
 
     def tensor(self, name: str) -> TensorSource:
         """Return a weight, or an optimizer state of one.

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.base.synced_files import replace_synced, sync
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.io.writer import (
     OutputTensor,
@@ -204,28 +205,15 @@ def _publish(folder: Path, conversion: Conversion) -> None:
     conversion.finish(folder, facts)
     for name in [*(name + _DONE for name in conversion.files), _PLAN]:
         (folder / name).unlink()
-    _sync(folder)
+    sync(folder)
     os.rename(folder, conversion.target)
-    _sync(conversion.target.parent)
+    sync(conversion.target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file and sync it to disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_synced(path, text.encode("utf-8"))
 
 
 def _write_json(path: Path, data: object) -> None:
     write_text(path, json.dumps(data))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,5 @@
 """Verification of a checkpoint: hashes, coverage, finite values, and equality with a Hugging Face folder."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,14 @@ import torch
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.checkpoint.open_files import OpenFiles
+from megatron_hybrid.checkpoint.safetensors_header import ITEM_BYTES, StoredTensor
+from megatron_hybrid.checkpoint.verification import find_damage, warn_unchecked
 from megatron_hybrid.convert.checkpoint_source import CheckpointSource
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf.reader import HuggingFaceFolder, open_huggingface
 from megatron_hybrid.convert.io.compare import TORCH_DTYPES, Difference, compare_blocks, rows_limit
-from megatron_hybrid.convert.io.header import ITEM_BYTES, StoredTensor
-from megatron_hybrid.convert.io.source import BLOCK_BYTES, OpenFiles, TensorSource
+from megatron_hybrid.convert.io.source import BLOCK_BYTES, TensorSource
 
 Progress = Callable[[int], None]
 _NO_EFFECT = {"eos_token_id", "pad_token_id", "init_std", "a_init_range", "dt_init_range", "dt_init_floor", "backend"}
@@ -45,37 +46,21 @@ def verify(folder: Path, against: Path | None = None, progress: Progress = lambd
     Raises:
         ConversionError: a folder that cannot be read as a checkpoint at all.
     """
-    ours = CheckpointSource(folder)
-    verdict = Verdict()
-    _check_hashes(ours, verdict, progress)
+    ours = CheckpointSource(folder, verify="sizes")
+    verdict = Verdict(files=len(ours.index.all_files()))
+    verdict.problems += find_damage(folder, ours.index, progress=progress).values()
+    warn_unchecked(folder, ours.index)
     theirs = open_huggingface(against, ours.model.eos_token_id) if against else None
-    with OpenFiles() as files:
+    with OpenFiles(ConversionError) as files:
         for name in model_tensors(ours.model):
             _check_weight(ours, theirs, name, files, verdict, progress)
         for name, stored in ours.state_tensors():
             if not _is_finite(stored, files):
                 verdict.problems.append(f"{name}: holds infinities or NaN")
             progress(stored.end - stored.begin)
-    for name, held, total in ours.index.incomplete():
-        verdict.problems.append(f"{name}: its shards hold {held} of {total} values")
     if theirs:
         _compare_models(ours, theirs, verdict)
     return verdict
-
-
-def _check_hashes(ours: CheckpointSource, verdict: Verdict, progress: Progress) -> None:
-    for name, facts in ours.index.files.items():
-        verdict.files += 1
-        wanted = facts.get("sha256")
-        digest = hashlib.sha256()
-        with open(ours.folder / name, "rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-                progress(len(block))
-        if digest.hexdigest() != wanted:
-            verdict.problems.append(
-                f"{name}: its SHA-256 is {digest.hexdigest()}; {wanted} was written: the file has changed"
-            )
 
 
 def _check_weight(

@@ -25,6 +25,10 @@ from megatron_hybrid.data.sources import Shard
 Origin = Literal["index", "metadata", "tokens"]
 _CHUNK_BYTES = 16 << 20
 _CHUNK_ENTRIES = 1 << 20
+_LINES = 1 << 16
+_LONGEST_LINE = 1 << 16
+_LONGEST_START = 64  # characters that hold `start,end,`
+_SPARE_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,11 @@ def _from_index(index: Index, num_tokens: int) -> Boundaries:
         )
     bounds = np.empty(len(sequences), np.int64)
     for start in range(0, len(sequences), _CHUNK_ENTRIES):
-        chunk = np.asarray(sequences[start : start + _CHUNK_ENTRIES])
+        chunk = sequences[start : start + _CHUNK_ENTRIES]
         if chunk.min() < 0 or chunk.max() > n:
             raise DataError(f"{index.path}: byte {base + 8 * start}: document indices outside 0 to {n}. {remedy}")
         inside = np.minimum(chunk, n - 1)
-        tokens = index.pointers[inside] // index.dtype.itemsize
+        tokens = index.pointers.gather(inside) // index.dtype.itemsize
         bounds[start : start + len(chunk)] = np.where(chunk == n, num_tokens, tokens)
     lengths = np.diff(bounds)
     if bounds[0] != 0 or (lengths.size and lengths.min() < 0):
@@ -108,7 +112,7 @@ def _from_index(index: Index, num_tokens: int) -> Boundaries:
 
 
 def _from_metadata(path: str, num_tokens: int) -> Boundaries:
-    rows = _read_metadata(path)
+    rows = _read_metadata(path, num_tokens)
     starts, ends = rows[:, 0], rows[:, 1]
     before = np.append(0, ends[:-1]) if len(rows) else ends
     wrong = np.flatnonzero((starts < before) | (ends < starts) | (ends > num_tokens))
@@ -125,20 +129,39 @@ def _from_metadata(path: str, num_tokens: int) -> Boundaries:
     return Boundaries(bounds, int((starts == ends).sum()), uncovered)
 
 
-def _read_metadata(path: str) -> np.ndarray:
-    """Return start and end of each line [n, 2]."""
+def _read_metadata(path: str, num_tokens: int) -> np.ndarray:
+    """Return start and end of each line [n, 2]. Memory is bounded by the tokens, whatever the file expands to."""
     found: list[np.ndarray] = []
+    rows = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
-            while lines := file.readlines(_CHUNK_BYTES):
+        with gzip.open(path, "rb") as file:
+            while lines := _read_lines(path, file):
+                rows += len(lines)
+                if rows > 2 * num_tokens + _SPARE_ROWS:
+                    raise DataError(
+                        f"{path}: more than {rows - len(lines):,} documents, and the .npy has {num_tokens:,} tokens: the metadata is "
+                        "of another file. Copy both again"
+                    )
                 fields = [line.split(",", 2)[:2] for line in lines]
                 try:
                     found.append(np.array(fields, dtype=np.str_).astype(np.int64).reshape(len(lines), 2))
                 except (ValueError, OverflowError):
-                    raise DataError(_bad_line(path, sum(map(len, found)), lines)) from None
+                    raise DataError(_bad_line(path, rows - len(lines), lines)) from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}. Copy the file again") from error
     return np.concatenate(found) if found else np.empty((0, 2), np.int64)
+
+
+def _read_lines(path: str, file: gzip.GzipFile) -> list[str]:
+    """Return the next lines, or an empty list at the end of the file."""
+    lines: list[str] = []
+    while len(lines) < _LINES and (line := file.readline(_LONGEST_LINE + 1)):
+        if len(line) > _LONGEST_LINE:
+            raise DataError(
+                f"{path}: a line of more than {_LONGEST_LINE:,} bytes: no metadata of documents. Copy the file again"
+            )
+        lines.append(line[:_LONGEST_START].decode("utf-8", errors="replace"))
+    return lines
 
 
 def _bad_line(path: str, before: int, lines: list[str]) -> str:
@@ -151,7 +174,7 @@ def _bad_line(path: str, before: int, lines: list[str]) -> str:
 
 
 def _from_tokens(shard: Shard, eos_token_id: int) -> Boundaries:
-    tokens, step = shard.map(), _CHUNK_BYTES // shard.dtype.itemsize
+    tokens, step = shard.tokens(), _CHUNK_BYTES // shard.dtype.itemsize
     found = [np.zeros(1, np.int64)]
     for start in range(0, shard.num_tokens, step):
         found.append(np.flatnonzero(tokens[start : start + step] == eos_token_id) + start + 1)

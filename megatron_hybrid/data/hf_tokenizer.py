@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.base.json_text import read_json_object
 from megatron_hybrid.base.lfs import refuse_lfs_pointer
 from megatron_hybrid.data.errors import DataError
 
@@ -21,6 +22,8 @@ _OBJECTS = (
     "config.json",
 )
 """Files that hold a JSON object and decide ids or the end-of-document token."""
+_MAX_BYTES, _MAX_VALUES = 128 << 20, 3_000_000
+"""A tokenizer of 262,144 tokens has a tokenizer.json of 35 MB with 2,100,000 values."""
 _SAVE = "Save the tokenizer there with transformers' `AutoTokenizer.from_pretrained(...).save_pretrained(folder)`"
 
 
@@ -128,14 +131,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return read_json_object(file, _MAX_BYTES, DataError, _MAX_VALUES)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{file} holds no JSON object")
-    return value
 
 
 def _refuse_dropout(folder: Path, tokenizer: dict[str, Any]) -> None:

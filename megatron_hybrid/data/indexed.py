@@ -12,7 +12,7 @@ Layout of an .idx, little-endian (read off megatron-core 0.19.2, `core/datasets/
              int64[m]  sequence at which each document begins, and n
              int8[n]   mode of each sequence (multimodal data only)
 
-- `read_index`: header and arrays of an .idx, memory-mapped, with the checks that cost nothing.
+- `read_index`: header and arrays of an .idx, with the checks that cost nothing.
 - `IndexedWriter`: writes both files under temporary names and renames them when they are complete.
 """
 
@@ -27,6 +27,7 @@ import numpy as np
 
 from megatron_hybrid.base.lfs import refuse_lfs_pointer
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.file_array import FileArray
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -42,11 +43,11 @@ class Index:
     path: Path
     dtype: np.dtype
     """Type of the .bin's tokens."""
-    lengths: np.ndarray
+    lengths: FileArray
     """int32 [n]: tokens of each sequence."""
-    pointers: np.ndarray
+    pointers: FileArray
     """int64 [n]: byte offset of each sequence in the .bin."""
-    document_indices: np.ndarray
+    document_indices: FileArray
     """int64 [m]: first sequence of each document, and n."""
 
     @property
@@ -81,15 +82,10 @@ def read_index(path: str | Path) -> Index:
     if size not in (expected, expected + n):  # the second with modes
         what = f"truncated at byte {size}" if size < expected else f"bytes left over after byte {expected}"
         raise DataError(f"{path}: {what}: {n} sequences and {m} document indices (bytes 18, 26) take {expected} bytes")
-    mapped = np.memmap(path, mode="r")
-
-    def array(dtype: str, count: int, offset: int) -> np.ndarray:
-        return np.frombuffer(mapped, dtype=dtype, count=count, offset=offset)
-
     dtype = np.dtype(DTYPES[code]).newbyteorder("<")
-    lengths = array("<i4", n, HEADER_BYTES)
-    pointers = array("<i8", n, HEADER_BYTES + 4 * n)
-    return Index(path, dtype, lengths, pointers, array("<i8", m, HEADER_BYTES + 12 * n))
+    lengths = FileArray(path, np.dtype("<i4"), HEADER_BYTES, n)
+    pointers = FileArray(path, np.dtype("<i8"), HEADER_BYTES + 4 * n, n)
+    return Index(path, dtype, lengths, pointers, FileArray(path, np.dtype("<i8"), HEADER_BYTES + 12 * n, m))
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:

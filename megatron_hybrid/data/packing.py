@@ -128,7 +128,7 @@ class Packer:
         return PackingIndex(
             self.files,
             [self._window(number) for number in range(self.num_windows)],
-            self.files.array(self.name, "sequences"),
+            self.files.array(self.name, "sequences")[:],
             PackingStatistics(**self.files.required(self.name)),
         )
 

@@ -20,6 +20,7 @@ from megatron_hybrid.data.errors import DataError
 PROBE_BYTES = 16 << 10
 """Bytes per window that are probed for another type."""
 _LEAST_PROBE_BYTES = 128  # fewer bytes are not conclusive
+_LONGEST_HEADER = 1 << 16
 _NUMPY_MAGIC = b"\x93NUMPY"
 _TEXT = np.frombuffer(string.printable.encode(), np.uint8)
 
@@ -68,6 +69,8 @@ def _with_header(path: str, size: int, dtype_name: str | None) -> RawTokens:
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
+            if version > (1, 0) and int.from_bytes(file.peek(4)[:4], "little") > _LONGEST_HEADER:
+                raise ValueError(f"longer than {_LONGEST_HEADER} bytes")
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
             offset = file.tell()

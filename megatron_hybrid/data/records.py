@@ -110,6 +110,8 @@ def parse_line(line: bytes, where: str, options: ReadOptions) -> str:
             "(a file that is one document: --format text; JSON over several lines: convert it with `jq -c .`)",
             "cut_line" if is_cut else "not_json",
         ) from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise BadRecord(f"{where}: broken JSON: {error}", "not_json") from error
     if not isinstance(value, dict):
         raise BadRecord(f"{where}: a JSON object is needed, this is a {type(value).__name__}", "not_an_object")
     return _member(value, where, options)

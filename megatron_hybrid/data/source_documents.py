@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_hybrid.data.boundaries import boundary_origin, find_boundaries, metadata_path
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.file_array import FileArray
 from megatron_hybrid.data.sources import Shard, TokenSource
 from megatron_hybrid.data.work_files import WorkFiles, digest, file_state
 
@@ -111,10 +112,10 @@ class SourceDocuments:
         parts, shard = [np.empty(0, np.int64)], self.source.shard_of(start)
         while shard < len(self.names) and (offset := self.source.shard_start(shard)) < stop:
             bounds = self._of_shard(shard)
-            low, high = np.searchsorted(bounds, [start - offset, stop - offset])
+            low, high = bounds.searchsorted(start - offset), bounds.searchsorted(stop - offset)
             parts.append(bounds[low : min(high, len(bounds) - 1)] + offset)
             shard += 1
         return np.concatenate(parts)
 
-    def _of_shard(self, shard: int) -> np.ndarray:
+    def _of_shard(self, shard: int) -> FileArray:
         return self.files.array(self.names[shard], "bounds")

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_hybrid.base.lfs import refuse_lfs_pointer
 from megatron_hybrid.config.data import SourceConfig
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.file_array import FileArray, OpenFile
 from megatron_hybrid.data.indexed import Index, read_index
 from megatron_hybrid.data.raw_tokens import fitting_types, raw_dtype
 from megatron_hybrid.data.summary import StatedData, read_summary
@@ -41,9 +42,9 @@ class Shard:
         """Size of the tokens in bytes."""
         return self.num_tokens * self.dtype.itemsize
 
-    def map(self) -> np.ndarray:
-        """Return the tokens, memory-mapped: [num_tokens] of dtype."""
-        return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.num_tokens,))
+    def tokens(self) -> FileArray:
+        """Open the tokens: [num_tokens] of dtype. Raises DataError if the file cannot be opened."""
+        return FileArray(self.path, self.dtype, self.offset, self.num_tokens)
 
     def byte_offset(self, token: int) -> int:
         """Return the byte offset of a token in the file."""
@@ -52,17 +53,6 @@ class Shard:
     def can_exceed(self, vocab_size: int) -> bool:
         """Return True if the type can hold a token outside [0, vocab_size)."""
         return self.dtype.kind != "u" or int(np.iinfo(self.dtype).max) >= vocab_size
-
-
-class _OpenFile:
-    """File descriptor that is closed after its last reader has released it, so that no reader uses a reused number."""
-
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
 
 
 class TokenSource:
@@ -75,7 +65,7 @@ class TokenSource:
         self.vocab_size = vocab_size
         self._ends = np.cumsum([shard.num_tokens for shard in shards])
         self.num_tokens = int(self._ends[-1])
-        self._open: OrderedDict[int, _OpenFile] = OrderedDict()  # by shard, the least recently used first
+        self._open: OrderedDict[int, OpenFile] = OrderedDict()  # by shard, the least recently used first
         self._lock = threading.Lock()
 
     def read(self, start: int, length: int) -> np.ndarray:
@@ -106,37 +96,24 @@ class TokenSource:
         return int(self._ends[shard - 1]) if shard else 0
 
     def _read_shard(self, number: int, begin: int, count: int) -> np.ndarray:
-        """Read tokens of one shard. With a memory map, a truncated file would end the process by SIGBUS."""
         shard = self.shards[number]
         try:
-            data = _read_exactly(self._file(number), shard.byte_offset(begin), count * shard.dtype.itemsize)
+            file = self._file(number)
         except OSError as error:
             raise DataError(f"{shard.path}: cannot be read: {error.strerror}") from error
-        if len(data) < count * shard.dtype.itemsize:
-            raise DataError(
-                f"{shard.path}: ends before byte {shard.byte_offset(begin + count)}: it was cut short since it was opened "
-                f"with {shard.byte_offset(shard.num_tokens)} bytes. Restore it and start again"
-            )
+        data = file.read(shard.byte_offset(begin), count * shard.dtype.itemsize)
         tokens = np.frombuffer(data, shard.dtype)
         check_tokens(shard, tokens, begin, self.vocab_size)
         return tokens
 
-    def _file(self, number: int) -> _OpenFile:
+    def _file(self, number: int) -> OpenFile:
         with self._lock:
             if number not in self._open:
-                self._open[number] = _OpenFile(self.shards[number].path)
+                self._open[number] = OpenFile(self.shards[number].path)
                 if len(self._open) > _MOST_OPEN:
                     self._open.popitem(last=False)
             self._open.move_to_end(number)
             return self._open[number]
-
-
-def _read_exactly(file: _OpenFile, offset: int, count: int) -> bytes:
-    """Read bytes [offset, offset + count) of a file, or fewer at its end."""
-    data = os.pread(file.descriptor, count, offset)
-    while len(data) < count and (more := os.pread(file.descriptor, count - len(data), offset + len(data))):
-        data += more
-    return data
 
 
 def check_tokens(shard: Shard, tokens: np.ndarray, first: int, vocab_size: int) -> int:

@@ -254,7 +254,7 @@ def scan(shard: Shard, vocab_size: int, start: int = 0, stop: int | None = None)
     Raises:
         DataError: a token outside [0, vocab_size), the first one, or tokens that are of another type.
     """
-    tokens, stop = shard.map(), shard.num_tokens if stop is None else stop
+    tokens, stop = shard.tokens(), shard.num_tokens if stop is None else stop
     step = _CHUNK_BYTES // shard.dtype.itemsize
     largest = 0
     for first in range(start, stop, step):

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.file_array import FileArray, open_npy
 
-_MOST_OPEN = 256  # memory maps per process: a source may have thousands of files
+_MOST_OPEN = 256  # files per process: a source may have thousands of files
 
 
 class WorkFiles:
@@ -45,8 +46,8 @@ class WorkFiles:
             )
         return found
 
-    def array(self, name: str, array: str) -> np.ndarray:
-        """Return an array of a result, memory-mapped.
+    def array(self, name: str, array: str) -> FileArray:
+        """Return an array of a result, which is read from the file as it is used.
 
         Raises:
             DataError: it cannot be read.
@@ -82,10 +83,9 @@ class WorkFiles:
 
 
 @lru_cache(_MOST_OPEN)
-def _open(path: str) -> np.ndarray:
+def _open(path: str) -> FileArray:
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        return array
+        return open_npy(path)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: cannot be read: {error}. The run's folder must be on a file system that all nodes share; remove "

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from megatron_hybrid.base import yaml_text
 from megatron_hybrid.base.errors import ConfigError
-from megatron_hybrid.config.command_line import read_text
+from megatron_hybrid.config.command_line import read_yaml
 from megatron_hybrid.planner.calibration import Measured, Run, fit_factors
 from megatron_hybrid.planner.hardware import Hardware
 
@@ -21,7 +21,7 @@ def read_calibration(path: Path, hardware: Hardware) -> list[Run]:
     """
     if not path.exists():
         return []
-    data = yaml_text.read(read_text("calibration", path), str(path))
+    data = read_yaml("calibration", path)
     if data is None:
         return []
     if not isinstance(data, dict) or data.get("gpu") != hardware.name:

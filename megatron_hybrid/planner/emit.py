@@ -9,7 +9,7 @@ from megatron_hybrid.arch.fp8_recipes import RECOMMENDED
 from megatron_hybrid.base import yaml_text
 from megatron_hybrid.base.errors import ConfigError, shown
 from megatron_hybrid.config import presets
-from megatron_hybrid.config.command_line import read_text
+from megatron_hybrid.config.command_line import read_yaml
 from megatron_hybrid.config.extends import read_extended
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
@@ -93,7 +93,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def _read_one(path: str) -> dict[str, Any]:
-    read = yaml_text.read(read_text("model", Path(path)), path)
+    read = read_yaml("model", Path(path))
     if not isinstance(read, dict):
         raise ConfigError.at(path, f"holds {shown(read)}; write a model's fields, or a run's sections")
     return read

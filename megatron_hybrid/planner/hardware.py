@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_hybrid.base import nearest, yaml_text
 from megatron_hybrid.base.errors import ConfigError
-from megatron_hybrid.config.command_line import read_text
+from megatron_hybrid.config.command_line import read_yaml
 
 FOLDER = Path(__file__).parent / "gpus"
 RECURRENCE_TOKENS = 8192
@@ -143,7 +143,7 @@ def load(name_or_path: str) -> Hardware:
             f"{name_or_path} has no hardware file; the nearest of {', '.join(known)} is {nearest.word(name_or_path, known)}, or "
             "measure one with tools/calibrate.py",
         )
-    data = yaml_text.read(read_text("gpu", path), str(path))
+    data = read_yaml("gpu", path)
     try:
         return _hardware(_renamed(data))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

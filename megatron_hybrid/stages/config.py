@@ -5,11 +5,11 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_hybrid.base import nearest, yaml_text
+from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, join, shown
 from megatron_hybrid.base.section import Section
 from megatron_hybrid.config.checkpoint import Take
-from megatron_hybrid.config.command_line import read_text
+from megatron_hybrid.config.command_line import read_yaml
 from megatron_hybrid.config.translate import translate
 
 _AVERAGE = re.compile(r"average\(([^()]*)\)")
@@ -99,7 +99,7 @@ def load_stages(path: Path) -> StagesConfig:
     Raises:
         ConfigError: lists every wrong field with its remedy.
     """
-    data = yaml_text.read(read_text("stages", path), str(path))
+    data = read_yaml("stages", path)
     if not isinstance(data, dict):
         raise ConfigError.at(str(path), f"holds {shown(data)}; write folder and stages")
     try:

@@ -36,6 +36,10 @@ class Start:
     kind: Literal["initial", "resume", "rewind", "checkpoint"]
     folder: Path | None = None
     take: Take = "everything"
+    notes: tuple[str, ...] = ()
+    """Lines for the log: damaged checkpoints that were set aside, and what could not be verified."""
+    fell_back: bool = False
+    """True if a newer checkpoint of the run is damaged."""
 
     @property
     def continues(self) -> bool:
@@ -109,7 +113,7 @@ def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] 
     """
     if start.folder is None:
         return []
-    with CheckpointReader(start.folder) as reader:
+    with CheckpointReader(start.folder, verify="sizes") as reader:
         index, theirs = reader.index, reader.model
         if start.take == "moments":
             _check_moments(config, reader)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.base.errors import UserError, as_storage_error
 from megatron_hybrid.checkpoint.folders import checkpoint_step, complete_checkpoints
-from megatron_hybrid.checkpoint.manager import remove_remains
+from megatron_hybrid.checkpoint.removal import remove_remains
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import checkpoint_bytes
 from megatron_hybrid.data.agreement import refuse, run_disagreements, warn
@@ -104,8 +104,11 @@ def on_first_rank[T](work: Callable[[], T]) -> T:
         except UserError as error:
             outcome = [None, error]
         except Exception as error:
-            dist.broadcast_object_list([None, RuntimeError(f"rank 0: {error!r}")])
-            raise
+            failure = as_storage_error(error) if isinstance(error, OSError) else None
+            dist.broadcast_object_list([None, failure or RuntimeError(f"rank 0: {error!r}")])
+            if failure is None:
+                raise
+            raise failure from error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_hybrid.checkpoint.format import read_index
+from megatron_hybrid.checkpoint.index_file import read_index
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import check_run_dir
 from megatron_hybrid.data.blend import Blend
@@ -34,8 +34,9 @@ from megatron_hybrid.train.setup import (
     find_text_bytes,
     write_config,
 )
-from megatron_hybrid.train.start import check_start_point, choose_start
+from megatron_hybrid.train.start import check_start_point
 from megatron_hybrid.train.start_checks import check_start, newest_step, on_first_rank, run_folder
+from megatron_hybrid.train.verified_start import choose_verified_start
 
 
 def pretrain(config: RunConfig, launch: Launch) -> Progress:
@@ -85,7 +86,7 @@ class Trainer:
     ) -> None:
         self.config, self.launch, self.groups = config, launch, groups
         self.progress, self.stop = Progress(), False
-        self.start = on_first_rank(lambda: choose_start(config))
+        self.start = choose_verified_start(config)
         training, validation = open_data(config)
         self.data_identity, self.vocabulary, self.changes = on_first_rank(lambda: self._compare(training))
         self.engine = build_engine(config, groups)
@@ -95,8 +96,7 @@ class Trainer:
         self.callbacks = [*callbacks, *default_callbacks(config, training, validation_sets, interrupt)]
         for callback in self.callbacks:
             callback.setup(self)
-        if launch.rank == 0:
-            write_config(config, self.progress.step)
+        on_first_rank(lambda: write_config(config, self.progress.step))
         self.logger = build_logger(config, launch, training, self.progress, continues=self.start.kind == "resume")
         for line in self.engine.backends(config.train.micro_batch_size):
             self.logger.info(line)

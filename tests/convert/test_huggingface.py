@@ -11,9 +11,11 @@ from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.base.errors import BAD_INPUT
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.checkpoint.verification import file_sha256
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.convert.hf.config import hf_from_model, model_from_hf
 from megatron_hybrid.convert.verify import verify
+from testing.checkpoints import edit_index
 from testing.peers import true_tensors_of
 from tests.convert.folders import BASE, GDN, MODELS, OLMO3, SPELLINGS, edit_json, weights, write_folder
 from tests.data.files import save_tokenizer
@@ -230,8 +232,6 @@ def test_models_that_transformers_cannot_compute_are_refused(change, told, tmp_p
     write_folder(tmp_path / "hf", BASE)
     assert to_ours(tmp_path / "hf", tmp_path / "ours") == 0
     model = ModelConfig(**BASE | change)
-    index = tmp_path / "ours/index.json"
-    data = json.loads(index.read_text())
     tensors = {}
     for n, s in model_tensors(model).items():
         shard = dict(
@@ -242,9 +242,10 @@ def test_models_that_transformers_cannot_compute_are_refused(change, told, tmp_p
         {n: torch.zeros(s.shape) for n, s in model_tensors(model).items()},
         tmp_path / "ours/model-00001-of-00001.safetensors",
     )
-    size = (tmp_path / "ours/model-00001-of-00001.safetensors").stat().st_size
-    data["files"]["model-00001-of-00001.safetensors"]["bytes"] = size
-    index.write_text(json.dumps(data | dict(model=model.model_dump(mode="json"), tensors=tensors)))
+    path = tmp_path / "ours/model-00001-of-00001.safetensors"
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}}
+    changes = dict(files=files, model=model.model_dump(mode="json"), tensors=tensors)
+    edit_index(tmp_path / "ours", lambda index: index.update(changes))
     capsys.readouterr()
     assert to_theirs(tmp_path / "ours", tmp_path / "export") == BAD_INPUT
     assert told in capsys.readouterr().err

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_hybrid.base.errors import BAD_INPUT
+from megatron_hybrid.checkpoint.safetensors_header import read_header
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf.reader import open_huggingface
-from megatron_hybrid.convert.io.header import read_header
 from tests.convert.folders import BASE, write_folder
 from tests.convert.test_huggingface import to_ours, to_theirs
 
@@ -67,7 +67,7 @@ def test_damaged_files_are_refused_at_once(case, tmp_path):
     (folder / "config.json").write_text("{}")
     before = time.process_time()
     with pytest.raises(ConversionError, match="model.safetensors"):
-        read_header(folder / "model.safetensors")
+        read_header(folder / "model.safetensors", ConversionError)
     assert to_ours(folder, tmp_path / "ours") == BAD_INPUT
     assert time.process_time() - before < 1
     assert list(tmp_path.iterdir()) == [folder]
@@ -82,7 +82,7 @@ def test_what_safetensors_writes_is_read(tmp_path):
         "flag": torch.tensor([True]),
     }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    assert {n: t.shape for n, t in read_header(tmp_path / "x.safetensors").items()} == {
+    assert {n: t.shape for n, t in read_header(tmp_path / "x.safetensors", ConversionError).items()} == {
         n: tuple(t.shape) for n, t in tensors.items()
     }
 

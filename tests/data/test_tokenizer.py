@@ -93,8 +93,8 @@ def test_where_the_end_of_document_is_named(tmp_path, backend, name, content):
         ({"tokenizer.json": "{}"}, "is not a tokenizer"),
         ({"tokenizer.json": None}, "names no end-of-document token"),
         ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<no>"}'}, "'<no>' is not in"),
-        ({"tokenizer.json": None, "tokenizer_config.json": "{"}, "is not JSON"),
-        ({"tokenizer.json": None, "tokenizer_config.json": "[]"}, "no JSON object"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "{"}, "not readable JSON"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "[]"}, "not a JSON object"),
         ({"tokenizer.json": None, "config.json": '{"eos_token_id": 999}'}, "999 is outside the vocabulary of"),
     ],
 )

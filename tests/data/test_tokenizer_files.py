@@ -175,7 +175,7 @@ def test_a_folder_of_the_hugging_face_cache(tmp_path, backend):
             {},
             "tokenizer_class: transformers' ByT5Tokenizer prepares text in Python",
         ),
-        ({}, {"added_tokens": [1]}, "added_tokens.json holds no JSON object"),
+        ({}, {"added_tokens": [1]}, "added_tokens.json: not a JSON object"),
     ],
 )
 def test_folders_that_are_refused(tmp_path, backend, config, files, message):

@@ -12,8 +12,7 @@ def test_a_result_is_complete_when_its_facts_are_there(tmp_path):
     assert files.facts("a") is None
     files.write("a", {"bounds": np.arange(5), "more": np.zeros(2)}, {"documents": 4})
     assert files.facts("a") == files.required("a") == {"documents": 4}
-    assert files.array("a", "bounds").tolist() == [0, 1, 2, 3, 4]
-    assert isinstance(files.array("a", "bounds"), np.memmap)
+    assert files.array("a", "bounds")[:].tolist() == [0, 1, 2, 3, 4]
     (files.folder / "a.json").write_text('{"documents"')
     assert files.facts("a") is None
     with pytest.raises(DataError, match=r"a.json is missing or damaged: .*that all nodes share"):

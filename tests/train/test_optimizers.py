@@ -8,7 +8,7 @@ import torch
 
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.base.resolve import resolve
-from megatron_hybrid.checkpoint.format import read_index
+from megatron_hybrid.checkpoint.index_file import read_index
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.train import OptimizerConfig
 from testing.models import SMALLEST

@@ -19,6 +19,7 @@ from megatron_hybrid.data.fingerprint import data_identity
 from megatron_hybrid.train.run_lock import RunFolderError
 from megatron_hybrid.train.start import check_start_point, choose_start, set_later_aside
 from testing import jobs
+from testing.checkpoints import edit_index, make_earlier_version
 from tests.train.test_trainer import config, make_config, metrics  # noqa: F401 - config is a fixture
 
 
@@ -39,8 +40,10 @@ def saved(finished_run, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
     shutil.copy(folder / "tokens.npy", tmp_path)
     source = [{"path": str(tmp_path / "tokens.npy")}]
-    index = tmp_path / "run" / "checkpoints" / "step-00000006" / "index.json"
-    index.write_text(index.read_text().replace(str(folder), str(tmp_path)))
+    edit_index(
+        tmp_path / "run" / "checkpoints" / "step-00000006",
+        lambda index: index.update(json.loads(json.dumps(index).replace(str(folder), str(tmp_path)))),
+    )
     return copy.deepcopy(run) | {
         "run_dir": str(tmp_path / "run"),
         "data": run["data"] | {"train": source, "validation": source},
@@ -216,10 +219,10 @@ def test_files_that_grew_or_changed_are_noticed_and_files_that_moved_are_not(sav
 
 
 def test_a_checkpoint_of_an_earlier_version_is_compared_by_its_configuration(saved, tmp_path):
-    index = tmp_path / "run" / "checkpoints" / "step-00000006" / "index.json"
-    content = json.loads(index.read_text())
-    del content["state"]["data"], content["state"]["tokens"], content["run"]["checkpoint"]["allow_changes"]
-    index.write_text(json.dumps(content))
+    def change(content):
+        del content["state"]["data"], content["state"]["tokens"], content["run"]["checkpoint"]["allow_changes"]
+
+    make_earlier_version(tmp_path / "run" / "checkpoints" / "step-00000006", change)
     assert compare(changed(saved, checkpoint=saved["checkpoint"])) == [
         "changed since step-00000006: train.steps 6 -> 7"
     ]
@@ -228,16 +231,16 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_its_configuration(sav
 
 
 def test_a_checkpoint_with_old_names_of_fields_is_read(saved, tmp_path):
-    index = tmp_path / "run" / "checkpoints" / "step-00000006" / "index.json"
-    content = json.loads(index.read_text())
-    run, precision = content["run"], content["run"]["precision"]
-    run["parallel"]["recompute"] = run["parallel"].pop("recompute_granularity")
-    run["checkpoint"] |= {"load": run["checkpoint"].pop("resume"), "weights_only": False}
-    del run["checkpoint"]["init_from"]
-    precision |= {"parts": run["model"].pop("backend"), "linear": precision.pop("fp8_recipe")}
-    precision |= {"attention": None, "amax_history": precision.pop("fp8_amax_history_len")}
-    del precision["fp8_attention"]
-    index.write_text(json.dumps(content))
+    def change(content):
+        run, precision = content["run"], content["run"]["precision"]
+        run["parallel"]["recompute"] = run["parallel"].pop("recompute_granularity")
+        run["checkpoint"] |= {"load": run["checkpoint"].pop("resume"), "weights_only": False}
+        del run["checkpoint"]["init_from"]
+        precision |= {"parts": run["model"].pop("backend"), "linear": precision.pop("fp8_recipe")}
+        precision |= {"attention": None, "amax_history": precision.pop("fp8_amax_history_len")}
+        del precision["fp8_attention"]
+
+    make_earlier_version(tmp_path / "run" / "checkpoints" / "step-00000006", change)
     assert compare(changed(saved)) == ["changed since step-00000006: train.steps 6 -> 7"]
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
+from megatron_hybrid.checkpoint.open_files import OpenFiles
+from megatron_hybrid.checkpoint.safetensors_header import StoredTensor
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf.config import read_config
 from megatron_hybrid.convert.hf.names import Joined, TensorNames
 from megatron_hybrid.convert.hf.weight_files import read_weight_files
 from megatron_hybrid.convert.io.folder import read_json, regular_file
-from megatron_hybrid.convert.io.header import StoredTensor
-from megatron_hybrid.convert.io.source import TORCH_NAMES, OpenFiles, TensorSource, stacked
+from megatron_hybrid.convert.io.source import TORCH_NAMES, TensorSource, stacked
 
 CONFIG = "config.json"
 _COMPUTED = re.compile(
@@ -165,7 +166,7 @@ class _Finder:
         """Check that the output matrix in a tied model's file equals the embedding."""
         from megatron_hybrid.convert.io.compare import Difference, compare_tensors  # imports torch
 
-        with OpenFiles() as files:
+        with OpenFiles(ConversionError) as files:
             same = compare_tensors(embedding, head, files) == Difference.NONE
         if not same:
             raise ConversionError(

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from megatron_hybrid.checkpoint.safetensors_header import StoredTensor, read_header
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.io.folder import has_file, read_json, regular_file
-from megatron_hybrid.convert.io.header import StoredTensor, read_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -20,7 +20,7 @@ def read_weight_files(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]
         raise ConversionError(f"{folder}: both {INDEX} and {SINGLE} are there; remove the one that is not the model")
     if has_file(folder, SINGLE):
         path = regular_file(folder, SINGLE)
-        return read_header(path), [path]
+        return read_header(path, ConversionError), [path]
     if not has_file(folder, INDEX):
         raise ConversionError(_without_weights(folder))
     return _read_indexed(folder)
@@ -36,7 +36,7 @@ def _read_indexed(folder: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
     for path in paths:
         if path.suffix != ".safetensors":
             raise ConversionError(f"{index}: {path.name} is not a safetensors file; nothing else is read")
-        header = read_header(path)
+        header = read_header(path, ConversionError)
         for name in header:
             if weight_map.get(name) != path.name:
                 raise ConversionError(

@@ -4,8 +4,9 @@ from enum import IntEnum
 
 import torch
 
-from megatron_hybrid.convert.io.header import ITEM_BYTES
-from megatron_hybrid.convert.io.source import BLOCK_BYTES, TORCH_NAMES, OpenFiles, TensorSource
+from megatron_hybrid.checkpoint.open_files import OpenFiles
+from megatron_hybrid.checkpoint.safetensors_header import ITEM_BYTES
+from megatron_hybrid.convert.io.source import BLOCK_BYTES, TORCH_NAMES, TensorSource
 
 TORCH_DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAMES.items()}
 _NARROW_FIRST = ("BF16", "F16", "F32", "F64")

@@ -3,13 +3,13 @@
 A snapshot of the Hugging Face cache holds links to `../../blobs/HASH`. These files count as the folder's own.
 """
 
-import json
 import os
 import re
 import stat
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.base.json_text import read_json_object
 from megatron_hybrid.base.lfs import refuse_lfs_pointer
 from megatron_hybrid.convert.errors import ConversionError
 
@@ -60,36 +60,6 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        ConversionError: as `parse_json`, or the file is larger than `limit` bytes.
+        ConversionError: not JSON, not an object, a key occurs twice, or the file is larger than `limit` bytes.
     """
-    with open(path, "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ConversionError(f"{path}: larger than {limit >> 20} MiB; no model has such a file")
-    return parse_json(data, str(path))
-
-
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """Parse UTF-8 JSON that is an object.
-
-    Raises:
-        ConversionError: not JSON, not an object, or a key occurs twice.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ConversionError(f"{where}: {twice!r:.200} occurs twice")
-        return result
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=once)
-    except ConversionError:
-        raise
-    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and numbers of thousands of digits
-        raise ConversionError(f"{where}: not readable JSON ({str(error)[:200]})") from None
-    if not isinstance(value, dict):
-        raise ConversionError(f"{where}: not a JSON object")
-    return value
+    return read_json_object(path, limit, ConversionError)

@@ -1,11 +1,8 @@
 """Tensors that lie in files, read a block of rows at a time.
 
-Files are read with `pread`, not mapped: pages of a mapped file count as resident memory, and all 15 GB of a checkpoint would
-stay resident. torch is imported only to cast values, because most conversions only move bytes.
+torch is imported only to cast values, because most conversions only move bytes.
 """
 
-import os
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -14,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hybrid.arch.tensor_slice import TensorSlice
+from megatron_hybrid.checkpoint.open_files import OpenFiles
+from megatron_hybrid.checkpoint.safetensors_header import ITEM_BYTES, StoredTensor
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.io.header import ITEM_BYTES, StoredTensor
 
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 """Types in which weights may be stored. Conversions keep F64 as F32."""
@@ -23,56 +21,6 @@ BLOCK_BYTES = 4 << 20
 """Size of a block that is read, cast, hashed and written. It fits in a processor's cache between these steps."""
 _MAX_SLICES = 4096
 """Most slices per tensor: far more than there are ranks, few enough to compare each with each."""
-
-
-class OpenFiles:
-    """A few open files, and reusable memory to read them into."""
-
-    def __init__(self, limit: int = 32) -> None:
-        self._limit = limit
-        self._open: OrderedDict[Path, int] = OrderedDict()
-        self._buffers = [bytearray(), bytearray(), bytearray()]
-
-    def buffer(self, nbytes: int) -> memoryview:
-        """Return memory for a block. It is reused two blocks later; fresh memory would cost a page fault every 4 KiB."""
-        memory = self._buffers.pop(0)
-        if len(memory) < nbytes:
-            memory = bytearray(nbytes)
-        self._buffers.append(memory)
-        return memoryview(memory)[:nbytes]
-
-    def descriptor(self, path: Path) -> int:
-        """Return a file descriptor, which is valid until `limit` other files are opened."""
-        if path not in self._open:
-            if len(self._open) >= self._limit:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._open.move_to_end(path)
-        return self._open[path]
-
-    def read_into(self, path: Path, at: int, buffer: memoryview) -> None:
-        """Fill `buffer` from byte `at`.
-
-        Raises:
-            ConversionError: the file has become shorter than its header said.
-        """
-        descriptor, done = self.descriptor(path), 0
-        while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], at + done)
-            if count == 0:
-                raise ConversionError(f"{path}: ends at byte {at + done}; was it changed while it was read?")
-            done += count
-
-    def close(self) -> None:
-        """Close all files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __enter__(self) -> "OpenFiles":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from io import FileIO
 from math import prod
 from pathlib import Path
 
+from megatron_hybrid.checkpoint.open_files import OpenFiles
+from megatron_hybrid.checkpoint.safetensors_header import ITEM_BYTES
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.io.header import ITEM_BYTES
-from megatron_hybrid.convert.io.source import BLOCK_BYTES, FileSlice, OpenFiles, TensorSource, cast
+from megatron_hybrid.convert.io.source import BLOCK_BYTES, FileSlice, TensorSource, cast
 
 _COPY_BYTES = 64 << 20
 _NO_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM}
@@ -65,7 +66,7 @@ class _Hash:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._pool = ThreadPoolExecutor(1)
-        self._files = OpenFiles()
+        self._files = OpenFiles(ConversionError)
         self._pending: list[Future[None]] = []
 
     def block(self, data: bytes | memoryview) -> None:
@@ -119,7 +120,7 @@ def write_file(path: Path, tensors: Sequence[OutputTensor], progress: Progress, 
     hashing = _Hash() if with_hash else None
     out = FileIO(path, "wb")
     try:
-        with OpenFiles() as files:
+        with OpenFiles(ConversionError) as files:
             _write_all(out, tensors, files, hashing, progress)
     except BaseException:
         _close(out, hashing)

@@ -7,10 +7,11 @@ from typing import Any
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.checkpoint.format import state_name
+from megatron_hybrid.checkpoint.open_files import OpenFiles
 from megatron_hybrid.convert.checkpoint_output import CONVERTED_STATE, MAX_FILE_BYTES, stored_dtype, write_index
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.io.folder import has_file, read_json, regular_file
-from megatron_hybrid.convert.io.source import TORCH_NAMES, OpenFiles
+from megatron_hybrid.convert.io.source import TORCH_NAMES
 from megatron_hybrid.convert.io.writer import OutputTensor
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files
 from megatron_hybrid.convert.olmo_core.config import model_from_olmo_core
@@ -125,7 +126,7 @@ class _Weights:
             return []
         embedding, spec = keys["embedding.weight"], self.specs["embedding.weight"]
         self._check(head, spec)
-        with OpenFiles() as files:
+        with OpenFiles(ConversionError) as files:
             blocks = (self.stored.source(key, key, spec.shape).blocks(files) for key in (embedding, head))
             if not all(a == b for a, b in zip(*blocks, strict=True)):
                 raise ConversionError(f"{self.stored.folder}: tied in config.json, but {head} differs from {embedding}")

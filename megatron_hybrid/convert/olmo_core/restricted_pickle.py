@@ -2,16 +2,15 @@
 
 A pickle is a program, and loading one normally runs what it names. Here a pickle can name only the stand-ins below: plain
 records, tuples and text of this module. Nothing of torch, the standard library or another package is imported, called or
-built, so a hostile file can at worst be refused. Its opcodes are first scanned without running them, which bounds the memory
-that they can allocate.
+built, so a hostile file can at worst be refused. Its opcodes are first scanned without running them (pickle_scan.py).
 """
 
 import io
 import pickle
-import pickletools
 from typing import Any
 
 from megatron_hybrid.convert.errors import ConversionError
+from megatron_hybrid.convert.olmo_core.pickle_scan import refuse_bombs
 
 _DTYPES = {
     "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64", "int32": "I32", "int16": "I16",
@@ -168,14 +167,7 @@ def restricted_load(data: bytes, names: dict[tuple[str, str], Any], where: str) 
         ConversionError: the pickle names anything else, or it is damaged.
     """
     try:
-        memo = 0
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "MEMOIZE":
-                memo += 1
-            elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                memo += 1
-                if not isinstance(argument, int) or argument > memo:  # a far index would allocate all before it
-                    raise ConversionError(f"{where}: a memo index of {argument!r} in its pickle; refused")
+        refuse_bombs(data, where)
         return _Unpickler(data, names, where).load()
     except ConversionError:
         raise

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_hybrid.arch.tensor_slice import TensorSlice
+from megatron_hybrid.base.errors import shown
+from megatron_hybrid.checkpoint.safetensors_header import ITEM_BYTES, StoredTensor
 from megatron_hybrid.convert.errors import ConversionError
-from megatron_hybrid.convert.io.header import ITEM_BYTES, StoredTensor
 from megatron_hybrid.convert.olmo_core.restricted_pickle import ENTRY_NAMES, restricted_load
 
-_MAX_PICKLE_BYTES = 1 << 16
+_MAX_MEMBER_BYTES = 1 << 16
+_MAX_READ_BYTES = 1 << 20
+"""Most bytes that are read at once. torch.save's list of members has about 500 bytes."""
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
@@ -74,23 +77,28 @@ def _describe(
     where: str, saved: SavedSlice, dtype: str, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
 ) -> tuple[Any, int]:
     """Return the name of the storage, and the tensor's first element in it."""
-    if members["data.pkl"].file_size > _MAX_PICKLE_BYTES:
-        raise ConversionError(f"{where}: its data.pkl is too large; refused")
-    if "byteorder" in members and archive.read(members["byteorder"])[:6] != b"little":
+    if "byteorder" in members and _read_member(where, archive, members["byteorder"])[:6] != b"little":
         raise ConversionError(f"{where}: big-endian; not readable")
-    described = restricted_load(archive.read(members["data.pkl"]), ENTRY_NAMES, where)
+    described = restricted_load(_read_member(where, archive, members["data.pkl"]), ENTRY_NAMES, where)
     if not isinstance(described, tuple) or len(described) != 5 or described[0] != "tensor":
         raise ConversionError(f"{where}: not a plain tensor; not readable")
     _, storage, offset, size, stride = described
     if not isinstance(storage, tuple) or len(storage) != 5 or storage[0] != "storage" or storage[1] != dtype:
-        raise ConversionError(f"{where}: its storage is {storage!r:.100}, {dtype} was expected")
+        raise ConversionError(f"{where}: its storage is {shown(storage)}, {dtype} was expected")
     shape = saved.slice.shape
     in_rows = stride == _row_major(shape) or prod(shape) <= 1
     if size != shape or not in_rows or type(offset) is not int or offset < 0:
         raise ConversionError(
-            f"{where}: of shape {size!r:.100} and strides {stride!r:.100}; {shape}, row-major, was expected"
+            f"{where}: of shape {shown(size)} and strides {shown(stride)}; {shape}, row-major, was expected"
         )
     return storage[2], offset
+
+
+def _read_member(where: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Return a small member of the archive. torch.save compresses none, and a compressed one could expand without limit."""
+    if member.compress_type != zipfile.ZIP_STORED or max(member.file_size, member.compress_size) > _MAX_MEMBER_BYTES:
+        raise ConversionError(f"{where}: its {shown(member.filename)} is compressed or too large; refused")
+    return archive.read(member)
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -122,6 +130,8 @@ class _Window(io.RawIOBase):
     def read(self, count: int | None = -1) -> bytes:
         left = max(0, self._length - self._position)
         count = left if count is None or count < 0 else min(count, left)
+        if count > _MAX_READ_BYTES:
+            raise zipfile.BadZipFile("its list of members is too long")
         self._file.seek(self._at + self._position)
         data = self._file.read(count)
         self._position += len(data)

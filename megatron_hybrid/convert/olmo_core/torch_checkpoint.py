@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hybrid.arch.tensor_slice import TensorSlice
+from megatron_hybrid.base.errors import shown
+from megatron_hybrid.checkpoint.safetensors_header import ITEM_BYTES
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.io.folder import has_file, regular_file
-from megatron_hybrid.convert.io.header import ITEM_BYTES
 from megatron_hybrid.convert.io.source import FileSlice, TensorSource
 from megatron_hybrid.convert.olmo_core.restricted_pickle import (
     METADATA_NAMES,
@@ -26,7 +27,8 @@ from megatron_hybrid.convert.olmo_core.restricted_pickle import (
 from megatron_hybrid.convert.olmo_core.saved_tensor import SavedSlice, locate_values
 
 METADATA = ".metadata"
-_MAX_METADATA_BYTES = 1 << 30
+_MAX_METADATA_BYTES = 64 << 20
+"""A checkpoint of a 7B model with its optimizer on 64 ranks has about 15 MB."""
 _NUMBERS = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
 
 
@@ -72,7 +74,7 @@ class TorchCheckpoint:
         dtype, shape = entry.properties.state[0], tuple(entry.size)
         if dtype not in ITEM_BYTES or not _are_sizes(shape):
             raise ConversionError(
-                f"{self.folder}: {name!r:.200} is of dtype {dtype!r:.50} and shape {shape!r:.100}; not readable"
+                f"{self.folder}: {name!r:.200} is of dtype {shown(dtype)} and shape {shown(shape)}; not readable"
             )
         return TorchTensor(dtype, shape, tuple(self._slice(name, shape, chunk, places) for chunk in entry.chunks))
 
@@ -86,13 +88,13 @@ class TorchCheckpoint:
         part, where = TensorSlice(tuple(chunk.offsets), tuple(chunk.sizes)), f"{self.folder}: {name!r:.200}"
         place = places.get((name, part.offset))
         if place is None:
-            raise ConversionError(f"{where} at {part.offset!r:.100} is in no file; the checkpoint is incomplete")
+            raise ConversionError(f"{where} at {shown(part.offset)} is in no file; the checkpoint is incomplete")
         if place.transform_descriptors:
-            raise ConversionError(f"{where} is compressed ({place.transform_descriptors!r:.100}); not readable")
+            raise ConversionError(f"{where} is compressed ({shown(place.transform_descriptors)}); not readable")
         numbers = (*part.offset, *part.shape, place.offset, place.length)
         same_rank = len(part.offset) == len(part.shape) == len(shape)
         if not same_rank or not _are_whole(numbers):
-            raise ConversionError(f"{where} has a slice at {part.offset!r:.100} of {part.shape!r:.100}; damaged")
+            raise ConversionError(f"{where} has a slice at {shown(part.offset)} of {shown(part.shape)}; damaged")
         path = regular_file(self.folder, place.relative_path)
         if place.offset + place.length > path.stat().st_size:
             raise ConversionError(f"{path}: shorter than {METADATA} says; the checkpoint is incomplete")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_hybrid.checkpoint.folders import complete_checkpoints
+from megatron_hybrid.checkpoint.format import CheckpointError
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.train.callbacks.base import Callback, Run, StepOutcome
 from megatron_hybrid.train.random_state import get_random_state, set_random_state
@@ -33,19 +33,25 @@ class Checkpoints(Callback):
             assert run.start.folder is not None
             self._set_aside = set_later_aside(run_dir, run.start.folder)
         if run.start.continues:
-            self.manager.own = complete_checkpoints(self.manager.root)
+            # after damage, keep what has been read back from this disk; the next start counts it again
+            self.manager.adopt_own(keep=run.start.folder if run.start.fell_back else None)
 
     def _load(self, run: Run) -> None:
         if run.start.folder is None:
             return
         state, local = self.manager.load(run.start.folder, run.start.take)
         if state:
-            run.load_state_dict(state)
+            try:
+                run.load_state_dict(state)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{run.start.folder}: the run's state in it is damaged ({error!r:.200}); use an earlier checkpoint"
+                ) from error
         if local:
             set_random_state(local)
 
     def start(self, run: Run) -> None:
-        for line in (*run.changes, str(run.start)):
+        for line in (*run.start.notes, *run.changes, str(run.start)):
             run.logger.info(line)
         if self._set_aside:
             run.logger.info(

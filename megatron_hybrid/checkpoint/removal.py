@@ -1,0 +1,62 @@
+"""Removal of checkpoints, of the remains of killed saves and removals, and of damaged checkpoints from a run's list.
+
+Only folders with the names that this package gives are touched. Links are removed or renamed, never followed.
+
+    .saving-step-N      a checkpoint while it is written
+    .replaced-step-N    an earlier checkpoint of the same step, until the new one has its name
+    .deleting-step-N    a checkpoint while it is removed
+    step-N.damaged      a damaged checkpoint, set aside for inspection
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+SAVING, REPLACED, DELETING = ".saving-", ".replaced-", ".deleting-"
+"""Prefixes of a checkpoint's folder while it is written, replaced and removed."""
+DAMAGED = ".damaged"
+_REMAINS = re.compile(r"\.(?:saving|replaced|deleting)-(step-\d{8})")
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all that is in it, or only the link if it is a link."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint. It is renamed first, because one that is half removed must not look complete."""
+    doomed = folder.with_name(DELETING + folder.name)
+    remove_folder(doomed)
+    os.replace(folder, doomed)
+    remove_folder(doomed)
+
+
+def remove_remains(root: Path) -> list[str]:
+    """Remove what interrupted saves and removals left behind, and return the names. The run's lock must be held.
+
+    A checkpoint that was about to be replaced gets its name back, if the new one did not take it.
+    """
+    removed = []
+    for path in sorted(root.glob(".*-step-*")):
+        if not (match := _REMAINS.fullmatch(path.name)):
+            continue
+        target = root / match[1]
+        if path.name.startswith(REPLACED) and not os.path.lexists(target):
+            os.replace(path, target)
+        else:
+            remove_folder(path)
+            removed.append(path.name)
+    return removed
+
+
+def set_damaged_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that no run starts from it, and return its new path."""
+    number = 1
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}{DAMAGED}{f'-{number}' if number > 1 else ''}")):
+        number += 1
+    os.replace(folder, aside)
+    return aside
