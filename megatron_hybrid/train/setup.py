@@ -51,7 +51,10 @@ def build_logger(config: RunConfig, launch: Launch, progress: Progress, continue
 
 
 def write_config(config: RunConfig) -> None:
-    """Write the resolved configuration to run_dir. Call it on one rank."""
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_run(config))
+    """Write the resolved configuration to run_dir. Call it on one rank. A failure is reported: no run reads the file."""
+    file = Path(config.run_dir) / "config.yaml"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(dump_run(config))
+    except OSError as error:
+        print(f"{file} cannot be written: {error.strerror}; the run continues without it", flush=True)
