@@ -13,7 +13,7 @@ BAD_INPUT = 78
 REQUEUE = 75
 """Exit status of a run that stopped before its last step and resumes when started again (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130
-"""Exit status after Ctrl-C without a checkpoint, as shells report SIGINT."""
+"""Exit status after Ctrl-C of tools that save nothing, as shells report SIGINT."""
 
 
 class UserError(ValueError):
@@ -21,6 +21,8 @@ class UserError(ValueError):
 
     printed_by: Literal["first rank", "each node", "each rank"] = "first rank"
     """Ranks that print the error. `first rank` is for errors that all ranks raise."""
+    status: int = BAD_INPUT
+    """Exit status of tools after this error."""
 
 
 class ConfigError(UserError):
@@ -50,14 +52,14 @@ class LaunchError(UserError):
 
 @contextmanager
 def no_traceback() -> Iterator[None]:
-    """End the process without a traceback: after a UserError with status BAD_INPUT, after Ctrl-C with status INTERRUPTED."""
+    """End the process without a traceback: after a UserError with its status, after Ctrl-C with status INTERRUPTED."""
     try:
         yield
     except UserError as error:
         variable = {"first rank": "RANK", "each node": "LOCAL_RANK", "each rank": ""}[error.printed_by]
         if os.environ.get(variable, "0") == "0":
             print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).stem}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

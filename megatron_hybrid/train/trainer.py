@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_hybrid.checkpoint.format import read_index
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import check_run_dir
+from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.fingerprint import data_identity
 from megatron_hybrid.distributed.process_groups import stop_distributed
@@ -28,12 +29,14 @@ from megatron_hybrid.train.schedules import learning_rate
 from megatron_hybrid.train.setup import build_loader, build_logger, write_config
 from megatron_hybrid.train.start import check_start_point, choose_start
 from megatron_hybrid.train.start_checks import check_start, newest_step, on_first_rank, run_folder
+from megatron_hybrid.train.watchdog import build_watchdog, collective_timeout
 
 
 def pretrain(config: RunConfig, launch: Launch) -> Progress:
     """Train to config.train.steps, from the newest checkpoint if there is one, and return the progress of the run.
 
-    SIGUSR1, SIGTERM or Ctrl-C on any rank ends it earlier, with a checkpoint of the current step.
+    SIGUSR1, SIGTERM or Ctrl-C on any rank ends it earlier, with a checkpoint of the current step. A run that hangs ends the
+    process (train/watchdog/).
 
     Raises:
         ConfigError: degrees or batch sizes that do not fit the number of ranks.
@@ -42,14 +45,17 @@ def pretrain(config: RunConfig, launch: Launch) -> Progress:
         RunFolderError: another run uses the folder, or has used it; or no steps are left to train.
         DataError, CheckpointError: before the first step, naming file and remedy.
         DivergedError: loss or gradient norm stayed non-finite for too many steps.
+        ReplicaError: data parallel ranks have different parameters or gradient norms.
     """
     config.check_world(launch.world_size)
     check_run_dir(config, launch.world_size)
     check_sinks(config.logging)
-    with Interrupt(lambda: newest_step(Path(config.run_dir))) as interrupt:
-        groups = start_distributed(launch, config.parallel, config.train.seed)
+    run_dir = Path(config.run_dir)
+    with Interrupt(lambda: newest_step(run_dir)) as interrupt, build_watchdog(run_dir, config.train) as watchdog:
+        groups = start_distributed(launch, config.parallel, config.train.seed, collective_timeout(config.train))
         try:
-            with run_folder(Path(config.run_dir)):
+            watchdog.join_team()
+            with run_folder(run_dir):
                 check_start(config, launch)
                 with Trainer(config, launch, groups, interrupt) as trainer:
                     progress = trainer.run()
@@ -77,6 +83,7 @@ class Trainer:
     ) -> None:
         self.config, self.launch, self.groups = config, launch, groups
         self.progress, self.stop = Progress(), False
+        self.batches: list[Batch] = []
         self.start = on_first_rank(lambda: choose_start(config))
         training, validation = open_data(config)
         self.data_identity, self.changes = on_first_rank(lambda: self._compare(training))
@@ -128,7 +135,8 @@ class Trainer:
         """Train on one global batch: compute gradients, then update unless a callback says to skip."""
         config, progress = self.config, self.progress
         batch_size = config.train.batch_size_at(progress.samples)
-        losses = self.engine.forward_backward(list(self.loader.global_batch(progress.samples, batch_size)))
+        self.batches = list(self.loader.global_batch(progress.samples, batch_size))
+        losses = self.engine.forward_backward(self.batches)
         norm = self.engine.gradient_norm()
 
         progress.step += 1

@@ -8,6 +8,7 @@ from megatron_hybrid.train.callbacks.expected_memory import ExpectedMemory
 from megatron_hybrid.train.callbacks.graceful_shutdown import GracefulShutdown
 from megatron_hybrid.train.callbacks.outlier_skipping import OutlierSkipping
 from megatron_hybrid.train.callbacks.periodic_evaluation import PeriodicEvaluation
+from megatron_hybrid.train.callbacks.step_heartbeat import StepHeartbeat
 from megatron_hybrid.train.callbacks.step_metrics import StepMetrics
 from megatron_hybrid.train.interrupt import Interrupt
 
@@ -21,7 +22,7 @@ def default_callbacks(config: RunConfig, validation: BatchLoader | None, interru
         validation: loader of the validation data; None: do not evaluate.
         interrupt: receives signals that ask the run to stop; None: the process handles signals itself.
     """
-    callbacks: list[Callback] = [StepMetrics(), OutlierSkipping(config.train.skip_step)]
+    callbacks: list[Callback] = [StepHeartbeat(), StepMetrics(), OutlierSkipping(config.train.skip_step)]
     if config.train.engine == "megatron":
         callbacks.append(ExpectedMemory())
     if validation is not None:

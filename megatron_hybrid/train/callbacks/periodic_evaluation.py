@@ -1,5 +1,6 @@
 """Callback that evaluates the model during training."""
 
+from megatron_hybrid.base.heartbeat import heartbeat
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.data.loader import BatchLoader
 from megatron_hybrid.train.callbacks.base import Callback, Run, StepOutcome
@@ -24,7 +25,7 @@ class PeriodicEvaluation(Callback):
     def evaluate(self, run: Run) -> float:
         """Return and log the mean loss over the validation batches."""
         size = self.config.global_batch_size
-        with run.logger.pause():
+        with run.logger.pause(), heartbeat.doing(f"evaluating after step {run.progress.step}"):
             losses = [
                 run.engine.evaluate(list(self.validation.global_batch(number * size, size))).loss
                 for number in range(self.config.eval_batches)
