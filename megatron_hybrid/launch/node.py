@@ -155,7 +155,9 @@ class Node:
         deadline = time.monotonic() + (GRACE_AFTER_REQUEUE_S if requeue and not self.requests.asked else GRACE_S)
         if None in codes:
             self._end_others(deadline, stacks=not requeue)
-            codes = codes if any(codes) else [rank.returncode for rank in self._ranks]
+            later = [rank.returncode for rank in self._ranks]
+            # a rank that reports a hang kills the one that hangs
+            codes = later if not any(codes) or REQUEUE in later else codes
         failed = [local for local, code in enumerate(codes) if code]
         if not failed:
             return 0

@@ -14,6 +14,12 @@ _MOST_FILES = 64
 """Files whose sizes are looked at, so that many ranks do not load a file system's metadata server."""
 
 
+def saves_now(run: Run) -> bool:
+    """Return True if a checkpoint is saved after the step that has just ended."""
+    step, interval = run.progress.step, run.config.checkpoint.interval
+    return run.stop or bool(interval and step % interval == 0) or step == run.config.train.steps
+
+
 class Checkpoints(Callback):
     """Saves every `checkpoint.interval` steps, after the last step, and when the run is asked to stop.
 
@@ -58,8 +64,8 @@ class Checkpoints(Callback):
             )
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
-        step, interval = run.progress.step, run.config.checkpoint.interval
-        if run.stop or (interval and step % interval == 0) or step == run.config.train.steps:
+        if saves_now(run):
+            step = run.progress.step
             with run.logger.pause(), heartbeat.doing(f"saving step {step}", self._progress):
                 self.manager.save(step, run.state_dict(), get_random_state())
         self.manager.check()
