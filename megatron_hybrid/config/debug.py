@@ -8,7 +8,7 @@ from megatron_hybrid.config.train import TrainConfig
 
 
 class DebugConfig(Section):
-    """What a run records about itself, for debugging and profiling."""
+    """Records that a run makes of itself, for debugging and profiling."""
 
     profile_step_start: PositiveInt | None = None
     """First step that torch's profiler records. None: do not profile. Traces are written to run_dir/profiles."""
