@@ -28,7 +28,8 @@ def test_profile_garbage_and_slowest_rank(ranks, config, tmp_path, capfd):  # no
         ], "this callback comes before the collection of the same step"
     (trace,) = (tmp_path / "run" / "profiles").iterdir()
     assert trace.name == "steps-2-3-rank-00001.json.gz"
-    names = {event.get("name") for event in json.loads(gzip.open(trace).read())["traceEvents"]}
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
     assert {"step 2", "step 3"} <= names and not {"step 1", "step 4"} & names
     assert "slowest of the last 3 steps: rank " in capfd.readouterr().out
 

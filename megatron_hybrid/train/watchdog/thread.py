@@ -5,6 +5,7 @@ hang, the ranks exchange reports through files in `run_dir/hangs`, since a rank 
 torch.distributed's store.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from megatron_hybrid.base.errors import REQUEUE
 from megatron_hybrid.base.heartbeat import heartbeat
+from megatron_hybrid.observe.outputs import Output
 from megatron_hybrid.train.watchdog.last_resort import ExitTimer
 from megatron_hybrid.train.watchdog.report import Report, read_reports
 from megatron_hybrid.train.watchdog.team import Team
@@ -63,6 +65,7 @@ class Watchdog(threading.Thread):
         self.team = Team.alone()
         self._ended = threading.Event()
         self._timer = ExitTimer(REQUEUE, sys.__stderr__ or sys.stderr) if ends_process else None
+        self._forwarding = Output("the heartbeat to the other monitor", _say, waits=True)
         self._age, self._beats = 0.0, -1
         self._progress: object = None
         self._next_look = 0.0
@@ -100,13 +103,13 @@ class Watchdog(threading.Thread):
         if heartbeat.beats != self._beats:
             self._beats, self._age = heartbeat.beats, 0.0
             if self.forward is not None:
-                self.forward()
+                self._forwarding.attempt(self.forward)
         progress = heartbeat.progress
         if progress is not None and now > self._next_look:
             self._next_look = now + min(max(limit / 20, 1.0), 30.0)
-            seen = progress()
-            if seen != self._progress:
-                self._progress, self._age = seen, 0.0
+            with contextlib.suppress(OSError):  # what cannot be read shows no progress
+                if (seen := progress()) != self._progress:
+                    self._progress, self._age = seen, 0.0
 
     def _others_report(self) -> bool:
         return self.team.size > 1 and (self.folder / self.team.token).exists()
