@@ -119,7 +119,7 @@ def test_a_rank_stops_when_torchrun_has_ended(root, tmp_path):
 
 
 def test_a_step_that_hangs_after_a_request_ends_the_process(rank):
-    process = rank(TRAINING + "stop_signals.PATIENCE_S = 0.5\nwatcher.begin_step(5)\n" + WAIT_IN_A_LOCK)
+    process = rank(TRAINING + "stop_signals.PATIENCE_S = 0.5\nheartbeat.begin_step(5)\n" + WAIT_IN_A_LOCK)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75

@@ -1,8 +1,10 @@
 """Verdicts on hangs, and the limits of the watchdog. tests/faults/hangs.py stops whole ranks."""
 
+import importlib.machinery
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -10,6 +12,7 @@ from megatron_hybrid.base.heartbeat import Heartbeat
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.train.watchdog import collective_timeout, thread
 from megatron_hybrid.train.watchdog.flight_recorder import Collectives, GroupState
+from megatron_hybrid.train.watchdog.nvrx import nvrx_heartbeat
 from megatron_hybrid.train.watchdog.report import Report, read_reports
 from megatron_hybrid.train.watchdog.thread import Limits
 from megatron_hybrid.train.watchdog.verdict import verdict
@@ -131,3 +134,38 @@ def recorded() -> dict:
     (name,) = [name for name, text in found.descriptions.items() if text == "OURS"]
     state = found.groups[name]
     return {"entered": state.entered, "operation": state.operation, "ranks": state.ranks}
+
+
+def test_heartbeats_go_to_ft_launcher(monkeypatch, tmp_path):
+    """With a stand-in for NVRx's client: it gets one heartbeat per progress, and a failure of it ends nothing."""
+
+    sent: list[str] = []
+
+    class Client:
+        def init_workload_monitoring(self) -> None:
+            sent.append("init")
+
+        def send_heartbeat(self) -> None:
+            sent.append("beat")
+            if len(sent) > 2:
+                raise RuntimeError("the monitor is gone")
+
+    for name in ("nvidia_resiliency_ext", "nvidia_resiliency_ext.fault_tolerance"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(
+        sys.modules["nvidia_resiliency_ext.fault_tolerance"], "RankMonitorClient", Client, raising=False
+    )
+    assert nvrx_heartbeat() is None, "ft_launcher has not started this process"
+    monkeypatch.setenv("FT_RANK_MONITOR_IPC_SOCKET", "socket")
+    beat = Heartbeat()
+    monkeypatch.setattr(thread, "heartbeat", beat)
+    watchdog = thread.Watchdog(tmp_path, Limits(), nvrx_heartbeat(), ends_process=False)
+    for now in (1.0, 2.0):
+        watchdog._look(now, 600.0)
+    assert sent == ["init", "beat"], "there was no progress"
+    for now in (3.0, 4.0):
+        beat.beat()
+        watchdog._look(now, 600.0)
+    assert sent == ["init", "beat", "beat"], "after a failure it waits"
