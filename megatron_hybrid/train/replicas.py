@@ -52,8 +52,8 @@ def check_parameters(named: Sequence[tuple[str, torch.Tensor]], group: dist.Proc
     mine = (named[bad[0]][0], len(bad), int(sums[bad[0]])) if bad else None
     names, (tensor, count) = _all_different(mine, group)
     raise ReplicaError(
-        f"{names} different values than the other data parallel ranks in {tensor} (the first of {count} tensors) after step "
-        f"{step}. {_AGAIN}"
+        f"data parallel ranks hold different values in {tensor} (the first of {count} tensors) after step {step}: {names}. "
+        f"{_AGAIN}"
     )
 
 
@@ -76,9 +76,7 @@ def agreed_norm(norm: float, group: dist.ProcessGroup) -> float:
         return math.nan if any_nan else math.inf
     if most != -least:
         names, _ = _different(_gathered(("", 1, norm), group))
-        raise ReplicaError(
-            f"{names} another gradient norm than the other data parallel ranks after the reduction. {_AGAIN}"
-        )
+        raise ReplicaError(f"data parallel ranks have different gradient norms after the reduction: {names}. {_AGAIN}")
     return norm
 
 
@@ -111,4 +109,11 @@ def _different(found: list[tuple[int, str, Value | None]]) -> tuple[str, tuple[s
     shown = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in odd[:_MOST_RANKS])
     more = f" and {len(odd) - _MOST_RANKS} more" if len(odd) > _MOST_RANKS else ""
     tensor, tensors, _ = values[odd[0]]
-    return f"{shown}{more} {'has' if len(odd) == 1 else 'have'}", (tensor, tensors)
+    how = (
+        "differ from each other"
+        if count == 1
+        else "differs from the others"
+        if len(odd) == 1
+        else "differ from the others"
+    )
+    return f"{shown}{more} {how}", (tensor, tensors)

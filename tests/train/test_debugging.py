@@ -41,8 +41,8 @@ def test_replicas_that_are_equal(ranks):
 
 def test_a_replica_with_one_changed_bit_is_named_on_all_ranks(ranks):
     for error, norms in ranks.run(debug_jobs.compared, 3, bad_rank=1):
-        assert error.startswith("rank 1 on ") and "in b (the first of 1 tensors) after step 7" in error
-        assert norms[:3] == ["1.5", "nan", "inf"] and norms[3].startswith("rank 1 on ")
+        assert "different values in b (the first of 1 tensors) after step 7: rank 1 on " in error
+        assert norms[:3] == ["1.5", "nan", "inf"] and "norms after the reduction: rank 1 on " in norms[3]
 
 
 @pytest.mark.parametrize(
