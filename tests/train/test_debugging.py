@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.debug import DebugConfig
@@ -53,7 +54,7 @@ def test_a_replica_with_one_changed_bit_is_named_on_all_ranks(ranks):
     ],
 )
 def test_wrong_windows(fields, says):
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ValidationError, match=says):
         DebugConfig(**fields)
 
 
