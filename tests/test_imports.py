@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"base", "config", "data", "distributed", "inference"},
     "train": {
         *("base", "arch", "config", "distributed", "launch", "precision", "mixers", "model", "checkpoint"),
-        *("data", "observe", "planner"),
+        *("data", "evaluation", "observe", "planner"),
     },
     "profiling": {"base", "arch", "config", "data", "distributed", "launch", "mixers", "precision", "train"},
     "convert": {"base", "arch", "config", "distributed", "mixers", "checkpoint", "data"},

@@ -1,4 +1,4 @@
-"""Loads a checkpoint into one process, without an optimizer."""
+"""Loads a checkpoint on every rank of this launch, without an optimizer."""
 
 import os
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ NOT_FINITE_REMEDY = "the checkpoint's weights are not finite, or too large; use 
 
 @dataclass
 class LoadedModel:
-    """A model in one process, and the configuration of the run that trained it."""
+    """A whole model on this rank, and the configuration of the run that trained it."""
 
     network: HybridLanguageModel
     config: ModelConfig
@@ -51,11 +51,12 @@ class LoadedModel:
         return data if isinstance(data, dict) else {}
 
 
-def load_model(path: str, dtype: str = "fp32", plugins: Sequence[str] = ()) -> LoadedModel:
+def load_model(path: str, dtype: str | None = "fp32", plugins: Sequence[str] = ()) -> LoadedModel:
     """Load the weights of a checkpoint that was written under any layout.
 
     Args:
         path: folder of a checkpoint, or of a run, whose newest checkpoint is loaded.
+        dtype: fp32 or bf16; None: that of the run.
         plugins: modules to import first. No module is imported because a checkpoint names it.
 
     Raises:
@@ -67,10 +68,12 @@ def load_model(path: str, dtype: str = "fp32", plugins: Sequence[str] = ()) -> L
     import_plugins(plugins)
     folder = find_checkpoint(os.path.abspath(path), "checkpoint")
     parallel = ParallelConfig()
-    torch.set_num_threads(os.cpu_count() or 1)  # unlike the ranks of a run, this process has the machine to itself
-    groups = start_distributed(Launch(0, 0, 1), parallel, seed=0, quiet=True)
+    launch = Launch.from_environment()
+    if launch.world_size == 1:  # unlike the ranks of a run, this process has the machine to itself
+        torch.set_num_threads(os.cpu_count() or 1)
+    groups = start_distributed(launch, parallel, seed=0, quiet=True)
     with CheckpointReader(folder) as reader:
-        config = reader.model
+        config, dtype = reader.model, dtype or reader.index.run.get("train", {}).get("dtype", "fp32")
         (network,) = build_model(config, parallel, PrecisionConfig(), dtype, sequence_length=1, groups=groups)
         layout = ParamLayout(config, 0, 1)
         Collector([network], layout, groups, {}, optimizer_sharded=False).load_weights(reader)
