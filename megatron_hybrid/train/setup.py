@@ -1,6 +1,7 @@
 """Builds what the trainer needs besides the engine: data loaders, validation sets, the logger and the saved configuration."""
 
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -83,11 +84,27 @@ def build_logger(config: RunConfig, launch: Launch, training: Blend, progress: P
     )
 
 
-def write_config(config: RunConfig) -> None:
-    """Write the resolved configuration to run_dir. Call it on one rank. A failure is reported: no run reads the file."""
-    file = Path(config.run_dir) / "config.yaml"
+def write_config(config: RunConfig, step: int) -> None:
+    """Write the resolved configuration to run_dir: `config.yaml`, and `config-<step>.yaml`, which later starts keep.
+
+    A start at the same step with another configuration gets a name of its own: `config-<step>-2.yaml`. Call it on one rank. A failure
+    is reported and does not end the run, which does not read these files.
+
+    Args:
+        step: step that the run starts after.
+    """
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(dump_run(config))
+        _write_config(Path(config.run_dir), dump_run(config), step)
     except OSError as error:
-        print(f"{file} cannot be written: {error.strerror}; the run continues without it", flush=True)
+        print(f"run_dir: config.yaml cannot be written: {error.strerror}; the run continues without it", flush=True)
+
+
+def _write_config(run_dir: Path, text: str, step: int) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(text)
+    for number in count(1):
+        path = run_dir / f"config-{step:08d}{f'-{number}' if number > 1 else ''}.yaml"
+        if not path.exists():
+            path.write_text(text)
+        if path.read_text() == text:
+            return
