@@ -2,10 +2,16 @@
 
 On several nodes it is started once on each: by srun or mpirun, or by a job controller that sets RANK, WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT (or NODE_RANK and NNODES) for each node. It ends with the status of the first rank that fails
-(75: requeue; 78: wrong input), and forwards SIGUSR1, SIGTERM and Ctrl-C to the ranks, which then save and stop. A second
-Ctrl-C ends them at once, with status 130.
+(75: requeue; 78: wrong input), and forwards SIGUSR1, SIGTERM and Ctrl-C to the ranks, which then save and stop. Further
+signals change nothing. With --max-restarts, it starts the ranks of a single node again after a failure or a hang.
 """
 
+import signal
+
+if __name__ == "__main__":  # keep requests to stop pending until they are handled
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+
+# ruff: noqa: E402
 import argparse
 import os
 import sys
@@ -22,6 +28,13 @@ def main() -> None:
     parser.add_argument(
         "--gpus", type=positive, metavar="N", help="this node must have N (default: as many as are visible)"
     )
+    parser.add_argument(
+        "--max-restarts",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="start the ranks again up to N times after a failure or a hang, while they make progress (default: 0)",
+    )
     parser.add_argument("script", help="a Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
     arguments = parser.parse_args()
@@ -31,7 +44,7 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with no_traceback():
         command = [sys.executable, arguments.script, *arguments.arguments]
-        sys.exit(run_node(command, arguments.cpu_ranks, arguments.gpus))
+        sys.exit(run_node(command, arguments.cpu_ranks, arguments.gpus, arguments.max_restarts))
 
 
 if __name__ == "__main__":

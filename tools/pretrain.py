@@ -1,21 +1,30 @@
 """Train a model: `torchrun --nproc-per-node 4 tools/pretrain.py CONFIG.yaml [section.key=value ...]`.
 
 The ranks may as well be started by tools/launch.py, `mpirun -n 4 python`, `srun python` or `srun --mpi=pmix python`.
-On SIGUSR1, SIGTERM or Ctrl-C every rank saves the same step and stops; the same command resumes from there. A second
-Ctrl-C ends at once. Options and overrides may stand in any order.
-Exit codes: 0 done; 75 stopped by a signal, with its work saved or before there was any; 78 wrong command line,
-configuration, data, checkpoint or node; 130 ended by Ctrl-C without a save. torchrun makes 1 of every status but 0, and
-gives ranks 30 seconds after SIGTERM; tools/launch.py keeps both as they are.
+On SIGUSR1, SIGTERM or Ctrl-C every rank saves the same step and stops; the same command resumes from there. Further
+signals change nothing. SIGQUIT prints the stacks of all threads. Options and overrides may come in any order.
+Exit codes: 0 done; 75 to be resumed: stopped by a signal, after a hang, or because ranks differ; 78 wrong command line,
+configuration, data, checkpoint or node. torchrun makes 1 of every status but 0, and gives ranks 30 seconds after SIGTERM;
+tools/launch.py keeps the status, and waits for the ranks.
 """
 
+import signal
+
+if __name__ == "__main__":  # keep requests to stop pending until they are handled
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+
+# ruff: noqa: E402
 import sys
 
+from megatron_hybrid.base.output import tolerate_output_errors
 from megatron_hybrid.launch import stop_signals
 
 
 def main() -> None:
     stop_signals.watch()  # before the imports that take time
+    tolerate_output_errors()
     from megatron_hybrid.base.errors import REQUEUE, no_traceback
+    from megatron_hybrid.base.heartbeat import heartbeat
     from megatron_hybrid.base.numbers import positive
     from megatron_hybrid.config.command_line import RunCommandLine
     from megatron_hybrid.config.load import load_run
@@ -42,7 +51,7 @@ def main() -> None:
             return
         config.check_world(launch.world_size)
         check_run_dir(config, launch.world_size)
-        stop_signals.now_doing("importing torch")
+        heartbeat.beat("importing torch")
         from megatron_hybrid.train.trainer import pretrain  # torch and megatron-core only once the config is right
 
         progress = pretrain(config, launch)

@@ -15,7 +15,7 @@ BAD_INPUT = 78
 REQUEUE = 75
 """Exit status of a run that stopped before its last step and resumes when started again (EX_TEMPFAIL of sysexits.h)."""
 INTERRUPTED = 130
-"""Exit status after Ctrl-C without a checkpoint, as shells report SIGINT."""
+"""Exit status after Ctrl-C of tools that save nothing, as shells report SIGINT."""
 
 
 class UserError(ValueError):
@@ -23,6 +23,8 @@ class UserError(ValueError):
 
     printed_by: Literal["first rank", "each node", "each rank"] = "first rank"
     """Ranks that print the error. `first rank` is for errors that all ranks raise."""
+    status: int = BAD_INPUT
+    """Exit status of tools after this error."""
 
 
 class ConfigError(UserError):
@@ -76,7 +78,7 @@ def storage_errors(path: str | os.PathLike[str], needed: int | None = None) -> I
 def no_traceback() -> Iterator[None]:
     """End the process without a traceback.
 
-    The status is BAD_INPUT after a UserError and after an OSError of a failing file system, INTERRUPTED after Ctrl-C.
+    The status is that of a UserError, BAD_INPUT after an OSError of a failing file system, INTERRUPTED after Ctrl-C.
     """
     try:
         yield
@@ -84,12 +86,12 @@ def no_traceback() -> Iterator[None]:
         variable = {"first rank": "RANK", "each node": "LOCAL_RANK", "each rank": ""}[error.printed_by]
         if os.environ.get(variable, "0") == "0":
             print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        sys.exit(error.status)
     except OSError as error:  # one rank alone may raise it: every rank prints its own
         if (failure := as_storage_error(error)) is None:
             raise
         print(f"{Path(sys.argv[0]).stem}: {failure}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        sys.exit(failure.status)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).stem}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

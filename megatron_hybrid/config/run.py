@@ -13,6 +13,7 @@ from megatron_hybrid.base.section import Section
 from megatron_hybrid.config.checkpoint import CheckpointConfig
 from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.data_checks import check_data, check_mixes
+from megatron_hybrid.config.debug import DebugConfig, check_debug
 from megatron_hybrid.config.engine_checks import check_engine
 from megatron_hybrid.config.layout_checks import (
     check_context_parallel,
@@ -52,6 +53,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     preflight: PreflightConfig = PreflightConfig()
+    debug: DebugConfig = DebugConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -95,6 +97,7 @@ class RunConfig(Section):
         check_precision(model, train, parallel, precision, problems)
         check_fp8_sizes(model, data, train, parallel, precision, problems)
         check_engine(train, parallel, precision, self.zero, problems)
+        check_debug(train, self.debug, problems)
         return problems
 
     def check_world(self, world_size: int) -> None:

@@ -106,6 +106,15 @@ class TrainConfig(Section):
     eval_batches: PositiveInt | None = 8
     """Global batches of each validation set per evaluation, as far as the set reaches without repeats. Every evaluation reads the same
     samples. None: the whole set."""
+    start_timeout: PositiveFloat | None = None
+    """Seconds like hang_timeout, until the first step has ended: kernels are compiled in it. None: 1800; on CPU, hang_timeout if that
+    is set."""
+    hang_timeout: PositiveFloat | None = None
+    """Seconds without progress after which a run has hung. All ranks then print their stacks, name the rank that lags, and exit with
+    status 75. None: 10 times the longest step, between 600 and 1500."""
+    replica_check_interval: PositiveInt | None = 100
+    """Steps between comparisons of the parameters of data parallel ranks, which must be equal. They are compared before every
+    checkpoint too. None: never."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

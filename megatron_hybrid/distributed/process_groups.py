@@ -19,7 +19,9 @@ LONGEST_WAIT_MINUTES = 30
 """Minutes after which a collective that waits for a missing rank ends the run."""
 
 
-def form_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
+def form_groups(
+    parallel: ParallelConfig, seed: int, timeout_minutes: float = LONGEST_WAIT_MINUTES
+) -> ProcessGroupCollection:
     """Form the parallel groups and seed this rank's random generators.
 
     Ranks are numbered tensor parallel first, then context, data, pipeline (megatron-core's `tp-cp-ep-dp-pp`), so that the
@@ -31,6 +33,7 @@ def form_groups(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)

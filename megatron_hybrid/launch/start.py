@@ -6,11 +6,11 @@ import os
 import torch.distributed as dist
 
 from megatron_hybrid.base.errors import LaunchError
+from megatron_hybrid.base.heartbeat import heartbeat
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.distributed.device import communication_backend, device_identity, has_cuda, setup_device
 from megatron_hybrid.distributed.process_groups import LONGEST_WAIT_MINUTES, ProcessGroupCollection, form_groups
 from megatron_hybrid.launch.environment import Launch
-from megatron_hybrid.launch.stop_signals import now_doing
 from megatron_hybrid.launch.variables import port_number
 
 
@@ -31,8 +31,8 @@ def start_distributed(
         print(chosen, flush=True)
     if not dist.is_initialized():
         _join(launch, timeout_minutes)
-        now_doing("setting up the run")
-    return form_groups(parallel, seed)
+        heartbeat.beat("setting up the run")
+    return form_groups(parallel, seed, timeout_minutes)
 
 
 def _join(launch: Launch, timeout_minutes: float) -> None:
@@ -42,7 +42,7 @@ def _join(launch: Launch, timeout_minutes: float) -> None:
         LaunchError: no rendezvous is set, rank 0 cannot listen on it, ranks do not join, or two ranks share a GPU.
     """
     host, port = _rendezvous(launch)
-    now_doing(f"waiting for all {launch.world_size} ranks to join at {host}:{port}")
+    heartbeat.beat(f"waiting for all {launch.world_size} ranks to join at {host}:{port}")
     try:
         dist.init_process_group(
             communication_backend(),

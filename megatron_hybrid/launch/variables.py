@@ -14,6 +14,9 @@ LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 """Variables that MPI processes have."""
+LAUNCH_RESTARTS = "LAUNCH_RESTARTS"
+"""Number of times that tools/launch.py has restarted the ranks."""
+_RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", LAUNCH_RESTARTS)
 PORTS = range(20000, 32000)
 """Ports for the rendezvous. Linux assigns ports from 32768 on to connections."""
 
@@ -46,6 +49,11 @@ def contradiction(env: Environment, *names: str, why: str) -> LaunchError:
     """Return an error about variables that contradict each other."""
     words = [f"{name}={env[name]}" for name in names if name in env]
     return LaunchError(f"{' and '.join(words)} contradict each other: {why}")
+
+
+def restart_count(env: Environment) -> int:
+    """Return how often SLURM, torchrun and tools/launch.py have restarted this run by themselves."""
+    return sum(number(env, name) for name in _RESTARTS if env.get(name))
 
 
 def port_number(env: Environment, name: str) -> int:

@@ -46,12 +46,13 @@ class ParamLayout:
         for chunk in chunks:
             offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
             for name, parameter in chunk.named_parameters():
-                yield self._global_name(name, offset), parameter, self.slices(name, offset)
+                yield self.global_name(name, offset), parameter, self.slices(name, offset)
 
     @staticmethod
-    def _global_name(name: str, layer_offset: int) -> str:
+    def global_name(name: str, layer_offset: int) -> str:
+        """Return the name of a chunk's parameter or module over all pipeline stages."""
         parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
+        if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
             parts[2] = str(int(parts[2]) + layer_offset)
         return ".".join(parts)
 

@@ -5,10 +5,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
+
+from megatron_hybrid.base.output import TolerantStream
 
 
 class Console(Protocol):
@@ -25,7 +27,8 @@ class Console(Protocol):
 
 def make_console(total_steps: int, start_step: int = 0, stream: TextIO | None = None, every: int = 10) -> Console:
     """Return a progress bar if `stream` (stdout) is a terminal, otherwise a console with a line every `every` steps."""
-    stream = stream or sys.stdout
+    # mypy: TolerantStream has the methods of a text stream that are used here
+    stream = cast(TextIO, TolerantStream(stream or sys.stdout, "the console", sys.stderr))
     if stream.isatty():
         return ProgressConsole(total_steps, start_step, stream)
     return PlainConsole(total_steps, start_step, stream, every)

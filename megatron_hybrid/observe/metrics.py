@@ -4,12 +4,16 @@ Each line is written with one system call and without a buffer, so a killed proc
 finite are written as null, because NaN is not JSON. When a run resumes, damaged lines are moved to `metrics.jsonl.damaged`.
 """
 
+import errno
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
+
+_MOST_UNWRITTEN = 100_000
+"""Lines to keep in memory while they cannot be written."""
 
 
 def plain(value: Any) -> Any:
@@ -47,6 +51,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
             except (ValueError, RecursionError):
                 whole = False
             yield number, line, record if whole else None
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
 def unused_name(path: Path) -> Path:
@@ -103,10 +111,12 @@ class MetricsWriter:
         if self.repaired:
             self._find_end(start_step)
         self._fd = os.open(self.path, os.O_RDWR)
-        self._put(self._last)  # drops later steps and an unfinished line
+        self._lines = [_line(self._last)] if self._last else []
+        self._written = False
+        self._put()  # drops later steps
 
     def _find_end(self, start_step: int) -> bool:
-        """Find the last line to keep. Return False if an earlier line is damaged or out of order."""
+        """Find the last line to keep. Return False if a line up to there is damaged or out of order."""
         self._offset = self._end = 0  # of the last line
         self._last: dict[str, Any] = {}
         offset, torn = 0, False
@@ -120,7 +130,7 @@ class MetricsWriter:
                 break
             self._offset, self._last = offset, record
             offset += len(line)
-        return True
+        return not torn
 
     @property
     def last_step(self) -> int | None:
@@ -132,6 +142,7 @@ class MetricsWriter:
 
         Raises:
             ValueError: the record's step is before the last line's.
+            OSError: the line could not be written. The next call writes it too.
         """
         record = {key: plain(value) for key, value in record.items()}
         step = record["step"]
@@ -139,18 +150,39 @@ class MetricsWriter:
             raise ValueError(f"step {step} cannot be logged after step {self._last['step']}")
         if self._last and step == self._last["step"]:
             record = self._last | record
+            self._lines[-1:] = [_line(record)]
         else:
-            self._offset = self._end
+            if self._written:
+                self._offset, self._lines = self._end, []
+            self._lines = [*self._lines[1 - _MOST_UNWRITTEN :], _line(record)]
         self._last = record
-        self._put(record)
+        self._put()
 
-    def _put(self, record: Mapping[str, Any]) -> None:
-        """Make a record the last line: what stands at the last line's offset or after it goes."""
-        line = (json.dumps(record, allow_nan=False) + "\n").encode() if record else b""
-        if os.pwrite(self._fd, line, self._offset) != len(line):
-            raise OSError(f"{self.path}: a line could not be written whole; is the disk full?")
-        self._end = self._offset + len(line)
+    def _put(self) -> None:
+        """Write the lines that are not written yet and the last line, and cut off what follows."""
+        self._written = False
+        self._reopen()
+        data = b"".join(self._lines)
+        if os.pwrite(self._fd, data, self._offset) != len(data):
+            raise OSError(errno.ENOSPC, "a line could not be written completely")
+        self._end = self._offset + len(data)
         os.ftruncate(self._fd, self._end)
+        self._lines = self._lines[-1:]
+        self._offset = self._end - sum(map(len, self._lines))
+        self._written = True
+
+    def _reopen(self) -> None:
+        """Create the file again if it was removed: by the next call, so that the removal is reported.
+
+        Raises:
+            OSError: the file was removed.
+        """
+        if self._fd < 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd, self._offset = os.open(self.path, os.O_RDWR | os.O_CREAT), 0
+        elif os.fstat(self._fd).st_nlink == 0:
+            self.close()
+            raise OSError(errno.ENOENT, "it was removed, with the earlier steps")
 
     def close(self) -> None:
         """Close the file. Writing is over."""

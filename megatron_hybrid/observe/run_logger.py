@@ -10,13 +10,16 @@ from megatron_hybrid.config.logging import LoggingConfig
 from megatron_hybrid.observe.console import make_console
 from megatron_hybrid.observe.keys import Evaluation, evaluation_key, tag
 from megatron_hybrid.observe.metrics import MetricsWriter, plain
+from megatron_hybrid.observe.outputs import Output, RetriedSink
 from megatron_hybrid.observe.plot import Curve, draw
-from megatron_hybrid.observe.sinks import check_sinks, make_sinks
+from megatron_hybrid.observe.sinks import check_sinks, sink_makers
 from megatron_hybrid.observe.throughput import StepClock, memory_gb, peak_tflops, rates
 
 
 class RunLogger:
     """Logger of metrics.jsonl, loss.png, TensorBoard, W&B and the console. Every rank creates one; only rank 0 writes.
+
+    A failure of an output is reported once and does not end the run. Lines of metrics.jsonl are kept until they can be written.
 
     Call `log_step` after every update (also after a skipped one) and `log_evaluation` after an evaluation of the same step. Put
     `with logger.pause():` around everything that is not training time. Use the logger as a context manager, so that the terminal stays
@@ -64,13 +67,15 @@ class RunLogger:
         self._peak = config.peak_tflops or peak_tflops(device_name)
         if not self.writes:
             return
-        self._metrics = MetricsWriter(self.run_dir / "metrics.jsonl", start_step)
-        self._curve = Curve.read(self._metrics.path)
-        self._sinks = make_sinks(config, self.run_dir, start_step, settings, continues)
-        self._record: dict[str, Any] = {"step": start_step}
         self._console = make_console(total_steps, start_step, every=console_every)
-        if self._metrics.repaired:
-            self.info(self._metrics.repaired)
+        self._start_step = start_step
+        self._metrics: MetricsWriter | None = None
+        self._curve = Curve()
+        self._metrics_output, self._plot_output = Output("metrics.jsonl", self.info), Output("loss.png", self.info)
+        self._metrics_output.attempt(self._open_metrics)
+        makers = sink_makers(config, self.run_dir, settings, continues)
+        self._sinks = [RetriedSink(name, make, start_step, self.info) for name, make in makers.items()]
+        self._record: dict[str, Any] = {"step": start_step}
         if self._cuda and flops_per_token is not None and self._peak is None:
             self.info(f"no MFU: the peak of {device_name!r} is not known; set logging.peak_tflops (dense bf16 TFLOP/s)")
 
@@ -128,21 +133,20 @@ class RunLogger:
         with self.pause():
             for name, found in sets.items():
                 self.info(f"step {step}/{self._total_steps}  evaluation{f' of {name}' if name else ''}: {found}")
-            unwritten = self._record["step"] == step and self._metrics.last_step != step
+            unwritten = self._record["step"] == step and (self._metrics is None or self._metrics.last_step != step)
             self._write(self._record | record if unwritten else record)
 
     def close(self) -> None:
         """Draw loss.png a last time and close all outputs. A second call has no effect."""
         if not self.writes:
             return
+        self._draw()
+        for sink in self._sinks:
+            sink.close()
+        if self._metrics is not None:
+            self._metrics_output.attempt(self._metrics.close)
         self.writes = False
-        try:
-            self._draw()
-        finally:
-            self._console.close()
-            for sink in self._sinks:
-                sink.close()
-            self._metrics.close()
+        self._console.close()
 
     def __enter__(self) -> Self:
         return self
@@ -150,8 +154,16 @@ class RunLogger:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _open_metrics(self) -> MetricsWriter:
+        if self._metrics is None:
+            self._metrics = MetricsWriter(self.run_dir / "metrics.jsonl", self._start_step)
+            self._curve = Curve.read(self._metrics.path)
+            if self._metrics.repaired:
+                self.info(self._metrics.repaired)
+        return self._metrics
+
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._metrics.write(record)
+        self._metrics_output.attempt(lambda: self._open_metrics().write(record))
         self._curve.add(record)
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
         scalars = {tag(key): float(value) for key, value in numbers.items()}
@@ -160,4 +172,5 @@ class RunLogger:
 
     def _draw(self) -> None:
         if self._curve.steps or self._curve.evaluations:
-            draw(self._curve, self.run_dir / "loss.png", title=self.run_dir.resolve().name)
+            file = self.run_dir / "loss.png"
+            self._plot_output.attempt(lambda: draw(self._curve, file, title=self.run_dir.resolve().name))

@@ -1,7 +1,7 @@
 """Sinks of metrics: TensorBoard and Weights & Biases."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,14 +35,12 @@ def check_sinks(config: LoggingConfig) -> None:
         )
 
 
-def make_sinks(
-    config: LoggingConfig,
-    run_dir: Path,
-    start_step: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    continues: bool = True,
-) -> list[Sink]:
-    """Create the enabled sinks in run_dir. If the run resumes at start_step, later values are overwritten.
+def sink_makers(
+    config: LoggingConfig, run_dir: Path, settings: Mapping[str, Any] | None = None, continues: bool = True
+) -> dict[str, Callable[[int, bool], Sink]]:
+    """Return functions that create the enabled sinks in run_dir, by name.
+
+    They take the first step that the sink will log, and whether the sink is created again after a failure.
 
     Args:
         continues: True if earlier values belong to this run. If False, W&B gets a new run.
@@ -51,12 +49,12 @@ def make_sinks(
         UserError: the package of an enabled sink is not installed.
     """
     check_sinks(config)
-    sinks: list[Sink] = []
+    makers: dict[str, Callable[[int, bool], Sink]] = {}
     if config.tensorboard:
-        sinks.append(TensorBoardSink(run_dir / "tensorboard", start_step))
-    if config.wandb_project is not None:
-        sinks.append(WandbSink(config.wandb_project, run_dir, settings, continues))
-    return sinks
+        makers["TensorBoard"] = lambda step, again: TensorBoardSink(run_dir / "tensorboard", step - 1)
+    if (project := config.wandb_project) is not None:
+        makers["Weights & Biases"] = lambda step, again: WandbSink(project, run_dir, settings, continues or again)
+    return makers
 
 
 class TensorBoardSink:

@@ -29,6 +29,13 @@ def initial_values(parameter: torch.nn.Parameter) -> torch.Tensor:
     return copy
 
 
+def stored_values(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a parameter that is held in FP8, in rows."""
+    held: Any = parameter
+    values: torch.Tensor = held._data if getattr(held, "_data", None) is not None else held._rowwise_data
+    return values
+
+
 def reset_amax(parameters: Iterable[Any]) -> None:
     """Reset the amax of delayed scaling before a cast that does not follow an update.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_hybrid.base.errors import UserError, join
+from megatron_hybrid.base.heartbeat import heartbeat
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.build import build_train_and_validation, open_sources
@@ -36,6 +37,8 @@ class StoreTeam:
     def claim(self, work: str, count: int) -> Iterator[int]:
         """Yield the numbers below `count` that this rank works on, until all are claimed or a rank has failed."""
         while not self._store.check(["error"]) and (number := self._store.add(f"next/{work}", 1) - 1) < count:
+            self._store.add("claims", 1)
+            heartbeat.beat()
             yield number
 
     def same(self, name: str, value: str) -> bool:
@@ -65,8 +68,11 @@ class StoreTeam:
         return result
 
     def _wait(self) -> None:
-        pause = _FIRST_POLL_S
-        while self._store.add("done", 0) < self.size:
+        pause, progress = _FIRST_POLL_S, -1
+        while (done := self._store.add("done", 0)) < self.size:
+            if (now := done + self._store.add("claims", 0)) != progress:  # other ranks still work
+                progress = now
+                heartbeat.beat()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_POLL_S)
 

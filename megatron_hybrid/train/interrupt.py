@@ -1,5 +1,6 @@
 """Graceful shutdown: signal handling, agreement on the stopping step, crash-loop detection."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.launch import stop_signals
+from megatron_hybrid.launch.variables import restart_count
 
 MOST_RESTARTS = 3
 """Restarts of one job that may follow each other without a new step."""
@@ -27,7 +29,7 @@ class Interrupt:
 
     A context manager, which handles the signals while it is entered. Signals may arrive on any rank, or on several ranks at
     different times. `agreed` gives the same answer on all ranks after the same step. If a tool has started a StopWatcher,
-    that ends the process before the first step, at a second Ctrl-C, and during a step that hangs.
+    that ends the process before the first step, and during a step that hangs.
 
     Args:
         saved_step: returns the step that a restart would resume from.
@@ -43,7 +45,7 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         numbers = stop_signals.asks_to_stop()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # tools/launch.py starts ranks with SIGUSR1 blocked
+        stop_signals.unblock_stop_signals()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -53,18 +55,10 @@ class Interrupt:
     def _note(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number)
 
-    def begin_step(self, step: int) -> None:
-        """Tell the StopWatcher that a step begins after `step` steps."""
-        if stop_signals.watcher is not None:
-            stop_signals.watcher.begin_step(step)
-
-    def agreed(self, step: int | None = None) -> bool:
+    def agreed(self) -> bool:
         """Return whether any rank had been asked to stop at the previous call. Every rank calls this once per step.
 
         The flags of a step are summed during the next step, by gloo on the CPU. So neither the host nor the GPU waits.
-
-        Args:
-            step: the step that has just ended.
         """
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
@@ -72,8 +66,6 @@ class Interrupt:
         votes = torch.zeros(1, dtype=torch.int32, device="cpu")
         votes += self.received is not None
         self._votes = (votes, dist.all_reduce(votes, group=self._group, async_op=True))
-        if step is not None and stop_signals.watcher is not None:
-            stop_signals.watcher.end_step(step)
         return stop
 
     def _counted(self) -> int:
@@ -90,36 +82,43 @@ class Interrupt:
 
 
 def check_restarts(run_dir: Path, step: int, env: Mapping[str, str] = os.environ) -> None:
-    """Count how often this SLURM job has restarted without a new step; `step` is where it starts from now.
+    """Count how often this job has restarted without a new step; `step` is where it starts from now.
 
-    Only SLURM's own restarts count (SLURM_RESTART_COUNT); starts by hand are not limited. Call it on one rank. The record
-    is a file in run_dir.
+    Only restarts by SLURM, torchrun and tools/launch.py count; starts by hand are not limited. Call it on one rank. The record
+    is a file in run_dir. A record that cannot be written is reported, and does not end the run.
 
     Raises:
         RestartError: more than MOST_RESTARTS restarts in a row without a new step.
     """
     record = run_dir / RECORD
-    restart, job = int(env.get("SLURM_RESTART_COUNT") or 0), env.get("SLURM_JOB_ID", "")
+    restart, job = restart_count(env), env.get("SLURM_JOB_ID", "")
     fruitless = 0
     last = _read_record(record) if restart > 0 else {}
     if (last.get("job"), last.get("step")) == (job, step):
         fruitless = last["restarts_without_a_step"] + 1
     if fruitless > MOST_RESTARTS:
         raise RestartError(
-            f"job {job} has restarted {MOST_RESTARTS} times without a step beyond {step}; find the reason in the log of the "
-            f"attempts. After fixing it, submit the run again: it resumes from step {step}"
+            f"{f'job {job}' if job else 'the run'} has restarted {MOST_RESTARTS} times without a step beyond {step}; find the "
+            f"reason in the log of the attempts. After fixing it, submit the run again: it resumes from step {step}"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        _write_record(record, {"job": job, "step": step, "restarts_without_a_step": fruitless})
+    except OSError as error:
+        print(f"{record} cannot be written: {error.strerror}; this restart is not counted", flush=True)
+
+
+def _write_record(record: Path, content: dict[str, Any]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
     temporary = record.with_suffix(".tmp")
     with open(temporary, "w") as file:
-        file.write(json.dumps({"job": job, "step": step, "restarts_without_a_step": fruitless}) + "\n")
+        file.write(json.dumps(content) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, record)
 
 
 def _read_record(record: Path) -> dict[str, Any]:
-    """Return the record of the previous attempt; empty if there is none. A damaged record is reported and ignored."""
+    """Return the record of the previous attempt; empty if there is none. A damaged record is reported and kept aside."""
     try:
         last: dict[str, Any] = json.loads(record.read_text())
         if type(last["restarts_without_a_step"]) is int:
@@ -128,5 +127,9 @@ def _read_record(record: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, LookupError, TypeError):
         pass
-    print(f"{record} is damaged: restarts are counted from 0 again", flush=True)
+    with contextlib.suppress(OSError):
+        os.replace(record, record.with_suffix(".json.damaged"))
+    print(
+        f"{record} is damaged: restarts are counted from 0 again, and it is kept as {record.name}.damaged", flush=True
+    )
     return {}

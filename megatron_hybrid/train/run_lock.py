@@ -81,7 +81,7 @@ class RunLock:
         say: prints a line, when a lock is taken over.
 
     Raises:
-        RunFolderError: on entering, if another run holds the folder.
+        RunFolderError: on entering, if another run holds the folder, or the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None] = print):
@@ -91,9 +91,13 @@ class RunLock:
         self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        while not self._create():
-            self._remove_if_dead()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                self._remove_if_dead()
+        except OSError as error:
+            reason = f"{self.path} cannot be written: {error.strerror}"
+            raise RunFolderError(f"run_dir: {reason}; free space there, or give the run another run_dir") from error
         self._thread.start()
         return self
 

@@ -87,12 +87,19 @@ def build_logger(config: RunConfig, launch: Launch, training: Blend, progress: P
 def write_config(config: RunConfig, step: int) -> None:
     """Write the resolved configuration to run_dir: `config.yaml`, and `config-<step>.yaml`, which later starts keep.
 
-    A start at the same step with another configuration gets a name of its own: `config-<step>-2.yaml`. Call it on one rank.
+    A start at the same step with another configuration gets a name of its own: `config-<step>-2.yaml`. Call it on one rank. A failure
+    is reported and does not end the run, which does not read these files.
 
     Args:
         step: step that the run starts after.
     """
-    run_dir, text = Path(config.run_dir), dump_run(config)
+    try:
+        _write_config(Path(config.run_dir), dump_run(config), step)
+    except OSError as error:
+        print(f"run_dir: config.yaml cannot be written: {error.strerror}; the run continues without it", flush=True)
+
+
+def _write_config(run_dir: Path, text: str, step: int) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(text)
     for number in count(1):

@@ -19,6 +19,7 @@ from megatron_hybrid.checkpoint.format import CheckpointError
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.checkpoint import Take
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.launch.variables import restart_count
 from megatron_hybrid.train.changes import (
     config_changes,
     data_changes,
@@ -62,8 +63,8 @@ class Start:
 def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Start:
     """Choose the starting point. Call it on one rank and send the result to the others.
 
-    A job that SLURM restarted always resumes its newest checkpoint: its earlier attempt has carried out what the `checkpoint`
-    section asks for.
+    A job that SLURM or a launcher restarted always resumes its newest checkpoint: its earlier attempt has carried out what the
+    `checkpoint` section asks for.
 
     Raises:
         RunFolderError: `checkpoint.resume = none` in a folder with checkpoints.
@@ -71,7 +72,7 @@ def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Star
     """
     resume, init_from, run_dir = config.checkpoint.resume, config.checkpoint.init_from, Path(config.run_dir)
     own = complete_checkpoints(run_dir / "checkpoints")
-    restarted = int(env.get("SLURM_RESTART_COUNT") or 0) > 0
+    restarted = restart_count(env) > 0
     if own and restarted:
         return Start("resume", own[-1])
     if own and resume == "none":

@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_hybrid.checkpoint.index_file import read_index
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import check_run_dir
+from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.fingerprint import data_identity
 from megatron_hybrid.data.vocabulary import vocabulary_identity
@@ -37,12 +38,14 @@ from megatron_hybrid.train.setup import (
 from megatron_hybrid.train.start import check_start_point
 from megatron_hybrid.train.start_checks import check_start, newest_step, on_first_rank, run_folder
 from megatron_hybrid.train.verified_start import choose_verified_start
+from megatron_hybrid.train.watchdog import build_watchdog, collective_timeout
 
 
 def pretrain(config: RunConfig, launch: Launch) -> Progress:
     """Train to config.train.steps, from the newest checkpoint if there is one, and return the progress of the run.
 
-    SIGUSR1, SIGTERM or Ctrl-C on any rank ends it earlier, with a checkpoint of the current step.
+    SIGUSR1, SIGTERM or Ctrl-C on any rank ends it earlier, with a checkpoint of the current step. A run that hangs ends the
+    process (train/watchdog/).
 
     Raises:
         ConfigError: degrees or batch sizes that do not fit the number of ranks.
@@ -51,14 +54,17 @@ def pretrain(config: RunConfig, launch: Launch) -> Progress:
         RunFolderError: another run uses the folder, or has used it; or no steps are left to train.
         DataError, CheckpointError: before the first step, naming file and remedy.
         DivergedError: loss or gradient norm stayed non-finite for too many steps.
+        ReplicaError: data parallel ranks have different parameters or gradient norms.
     """
     config.check_world(launch.world_size)
     check_run_dir(config, launch.world_size)
     check_sinks(config.logging)
-    with Interrupt(lambda: newest_step(Path(config.run_dir))) as interrupt:
-        groups = start_distributed(launch, config.parallel, config.train.seed)
+    run_dir = Path(config.run_dir)
+    with Interrupt(lambda: newest_step(run_dir)) as interrupt, build_watchdog(run_dir, config.train) as watchdog:
+        groups = start_distributed(launch, config.parallel, config.train.seed, collective_timeout(config.train))
         try:
-            with run_folder(Path(config.run_dir)):
+            watchdog.join_team()
+            with run_folder(run_dir):
                 check_start(config, launch)
                 with Trainer(config, launch, groups, interrupt) as trainer:
                     progress = trainer.run()
@@ -87,6 +93,7 @@ class Trainer:
         self.config, self.launch, self.groups = config, launch, groups
         self.progress, self.stop = Progress(), False
         self.start = choose_verified_start(config)
+        self.batches: list[Batch] = []
         training, validation = open_data(config)
         self.data_identity, self.vocabulary, self.changes = on_first_rank(lambda: self._compare(training))
         self.engine = build_engine(config, groups)
@@ -139,8 +146,8 @@ class Trainer:
         config, progress = self.config, self.progress
         batch_size = config.train.batch_size_at(progress.samples)
         length = config.train.sequence_length_at(progress.samples, config.data.sequence_length)
-        batches = [batch.split(length) for batch in self.loader.global_batch(progress.samples, batch_size)]
-        losses = self.engine.forward_backward(batches)
+        self.batches = [batch.split(length) for batch in self.loader.global_batch(progress.samples, batch_size)]
+        losses = self.engine.forward_backward(self.batches)
         norm = self.engine.gradient_norm()
 
         progress.step += 1

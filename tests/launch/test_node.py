@@ -131,3 +131,46 @@ def test_gpus_are_counted_by_nvidia_smi(tmp_path, monkeypatch):
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert visible_gpus({}) == 2
+
+
+FAILS_TWICE = """
+from pathlib import Path
+attempts = Path(os.environ["ATTEMPTS"])
+before = int(os.environ["LAUNCH_RESTARTS"])
+if rank == 0: attempts.write_text(attempts.read_text() + "x")
+time.sleep(0.3)
+sys.exit(75 if rank == 1 and before < 2 else 0)
+"""
+
+
+@pytest.mark.parametrize(("most", "status", "attempts"), [(0, 75, 1), (1, 75, 2), (5, 0, 3)])
+def test_ranks_are_restarted(root, tmp_path, most, status, attempts):
+    (tmp_path / "rank.py").write_text(PROLOGUE + FAILS_TWICE)
+    (tmp_path / "attempts").write_text("")
+    command = [sys.executable, "tools/launch.py", "--cpu-ranks", "2", *(["--max-restarts", str(most)] if most else [])]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
+    env["ATTEMPTS"] = str(tmp_path / "attempts")
+    done = subprocess.run([*command, str(tmp_path / "rank.py")], cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert len((tmp_path / "attempts").read_text()) == attempts
+    assert done.stderr.count("restarting the ranks") == attempts - 1
+
+
+def test_wrong_input_is_not_restarted(launch, root, tmp_path):
+    (tmp_path / "wrong.py").write_text("import sys; sys.exit(78)")
+    command = [sys.executable, "tools/launch.py", "--cpu-ranks", "1", "--max-restarts", "3", str(tmp_path / "wrong.py")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 78 and "restarting" not in done.stderr
+
+
+def test_a_killed_rank_asks_for_a_requeue_and_the_others_print_their_stacks(launch):
+    process = launch("""
+import faulthandler
+faulthandler.register(signal.SIGQUIT)
+if rank == 1: time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+""")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "rank 1 on" in errors and "ended with signal 9 (SIGKILL)" in errors and "asks to resume" in errors
+    assert "rank.py" in errors, "the stack of rank 0"

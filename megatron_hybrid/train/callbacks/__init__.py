@@ -8,10 +8,13 @@ from megatron_hybrid.evaluation.validation_set import ValidationSet
 from megatron_hybrid.train.callbacks.base import Callback
 from megatron_hybrid.train.callbacks.checkpoints import Checkpoints
 from megatron_hybrid.train.callbacks.data_epochs import DataEpochs
+from megatron_hybrid.train.callbacks.debugging import debugging_callbacks
 from megatron_hybrid.train.callbacks.expected_memory import ExpectedMemory
 from megatron_hybrid.train.callbacks.graceful_shutdown import GracefulShutdown
 from megatron_hybrid.train.callbacks.outlier_skipping import OutlierSkipping
 from megatron_hybrid.train.callbacks.periodic_evaluation import PeriodicEvaluation
+from megatron_hybrid.train.callbacks.replica_check import ReplicaCheck
+from megatron_hybrid.train.callbacks.step_heartbeat import StepHeartbeat
 from megatron_hybrid.train.callbacks.step_metrics import StepMetrics
 from megatron_hybrid.train.interrupt import Interrupt
 
@@ -28,11 +31,19 @@ def default_callbacks(
         validation: sets to evaluate on.
         interrupt: receives signals that ask the run to stop; None: the process handles signals itself.
     """
-    callbacks: list[Callback] = [StepMetrics(training), OutlierSkipping(config.train.skip_step), DataEpochs(training)]
+    callbacks: list[Callback] = [
+        StepHeartbeat(),
+        StepMetrics(training),
+        OutlierSkipping(config.train.skip_step),
+        DataEpochs(training),
+        *debugging_callbacks(config),
+    ]
     if config.train.engine == "megatron":
         callbacks.append(ExpectedMemory())
     if validation:
         callbacks.append(PeriodicEvaluation(config.train, validation))
     if interrupt is not None:
         callbacks.append(GracefulShutdown(interrupt))
+    if config.train.engine == "megatron" and config.train.replica_check_interval is not None:
+        callbacks.append(ReplicaCheck(config.train.replica_check_interval))
     return [*callbacks, Checkpoints()]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.train.engines.base import Engine
@@ -28,6 +29,8 @@ class Run(Protocol):
     """Available from `Callback.start` on."""
     stop: bool
     """Set it to end the run after the current step."""
+    batches: list[Batch]
+    """This rank's micro-batches of the current step."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint: JSON values, the same on every rank."""

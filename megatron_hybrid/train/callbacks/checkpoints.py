@@ -1,12 +1,23 @@
 """Callback that loads the checkpoint a run starts from and saves its checkpoints."""
 
+from contextlib import suppress
 from pathlib import Path
 
+from megatron_hybrid.base.heartbeat import heartbeat
 from megatron_hybrid.checkpoint.format import CheckpointError
 from megatron_hybrid.checkpoint.manager import CheckpointManager
 from megatron_hybrid.train.callbacks.base import Callback, Run, StepOutcome
 from megatron_hybrid.train.random_state import get_random_state, set_random_state
 from megatron_hybrid.train.start import set_later_aside
+
+_MOST_FILES = 64
+"""Files whose sizes are looked at, so that many ranks do not load a file system's metadata server."""
+
+
+def saves_now(run: Run) -> bool:
+    """Return True if a checkpoint is saved after the step that has just ended."""
+    step, interval = run.progress.step, run.config.checkpoint.interval
+    return run.stop or bool(interval and step % interval == 0) or step == run.config.train.steps
 
 
 class Checkpoints(Callback):
@@ -59,17 +70,27 @@ class Checkpoints(Callback):
             )
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
-        step, interval = run.progress.step, run.config.checkpoint.interval
-        if run.stop or (interval and step % interval == 0) or step == run.config.train.steps:
-            with run.logger.pause():
+        if saves_now(run):
+            step = run.progress.step
+            with run.logger.pause(), heartbeat.doing(f"saving step {step}", self._progress):
                 self.manager.save(step, run.state_dict(), get_random_state())
         self.manager.check()
 
     def finish(self, run: Run) -> None:
         step, steps = run.progress.step, run.config.train.steps
         if run.stop and step < steps:
-            self.manager.close()
+            self.close()
             run.logger.info(f"asked to stop: saved step {step} of {steps}; run it again to go on")
 
     def close(self) -> None:
-        self.manager.close()
+        with heartbeat.doing("waiting for the checkpoint that is being written", self._progress):
+            self.manager.close()
+
+    def _progress(self) -> object:
+        """Return what changes while any rank writes or removes a checkpoint: names, and sizes of some files."""
+        folders = sorted(self.manager.root.glob(".*"))
+        files = [file for folder in folders for file in sorted(folder.glob("*"))]
+        with suppress(OSError):  # renamed or removed meanwhile
+            sizes = [file.stat().st_size for file in files[:: 1 + len(files) // _MOST_FILES]]
+            return len(files), sizes
+        return len(files)

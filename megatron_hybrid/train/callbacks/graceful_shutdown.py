@@ -14,11 +14,8 @@ class GracefulShutdown(Callback):
     def __init__(self, interrupt: Interrupt) -> None:
         self.interrupt = interrupt
 
-    def begin_step(self, run: Run) -> None:
-        self.interrupt.begin_step(run.progress.step)
-
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
-        run.stop |= self.interrupt.agreed(run.progress.step)
+        run.stop |= self.interrupt.agreed()
 
     def finish(self, run: Run) -> None:
         self.interrupt.settle()

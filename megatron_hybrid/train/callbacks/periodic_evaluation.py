@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from megatron_hybrid.base.heartbeat import heartbeat
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.evaluation.validation_set import SetLoss, ValidationSet
 from megatron_hybrid.train.callbacks.base import Callback, Run, StepOutcome
@@ -30,7 +31,7 @@ class PeriodicEvaluation(Callback):
 
     def evaluate(self, run: Run) -> dict[str, SetLoss]:
         """Return and log the losses of all validation sets by their names."""
-        with run.logger.pause():
+        with run.logger.pause(), heartbeat.doing(f"evaluating after step {run.progress.step}"):
             losses = {found.name: found.evaluate(run.engine.evaluate) for found in self.validation}
         run.logger.log_evaluation(run.progress.step, losses)
         return losses

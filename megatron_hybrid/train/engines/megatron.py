@@ -21,6 +21,7 @@ from megatron_hybrid.model.param_layout import ParamLayout
 from megatron_hybrid.train.engines.losses import BatchLosses
 from megatron_hybrid.train.engines.schedule import BatchRunner, prepare_for_training
 from megatron_hybrid.train.optimizers.megatron import MegatronCollector, Optimizer, wrap_data_parallel
+from megatron_hybrid.train.replicas import agreed_norm, check_parameters
 
 Fill = Callable[[list[Any], ParamLayout, int], None]
 """Writes initial weights: `fill(chunks, layout, seed)`. Benchmarks, to which values do not matter, fill faster."""
@@ -97,8 +98,28 @@ class MegatronEngine:
             stop_overlap()
 
     def gradient_norm(self) -> float:
-        """Return the global gradient norm before clipping."""
-        return self.optimizer.gradient_norm()
+        """Return the global gradient norm before clipping.
+
+        Without the distributed optimizer, every data parallel rank computes it from its own copy of the gradients. The ranks compare
+        their results, because they must decide alike whether to update.
+
+        Raises:
+            ReplicaError: data parallel ranks have different norms.
+        """
+        norm = self.optimizer.gradient_norm()
+        if self.parallel.distributed_optimizer or self.groups.dp_cp.size() == 1:
+            return norm
+        return agreed_norm(norm, self.groups.dp_cp)
+
+    def check_replicas(self, step: int) -> None:
+        """Check that the data parallel ranks hold equal parameters after a step. Every rank calls it.
+
+        Raises:
+            ReplicaError: names the ranks and the first tensor that differ.
+        """
+        self.optimizer.gather_parameters()
+        named = [(name, parameter) for name, parameter, _ in self.layout.parameters(self.chunks)]
+        check_parameters(named, self.groups.dp_cp, step)
 
     def update(self, lr: float, gradient_norm: float) -> None:
         """Clip by the given norm and update. To skip a step, do not call this: then nothing has changed."""

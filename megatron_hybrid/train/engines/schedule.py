@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_hybrid.base.heartbeat import heartbeat
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.model.output_layer import TokenLosses
@@ -59,6 +60,7 @@ class BatchRunner:
         self, global_batch: GlobalBatch, batches: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[Any, Callable[..., Any]]:
         """Run the model on the next micro-batch. Returns its output and the function that makes the loss from it."""
+        heartbeat.beat()
         context_parallel = self.groups.cp
         batch = next(batches).slice(context_parallel.rank(), context_parallel.size()).to(local_device())
         batch = global_batch.weigh(batch)
