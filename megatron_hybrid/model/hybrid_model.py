@@ -92,7 +92,7 @@ class HybridLanguageModel(HybridModel):
             cp_group=self.pg_collection.cp,
         )
 
-    def _rotary_angles(self, length: int) -> torch.Tensor | None:
+    def rotary_angles(self, length: int) -> torch.Tensor | None:
         """Return the angles of this rank's `length` positions: [s, 1, 1, d]; with rope_scaling [2, s, 1, 1, d], plain and scaled."""
         if self.position_embedding_type != "rope":
             return None
@@ -118,7 +118,7 @@ class HybridLanguageModel(HybridModel):
         megatron-core's own forward has inference and multi-token prediction in it as well, and always makes all logits.
         """
         x_sbh = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
-        angles = self._rotary_angles(tokens.shape[1])
+        angles = self.rotary_angles(tokens.shape[1])
         x_sbh = self.decoder(hidden_states=x_sbh, attention_mask=None, rotary_pos_emb=angles)
         if not self.post_process:
             return x_sbh
