@@ -26,7 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"base", "arch", "config", "distributed", "mixers", "precision"},
     "spec": {"base", "arch", "distributed", "mixers", "model"},
     "checkpoint": {"base", "arch", "config", "distributed", "model", "precision"},
-    "inference": {"base", "arch", "config", "data", "distributed", "launch", "model", "checkpoint"},
+    "inference": {
+        *("base", "arch", "config", "data", "distributed", "launch", "mixers", "model", "checkpoint", "convert"),
+    },
     "evaluation": {"base", "config", "data", "distributed", "inference"},
     "train": {
         *("base", "arch", "config", "distributed", "launch", "precision", "mixers", "model", "checkpoint"),
