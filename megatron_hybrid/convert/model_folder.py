@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensor_slice import TensorSlice
-from megatron_hybrid.checkpoint.folders import complete_checkpoints, find_checkpoint
+from megatron_hybrid.checkpoint.folders import find_checkpoint
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.convert.architecture import is_run_or_checkpoint
 from megatron_hybrid.convert.hf.original_files import kept_files, tokenizer_files
 from megatron_hybrid.convert.hf.reader import CONFIG, HuggingFaceFolder, open_huggingface
 from megatron_hybrid.convert.io.source import TORCH_NAMES, OpenFiles, as_matrix
@@ -69,8 +70,7 @@ def open_model(path: str | Path, eos_token_id: int | None = None) -> ModelFolder
     folder = Path(path).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a run, a checkpoint or a Hugging Face folder")
-    is_ours = (folder / INDEX).is_file() or any(complete_checkpoints(f) for f in (folder, folder / "checkpoints"))
-    if is_ours:
+    if is_run_or_checkpoint(folder):
         return CheckpointFolder(find_checkpoint(str(folder), "checkpoint"))
     if (folder / CONFIG).is_file():
         return HuggingFaceModel(open_huggingface(folder, eos_token_id))
