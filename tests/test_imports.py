@@ -29,10 +29,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {
         *("base", "arch", "config", "data", "distributed", "launch", "mixers", "model", "checkpoint", "convert"),
     },
-    "evaluation": {"base", "config", "data", "distributed", "inference"},
+    "evaluation": {"base", "config", "data", "distributed", "inference", "model"},
     "train": {
         *("base", "arch", "config", "distributed", "launch", "precision", "mixers", "model", "checkpoint"),
-        *("data", "observe", "planner"),
+        *("data", "observe", "planner", "inference", "evaluation"),
     },
     "profiling": {"base", "arch", "config", "data", "distributed", "launch", "mixers", "precision", "train"},
     "convert": {"base", "arch", "config", "distributed", "mixers", "checkpoint", "data"},

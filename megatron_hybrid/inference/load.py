@@ -43,7 +43,7 @@ class LoadedModel:
 
 def load_model(
     path: str,
-    dtype: str = "fp32",
+    dtype: str | None = "fp32",
     plugins: Sequence[str] = (),
     tensor_parallel_size: int = 1,
     eos_token_id: int | None = None,
@@ -54,7 +54,7 @@ def load_model(
 
     Args:
         path: a run's newest checkpoint is loaded, whatever layout wrote it.
-        dtype: "fp32" or "bf16".
+        dtype: "fp32" or "bf16"; None: that of the run, or fp32 if there is none.
         plugins: modules to import first. No module is imported because a checkpoint names it.
         eos_token_id: the end-of-document token of a Hugging Face folder that lists several.
 
@@ -75,6 +75,7 @@ def load_model(
             torch.set_num_threads(
                 os.cpu_count() or 1
             )  # unlike the ranks of a run, this process has the machine to itself
+        dtype = dtype or source.run.get("train", {}).get("dtype", "fp32")
         network = _load(source, launch, dtype, tensor_parallel_size)
         return LoadedModel(network, source.model, source.run, source.step, source.tokenizer)
 

@@ -9,6 +9,7 @@ from megatron_hybrid.train.callbacks.graceful_shutdown import GracefulShutdown
 from megatron_hybrid.train.callbacks.outlier_skipping import OutlierSkipping
 from megatron_hybrid.train.callbacks.periodic_evaluation import PeriodicEvaluation
 from megatron_hybrid.train.callbacks.step_metrics import StepMetrics
+from megatron_hybrid.train.callbacks.task_evaluation import TaskEvaluation
 from megatron_hybrid.train.interrupt import Interrupt
 
 
@@ -26,6 +27,8 @@ def default_callbacks(config: RunConfig, validation: BatchLoader | None, interru
         callbacks.append(ExpectedMemory())
     if validation is not None:
         callbacks.append(PeriodicEvaluation(config.train, validation))
+    if config.tasks.paths:
+        callbacks.append(TaskEvaluation(config.tasks))
     if interrupt is not None:
         callbacks.append(GracefulShutdown(interrupt))
     return [*callbacks, Checkpoints()]
