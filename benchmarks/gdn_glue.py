@@ -23,7 +23,7 @@ PADDING = 4
 WIDTH = 2 * KEY + 2 * VALUE + 2 * H + PADDING
 
 
-def fla_conv_gates(packed, weight, A_log, dt_bias):
+def fla_conv_gates(packed, weight, A_log, dt_bias, cu_seqlens=None):
     """fla's layer between in_proj and the delta rule: its conv, its L2 norm, its gate."""
     from fla.modules.causal_conv1d import causal_conv1d
     from fla.modules.norm.l2norm import l2norm
@@ -31,7 +31,7 @@ def fla_conv_gates(packed, weight, A_log, dt_bias):
 
     x = packed.transpose(0, 1)
     mixed, gate, b, a, _ = x.split([2 * KEY + VALUE, VALUE, H, H, PADDING], dim=-1)
-    mixed, _ = causal_conv1d(mixed, weight, activation="silu")
+    mixed, _ = causal_conv1d(mixed, weight, activation="silu", cu_seqlens=cu_seqlens)
     q, k, v = mixed.split([KEY, KEY, VALUE], dim=-1)
     q, k = (l2norm(y.unflatten(-1, (H, K)).contiguous()) for y in (q, k))
     return q, k, v.unflatten(-1, (H, V)).contiguous(), fused_gdn_gate(a, A_log, dt_bias), 2 * b.float().sigmoid(), gate

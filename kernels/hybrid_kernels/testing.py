@@ -100,6 +100,17 @@ def packed_inputs(
     return [packed.to(device, dtype), weight.to(device, dtype), A_log.to(device, gates), dt_bias.to(device, gates)]
 
 
+def random_positions(batch: int, length: int, *, seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    """Draw positions_bs: rows of documents of all lengths, from one token to the whole row, some of which began before the row."""
+    generator = torch.Generator().manual_seed(seed)
+    density = torch.tensor([0.0, 0.02, 0.1, 0.5, 1.0])[torch.randint(5, (batch, 1), generator=generator)]
+    first = torch.rand(batch, length, generator=generator) < density
+    token = torch.arange(length)
+    before = torch.randint(3, (batch, 1), generator=generator) * torch.randint(100, (batch, 1), generator=generator)
+    begin = torch.where(first, token, -before).cummax(1).values
+    return (token - begin).to(device, torch.int32)
+
+
 def loss_inputs(
     shape: Sequence[int],
     hidden_size: int,
@@ -137,7 +148,7 @@ def qkv_inputs(
     device: str = "cpu",
     seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw qkv_sbw, q_weight and k_weight in `dtype`, and angles_s11d, as `qk_norm_rope` takes them."""
+    """Draw qkv_sbw, q_weight and k_weight in `dtype`, and angles_sb1d [s, 1, 1, d], as `qk_norm_rope` takes them."""
     drawn: dict[str, Any] = dict(
         generator=torch.Generator(device).manual_seed(seed), device=device, dtype=torch.float64
     )
@@ -148,6 +159,11 @@ def qkv_inputs(
     angles = torch.outer(torch.arange(length).float(), frequency)
     angles = torch.cat((angles, angles), -1)[:, None, None].to(device)
     return qkv.to(dtype), weights[0].to(dtype), weights[1].to(dtype), angles
+
+
+def angles_of_sequences(angles_s11d: torch.Tensor, positions_bs: torch.Tensor) -> torch.Tensor:
+    """Return angles [s, b, 1, d] at positions that restart per document, from those of positions 0 to s."""
+    return angles_s11d[:, 0, 0][positions_bs.T.long()].unsqueeze(2)
 
 
 def mirror_all_reduce(x: torch.Tensor) -> None:

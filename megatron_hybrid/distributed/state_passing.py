@@ -5,6 +5,9 @@ A slice maps the state S before it to M S + E after it, with its final state E [
 each rank folds what the ranks before it have contributed. The backward pass does the same in the other direction.
 flash-linear-attention passes states between ranks in the same way (its fla/ops/cp/KCP.md).
 
+With documents, the scan forgets the state at each boundary. Then M is zero for a slice that contains a boundary, E is the final
+state of its last document alone, and S reaches its first document alone. The exchange does not know about documents.
+
 All ranks call these functions in the same order. Slices may differ in length.
 """
 
@@ -16,6 +19,7 @@ import torch.distributed as dist
 
 from hybrid_kernels.custom_op import OptionalTensors, eager_only
 from hybrid_kernels.dispatch import Choice
+from hybrid_kernels.documents import check_positions
 from hybrid_kernels.gated_delta_rule import FAST, check_save, choose_backend, explain, gated_delta_rule
 from hybrid_kernels.gated_delta_rule.reference import final_state_and_transition
 from hybrid_kernels.gated_delta_rule.states import fold, fold_backward
@@ -30,6 +34,7 @@ def gated_delta_rule_of_slices(
     beta: torch.Tensor,
     *,
     group: dist.ProcessGroup,
+    positions_bs: torch.Tensor | None = None,
     scale: float | None = None,
     save: str = "scores",
     backend: str | None = None,
@@ -38,23 +43,29 @@ def gated_delta_rule_of_slices(
 
     Args:
         group: ranks that hold one slice each of every sequence, in rank order.
+        positions_bs: position of each token of the slice in its document, which may have begun in a slice before: `positions` of
+            `slice_starts` (documents.py). The transition of a slice with a boundary is exactly zero.
 
-    Other arguments: those of `gated_delta_rule`. Slices exclude documents and the caller's own initial states.
+    Other arguments: those of `gated_delta_rule`. Slices exclude the caller's own initial states.
 
     Raises:
         ValueError: the shapes do not match, or the requested backend cannot run here.
     """
     if group.size() == 1:
-        return gated_delta_rule(q, k, v, g, beta, scale=scale, save=save, backend=backend)[0]
+        options: dict[str, Any] = dict(scale=scale, save=save, backend=backend)
+        return gated_delta_rule(q, k, v, g, beta, positions_bs=positions_bs, **options)[0]
     check_save(save)
-    choice = choose_backend(q, v, backend, sliced=True)
+    check_positions(positions_bs, *v.shape[:2])
+    choice = choose_backend(q, v, backend, positions_bs is not None, sliced=True)
     if choice.backend in FAST:
         scale = k.shape[-1] ** -0.5 if scale is None else float(scale)
         save = save if torch.is_grad_enabled() else "inputs"
-        return _apply_fast(q, k, v, g, beta, scale, save, choice.backend, group)
-    ends = final_state_and_transition(k, v, g, beta)
+        return _apply_fast(q, k, v, g, beta, positions_bs, scale, save, choice.backend, group)
+    ends = final_state_and_transition(k, v, g, beta, positions_bs)
     initial: torch.Tensor = _StateBefore.apply(ends, v.shape[-1], group)  # type: ignore[no-untyped-call]
-    return gated_delta_rule(q, k, v, g, beta, scale=scale, initial_state=initial, backend=choice.backend)[0]
+    return gated_delta_rule(
+        q, k, v, g, beta, scale=scale, initial_state=initial, positions_bs=positions_bs, backend=choice.backend
+    )[0]
 
 
 def explain_gated_delta_rule_of_slices(
@@ -65,10 +76,11 @@ def explain_gated_delta_rule_of_slices(
     beta: torch.Tensor,
     *,
     group: dist.ProcessGroup,
+    documents: bool = False,
     backend: str | None = None,
 ) -> Choice:
-    """Return which backend `gated_delta_rule_of_slices` would run, and why."""
-    choice = explain(q, k, v, g, beta, sliced=group.size() > 1, backend=backend)
+    """Return which backend `gated_delta_rule_of_slices` would run, and why. `documents`: with positions_bs."""
+    choice = explain(q, k, v, g, beta, documents=documents, sliced=group.size() > 1, backend=backend)
     if group.size() == 1:
         return choice
     return replace(
@@ -119,12 +131,17 @@ class _StateBefore(torch.autograd.Function):
 
 
 def forward_of_slice(
-    inputs: tuple[torch.Tensor, ...], scale: float, save: str, backend: str, group: dist.ProcessGroup
+    inputs: tuple[torch.Tensor, ...],
+    positions: torch.Tensor | None,
+    scale: float,
+    save: str,
+    backend: str,
+    group: dist.ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor, OptionalTensors]:
-    """Return o, the state before the slice, and the tensors that `backward_of_slice` takes. `inputs` are contiguous."""
+    """Return o, the state before the slice, and the tensors that `backward_of_slice` takes. All inputs are contiguous."""
     from hybrid_kernels.gated_delta_rule import passes  # needs Triton
 
-    call = passes.Call.of(inputs, None, scale, backend)
+    call = passes.Call.of(inputs, None, positions, scale, backend)
     scores, ends = passes.start_forward(call, sliced=True)
     assert ends is not None
     initial = state_before(*passes.end_and_transition(call, ends), group)
@@ -134,6 +151,7 @@ def forward_of_slice(
 
 def backward_of_slice(
     inputs: tuple[torch.Tensor, ...],
+    positions: torch.Tensor | None,
     initial: torch.Tensor,
     kept: OptionalTensors,
     do: torch.Tensor,
@@ -144,7 +162,7 @@ def backward_of_slice(
     """Return the gradients of q, k, v, g and beta."""
     from hybrid_kernels.gated_delta_rule import passes
 
-    call = passes.Call.of(inputs, None, scale, backend)
+    call = passes.Call.of(inputs, None, positions, scale, backend)
     complete, firsts = passes.start_backward(call, passes.Kept.of(kept), initial, do, sliced=True)
     assert complete.ends is not None and firsts is not None
     dfinal = gradient_after(*passes.first_and_transition(call, complete.ends, firsts), group)
@@ -160,23 +178,25 @@ class _DeltaRuleOfSlice(torch.autograd.Function):
         v: torch.Tensor,
         g: torch.Tensor,
         beta: torch.Tensor,
+        positions: torch.Tensor | None,
         scale: float,
         save: str,
         backend: str,
         group: dist.ProcessGroup,
     ) -> torch.Tensor:
         inputs = tuple(x.contiguous() for x in (q, k, v, g, beta))
-        o, initial, kept = forward_of_slice(inputs, scale, save, backend, group)
-        ctx.save_for_backward(*inputs, initial, *kept)
+        positions = positions if positions is None else positions.contiguous()
+        o, initial, kept = forward_of_slice(inputs, positions, scale, save, backend, group)
+        ctx.save_for_backward(*inputs, positions, initial, *kept)
         ctx.scale, ctx.backend, ctx.group = scale, backend, group
         return o
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *inputs, initial = ctx.saved_tensors[:6]
-        do, kept = grads[0].contiguous(), list(ctx.saved_tensors[6:])
-        of_inputs = backward_of_slice(tuple(inputs), initial, kept, do, ctx.scale, ctx.backend, ctx.group)
-        return *of_inputs, None, None, None, None
+        *inputs, positions, initial = ctx.saved_tensors[:7]
+        do, kept = grads[0].contiguous(), list(ctx.saved_tensors[7:])
+        of_inputs = backward_of_slice(tuple(inputs), positions, initial, kept, do, ctx.scale, ctx.backend, ctx.group)
+        return *of_inputs, None, None, None, None, None
 
 
 @eager_only

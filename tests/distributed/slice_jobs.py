@@ -23,20 +23,24 @@ def drawn(out: tuple) -> list[torch.Tensor]:
     return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in out]
 
 
-def delta_rule(inputs: list, given: list, bounds: list[int], **options) -> list[torch.Tensor]:
+def delta_rule(
+    inputs: list, given: list, bounds: list[int], positions: torch.Tensor | None, **options
+) -> list[torch.Tensor]:
     """Return o and five gradients, all [b, s of this rank, ...]."""
     options = in_segments(options)
     mine = slice(*bounds[dist.get_rank() : dist.get_rank() + 2])
+    options["positions_bs"] = None if positions is None else positions[:, mine]
     rule = lambda *x: (gated_delta_rule_of_slices(*x, group=dist.group.WORLD, **options),)  # noqa: E731
     return results(rule, [x[:, mine] for x in inputs], [x[:, mine] for x in given])
 
 
-def conv(inputs: list, given: list, bounds: list[int], **options) -> list[torch.Tensor]:
+def conv(inputs: list, given: list, bounds: list[int], positions: torch.Tensor | None, **options) -> list[torch.Tensor]:
     """Return q, k, v, g, beta [b, s of this rank, ...], the gate and the gradient of packed [s of this rank, b, ...], and three
     gradients summed over all ranks."""
     options = walking(options)
     mine = slice(*bounds[dist.get_rank() : dist.get_rank() + 2])
     packed, *weights = inputs
+    options["positions_bs"] = None if positions is None else positions[:, mine]
 
     def op(packed, *weights):
         packed, halo = with_halo(packed, weights[0].shape[1] - 1, dist.group.WORLD)
@@ -69,23 +73,26 @@ def walking(options: dict) -> dict:
     return options
 
 
-def check_delta_rule(ranks, inputs, bounds, tolerance, **options) -> None:
+def check_delta_rule(ranks, inputs, bounds, tolerance, positions=None, **options) -> None:
     """Compare ranks that hold one slice each with the reference in fp64 on whole sequences."""
     given = drawn([inputs[2]])
-    whole = lambda *x: gated_delta_rule(*x, backend="torch")[:1]  # noqa: E731
+    whole = lambda *x: gated_delta_rule(*x, positions_bs=positions, backend="torch")[:1]  # noqa: E731
     exact = results(whole, [x.double() for x in inputs], [x.double() for x in given])
-    found = ranks.run(delta_rule, len(bounds) - 1, inputs=inputs, given=given, bounds=bounds, **options)
+    job = dict(inputs=inputs, given=given, bounds=bounds, positions=positions)
+    found = ranks.run(delta_rule, len(bounds) - 1, **job, **options)
     for name, parts, oracle in zip(("o", "dq", "dk", "dv", "dg", "dbeta"), zip(*found), exact):
         assert relative_error(torch.cat(parts, 1), oracle) < tolerance, name
 
 
-def check_conv(ranks, inputs, bounds, tolerance, **options) -> None:
+def check_conv(ranks, inputs, bounds, tolerance, positions=None, **options) -> None:
     """Do the same for conv_gates."""
     whole = lambda *x: conv_gates(*x, backend="torch", return_gate=True, **of_all)  # noqa: E731
     of_all = {name: value for name, value in options.items() if name not in ("backend", "walk")}
+    of_all["positions_bs"] = positions
     given = drawn(whole(*inputs))
     exact = results(whole, [x.double() for x in inputs], [x.double() for x in given])
-    found = ranks.run(conv, len(bounds) - 1, inputs=inputs, given=given, bounds=bounds, **options)
+    job = dict(inputs=inputs, given=given, bounds=bounds, positions=positions)
+    found = ranks.run(conv, len(bounds) - 1, **job, **options)
     names = ("q", "k", "v", "g", "beta", "gate", "dpacked", "dweight", "dA_log", "ddt_bias")
     for at, (name, oracle) in enumerate(zip(names, exact)):
         parts = [results[at] for results in found]

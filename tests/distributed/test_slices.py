@@ -45,8 +45,6 @@ class TwoRanks:
 def test_refuses_what_slices_do_not_support():
     packed = packed_inputs(4, 1, 2, 4, 6, 8)
     halo = packed[0][:3]
-    with pytest.raises(ValueError, match="halo_sbw: it cannot be combined with cu_seqlens"):
-        conv_gates(*packed, halo_sbw=halo, cu_seqlens=torch.tensor([0, 4]), **DIMS)
     with pytest.raises(ValueError, match="halo_sbw: expected"):
         conv_gates(*packed, halo_sbw=halo[:2], **DIMS)
     with pytest.raises(ValueError, match="2 tokens after a halo are fewer than the 3"):

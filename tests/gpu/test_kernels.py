@@ -10,7 +10,7 @@ from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.dispatch import has_module
 from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
-from hybrid_kernels.testing import HARD_CASES, delta_rule_inputs, packed_inputs, relative_error
+from hybrid_kernels.testing import HARD_CASES, delta_rule_inputs, packed_inputs, random_positions, relative_error
 
 pytestmark = pytest.mark.timeout(600)
 GRADIENTS = ("dq", "dk", "dv", "dg", "dbeta", "dinitial")
@@ -111,10 +111,45 @@ def test_segments_of_other_widths(backend, key_dim, value_dim, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gated_delta_rule_of_documents(backend):
+def test_gated_delta_rule_of_packed_sequences(backend):
     bounds = torch.tensor([0, 1, 1, 64, 129, 700, 1000], device="cuda")
     inputs = delta_rule_inputs(1, 1000, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda")
     agree([*inputs, torch.randn(6, 2, 96, 192, device="cuda")], backend, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("save", ["inputs", "scores", "states"])
+@pytest.mark.parametrize("key_dim, value_dim, segments", [(64, 64, 1), (96, 192, 1), (96, 192, 3), (128, 128, 1)])
+def test_documents_in_rows(key_dim, value_dim, segments, save, backend, monkeypatch):
+    """Six rows of documents of all lengths, some of which began before the row."""
+    cut_into(segments, backend, monkeypatch)
+    inputs = delta_rule_inputs(6, 1000, 1, 2, key_dim, value_dim, dtype=torch.bfloat16, device="cuda", gate=-1e-2)
+    positions = random_positions(6, 1000, seed=3, device="cuda")
+    initial = torch.randn(6, 2, key_dim, value_dim, device="cuda")
+    agree([*inputs, initial], backend, positions_bs=positions, save=save)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_crosses_a_boundary(backend):
+    """Change everything on one side of a boundary: results and gradients on the other side change by less than a leak of 1e-3.
+
+    A chunk's entries share a power of two in fp16, which moves the rounding of the least. In fp32 no bit changes, as
+    tests/kernels/interpreted shows.
+    """
+    inputs = delta_rule_inputs(1, 500, 2, 2, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-3)
+    others = delta_rule_inputs(1, 500, 2, 2, 96, 192, dtype=torch.bfloat16, device="cuda", gate=-1e-3, seed=1)
+    positions = torch.cat([torch.arange(n) for n in (230, 270)]).int()[None].cuda()
+    try:
+        both = delta_rule(inputs, backend, final=False, positions_bs=positions)
+    except ValueError as error:
+        pytest.skip(str(error))
+    for same, changed in ((slice(0, 230), slice(230, None)), (slice(230, None), slice(0, 230))):
+        mixed = [x.clone() for x in inputs]
+        for x, y in zip(mixed, others, strict=True):
+            x[:, changed] = y[:, changed]
+        found = delta_rule(mixed, backend, final=False, positions_bs=positions)
+        for name, x in both.items():
+            assert relative_error(x[:, same], found[name][:, same]) < 5e-4, name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -133,15 +168,15 @@ def test_gated_delta_rule_errs_no_more_than_fla(backend, hard):
 
 @pytest.mark.parametrize("save", ["inputs", "scores", "states"])
 @pytest.mark.parametrize("key_dim, value_dim", [(64, 64), (96, 192), (128, 128), (128, 256)])
-def test_documents_of_every_width(key_dim, value_dim, save):
+def test_packed_sequences_of_every_width(key_dim, value_dim, save):
     bounds = torch.tensor([0, 1, 1, 64, 129, 700, 1000], device="cuda")
     inputs = delta_rule_inputs(1, 1000, 1, 2, key_dim, value_dim, dtype=torch.bfloat16, device="cuda")
     agree([*inputs, torch.randn(6, 2, key_dim, value_dim, device="cuda")], "cuda", cu_seqlens=bounds, save=save)
 
 
 @pytest.mark.parametrize("key_dim, value_dim", [(64, 64), (96, 192), (128, 256)])
-def test_documents_are_sequences_of_their_own(key_dim, value_dim):
-    """Same bits where a document fills its chunks. A partial chunk reads tokens of the next document, which changes roundings."""
+def test_packed_sequences_are_sequences_of_their_own(key_dim, value_dim):
+    """Same bits where a sequence fills its chunks. A partial chunk reads tokens of the next sequence, which changes roundings."""
     bounds = [0, 64, 129, 705, 1000]
     inputs = delta_rule_inputs(1, 1000, 1, 2, key_dim, value_dim, dtype=torch.bfloat16, device="cuda")
     try:
@@ -174,11 +209,12 @@ def test_fp16():
     agree(delta_rule_inputs(1, 300, 1, 2, 96, 192, dtype=torch.float16, device="cuda"), "triton")
 
 
-def mixer(packed, conv, A_log, dt_bias, weight, cu_seqlens=None):
+def mixer(packed, conv, A_log, dt_bias, weight, positions_bs=None):
     """Run all three ops as the layer does."""
     dims = dict(num_key_heads=2, num_value_heads=2, key_head_dim=96, value_head_dim=192)
-    q, k, v, g, beta, gate = conv_gates(packed, conv, A_log, dt_bias, cu_seqlens=cu_seqlens, return_gate=True, **dims)
-    o, final = gated_delta_rule(q, k, v, g, beta, output_final_state=True, cu_seqlens=cu_seqlens)
+    documents = dict(positions_bs=positions_bs)
+    q, k, v, g, beta, gate = conv_gates(packed, conv, A_log, dt_bias, **documents, return_gate=True, **dims)
+    o, final = gated_delta_rule(q, k, v, g, beta, output_final_state=True, **documents)
     return gated_rmsnorm(o, gate, weight, 1e-5), final
 
 
@@ -188,13 +224,17 @@ def mixer_inputs(length):
     return [x.requires_grad_() for x in inputs]
 
 
-@pytest.mark.parametrize("length, bounds", [(256, None), (256, [0, 100, 256]), (8192, None)])
-def test_in_a_cuda_graph(length, bounds):
-    """Capture forward and backward, and replay them on other data. 8192 tokens of two heads run in segments."""
-    inputs, cu = mixer_inputs(length), None if bounds is None else torch.tensor(bounds, device="cuda")
+def drawn_positions(seed, length):
+    return None if seed is None else random_positions(1, length, seed=seed, device="cuda")
+
+
+@pytest.mark.parametrize("length, seed", [(256, None), (256, 8), (8192, None), (8192, 8)])
+def test_in_a_cuda_graph(length, seed):
+    """Capture forward and backward, and replay them on other data and other documents. 8192 tokens of two heads run in segments."""
+    inputs, positions = mixer_inputs(length), drawn_positions(seed, length)
 
     def run():
-        y, final = mixer(*inputs, cu_seqlens=cu)
+        y, final = mixer(*inputs, positions_bs=positions)
         return y, final, *torch.autograd.grad([y, final], inputs, [torch.ones_like(y), torch.ones_like(final)])
 
     stream = torch.cuda.Stream()
@@ -207,17 +247,19 @@ def test_in_a_cuda_graph(length, bounds):
         captured = run()
     with torch.no_grad():
         inputs[0].copy_(torch.randn_like(inputs[0]))
+        if seed is not None:
+            positions.copy_(drawn_positions(seed + 1, length))
     graph.replay()
     for x, y in zip(captured, run()):
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("length, bounds", [(256, None), (256, [0, 100, 256]), (8192, None)])
-def test_compiled_without_a_break(length, bounds):
-    inputs, cu = mixer_inputs(length), None if bounds is None else torch.tensor(bounds, device="cuda")
+@pytest.mark.parametrize("length, seed", [(256, None), (256, 8), (8192, None)])
+def test_compiled_without_a_break(length, seed):
+    inputs, positions = mixer_inputs(length), drawn_positions(seed, length)
 
     def run(fn):
-        y, final = fn(*inputs, cu_seqlens=cu)
+        y, final = fn(*inputs, positions_bs=positions)
         return y, final, *torch.autograd.grad([y, final], inputs, [torch.ones_like(y), torch.ones_like(final)])
 
     for x, y in zip(run(mixer), run(torch.compile(mixer, fullgraph=True))):
@@ -230,15 +272,15 @@ def test_the_choice_is_explained():
     assert "segments" not in str(explain(*(x[:, :500] for x in few)))
 
 
-@pytest.mark.parametrize("bounds", [None, [0, 1, 1, 3, 700, 1500]])
-def test_conv_gates(bounds):
+@pytest.mark.parametrize("batch, seed", [(1, None), (1, 8), (4, 3)])
+def test_conv_gates(batch, seed):
     dims = dict(num_key_heads=2, num_value_heads=4, key_head_dim=96, value_head_dim=192, return_gate=True)
-    cu = None if bounds is None else torch.tensor(bounds, device="cuda")
-    inputs = packed_inputs(1500, 1, 2, 4, 96, 192, dtype=torch.bfloat16, device="cuda")
+    positions = None if seed is None else random_positions(batch, 1500, seed=seed, device="cuda")
+    inputs = packed_inputs(1500, batch, 2, 4, 96, 192, dtype=torch.bfloat16, device="cuda")
 
     def run(inputs, backend):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        results = conv_gates(*leaves, cu_seqlens=cu, backend=backend, **dims)
+        results = conv_gates(*leaves, positions_bs=positions, backend=backend, **dims)
         generator = torch.Generator().manual_seed(7)
         given = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype) for x in results]
         return (*results, *torch.autograd.grad(results, leaves, given))

@@ -10,7 +10,15 @@ import torch
 
 from hybrid_kernels.linear_cross_entropy import linear_cross_entropy
 from hybrid_kernels.qk_norm_rope import qk_norm_rope
-from hybrid_kernels.testing import loss_inputs, mirror_all_reduce, mirror_vocab_parallel, qkv_inputs, relative_error
+from hybrid_kernels.testing import (
+    angles_of_sequences,
+    loss_inputs,
+    mirror_all_reduce,
+    mirror_vocab_parallel,
+    qkv_inputs,
+    random_positions,
+    relative_error,
+)
 
 BF16 = dict(dtype=torch.bfloat16, device="cuda")
 QK = dict(head_dim=128, eps=1e-6)
@@ -108,6 +116,12 @@ def test_qk(length, batch, heads, groups, rotary):
     inputs = list(qkv_inputs(length, batch, heads, groups, 128, **BF16))
     inputs[3] = inputs[3] if rotary else None
     check_qk(inputs, dict(true_widths=(heads * 128, groups * 128)))
+
+
+def test_qk_of_documents():
+    inputs = list(qkv_inputs(300, 3, 4, 2, 128, **BF16))
+    inputs[3] = angles_of_sequences(inputs[3], random_positions(3, 300, seed=0, device="cuda").clamp(max=299))
+    check_qk(inputs, dict(true_widths=(512, 256)))
 
 
 def test_qk_far_into_a_sequence():

@@ -4,18 +4,16 @@ They call the functions that autograd calls, because its engine runs one backwar
 each other.
 """
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
 from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.dispatch import Choice
 from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
-from hybrid_kernels.testing import delta_rule_inputs, packed_inputs, relative_error
+from hybrid_kernels.testing import delta_rule_inputs, packed_inputs, random_positions, relative_error
 from megatron_hybrid.distributed import context_parallel
 from megatron_hybrid.distributed.state_passing import backward_of_slice, forward_of_slice
+from testing.thread_ranks import ThreadRanks
 from tests.distributed.slice_jobs import drawn, results
 
 DEVICE = "cuda"
@@ -23,53 +21,16 @@ TOLERANCES = dict(o=6e-3, dq=8e-3, dk=8e-3, dv=8e-3, dg=2e-2, dbeta=2e-2)
 """Those of tests/gpu/test_kernels.py."""
 
 
-class Threads:
-    """Process group whose ranks are threads. One runs at a time, because Triton compiles and interprets in one thread only."""
-
-    def __init__(self, size: int):
-        self.barrier, self.said, self.mine = threading.Barrier(size, timeout=300), [None] * size, threading.local()
-        self.turn = threading.Lock()
-
-    def size(self) -> int:
-        return len(self.said)
-
-    def rank(self) -> int:
-        return self.mine.rank
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        self.said[self.rank()] = x
-        self._wait()
-        every = torch.stack(self.said)
-        self._wait()
-        return every
-
-    def _wait(self) -> None:
-        self.turn.release()
-        try:
-            self.barrier.wait()
-        finally:
-            self.turn.acquire()
-
-    def run(self, function) -> list:
-        """Run function(rank) on every rank."""
-
-        def work(rank: int):
-            self.mine.rank = rank
-            try:
-                with self.turn:
-                    return function(rank)
-            except BaseException:
-                self.barrier.abort()  # the others wait
-                raise
-
-        with ThreadPoolExecutor(self.size()) as pool:
-            return list(pool.map(work, range(self.size())))
+NO_DOCUMENTS, DOCUMENTS = None, 8
+"""Seeds of the documents."""
 
 
-@pytest.fixture
-def threads(monkeypatch):
-    monkeypatch.setattr(context_parallel, "all_gather", lambda x, group: group.gather(x))
-    return Threads
+def drawn_positions(seed: int | None, batch: int, length: int) -> torch.Tensor | None:
+    return None if seed is None else random_positions(batch, length, seed=seed, device=DEVICE)
+
+
+def part_of(positions: torch.Tensor | None, mine: slice) -> torch.Tensor | None:
+    return None if positions is None else positions[:, mine].contiguous()
 
 
 def can_run(choice: Choice) -> None:
@@ -84,23 +45,26 @@ def can_run(choice: Choice) -> None:
     [(30, [0, 1024, 2048]), (6, [0, 4096, 8192]), (6, [0, 512, 1000, 1536, 2048])],
     ids=["30 heads", "6 heads, in segments", "4 ranks, no multiple of a chunk"],
 )
-def test_gated_delta_rule(backend, save, heads, bounds, threads):
+@pytest.mark.parametrize("seed", [NO_DOCUMENTS, DOCUMENTS, 3])
+def test_gated_delta_rule(backend, save, heads, bounds, seed):
+    positions = drawn_positions(seed, 1, bounds[-1])
     inputs = delta_rule_inputs(1, bounds[-1], heads, heads, 96, 192, dtype=torch.bfloat16, device=DEVICE, gate=-1e-3)
     try:
         can_run(explain(*inputs, backend=backend))
     except ValueError as error:
         pytest.skip(str(error))
     given = drawn([inputs[2]])[0].to(DEVICE)
-    group = threads(len(bounds) - 1)
+    group = ThreadRanks(len(bounds) - 1)
 
     def rank(at: int) -> list[torch.Tensor]:
         mine = slice(bounds[at], bounds[at + 1])
         own = tuple(x[:, mine].contiguous() for x in inputs)
-        o, initial, kept = forward_of_slice(own, 96**-0.5, save, backend, group)
+        documents = part_of(positions, mine)
+        o, initial, kept = forward_of_slice(own, documents, 96**-0.5, save, backend, group)
         do = given[:, mine].contiguous()
-        return [o, *backward_of_slice(own, initial, kept, do, 96**-0.5, backend, group)]
+        return [o, *backward_of_slice(own, documents, initial, kept, do, 96**-0.5, backend, group)]
 
-    whole = lambda *x: gated_delta_rule(*x, backend="torch")[:1]  # noqa: E731
+    whole = lambda *x: gated_delta_rule(*x, positions_bs=positions, backend="torch")[:1]  # noqa: E731
     exact = results(whole, [x.double() for x in inputs], [given.double()])
     first, again = group.run(rank), group.run(rank)
     for name, parts, once_more, oracle in zip(TOLERANCES, zip(*first), zip(*again), exact):
@@ -111,27 +75,29 @@ def test_gated_delta_rule(backend, save, heads, bounds, threads):
 
 
 @pytest.mark.parametrize("bounds", [[0, 1024, 2048], [0, 512, 1000, 1536, 2048]], ids=["2 ranks", "4 ranks"])
-def test_conv_gates_has_the_bits_of_whole_sequences(bounds, threads):
+@pytest.mark.parametrize("seed", [NO_DOCUMENTS, DOCUMENTS])
+def test_conv_gates_has_the_bits_of_whole_sequences(bounds, seed):
     """Compare bits of the forward pass. In the backward pass, sums over tokens are split differently."""
     from hybrid_kernels.conv_gates.backends.triton import op
 
     sizes = dict(num_key_heads=6, num_value_heads=6, key_head_dim=96, value_head_dim=192)
-    dims = list(sizes.values())
+    dims, positions = list(sizes.values()), drawn_positions(seed, 2, bounds[-1])
     packed, *weights = packed_inputs(bounds[-1], 2, *dims, padding=4, dtype=torch.bfloat16, device=DEVICE)
-    whole = lambda *x: conv_gates(*x, backend="triton", **sizes)  # noqa: E731
+    whole = lambda *x: conv_gates(*x, positions_bs=positions, backend="triton", **sizes)  # noqa: E731
     given = [x.to(DEVICE) for x in drawn(whole(packed, *weights))]
     exact = results(whole, [packed, *weights], given)
-    group = threads(len(bounds) - 1)
+    group = ThreadRanks(len(bounds) - 1)
 
     def rank(at: int) -> list[torch.Tensor]:
         mine = slice(bounds[at], bounds[at + 1])
         own = packed[mine].contiguous()
-        out = op._forward(own, *weights, None, dims, 2.0)
+        common = (own, *weights, part_of(positions, mine))
+        out = op._forward(*common, dims, 2.0)
         halo = context_parallel.from_previous(own[-op.BACK :], group)
-        start = op._correct_start(own, *weights, halo, out, dims, 2.0)
+        start = op._correct_start(*common, halo, out, dims, 2.0)
         do = [x[:, mine].contiguous() for x in given]
         before = [x.clone() for x in do]
-        dpacked, *others, dhalo = op._backward_with_halo(own, *weights, start, do, None, dims, 2.0)
+        dpacked, *others, dhalo = op._backward_with_halo(*common, start, do, None, dims, 2.0)
         dpacked[-op.BACK :] += context_parallel.from_next(dhalo, group)
         assert all(torch.equal(x, y) for x, y in zip(do, before)), "gradients that autograd may use again"
         return [*out, dpacked, *others]

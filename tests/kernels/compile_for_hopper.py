@@ -1,8 +1,8 @@
 """Compile the Triton launches of one delta rule, forward and backward, for sm_90 without a GPU. Prints one JSON line per kernel.
 
-    python tests/kernels/compile_for_hopper.py KEY_DIM VALUE_DIM SEGMENTS [RANKS]
+    python tests/kernels/compile_for_hopper.py KEY_DIM VALUE_DIM SEGMENTS RANKS DOCUMENTS
 
-RANKS: 2 for sequences in slices on several ranks.
+RANKS: 2 for sequences in slices on several ranks. DOCUMENTS: 1 for documents in the sequences.
 
 Each line has the shared memory, registers, spills and assembler warnings of a run on an H100. Nothing is launched.
 """
@@ -56,7 +56,7 @@ def assembler_says(ptx: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def main(key_dim: int, value_dim: int, segments: int, ranks: int = 1) -> None:
+def main(key_dim: int, value_dim: int, segments: int, ranks: int, documents: int) -> None:
     driver.set_active(Hopper())
     run = JITFunction.run
 
@@ -85,11 +85,12 @@ def main(key_dim: int, value_dim: int, segments: int, ranks: int = 1) -> None:
     triton_op.segments_of = lambda *_: segments
     context_parallel.all_gather = lambda x, group: torch.stack((x, x))
     inputs = delta_rule_inputs(1, 256, 2, 2, key_dim, value_dim, dtype=torch.bfloat16)
+    positions = torch.zeros(1, 256, dtype=torch.int32) if documents else None
     if ranks > 1:
-        o, initial, kept = state_passing.forward_of_slice(inputs, 0.1, "scores", "triton", TwoRanks())
-        state_passing.backward_of_slice(inputs, initial, kept, o, 0.1, "triton", TwoRanks())
+        o, initial, kept = state_passing.forward_of_slice(inputs, positions, 0.1, "scores", "triton", TwoRanks())
+        state_passing.backward_of_slice(inputs, positions, initial, kept, o, 0.1, "triton", TwoRanks())
         return
-    call = passes.Call.of(inputs, None, 0.1, "triton")
+    call = passes.Call.of(inputs, None, positions, 0.1, "triton")
     o, _, kept = passes.finish_forward(call, *passes.start_forward(call), None, False, "scores")
     complete, firsts = passes.start_backward(call, kept, None, o)
     passes.finish_backward(call, complete, firsts, o, None, False)

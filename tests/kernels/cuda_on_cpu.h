@@ -159,6 +159,10 @@ inline uint32_t to_bf16(float x) {  // to the nearest, ties to even
 
 inline float of_lane(float x, int lane) { return cpu::exchange(x)[lane >= 0 && lane < 32 ? lane : cpu::current % 32]; }
 inline float __shfl_up_sync(unsigned, float x, int by) { return of_lane(x, cpu::current % 32 - by); }
+inline int __shfl_up_sync(unsigned, int x, int by) {
+    const int lane = cpu::current % 32;
+    return cpu::exchange(x)[lane < by ? lane : lane - by];
+}
 
 namespace ptx {
 

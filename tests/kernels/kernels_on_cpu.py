@@ -15,8 +15,9 @@ extern "C" void prepare_on_cpu(const void *q, const void *k, const void *g, cons
     for (int chunk = 0; chunk < count; ++chunk)
         for (int head = 0; head < sizes->heads; ++head)
             cpu::run_block(head, chunk, THREADS, [&] {
-                prepare_kernel((const uint16_t *)q, (const uint16_t *)k, (const float *)g, (const float *)beta, (uint16_t *)A,
-                               (uint16_t *)P, (float *)G, *sizes);
+                auto kernel = sizes->positions ? prepare_kernel<true> : prepare_kernel<false>;
+                kernel((const uint16_t *)q, (const uint16_t *)k, (const float *)g, (const float *)beta, (uint16_t *)A,
+                       (uint16_t *)P, (float *)G, *sizes);
             });
 }
 """

@@ -16,10 +16,11 @@ SHARED = 227 * 1024
 
 
 @pytest.mark.parametrize(
-    "key_dim, value_dim, segments, ranks", [(96, 192, 3, 1), (96, 64, 1, 1), (256, 256, 1, 1), (256, 256, 1, 2)]
+    "key_dim, value_dim, segments, ranks, documents",
+    [(96, 192, 3, 1, 0), (96, 64, 1, 1, 0), (256, 256, 1, 1, 0), (256, 256, 1, 2, 0), (96, 192, 3, 2, 1)],
 )
-def test_fits(key_dim, value_dim, segments, ranks, root):
-    command = [sys.executable, str(SCRIPT), *map(str, (key_dim, value_dim, segments, ranks))]
+def test_fits(key_dim, value_dim, segments, ranks, documents, root):
+    command = [sys.executable, str(SCRIPT), *map(str, (key_dim, value_dim, segments, ranks, documents))]
     path = os.pathsep.join([str(root / "kernels"), str(root)])
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]

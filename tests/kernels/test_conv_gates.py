@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hybrid_kernels.conv_gates import conv_gates, widths
+from hybrid_kernels.documents import positions_from_cu_seqlens
 from hybrid_kernels.testing import packed_inputs, relative_error
 
 DIMS = dict(num_key_heads=2, num_value_heads=4, key_head_dim=6, value_head_dim=8)
@@ -29,7 +30,8 @@ def test_agrees_with_transformers():
 def test_documents_are_separate_sequences():
     packed, weight, A_log, dt_bias = packed_inputs(20, 1, *SHAPE, dtype=torch.float64)
     bounds = [0, 3, 3, 4, 20]
-    joined = conv_gates(packed, weight, A_log, dt_bias, cu_seqlens=torch.tensor(bounds), **DIMS)
+    positions = positions_from_cu_seqlens(torch.tensor(bounds), 20)
+    joined = conv_gates(packed, weight, A_log, dt_bias, positions_bs=positions, **DIMS)
     for start, end in zip(bounds[:-1], bounds[1:]):
         if start < end:
             for whole, alone in zip(joined, conv_gates(packed[start:end], weight, A_log, dt_bias, **DIMS)):
@@ -40,8 +42,10 @@ def test_documents_are_separate_sequences():
 def test_gradcheck(negative):
     inputs = [x.requires_grad_() for x in packed_inputs(5, 1, 1, 2, 3, 2, dtype=torch.float64)]
     dims = dict(num_key_heads=1, num_value_heads=2, key_head_dim=3, value_head_dim=2)
-    options = dict(dims, allow_negative_eigenvalues=negative, return_gate=True, cu_seqlens=torch.tensor([0, 2, 5]))
-    assert torch.autograd.gradcheck(lambda *x: conv_gates(*x, **options), inputs)
+    positions = torch.tensor([[7, 0, 1, 2, 0]], dtype=torch.int32)
+    options = dict(dims, allow_negative_eigenvalues=negative, return_gate=True, positions_bs=positions)
+    halo = torch.randn(3, 1, inputs[0].shape[2], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *x: conv_gates(*x[:4], halo_sbw=x[4], **options), (*inputs, halo))
 
 
 def test_refuses_what_does_not_fit():
@@ -50,7 +54,8 @@ def test_refuses_what_does_not_fit():
         conv_gates(packed[..., :50], weight, A_log, dt_bias, **DIMS)
     with pytest.raises(ValueError, match="weight_ct"):
         conv_gates(packed, weight[:-1], A_log, dt_bias, **DIMS)
-    with pytest.raises(ValueError, match="batch size 1"):
-        conv_gates(packed, weight, A_log, dt_bias, cu_seqlens=torch.tensor([0, 4]), **DIMS)
+    for positions in (torch.zeros(1, 4, dtype=torch.int32), torch.zeros(2, 4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="positions_bs: expected int32"):
+            conv_gates(packed, weight, A_log, dt_bias, positions_bs=positions, **DIMS)
     with pytest.raises(ValueError, match="does not exist"):
         conv_gates(packed, weight, A_log, dt_bias, backend="cuda", **DIMS)

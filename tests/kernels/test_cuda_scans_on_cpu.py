@@ -10,7 +10,7 @@ from hybrid_kernels.gated_delta_rule.reference import (  # noqa: E402
     final_state_and_transition,
     gated_delta_rule_recurrent,
 )
-from hybrid_kernels.testing import delta_rule_inputs, relative_error  # noqa: E402
+from hybrid_kernels.testing import delta_rule_inputs, random_positions, relative_error  # noqa: E402
 from tests.kernels.kernels_on_cpu import calls_on_cpu  # noqa: E402
 
 TOLERANCE = 6e-3  # that of tests/gpu/test_kernels.py
@@ -30,19 +30,32 @@ def drawn(key_dim, length=100, **options):
     return delta_rule_inputs(1, length, 1, 2, key_dim, 64, dtype=torch.bfloat16, gate=-1e-2, **options)
 
 
-@pytest.mark.parametrize("key_dim, bounds", [(96, None), (96, [0, 1, 1, 65, 100]), (64, None), (128, [0, 30, 100])])
-def test_outputs_states_and_their_gradients(key_dim, bounds):
+@pytest.mark.parametrize(
+    "key_dim, bounds, seed",
+    [
+        (96, None, None),
+        (96, [0, 1, 1, 65, 100], None),
+        (64, None, None),
+        (128, [0, 30, 100], None),
+        (96, None, 8),
+        (96, None, 5),
+        (64, None, 3),
+    ],
+)
+def test_outputs_states_and_their_gradients(key_dim, bounds, seed):
+    """`bounds`: of packed sequences. `seed`: of the documents in the row."""
     q, k, v, g, beta = inputs = drawn(key_dim)
     cu = None if bounds is None else torch.tensor(bounds)
     torch.manual_seed(0)
     initial = torch.randn(1 if bounds is None else len(bounds) - 1, 2, key_dim, 64)
     leaves = [x.double().requires_grad_() for x in (*inputs, initial)]
-    options = dict(scale=0.1, initial_state=leaves[5], output_final_state=True, cu_seqlens=cu)
+    positions = None if seed is None else random_positions(1, 100, seed=seed)
+    options = dict(scale=0.1, initial_state=leaves[5], output_final_state=True, cu_seqlens=cu, positions_bs=positions)
     exact = gated_delta_rule_recurrent(*leaves[:5], **options)
     do, dfinal = v.roll(1, 1), initial.roll(1, 2)
     exact += torch.autograd.grad(exact, (leaves[2], leaves[5]), (do.double(), dfinal.double()))
 
-    chunks = Chunks.of(v, cu)
+    chunks = Chunks.of(v, cu, positions=positions)
     scores = op.prepare(q, k, g, beta, 0.1, chunks, cu is not None)
     rest = (cu, 0.1, chunks)
     o, final, _ = op.forward_scan(q, k, v, scores, initial, *rest, output=True, final=True)
@@ -56,11 +69,14 @@ def test_outputs_states_and_their_gradients(key_dim, bounds):
     assert all(torch.equal(x[:count], y[:count]) for x, y in zip(states, both[2], strict=True))
 
 
-@pytest.mark.parametrize("key_dim, segments", [(96, 1), (96, 2), (64, 1), (128, 1)])
-def test_transitions(key_dim, segments):
+@pytest.mark.parametrize(
+    "key_dim, segments, seed", [(96, 1, None), (96, 2, None), (64, 1, None), (128, 1, None), (96, 2, 1), (64, 2, 5)]
+)
+def test_transitions(key_dim, segments, seed):
     """The final state and transition of each segment; its gradient of the initial state, without outputs."""
     q, k, v, g, beta = drawn(key_dim, length=100)
-    chunks, do = Chunks.of(v, None, segments), v.roll(1, 1)
+    positions = None if seed is None else random_positions(1, 100, seed=seed)
+    chunks, do = Chunks.of(v, None, segments, positions), v.roll(1, 1)
     scores = op.prepare(q, k, g, beta, 0.1, chunks, False)
     ends = op.forward_scan(q, k, v, scores, None, None, 0.1, chunks, final=True, transition=True)[1]
     outputs = op.reverse_scan(q, k, do, scores, None, None, 0.1, chunks, output=False, initial=True)
@@ -68,9 +84,10 @@ def test_transitions(key_dim, segments):
     for i in range(segments):
         part = slice(64 * i, 64 * (i + 1) if i + 1 < segments else None)
         own = [x[:, part].double() for x in (q, k, v, g, beta)]
-        exact = final_state_and_transition(*own[1:])
+        here = None if seed is None else positions[:, part]
+        exact = final_state_and_transition(*own[1:], here)
         assert relative_error(ends[i : i + 1, ..., : 64 + key_dim], exact) < TOLERANCE
         initial = torch.zeros(1, 2, key_dim, 64, dtype=torch.float64, requires_grad=True)
-        o, _ = gated_delta_rule_recurrent(*own, scale=0.1, initial_state=initial)
+        o, _ = gated_delta_rule_recurrent(*own, scale=0.1, initial_state=initial, positions_bs=here)
         (truth,) = torch.autograd.grad(o, initial, do[:, part].double())
         assert relative_error(outputs[2][i : i + 1], truth) < TOLERANCE

@@ -5,7 +5,7 @@ import torch
 
 from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
 from hybrid_kernels.gated_delta_rule.reference import gated_delta_rule_recurrent, gated_delta_rule_torch
-from hybrid_kernels.testing import delta_rule_inputs, relative_error
+from hybrid_kernels.testing import delta_rule_inputs, random_positions, relative_error
 
 
 def gradients(rule, inputs, **options):
@@ -39,7 +39,7 @@ def test_fp32_stays_near_the_recurrence_where_it_is_hard(gate, cosine, beta):
         assert relative_error(ours, exact, floor=1e-2) < 2e-4
 
 
-def test_documents_are_separate_sequences():
+def test_packed_sequences_are_separate():
     bounds = torch.tensor([0, 5, 5, 6, 80, 100])
     inputs = delta_rule_inputs(1, 100, 1, 2, 8, 8, dtype=torch.float64)
     initial = torch.randn(5, 2, 8, 8, dtype=torch.float64)
@@ -55,6 +55,33 @@ def test_documents_are_separate_sequences():
         )
         assert relative_error(o[:, start:end], o_i) < 1e-10
         assert relative_error(final[i : i + 1], final_i) < 1e-10
+
+
+@pytest.mark.parametrize("length, seed", [(1, 0), (64, 3), (130, 5), (130, 8)])
+def test_chunked_is_the_recurrence_with_documents(length, seed):
+    inputs = delta_rule_inputs(4, length, 1, 2, 8, 12, dtype=torch.float64)
+    options = dict(
+        initial_state=torch.randn(4, 2, 8, 12, dtype=torch.float64),
+        positions_bs=random_positions(4, length, seed=seed),
+    )
+    for ours, oracle in zip(
+        gradients(gated_delta_rule_torch, inputs, **options), gradients(gated_delta_rule_recurrent, inputs, **options)
+    ):
+        assert relative_error(ours, oracle) < 1e-11
+
+
+def test_documents_are_separate_sequences():
+    """The initial state reaches the document that began before the row, and the final state is that of the last."""
+    positions = torch.cat([torch.arange(7, 12), torch.arange(1), torch.arange(74), torch.arange(20)]).int()[None]
+    inputs, initial = delta_rule_inputs(1, 100, 1, 2, 8, 8, dtype=torch.float64), torch.randn(1, 2, 8, 8).double()
+    options = dict(initial_state=initial, output_final_state=True)
+    o, final = gated_delta_rule(*inputs, positions_bs=positions, backend="torch", **options)
+    bounds = [0, 5, 6, 80, 100]
+    for start, end in zip(bounds[:-1], bounds[1:]):
+        own = dict(options, initial_state=initial if start == 0 else None)
+        o_i, final_i = gated_delta_rule_recurrent(*(x[:, start:end] for x in inputs), **own)
+        assert relative_error(o[:, start:end], o_i) < 1e-12
+    assert relative_error(final, final_i) < 1e-12
 
 
 def test_agrees_with_transformers():
@@ -90,5 +117,10 @@ def test_dispatch_explains_and_refuses():
         gated_delta_rule(*inputs, backend="fla")
     with pytest.raises(ValueError, match="does not exist"):
         gated_delta_rule(*inputs, backend="cutlass")
+    positions = torch.zeros(1, 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="positions_bs: it cannot be combined with cu_seqlens"):
+        gated_delta_rule(*inputs, positions_bs=positions, cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="positions_bs: expected int32"):
+        gated_delta_rule(*inputs, positions_bs=positions[:, :3])
     with pytest.raises(ValueError, match="initial_state"):
         gated_delta_rule(*inputs, initial_state=torch.zeros(1))

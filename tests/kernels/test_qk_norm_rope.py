@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hybrid_kernels.documents import positions_from_cu_seqlens
 from hybrid_kernels.qk_norm_rope import explain, qk_norm_rope
-from hybrid_kernels.testing import qkv_inputs
+from hybrid_kernels.testing import angles_of_sequences, qkv_inputs
 
 OPTIONS = dict(head_dim=6, eps=1e-6)
 
@@ -76,6 +77,19 @@ def test_dummy_heads_take_no_part():
         assert not y[:, :, -1].any()
 
 
+def test_documents_are_separate_sequences():
+    qkv, q_weight, k_weight, angles = qkv_inputs(9, 2, 4, 2, 6, dtype=torch.float64)
+    bounds = [[0, 2, 3, 9], [0, 9]]
+    positions = torch.cat([positions_from_cu_seqlens(torch.tensor(row), 9) for row in bounds])
+    options = dict(true_widths=(24, 12), **OPTIONS)
+    packed = qk_norm_rope(qkv, q_weight, k_weight, angles_of_sequences(angles, positions), **options)
+    for row, of_row in enumerate(bounds):
+        for start, end in zip(of_row[:-1], of_row[1:]):
+            own = qk_norm_rope(qkv[start:end, row : row + 1], q_weight, k_weight, angles[: end - start], **options)
+            for x, y in zip(packed, own):
+                torch.testing.assert_close(x[start:end, row], y[:, 0], rtol=1e-12, atol=1e-12)
+
+
 def test_says_what_it_chose_and_refuses_what_does_not_fit():
     qkv, q_weight, k_weight, angles = qkv_inputs(5, 2, 4, 2, 6)
     options = dict(true_widths=(24, 12), **OPTIONS)
@@ -84,7 +98,7 @@ def test_says_what_it_chose_and_refuses_what_does_not_fit():
         qk_norm_rope(qkv[..., :-1], q_weight, k_weight, angles, **options)
     with pytest.raises(ValueError, match="q_weight"):
         qk_norm_rope(qkv, q_weight, k_weight, angles, head_dim=5, true_widths=(24, 12), eps=1e-6)
-    with pytest.raises(ValueError, match="angles_s11d"):
+    with pytest.raises(ValueError, match="angles_sb1d"):
         qk_norm_rope(qkv, q_weight, k_weight, angles[:4], **options)
     with pytest.raises(ValueError, match="not on a CUDA device"):
         qk_norm_rope(qkv, q_weight, k_weight, angles, backend="triton", **options)

@@ -8,6 +8,7 @@ import torch
 
 from hybrid_kernels.conv_gates.reference import conv_gates_torch, widths
 from hybrid_kernels.dispatch import Choice, choose, triton_unsupported_reason
+from hybrid_kernels.documents import check_positions
 
 __all__ = ["conv_gates", "explain", "widths"]
 
@@ -23,7 +24,7 @@ def conv_gates(
     key_head_dim: int,
     value_head_dim: int,
     allow_negative_eigenvalues: bool = True,
-    cu_seqlens: torch.Tensor | None = None,
+    positions_bs: torch.Tensor | None = None,
     halo_sbw: torch.Tensor | None = None,
     return_gate: bool = False,
     backend: str | None = None,
@@ -36,9 +37,9 @@ def conv_gates(
         weight_ct: channels of q, then k, then v. The last tap multiplies the token itself.
         A_log, dt_bias: [num_value_heads], fp32.
         allow_negative_eigenvalues: beta in (0, 2) instead of (0, 1).
-        cu_seqlens: [n + 1] int document boundaries from 0 to s; needs b == 1. The convolution does not cross them.
-        halo_sbw: the taps - 1 tokens before the first, for a sequence that continues an earlier part. Excludes documents.
-            None: zeros.
+        positions_bs: position of each token in its document (hybrid_kernels/documents.py, which also converts cu_seqlens). The
+            convolution looks back on tokens of the same document only, also in the halo. None: each row is one document.
+        halo_sbw: the taps - 1 tokens before the first, for a sequence that continues an earlier part. None: zeros.
         return_gate: also return the gate slice of `packed_sbw`, [s, b, num_value_heads * value_head_dim], as the last result.
             Slicing outside gives the same values but costs autograd another pass over a gradient as wide as `packed_sbw`.
 
@@ -51,10 +52,10 @@ def conv_gates(
     """
     sizes = widths(num_key_heads, num_value_heads, key_head_dim, value_head_dim)
     _check(packed_sbw, weight_ct, A_log, dt_bias, sizes, num_key_heads, num_value_heads)
-    _check_sequences(packed_sbw, weight_ct, cu_seqlens, halo_sbw)
+    _check_sequences(packed_sbw, weight_ct, positions_bs, halo_sbw)
     dims = [num_key_heads, num_value_heads, key_head_dim, value_head_dim]
     beta_max = 2.0 if allow_negative_eigenvalues else 1.0
-    tensors = (packed_sbw, weight_ct, A_log, dt_bias, cu_seqlens, halo_sbw)
+    tensors = (packed_sbw, weight_ct, A_log, dt_bias, positions_bs, halo_sbw)
     if _choose(packed_sbw, weight_ct, dims, backend).backend == "triton":
         from hybrid_kernels.conv_gates.backends.triton.op import conv_gates_triton
 
@@ -115,14 +116,11 @@ def _check(
 
 
 def _check_sequences(
-    packed_sbw: torch.Tensor, weight_ct: torch.Tensor, cu_seqlens: torch.Tensor | None, halo_sbw: torch.Tensor | None
+    packed_sbw: torch.Tensor, weight_ct: torch.Tensor, positions_bs: torch.Tensor | None, halo_sbw: torch.Tensor | None
 ) -> None:
-    if cu_seqlens is not None and packed_sbw.shape[1] != 1:
-        raise ValueError(f"cu_seqlens: packed documents need batch size 1, got {packed_sbw.shape[1]}")
+    check_positions(positions_bs, packed_sbw.shape[1], packed_sbw.shape[0])
     if halo_sbw is None:
         return
-    if cu_seqlens is not None:
-        raise ValueError("halo_sbw: it cannot be combined with cu_seqlens")
     back = weight_ct.shape[1] - 1
     expected = (back, *packed_sbw.shape[1:])
     if tuple(halo_sbw.shape) != expected:

@@ -17,22 +17,14 @@ def widths(num_key_heads: int, num_value_heads: int, key_head_dim: int, value_he
     return [key, key, value, value, num_value_heads, num_value_heads]
 
 
-def position_in_document(length: int, cu_seqlens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the position [length] of each token in its document. cu_seqlens [n + 1] may contain empty documents."""
-    token = torch.arange(length, device=device)
-    document = torch.searchsorted(cu_seqlens.to(device=device, dtype=torch.long), token, right=True) - 1
-    return token - cu_seqlens.to(device=device, dtype=torch.long)[document]
-
-
-def causal_conv_silu(x_sbc: torch.Tensor, weight_ct: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+def causal_conv_silu(x_sbc: torch.Tensor, weight_ct: torch.Tensor, positions_bs: torch.Tensor | None) -> torch.Tensor:
     """Apply depthwise causal convolution and SiLU. The last tap multiplies the token itself."""
     length, taps = x_sbc.shape[0], weight_ct.shape[1]
-    position = None if cu_seqlens is None else position_in_document(length, cu_seqlens, x_sbc.device)
     out = x_sbc * weight_ct[:, -1]
     for back in range(1, min(taps, length)):
         shifted = F.pad(x_sbc[:-back], (0, 0, 0, 0, back, 0))
-        if position is not None:
-            shifted = shifted * (position >= back).to(shifted.dtype)[:, None, None]
+        if positions_bs is not None:
+            shifted = shifted.masked_fill((positions_bs < back).T[..., None], 0)
         out = out + shifted * weight_ct[:, taps - 1 - back]
     return F.silu(out)
 
@@ -46,7 +38,7 @@ def conv_gates_torch(
     weight_ct: torch.Tensor,
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
+    positions_bs: torch.Tensor | None,
     halo_sbw: torch.Tensor | None,
     dims: list[int],
     beta_max: float,
@@ -56,12 +48,14 @@ def conv_gates_torch(
     back = 0 if halo_sbw is None else len(halo_sbw)
     if halo_sbw is not None:
         packed_sbw = torch.cat((halo_sbw, packed_sbw))
+        if positions_bs is not None:
+            positions_bs = F.pad(positions_bs, (back, 0))  # the results of the halo are cut off
     key, _, value, *_ = sizes = widths(*dims)
     length, batch = packed_sbw.shape[:2]
     compute = torch.float64 if packed_sbw.dtype == torch.float64 else torch.float32
     gates_at = sum(sizes[:4])
 
-    mixed = causal_conv_silu(packed_sbw[..., : 2 * key + value].to(compute), weight_ct.to(compute), cu_seqlens)
+    mixed = causal_conv_silu(packed_sbw[..., : 2 * key + value].to(compute), weight_ct.to(compute), positions_bs)
     q, k, v = mixed.transpose(0, 1).split([key, key, value], dim=-1)
     q = l2_normalise(q.reshape(batch, length, key_heads, key_dim))
     k = l2_normalise(k.reshape(batch, length, key_heads, key_dim))

@@ -1,13 +1,16 @@
 """gated_delta_rule: the recurrence of Gated DeltaNet, forward and backward.
 
-Dimensions: b batch, s tokens, Hk key heads, H value heads, K key head dim, V value head dim, n documents. The state is [K, V].
+Dimensions: b batch, s tokens, Hk key heads, H value heads, K key head dim, V value head dim, n packed sequences. The state is
+[K, V].
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from hybrid_kernels.dispatch import Choice, choose, has_module, triton_unsupported_reason
+from hybrid_kernels.documents import check_positions
 from hybrid_kernels.gated_delta_rule.reference import gated_delta_rule_torch
 
 __all__ = ["explain", "gated_delta_rule"]
@@ -27,6 +30,7 @@ def gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    positions_bs: torch.Tensor | None = None,
     save: str = "scores",
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -37,8 +41,12 @@ def gated_delta_rule(
         v: [b, s, H, V].
         g: [b, s, H] log decay, <= 0. beta: [b, s, H], in (0, 2). fp32 for the fast backends.
         scale: multiplies q; K ** -0.5 by default.
-        initial_state: [b, H, K, V] fp32, or [n, H, K, V] with documents; zero by default.
-        cu_seqlens: [n + 1] int boundaries of documents packed in one row (b == 1). Documents may be empty.
+        initial_state: [b, H, K, V] fp32, or [n, H, K, V] with cu_seqlens; zero by default.
+        cu_seqlens: [n + 1] int bounds of sequences packed in one row (b == 1), each with an initial and a final state. They may
+            be empty. Memory and launched programs grow with n. Excludes positions_bs.
+        positions_bs: position of each token in its document (hybrid_kernels/documents.py). The state is zero before each document.
+            The initial state of a row reaches the document that began before the row, if there is one. The final state is that
+            of the row's last document. Cost and memory do not depend on the number of documents.
         save: what the fast backends keep for the backward pass besides the inputs. "inputs": nothing. "scores": the 64 x 64
             matrices of every chunk (4 * 64 bytes per token and head). "states": also its state and new values (another
             2 * V * (K / 64 + 1) bytes). The backward pass recomputes the rest.
@@ -50,23 +58,26 @@ def gated_delta_rule(
         ValueError: the shapes do not match, or the requested backend cannot run here.
     """
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
+    check_positions(positions_bs, *v.shape[:2])
+    if positions_bs is not None and cu_seqlens is not None:
+        raise ValueError("positions_bs: it cannot be combined with cu_seqlens")
     check_save(save)
-    choice = choose_backend(q, v, backend)
+    choice = choose_backend(q, v, backend, positions_bs is not None)
     if choice.backend in FAST:
         from hybrid_kernels.gated_delta_rule.autograd import gated_delta_rule_fast
 
         return gated_delta_rule_fast(
             q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens, save=save, backend=choice.backend,
+            cu_seqlens=cu_seqlens, positions_bs=positions_bs, save=save, backend=choice.backend,
         )  # fmt: skip
+    options: dict[str, Any] = dict(
+        scale=scale, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
+    )
     if choice.backend == "fla":
-        from hybrid_kernels.gated_delta_rule.backends.fla import gated_delta_rule_fla as run
-    else:
-        run = gated_delta_rule_torch
-    return run(
-        q, k, v, g, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        from hybrid_kernels.gated_delta_rule.backends.fla import gated_delta_rule_fla
+
+        return gated_delta_rule_fla(q, k, v, g, beta, **options)
+    return gated_delta_rule_torch(q, k, v, g, beta, **options, positions_bs=positions_bs)
 
 
 def explain(
@@ -77,11 +88,17 @@ def explain(
     beta: torch.Tensor,
     *,
     cu_seqlens: torch.Tensor | None = None,
+    documents: bool = False,
     sliced: bool = False,
     backend: str | None = None,
 ) -> Choice:
-    """Return which backend a call would run, and why. `sliced`: the tokens are one slice of longer sequences."""
-    choice = choose_backend(q, v, backend, sliced)
+    """Return which backend a call would run, and why.
+
+    Args:
+        documents: with positions_bs.
+        sliced: the tokens are one slice of longer sequences.
+    """
+    choice = choose_backend(q, v, backend, documents, sliced)
     if choice.backend not in FAST:
         return choice
     from hybrid_kernels.gated_delta_rule.kernels import choose_kernels
@@ -92,12 +109,14 @@ def explain(
     return replace(choice, reason=f"{choice.reason}, each sequence in {segments} segments for its few heads")
 
 
-def choose_backend(q: torch.Tensor, v: torch.Tensor, requested: str | None, sliced: bool = False) -> Choice:
-    """Choose a backend. `sliced`: the tokens are one slice of longer sequences."""
+def choose_backend(
+    q: torch.Tensor, v: torch.Tensor, requested: str | None, documents: bool = False, sliced: bool = False
+) -> Choice:
+    """Choose a backend. Arguments: `explain`."""
     backends = {
         "cuda": lambda: _cuda_unsupported_reason(q, v),
         "triton": lambda: _triton_unsupported_reason(q, v),
-        "fla": lambda: _fla_unsupported_reason(v, sliced),
+        "fla": lambda: _fla_unsupported_reason(v, documents, sliced),
         "torch": lambda: None,
     }
     return choose("gated_delta_rule", backends, requested)
@@ -121,9 +140,11 @@ def _cuda_unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
     return reason
 
 
-def _fla_unsupported_reason(v: torch.Tensor, sliced: bool) -> str | None:
+def _fla_unsupported_reason(v: torch.Tensor, documents: bool, sliced: bool) -> str | None:
     if sliced:
         return "it does not return the transition of a slice"
+    if documents:
+        return "it takes documents as cu_seqlens, not as positions"
     if not v.is_cuda:
         return "tensors are not on a CUDA device"
     if v.dtype not in (torch.bfloat16, torch.float16):

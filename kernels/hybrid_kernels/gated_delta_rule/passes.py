@@ -9,6 +9,8 @@ second scan of all segments at once writes the results.
 
 Each direction is split in two functions, start and finish. A caller that holds one part of a longer sequence exchanges states
 with the other parts between the two (`end_and_transition`, `first_and_transition`); see states.py for the algebra.
+
+Documents in the rows change no launch and no shape, except that of G (backends/triton/prepare.py).
 """
 
 from dataclasses import dataclass, replace
@@ -39,11 +41,17 @@ class Call:
 
     @classmethod
     def of(
-        cls, inputs: tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor | None, scale: float, backend: str
+        cls,
+        inputs: tuple[torch.Tensor, ...],
+        cu_seqlens: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        scale: float,
+        backend: str,
     ) -> "Call":
         q, k, v, g, beta = inputs
         kernels = choose_kernels(backend, q, v, cu_seqlens)
-        return cls(q, k, v, g, beta, cu_seqlens, scale, kernels, Chunks.of(v, cu_seqlens, kernels.segments))
+        chunks = Chunks.of(v, cu_seqlens, kernels.segments, positions)
+        return cls(q, k, v, g, beta, cu_seqlens, scale, kernels, chunks)
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:

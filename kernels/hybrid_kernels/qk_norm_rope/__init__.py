@@ -16,7 +16,7 @@ def qk_norm_rope(
     qkv_sbw: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
-    angles_s11d: torch.Tensor | None,
+    angles_sb1d: torch.Tensor | None,
     *,
     head_dim: int,
     true_widths: tuple[int, int],
@@ -32,8 +32,9 @@ def qk_norm_rope(
         qkv_sbw: this rank's projection [q | k | v], heads in order; w = (query heads + 2 * key heads) * d.
         q_weight: [query heads * d], this rank's part of the norm's weight.
         k_weight: [key heads * d], likewise.
-        angles_s11d: fp32, from megatron-core's `RotaryEmbedding`. Both halves of d hold the same d / 2 angles, and only the
-            first half is read. Not differentiable. None: no rotary embedding (NoPE).
+        angles_sb1d: fp32, from megatron-core's `RotaryEmbedding`: [s, 1, 1, d] for all sequences or [s, b, 1, d] for each, where
+            positions restart per document. Both halves of d hold the same d / 2 angles, and only the first half is read. Not
+            differentiable. None: no rotary embedding (NoPE). A table of angles, indexed by positions, would not save reads.
         head_dim: d.
         true_widths: widths of q and k over all ranks, without dummy heads (whose entries are zero). The means divide by them.
         eps: added to the mean squares.
@@ -46,14 +47,14 @@ def qk_norm_rope(
     Raises:
         ValueError: the shapes do not match, or the requested backend cannot run here.
     """
-    _check(qkv_sbw, q_weight, k_weight, angles_s11d, head_dim)
-    choice = explain(qkv_sbw, q_weight, k_weight, angles_s11d, backend=backend)
+    _check(qkv_sbw, q_weight, k_weight, angles_sb1d, head_dim)
+    choice = explain(qkv_sbw, q_weight, k_weight, angles_sb1d, backend=backend)
     if choice.backend == "triton":
         from hybrid_kernels.qk_norm_rope.backends.triton.op import qk_norm_rope_triton as run
     else:
         run = qk_norm_rope_torch
     return run(
-        qkv_sbw, q_weight, k_weight, angles_s11d,
+        qkv_sbw, q_weight, k_weight, angles_sb1d,
         head_dim=head_dim, true_widths=true_widths, eps=eps, all_reduce=all_reduce,
     )  # fmt: skip
 
@@ -62,13 +63,13 @@ def explain(
     qkv_sbw: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
-    angles_s11d: torch.Tensor | None = None,
+    angles_sb1d: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> Choice:
     """Return which backend a call would run, and why."""
     backends = {
-        "triton": lambda: triton_unsupported_reason(qkv_sbw, q_weight, k_weight, angles_s11d),
+        "triton": lambda: triton_unsupported_reason(qkv_sbw, q_weight, k_weight, angles_sb1d),
         "torch": lambda: None,
     }
     return choose("qk_norm_rope", backends, backend)
@@ -78,7 +79,7 @@ def _check(
     qkv_sbw: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
-    angles_s11d: torch.Tensor | None,
+    angles_sb1d: torch.Tensor | None,
     head_dim: int,
 ) -> None:
     if qkv_sbw.dim() != 3 or qkv_sbw.shape[-1] != len(q_weight) + 2 * len(k_weight):
@@ -87,5 +88,8 @@ def _check(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.dim() != 1 or len(weight) % head_dim or head_dim % 2:
             raise ValueError(f"{name}: expected whole heads of an even head_dim {head_dim}, got {tuple(weight.shape)}")
-    if angles_s11d is not None and tuple(angles_s11d.shape) != (qkv_sbw.shape[0], 1, 1, head_dim):
-        raise ValueError(f"angles_s11d: expected {(qkv_sbw.shape[0], 1, 1, head_dim)}, got {tuple(angles_s11d.shape)}")
+    length, batch, _ = qkv_sbw.shape
+    expected_shapes = ((length, 1, 1, head_dim), (length, batch, 1, head_dim))
+    if angles_sb1d is not None and tuple(angles_sb1d.shape) not in expected_shapes:
+        expected = " or ".join(map(str, dict.fromkeys(expected_shapes)))
+        raise ValueError(f"angles_sb1d: expected {expected}, got {tuple(angles_sb1d.shape)}")

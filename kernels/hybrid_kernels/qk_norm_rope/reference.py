@@ -24,10 +24,10 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-def rotate(x_sbhd: torch.Tensor, angles_s11d: torch.Tensor) -> torch.Tensor:
+def rotate(x_sbhd: torch.Tensor, angles_sb1d: torch.Tensor) -> torch.Tensor:
     """Apply rotary embedding in x's precision: rotate each pair (x_i, x_{i + d/2}) by angle i."""
     half = x_sbhd.shape[-1] // 2
-    angles = angles_s11d[..., :half].to(x_sbhd.dtype)
+    angles = angles_sb1d[..., :half].to(x_sbhd.dtype)
     low, high = x_sbhd.split(half, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
@@ -37,7 +37,7 @@ def qk_norm_rope_torch(
     qkv_sbw: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
-    angles_s11d: torch.Tensor | None,
+    angles_sb1d: torch.Tensor | None,
     *,
     head_dim: int,
     true_widths: tuple[int, int],
@@ -55,5 +55,5 @@ def qk_norm_rope_torch(
     for i, (x, weight) in enumerate(((q, q_weight), (k, k_weight))):
         x = x * torch.rsqrt(squares[..., i : i + 1] / true_widths[i] + eps) * weight.to(compute)
         x = x.unflatten(-1, (-1, head_dim))
-        results.append((x if angles_s11d is None else rotate(x, angles_s11d)).to(qkv_sbw.dtype))
+        results.append((x if angles_sb1d is None else rotate(x, angles_sb1d)).to(qkv_sbw.dtype))
     return results[0], results[1], v.unflatten(-1, (-1, head_dim)).contiguous()

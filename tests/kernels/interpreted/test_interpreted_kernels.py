@@ -6,7 +6,7 @@ import torch
 from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
-from hybrid_kernels.testing import delta_rule_inputs, packed_inputs, relative_error
+from hybrid_kernels.testing import delta_rule_inputs, packed_inputs, random_positions, relative_error
 
 
 def gradients(fn, inputs):
@@ -62,17 +62,59 @@ def test_gated_delta_rule_where_it_is_hard(hard):
     agree(delta_rule(), [*inputs, torch.randn(1, 1, 32, 64)], 3e-4)
 
 
-def test_gated_delta_rule_of_documents():
+def test_gated_delta_rule_of_packed_sequences():
     bounds = torch.tensor([0, 1, 1, 66, 80])
     inputs = delta_rule_inputs(1, 80, 1, 1, 32, 64)
     agree(delta_rule(cu_seqlens=bounds), [*inputs, torch.randn(4, 1, 32, 64)], 2e-5)
 
 
-@pytest.mark.parametrize("batch, length, segments, save", [(2, 100, 2, "scores"), (1, 180, 3, "inputs")])
-def test_gated_delta_rule_in_segments(batch, length, segments, save, monkeypatch):
+def in_segments(segments, monkeypatch):
     from hybrid_kernels.gated_delta_rule.backends.triton import op
 
     monkeypatch.setattr(op, "segments_of", lambda *_: segments)
+
+
+@pytest.mark.parametrize(
+    "batch, length, key_dim, segments, seed, save",
+    [
+        (4, 70, 16, 1, 5, "scores"),
+        (2, 100, 32, 1, 0, "inputs"),
+        (3, 140, 16, 2, 3, "states"),
+        (1, 64, 96, 1, 2, "scores"),
+    ],
+)
+def test_gated_delta_rule_of_documents(batch, length, key_dim, segments, seed, save, monkeypatch):
+    in_segments(segments, monkeypatch)
+    positions = random_positions(batch, length, seed=seed)
+    inputs = [*delta_rule_inputs(batch, length, 1, 1, key_dim, 64, gate=-1e-2), torch.randn(batch, 1, key_dim, 64)]
+    agree(delta_rule(save=save, positions_bs=positions), inputs, 2e-5)
+    dg = gradients(delta_rule(save=save, positions_bs=positions)("triton"), inputs)[5]
+    assert not dg[positions == 0].any(), "there is no state to decay"
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_nothing_crosses_a_boundary(segments, monkeypatch):
+    """Change everything on one side of a boundary: no bit on the other side changes, not even in a gradient."""
+    in_segments(segments, monkeypatch)
+    inputs, others = (delta_rule_inputs(1, 100, 1, 1, 16, 64, gate=-1e-3, seed=seed) for seed in (0, 1))
+    positions, initial = torch.cat([torch.arange(30, 60), torch.arange(70)]).int()[None], torch.randn(1, 1, 16, 64)
+    fn = delta_rule(positions_bs=positions)("triton")
+    both = gradients(fn, [*inputs, initial])
+    before, after = slice(0, 30), slice(30, None)
+    for same, changed in ((before, after), (after, before)):
+        mixed = [x.clone() for x in inputs]
+        for x, y in zip(mixed, others):
+            x[:, changed] = y[:, changed]
+        found = gradients(fn, [*mixed, initial])
+        for x, y in zip((both[0], *both[2:7]), (found[0], *found[2:7])):
+            assert torch.equal(x[:, same], y[:, same])
+        own = 7 if same is before else 1  # the initial state belongs to the first document, the final one to the last
+        assert torch.equal(both[own], found[own])
+
+
+@pytest.mark.parametrize("batch, length, segments, save", [(2, 100, 2, "scores"), (1, 180, 3, "inputs")])
+def test_gated_delta_rule_in_segments(batch, length, segments, save, monkeypatch):
+    in_segments(segments, monkeypatch)
     inputs = delta_rule_inputs(batch, length, 1, 1, 96 if batch == 1 else 16, 64, gate=-1e-2)
     agree(delta_rule(save=save), [*inputs, torch.randn(batch, 1, inputs[0].shape[3], 64)], 2e-5)
 
@@ -99,19 +141,17 @@ def test_keys_all_alike_do_not_diverge(hard):
     assert relative_error(o, exact) < 0.5
 
 
-@pytest.mark.parametrize("documents, segments", [(False, 1), (True, 1), (False, 2)])
+@pytest.mark.parametrize("documents, segments", [(False, 1), (True, 1), (True, 2)])
 def test_compiled_without_a_break(documents, segments, small_segments, monkeypatch):
     """Every op, and its backward pass, is one operator for torch.compile."""
-    from hybrid_kernels.gated_delta_rule.backends.triton import op
-
-    monkeypatch.setattr(op, "segments_of", lambda *_: segments)
+    in_segments(segments, monkeypatch)
     length = 34 if segments == 1 else 70
     dims = dict(num_key_heads=1, num_value_heads=1, key_head_dim=16, value_head_dim=64)
-    cu = torch.tensor([0, 20, 34]) if documents else None
+    of = dict(positions_bs=random_positions(1, length, seed=3) if documents else None)
 
     def mixer(packed, conv, A_log, dt_bias, weight):
-        q, k, v, g, beta, gate = conv_gates(packed, conv, A_log, dt_bias, cu_seqlens=cu, return_gate=True, **dims)
-        o, final = gated_delta_rule(q, k, v, g, beta, output_final_state=True, cu_seqlens=cu)
+        q, k, v, g, beta, gate = conv_gates(packed, conv, A_log, dt_bias, return_gate=True, **of, **dims)
+        o, final = gated_delta_rule(q, k, v, g, beta, output_final_state=True, **of)
         return gated_rmsnorm(o, gate, weight, 1e-5), final
 
     inputs = [*packed_inputs(length, 1, 1, 1, 16, 64), torch.randn(64)]
@@ -137,12 +177,12 @@ def test_beta_of_zero_has_its_gradient():
     agree(delta_rule(), [*inputs, torch.randn(1, 1, 16, 64)], 1e-4)
 
 
-@pytest.mark.parametrize("bounds", [None, [0, 1, 1, 3, 20, 37]])
-def test_conv_gates(bounds, small_segments):
-    batch, length, heads, dim, values = (2, 70, 1, 96, 64) if bounds is None else (1, 37, 2, 32, 16)
+@pytest.mark.parametrize("documents", [False, True])
+def test_conv_gates(documents, small_segments):
+    batch, length, heads, dim, values = (4, 37, 2, 32, 16) if documents else (2, 70, 1, 96, 64)
     options = dict(num_key_heads=1, num_value_heads=heads, key_head_dim=dim, value_head_dim=values, return_gate=True)
-    if bounds:
-        options["cu_seqlens"] = torch.tensor(bounds)
+    if documents:
+        options["positions_bs"] = random_positions(batch, length, seed=5)
     inputs = packed_inputs(length, batch, 1, heads, dim, values)
     agree(lambda backend: lambda *x: conv_gates(*x, backend=backend, **options), inputs, 1e-5)
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from hybrid_kernels.qk_norm_rope import explain, qk_norm_rope
-from hybrid_kernels.testing import qkv_inputs, relative_error
+from hybrid_kernels.testing import angles_of_sequences, qkv_inputs, random_positions, relative_error
 
 
 def gradients(inputs, *, layout=None, **options):
@@ -34,6 +34,16 @@ def test_against_fp64(heads, groups, head_dim, layout):
     inputs = qkv_inputs(7, 2, heads, groups, head_dim)
     options = dict(head_dim=head_dim, true_widths=(heads * head_dim, groups * head_dim))
     agree(gradients(inputs, layout=layout, backend="triton", **options), exact(inputs, **options), 1e-5)
+
+
+def test_angles_of_each_sequence():
+    inputs = list(qkv_inputs(9, 3, 3, 3, 16))
+    options = dict(head_dim=16, true_widths=(48, 48))
+    shared = gradients(inputs, backend="triton", **options)
+    inputs[3] = inputs[3].expand(-1, 3, -1, -1)
+    assert all(torch.equal(x, y) for x, y in zip(shared, gradients(inputs, backend="triton", **options)))
+    inputs[3] = angles_of_sequences(inputs[3][:, :1], random_positions(3, 9, seed=0).clamp(max=8))
+    agree(gradients(inputs, backend="triton", **options), exact(inputs, **options), 1e-5)
 
 
 def test_without_rotary_and_with_several_tokens_a_program(monkeypatch):

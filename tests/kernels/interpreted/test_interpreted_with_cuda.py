@@ -8,7 +8,7 @@ import torch
 from hybrid_kernels.gated_delta_rule import gated_delta_rule, passes
 from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
 from hybrid_kernels.gated_delta_rule.kernels import Kernels
-from hybrid_kernels.testing import delta_rule_inputs, relative_error
+from hybrid_kernels.testing import delta_rule_inputs, random_positions, relative_error
 from tests.kernels.kernels_on_cpu import calls_on_cpu
 
 
@@ -17,7 +17,7 @@ def on_cpu(tmp_path_factory):
     return calls_on_cpu(tmp_path_factory.mktemp("kernels"))
 
 
-def results(inputs, given, backend, save="scores", bounds=None):
+def results(inputs, given, backend, save="scores", bounds=None, positions=None):
     """Return o, the final state and all gradients."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     *tokens, initial = leaves
@@ -30,12 +30,13 @@ def results(inputs, given, backend, save="scores", bounds=None):
         backend=backend,
         scale=0.1,
         cu_seqlens=cu_seqlens,
+        positions_bs=positions,
     )
     return (*out, *torch.autograd.grad(out, leaves, [x.to(y.dtype) for x, y in zip(given, out, strict=True)]))
 
 
 @pytest.mark.parametrize(
-    "length, heads, save, segments, bounds, tolerance, hard",
+    "length, heads, save, segments, documents, tolerance, hard",
     [
         (100, 2, "scores", 1, None, 0.02, {}),
         (63, 1, "inputs", 1, None, 0.02, dict(beta=0.0)),
@@ -44,22 +45,29 @@ def results(inputs, given, backend, save="scores", bounds=None):
         (110, 1, "scores", 1, [0, 1, 1, 66, 110], 0.02, dict(gate=-1e-2)),
         (100, 1, "inputs", 1, [0, 30, 100], 0.02, dict(gate=-1e-2)),
         (180, 1, "scores", 3, None, 0.02, dict(gate=-1e-2)),
+        (100, 1, "scores", 1, 8, 0.02, dict(gate=-1e-2)),
+        (180, 1, "inputs", 3, 3, 0.02, dict(gate=-1e-2)),
     ],
     ids=str,
 )
-def test_results_and_gradients(length, heads, save, segments, bounds, tolerance, hard, on_cpu, monkeypatch):
-    """Compare with fp64, within the tolerance of dg in tests/gpu/test_kernels.py: A is in fp16 and the rest in bf16."""
+def test_results_and_gradients(length, heads, save, segments, documents, tolerance, hard, on_cpu, monkeypatch):
+    """Compare with fp64, within the tolerance of dg in tests/gpu/test_kernels.py: A is in fp16 and the rest in bf16.
+
+    `documents`: bounds of packed sequences, or the seed of documents in the row.
+    """
     torch.manual_seed(0)
+    bounds = documents if isinstance(documents, list) else None
+    positions = random_positions(1, length, seed=documents) if isinstance(documents, int) else None
     inputs = delta_rule_inputs(1, length, 1, heads, 96, 64, dtype=torch.bfloat16, **hard)
     shape = (1 if bounds is None else len(bounds) - 1, heads, 96, 64)
     inputs.append(torch.randn(shape))
     given = [torch.randn(1, length, heads, 64, dtype=torch.bfloat16), torch.randn(shape)]
-    exact = results([x.double() for x in inputs], given, "torch", bounds=bounds)
+    exact = results([x.double() for x in inputs], given, "torch", bounds=bounds, positions=positions)
 
     call = Mock(wraps=on_cpu)
     monkeypatch.setattr(cuda_op, "_call", call)
     monkeypatch.setattr(passes, "choose_kernels", lambda *_: Kernels(cuda_op, segments))
-    ours = results(inputs, given, "triton", save, bounds)
+    ours = results(inputs, given, "triton", save, bounds, positions)
     assert [x.args[0] for x in call.call_args_list].count("prepare") == (2 if save == "inputs" else 1)
     names = ("o", "final", "q", "k", "v", "g", "beta", "initial")
     errors = {name: relative_error(x, y, floor=1e-2) for name, x, y in zip(names, ours, exact, strict=True)}

@@ -37,7 +37,7 @@ def _pre_activation_gradient(y, d, NORM: tl.constexpr, DIM: tl.constexpr):
 @triton.jit
 def _channels(
     x, dx, dout, weight, dweight, positions, T, stride, out_stride, first,
-    DIM: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+    DIM: tl.constexpr, NORM: tl.constexpr, DOCUMENTS: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     t = (first + tl.arange(0, S) * L).to(tl.int64)
     x1 = row_tiles(x, t - 1, (t >= 1) & (t <= T), stride, DIM)
@@ -51,16 +51,19 @@ def _channels(
     nothing = zero_rows(S, DIM)
     next_x = row_tiles(x, t, t < T, stride, DIM)
     next_d = row_tiles(dout, t, t < T, out_stride, DIM)
+    next_position = tl.zeros([S], tl.int32)
+    if DOCUMENTS:
+        next_position = tl.load(positions + t, mask=t < T, other=0)
     for step in range(L + 3):
         x0, d = next_x, next_d
         ahead = (t + 1 < T) & (step < L + 2)
         next_x = row_tiles(x, t + 1, ahead, stride, DIM)
         next_d = row_tiles(dout, t + 1, ahead, out_stride, DIM)
-        position = t
-        if VARLEN:
-            position = tl.load(positions + t, mask=t < T, other=0)
-        s0, s1 = seen(x0, position, 0, VARLEN, DIM), seen(x1, position, 1, VARLEN, DIM)
-        s2, s3 = seen(x2, position, 2, VARLEN, DIM), seen(x3, position, 3, VARLEN, DIM)
+        position = next_position
+        if DOCUMENTS:
+            next_position = tl.load(positions + t + 1, mask=t + 1 < T, other=0)
+        s0, s1 = seen(x0, position, 0, DOCUMENTS, DIM), seen(x1, position, 1, DOCUMENTS, DIM)
+        s2, s3 = seen(x2, position, 2, DOCUMENTS, DIM), seen(x3, position, 3, DOCUMENTS, DIM)
         y = add_products(
             add_products(add_products(add_products(nothing, w3, s0, DIM), w2, s1, DIM), w1, s2, DIM), w0, s3, DIM
         )
@@ -68,8 +71,8 @@ def _channels(
         if step < L:  # the next segment counts the three tokens past this one
             dw3, dw2 = add_products(dw3, dy, s0, DIM), add_products(dw2, dy, s1, DIM)
             dw1, dw0 = add_products(dw1, dy, s2, DIM), add_products(dw0, dy, s3, DIM)
-        dy1, dy2 = seen(dy, position, 1, VARLEN, DIM), seen(dy, position, 2, VARLEN, DIM)
-        done = add_products(due3, w0, seen(dy, position, 3, VARLEN, DIM), DIM)
+        dy1, dy2 = seen(dy, position, 1, DOCUMENTS, DIM), seen(dy, position, 2, DOCUMENTS, DIM)
+        done = add_products(due3, w0, seen(dy, position, 3, DOCUMENTS, DIM), DIM)
         due3, due2, due1 = (
             add_products(due2, w1, dy2, DIM),
             add_products(due1, w2, dy1, DIM),
@@ -141,13 +144,14 @@ def _gates(
 def conv_gates_backward_kernel(
     packed, weight, A_log, dt_bias, positions, dq, dk, dv, dg, dbeta, dgate, dpacked, dweight, sums, T, B, beta_max,
     W: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VT: tl.constexpr,
-    HEADS_POW2: tl.constexpr, VARLEN: tl.constexpr, WITH_GATE: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+    HEADS_POW2: tl.constexpr, DOCUMENTS: tl.constexpr, WITH_GATE: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     unit, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     part = (i_b * tl.num_programs(1) + i_t).to(tl.int64)
     first = i_t * S * L
     x, dx = packed + i_b * W, dpacked + i_b * W
     row = i_b.to(tl.int64) * T
+    positions += row
     dweight += part * (2 * HK * K + HV * V) * 4
     if unit < 2 * HK:
         at = unit * K
@@ -156,14 +160,14 @@ def conv_gates_backward_kernel(
             dout = dk + row * HK * K + (unit - HK) * K
         _channels(
             x + at, dx + at, dout, weight + at * 4, dweight + at * 4, positions, T, B * W, HK * K, first,
-            K, True, VARLEN, S, L,
+            K, True, DOCUMENTS, S, L,
         )  # fmt: skip
     elif unit < 2 * HK + HV * V // VT:
         tile = (unit - 2 * HK) * VT
         at = 2 * HK * K + tile
         _channels(
             x + at, dx + at, dv + row * HV * V + tile, weight + at * 4, dweight + at * 4, positions, T, B * W, HV * V,
-            first, VT, False, VARLEN, S, L,
+            first, VT, False, DOCUMENTS, S, L,
         )  # fmt: skip
     elif unit < 2 * HK + 2 * (HV * V // VT):
         tile = (unit - 2 * HK) * VT - HV * V

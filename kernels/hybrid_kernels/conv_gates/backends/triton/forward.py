@@ -19,7 +19,7 @@ def softplus(x):
 @triton.jit
 def _channels(
     x, out, weight, positions, T, stride, out_stride, first,
-    DIM: tl.constexpr, NORM: tl.constexpr, VARLEN: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+    DIM: tl.constexpr, NORM: tl.constexpr, DOCUMENTS: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     t = (first + tl.arange(0, S) * L).to(tl.int64)
     x1 = row_tiles(x, t - 1, (t >= 1) & (t <= T), stride, DIM)
@@ -29,16 +29,19 @@ def _channels(
     w2, w3 = tap_tiles(weight, 2, DIM), tap_tiles(weight, 3, DIM)
     nothing = zero_rows(S, DIM)
     next_x = row_tiles(x, t, t < T, stride, DIM)
+    next_position = tl.zeros([S], tl.int32)
+    if DOCUMENTS:
+        next_position = tl.load(positions + t, mask=t < T, other=0)
     for step in range(L):
         x0 = next_x
         next_x = row_tiles(x, t + 1, (t + 1 < T) & (step < L - 1), stride, DIM)
-        position = t
-        if VARLEN:
-            position = tl.load(positions + t, mask=t < T, other=0)
-        y = add_products(nothing, w3, seen(x0, position, 0, VARLEN, DIM), DIM)
-        y = add_products(y, w2, seen(x1, position, 1, VARLEN, DIM), DIM)
-        y = add_products(y, w1, seen(x2, position, 2, VARLEN, DIM), DIM)
-        y = add_products(y, w0, seen(x3, position, 3, VARLEN, DIM), DIM)
+        position = next_position
+        if DOCUMENTS:
+            next_position = tl.load(positions + t + 1, mask=t + 1 < T, other=0)
+        y = add_products(nothing, w3, seen(x0, position, 0, DOCUMENTS, DIM), DIM)
+        y = add_products(y, w2, seen(x1, position, 1, DOCUMENTS, DIM), DIM)
+        y = add_products(y, w1, seen(x2, position, 2, DOCUMENTS, DIM), DIM)
+        y = add_products(y, w0, seen(x3, position, 3, DOCUMENTS, DIM), DIM)
         square = tl.zeros([S], tl.float32)
         active = ()
         for i in tl.static_range(DIM // even_width(DIM)):
@@ -75,22 +78,23 @@ def _gates(raw, A_log, dt_bias, g, beta, t, T, stride, beta_max, HV: tl.constexp
 def conv_gates_kernel(
     packed, weight, A_log, dt_bias, positions, q, k, v, g, beta, T, B, beta_max,
     W: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VT: tl.constexpr,
-    HEADS_POW2: tl.constexpr, VARLEN: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+    HEADS_POW2: tl.constexpr, DOCUMENTS: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     unit, i_b = tl.program_id(0), tl.program_id(2)
     first = tl.program_id(1) * S * L
     x, row = packed + i_b * W, i_b.to(tl.int64) * T
+    positions += row
     if unit < 2 * HK:
         out = q + row * (HK * K) + unit * K
         if unit >= HK:
             out = k + row * (HK * K) + (unit - HK) * K
         at = unit * K
-        _channels(x + at, out, weight + at * 4, positions, T, B * W, HK * K, first, K, True, VARLEN, S, L)
+        _channels(x + at, out, weight + at * 4, positions, T, B * W, HK * K, first, K, True, DOCUMENTS, S, L)
     elif unit < 2 * HK + HV * V // VT:
         tile = (unit - 2 * HK) * VT
         at = 2 * HK * K + tile
         out = v + row * (HV * V) + tile
-        _channels(x + at, out, weight + at * 4, positions, T, B * W, HV * V, first, VT, False, VARLEN, S, L)
+        _channels(x + at, out, weight + at * 4, positions, T, B * W, HV * V, first, VT, False, DOCUMENTS, S, L)
     else:
         raw = x + 2 * HK * K + 2 * HV * V
         for block in range(S * L // 16):

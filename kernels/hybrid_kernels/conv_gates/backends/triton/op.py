@@ -6,11 +6,12 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 
 from hybrid_kernels.conv_gates.backends.triton.backward import conv_gates_backward_kernel
 from hybrid_kernels.conv_gates.backends.triton.forward import conv_gates_kernel
-from hybrid_kernels.conv_gates.reference import position_in_document, widths
+from hybrid_kernels.conv_gates.reference import widths
 from hybrid_kernels.custom_op import OptionalTensors, custom_op
 
 SEGMENTS, FORWARD_SEGMENT, BACKWARD_SEGMENT = 8, 32, 64
@@ -32,12 +33,12 @@ def unsupported_reason(taps: int, dims: list[int]) -> str | None:
     return None
 
 
-def _constants(dims: list[int], width: int, varlen: bool) -> dict[str, Any]:
+def _constants(dims: list[int], width: int, documents: bool) -> dict[str, Any]:
     key_heads, heads, dim_k, dim_v = dims
     tile = next(t for t in (64, 32, 16) if heads * dim_v % t == 0)
     return dict(
         W=width, HK=key_heads, HV=heads, K=dim_k, V=dim_v, VT=tile, HEADS_POW2=triton.next_power_of_2(heads),
-        VARLEN=varlen,
+        DOCUMENTS=documents,
     )  # fmt: skip
 
 
@@ -109,33 +110,40 @@ def _backward(
 # again on the halo and these tokens, and the wrong results of both runs are dropped. No other token is copied.
 
 
+def _positions_of_start(positions: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the positions of the halo and the first tokens, [b, 2 * BACK]. Those of the halo do not matter."""
+    return None if positions is None else F.pad(positions[:, :BACK], (BACK, 0))
+
+
 def _correct_start(
-    packed: torch.Tensor, weight: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, halo: torch.Tensor,
-    out: OptionalTensors, dims: list[int], beta_max: float,
+    packed: torch.Tensor, weight: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, positions: torch.Tensor | None,
+    halo: torch.Tensor, out: OptionalTensors, dims: list[int], beta_max: float,
 ) -> torch.Tensor:  # fmt: skip
     """Overwrite the first tokens of q, k and v. Returns the halo and the first tokens, [2 * BACK, b, w]."""
-    start = torch.cat((halo, packed[:BACK]))
-    for x, correct in zip(out[:3], _forward(start, weight, A_log, dt_bias, None, dims, beta_max)):
+    start, of_start = torch.cat((halo, packed[:BACK])), _positions_of_start(positions)
+    for x, correct in zip(out[:3], _forward(start, weight, A_log, dt_bias, of_start, dims, beta_max)):
         assert x is not None and correct is not None
         x[:, :BACK] = correct[:, BACK:]
     return start
 
 
 def _backward_with_halo(
-    packed: torch.Tensor, weight: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, start: torch.Tensor,
-    grads: list[torch.Tensor], dgate: torch.Tensor | None, dims: list[int], beta_max: float,
+    packed: torch.Tensor, weight: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor, positions: torch.Tensor | None,
+    start: torch.Tensor, grads: list[torch.Tensor], dgate: torch.Tensor | None, dims: list[int], beta_max: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the gradients of `_backward`, then that of the halo."""
     first = [x[:, :BACK].clone() for x in grads[:3]]
     for x in grads[:3]:
         x[:, :BACK] = 0
-    dpacked, dweight, dgates = _backward(packed, weight, A_log, dt_bias, None, *grads, dgate, dims, beta_max)
+    dpacked, dweight, dgates = _backward(packed, weight, A_log, dt_bias, positions, *grads, dgate, dims, beta_max)
     for x, part in zip(grads[:3], first):  # autograd may use these gradients again
         x[:, :BACK] = part
     of_start = [x.new_zeros(x.shape[0], 2 * BACK, *x.shape[2:]) for x in grads]
     for x, part in zip(of_start[:3], first):
         x[:, BACK:] = part
-    dstart, more, _ = _backward(start, weight, A_log, dt_bias, None, *of_start, None, dims, beta_max)
+    dstart, more, _ = _backward(
+        start, weight, A_log, dt_bias, _positions_of_start(positions), *of_start, None, dims, beta_max
+    )
     assert dpacked is not None and dweight is not None and dgates is not None
     assert dstart is not None and more is not None
     dpacked[:BACK] += dstart[BACK:]
@@ -146,15 +154,13 @@ class _ConvGates(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, packed: torch.Tensor, weight: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor,
-        cu_seqlens: torch.Tensor | None, halo: torch.Tensor | None, dims: list[int], beta_max: float, return_gate: bool,
+        positions: torch.Tensor | None, halo: torch.Tensor | None, dims: list[int], beta_max: float, return_gate: bool,
     ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-        packed, weight = packed.contiguous(), weight.contiguous()
-        positions = start = None
-        if cu_seqlens is not None:
-            positions = position_in_document(packed.shape[0], cu_seqlens, packed.device).to(torch.int32)
+        packed, weight, start = packed.contiguous(), weight.contiguous(), None
+        positions = positions if positions is None else positions.contiguous()
         out = _forward(packed, weight, A_log, dt_bias, positions, dims, beta_max)
         if halo is not None:
-            start = _correct_start(packed, weight, A_log, dt_bias, halo, out, dims, beta_max)
+            start = _correct_start(packed, weight, A_log, dt_bias, positions, halo, out, dims, beta_max)
         ctx.save_for_backward(packed, weight, A_log, dt_bias, positions, start)
         ctx.dims, ctx.beta_max = dims, beta_max
         if return_gate:
@@ -174,7 +180,7 @@ class _ConvGates(torch.autograd.Function):
             )
         else:
             dpacked, dweight, dgates, dhalo = _backward_with_halo(
-                packed, weight, A_log, dt_bias, start, given, dgate, ctx.dims, ctx.beta_max
+                packed, weight, A_log, dt_bias, positions, start, given, dgate, ctx.dims, ctx.beta_max
             )
         assert dgates is not None
         dA_log, ddt_bias = dgates[0].to(A_log.dtype), dgates[1].to(dt_bias.dtype)
@@ -183,10 +189,10 @@ class _ConvGates(torch.autograd.Function):
 
 def conv_gates_triton(
     packed_sbw: torch.Tensor, weight_ct: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor,
-    cu_seqlens: torch.Tensor | None, halo_sbw: torch.Tensor | None, dims: list[int], beta_max: float, return_gate: bool,
+    positions_bs: torch.Tensor | None, halo_sbw: torch.Tensor | None, dims: list[int], beta_max: float, return_gate: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """See `hybrid_kernels.conv_gates.conv_gates`."""
     results: tuple[torch.Tensor, ...] = _ConvGates.apply(
-        packed_sbw, weight_ct, A_log, dt_bias, cu_seqlens, halo_sbw, dims, beta_max, return_gate
+        packed_sbw, weight_ct, A_log, dt_bias, positions_bs, halo_sbw, dims, beta_max, return_gate
     )
     return results

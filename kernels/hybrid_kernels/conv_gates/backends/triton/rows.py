@@ -35,12 +35,12 @@ def tap_tiles(weight, tap: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def seen(tiles, position, back: tl.constexpr, VARLEN: tl.constexpr, DIM: tl.constexpr):
+def seen(tiles, position, back: tl.constexpr, DOCUMENTS: tl.constexpr, DIM: tl.constexpr):
     """Return tiles in fp32, zero where the token `back` tokens ago belongs to another document."""
     out = ()
     for i in tl.static_range(DIM // even_width(DIM)):
         x = tiles[i].to(tl.float32)
-        if VARLEN:
+        if DOCUMENTS and back > 0:
             x = tl.where((position >= back)[:, None], x, 0.0)
         out = out + (x,)
     return out

@@ -29,6 +29,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("G", "begin", "end", "out", "cu", "first_chunk")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("length", "chunks", "segments", "heads", "key_heads", "values", "width")),
+        ("documents", ctypes.c_int),
     ]
 
 
@@ -36,7 +37,7 @@ class Sizes(ctypes.Structure):
     """`Sizes` of prepare.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("cu", "first_chunk", "document")),
+        *((name, ctypes.c_void_p) for name in ("cu", "first_chunk", "sequence", "positions")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("length", "chunks", "heads", "key_heads")),
     ]
@@ -57,7 +58,7 @@ def unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
 
 
 def segments_of(v: torch.Tensor, dim_k: int, cu_seqlens: torch.Tensor | None) -> int:
-    """Return the number of segments per sequence of v [b, s, H, V]. Documents are not cut."""
+    """Return the number of segments per sequence of v [b, s, H, V]. Packed sequences are not cut."""
     batch, length, heads, dim = v.shape
     blocks, room = batch * heads * (dim // 64), processors(v.device)
     if cu_seqlens is not None or room < PROCESSORS_PER_BLOCK * blocks:
@@ -96,10 +97,10 @@ def prepare(
     """Run `prepare` of backends/triton/op.py."""
     q, k = aligned(q, k)
     heads, key_heads = g.shape[2], k.shape[2]
-    out = Scores.empty(k, heads, chunks.count)
+    out = Scores.empty(k, heads, chunks.count, chunks.positions is not None)
     tensors = (q, k, g.float(), beta.float(), out.A, out.P, out.G)
-    tables = (chunks.cu, chunks.first, chunks.document) if varlen else (None,) * 3
-    sizes = Sizes(*map(_pointer, tables), scale, chunks.length, chunks.per_row, heads, key_heads)
+    tables = (chunks.cu, chunks.first, chunks.sequence) if varlen else (None,) * 3
+    sizes = Sizes(*map(_pointer, (*tables, chunks.positions)), scale, chunks.length, chunks.per_row, heads, key_heads)
     _call("prepare", k, tensors, sizes, chunks.count)
     return out
 
@@ -144,10 +145,11 @@ def _launch(
     k, v = tensors[1:3]
     assert k is not None and v is not None
     begin = begin if begin is None else begin.float()
-    documents = (None, None) if cu_seqlens is None else (chunks.cu, chunks.first)
+    tables = (None, None) if cu_seqlens is None else (chunks.cu, chunks.first)
     args = Arguments(
-        *map(_pointer, (scores.G, begin, end, out, *documents)), scale, chunks.length, chunks.per_row, chunks.segments,
+        *map(_pointer, (scores.G, begin, end, out, *tables)), scale, chunks.length, chunks.per_row, chunks.segments,
         v.shape[2], k.shape[2], v.shape[3], v.shape[3] if end is None else end.shape[3],
+        chunks.positions is not None,
     )  # fmt: skip
     _call(name, k, tensors, args, v.shape[0] * v.shape[1], chunks.count * v.shape[2], chunks.sequences)
 

@@ -6,7 +6,8 @@
 #include "mma.cuh"
 
 struct Sizes {
-    const int *cu, *first_chunk, *document;  // bounds of documents, their first chunks, and each chunk's document; or null
+    const int *cu, *first_chunk, *sequence;  // bounds of packed sequences, their first chunks, and each chunk's sequence; or null
+    const int *positions;                    // of each token in its document, or null
     float scale;
     int length, chunks, heads, key_heads;  // length, chunks: per batch row
 };
@@ -28,6 +29,7 @@ struct alignas(16) Shared {
         };
     };
     float G[CHUNK], beta[CHUNK];
+    int first[CHUNK];  // first token of each token's document, counted from the chunk's first; with documents
 };
 
 __device__ __forceinline__ void fetch_keys(Shared &shared, const uint16_t *q, const uint16_t *k, int stride, int valid) {
@@ -41,10 +43,9 @@ __device__ __forceinline__ void fetch_keys(Shared &shared, const uint16_t *q, co
     }
 }
 
-// One warp: the running sums of g in units of log 2, and beta, never so small that A's diagonal holds a zero
-__device__ __forceinline__ void fetch_gates(Shared &shared, const float *g, const float *beta, float *G, int stride, int valid) {
+// One warp: the running sums of g in units of log 2, of two tokens per lane
+__device__ __forceinline__ void sum_gates(Shared &shared, float first, float second, float *G) {
     const int lane = threadIdx.x % 32, t = 2 * lane;
-    const float first = t < valid ? g[(long)t * stride] : 0.f, second = t + 1 < valid ? g[(long)(t + 1) * stride] : 0.f;
     float sum = first + second;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -53,6 +54,55 @@ __device__ __forceinline__ void fetch_gates(Shared &shared, const float *g, cons
     }
     G[t] = shared.G[t] = (sum - second) * LOG2E;
     G[t + 1] = shared.G[t + 1] = sum * LOG2E;
+}
+
+// The same inside documents, and which tokens see what (backends/triton/prepare.py): three rows of G
+__device__ __forceinline__ void sum_gates_in_documents(Shared &shared, float first, float second, const int *positions, int valid,
+                                                       float *G) {
+    const int lane = threadIdx.x % 32, t = 2 * lane;
+    auto position_of = [&](int token) {  // tokens past the end continue the last one's document
+        const int place = min(token, valid - 1);
+        return positions[place] + token - place;
+    };
+    const int position[2] = {position_of(t), position_of(t + 1)}, last = position_of(CHUNK - 1);
+    if (position[0] == 0) first = 0.f;  // a document's first token decays no state
+    if (position[1] == 0) second = 0.f;
+    int begins = position[0] == 0 || position[1] == 0;
+    float sum = position[1] == 0 ? 0.f : first + second;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const float before = __shfl_up_sync(~0u, sum, step);
+        const int begins_before = __shfl_up_sync(~0u, begins, step);
+        if (lane >= step) {
+            if (!begins) sum += before;
+            begins |= begins_before;
+        }
+    }
+    const float earlier = __shfl_up_sync(~0u, sum, 1);
+    float of[2];
+    of[0] = position[0] == 0 ? 0.f : (lane ? earlier : 0.f) + first;
+    of[1] = position[1] == 0 ? 0.f : of[0] + second;
+    const float end = __shfl_sync(~0u, of[1], 31) * LOG2E, never = __int_as_float(0xFF800000);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float x = of[i] * LOG2E;
+        shared.first[t + i] = t + i - position[i];
+        G[t + i] = shared.G[t + i] = x;
+        G[CHUNK + t + i] = position[i] > t + i ? x : never;
+        G[2 * CHUNK + t + i] = CHUNK - 1 - (t + i) <= last ? end - x : never;
+    }
+}
+
+// One warp: the gates, with beta never so small that A's diagonal holds a zero
+template <bool DOCUMENTS>
+__device__ __forceinline__ void fetch_gates(Shared &shared, const float *g, const float *beta, const int *positions, float *G,
+                                            int stride, int valid) {
+    const int t = threadIdx.x % 32 * 2;
+    const float first = t < valid ? g[(long)t * stride] : 0.f, second = t + 1 < valid ? g[(long)(t + 1) * stride] : 0.f;
+    if constexpr (DOCUMENTS)
+        sum_gates_in_documents(shared, first, second, positions, valid, G);
+    else
+        sum_gates(shared, first, second, G);
     shared.beta[t] = t < valid ? fmaxf(beta[(long)t * stride], 0x1p-20f) : 0.f;
     shared.beta[t + 1] = t + 1 < valid ? fmaxf(beta[(long)(t + 1) * stride], 0x1p-20f) : 0.f;
 }
@@ -75,21 +125,23 @@ __device__ __forceinline__ void multiply_keys(const uint16_t (&x)[CHUNK][KEY_ROW
     }
 }
 
-// What the fragments hold, times exp(G_i - G_j) up to the diagonal, which STRICT leaves out: two at a time to `use`
-template <bool STRICT, class Use>
+// What the fragments hold, times exp(G_i - G_j) up to the diagonal, which STRICT leaves out, and zero from one document to another:
+// two at a time to `use`
+template <bool STRICT, bool DOCUMENTS, class Use>
 __device__ __forceinline__ void with_decays(const Shared &shared, int warp, const float (&products)[8][4], Use use) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = 16 * warp + lane / 4 + 8 * half;
         const float G = shared.G[row];
+        const int begin = DOCUMENTS ? shared.first[row] : 0;
 #pragma unroll
         for (int tile = 0; tile < 8; ++tile) {
             const int col = 8 * tile + lane % 4 * 2;
             float x[2] = {0.f, 0.f};
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                if (tile / 2 <= warp && row >= col + i + STRICT)
+                if (tile / 2 <= warp && row >= col + i + STRICT && (!DOCUMENTS || col + i >= begin))
                     x[i] = products[tile][2 * half + i] * ptx::exp2(G - shared.G[col + i]);
             use(row, col, x[0], x[1]);
         }
@@ -97,9 +149,10 @@ __device__ __forceinline__ void with_decays(const Shared &shared, int warp, cons
 }
 
 // This warp's 16 rows of P, through shared memory, where its rows of q were, to where they belong
+template <bool DOCUMENTS>
 __device__ __forceinline__ void put_scores(Shared &shared, int warp, const float (&qk)[8][4], float scale, uint4 *P) {
     __syncwarp();
-    with_decays<false>(shared, warp, qk, [&](int row, int col, float x, float y) {
+    with_decays<false, DOCUMENTS>(shared, warp, qk, [&](int row, int col, float x, float y) {
         *(uint32_t *)&shared.q[row][col] = ptx::two_bf16(x * scale, y * scale);
     });
     __syncwarp();
@@ -162,15 +215,16 @@ struct Span {
 };
 
 __device__ __forceinline__ Span span_of(const Sizes &sizes, int chunk) {
-    if (sizes.cu) {  // `cu` ends with a repeated bound, so that chunks past the last document are empty
-        const int document = sizes.document[chunk];
-        const int start = sizes.cu[document] + (chunk - sizes.first_chunk[document]) * CHUNK;
-        return {start, min(CHUNK, sizes.cu[document + 1] - start)};
+    if (sizes.cu) {  // `cu` ends with a repeated bound, so that chunks past the last sequence are empty
+        const int sequence = sizes.sequence[chunk];
+        const int start = sizes.cu[sequence] + (chunk - sizes.first_chunk[sequence]) * CHUNK;
+        return {start, min(CHUNK, sizes.cu[sequence + 1] - start)};
     }
     const int token = chunk % sizes.chunks * CHUNK;
     return {chunk / sizes.chunks * sizes.length + token, min(CHUNK, sizes.length - token)};
 }
 
+template <bool DOCUMENTS>
 __global__ void __launch_bounds__(THREADS, 7)
     prepare_kernel(const uint16_t *q, const uint16_t *k, const float *g, const float *beta, uint16_t *A, uint16_t *P, float *G,
                    Sizes sizes) {
@@ -182,18 +236,20 @@ __global__ void __launch_bounds__(THREADS, 7)
     const long key = ((long)start * sizes.key_heads + head / (sizes.heads / sizes.key_heads)) * K, gate = (long)start * sizes.heads + head;
 
     fetch_keys(shared, q + key, k + key, sizes.key_heads * K, valid);
-    if (warp == 0) fetch_gates(shared, g + gate, beta + gate, G + tile * CHUNK, sizes.heads, valid);
+    if (warp == 0)
+        fetch_gates<DOCUMENTS>(shared, g + gate, beta + gate, DOCUMENTS ? sizes.positions + start : nullptr,
+                               G + tile * (DOCUMENTS ? 3 * CHUNK : CHUNK), sizes.heads, valid);
     ptx::copies_landed();
     __syncthreads();
     {
         float qk[8][4] = {};
         multiply_keys(shared.q, shared.k, warp, qk);
-        put_scores(shared, warp, qk, sizes.scale, (uint4 *)(P + tile * CHUNK * CHUNK));
+        put_scores<DOCUMENTS>(shared, warp, qk, sizes.scale, (uint4 *)(P + tile * CHUNK * CHUNK));
     }
     float kk[8][4] = {};
     multiply_keys(shared.k, shared.k, warp, kk);
     __syncthreads();  // N lies where q and k were
-    with_decays<true>(shared, warp, kk, [&](int row, int col, float x, float y) {
+    with_decays<true, DOCUMENTS>(shared, warp, kk, [&](int row, int col, float x, float y) {
         const float beta = shared.beta[row];
         *(float2 *)&shared.N[row][col] = make_float2(x * beta, y * beta);
     });
@@ -208,11 +264,12 @@ __global__ void __launch_bounds__(THREADS, 7)
 }  // namespace
 
 #ifdef __CUDACC__
-// q, k [rows, key heads, K] bf16, g, beta [rows, heads] fp32; A fp16, P bf16 [count, heads, 64, 64], G [count, heads, 64] fp32.
-// Returns null, or what went wrong.
+// q, k [rows, key heads, K] bf16, g, beta [rows, heads] fp32; A fp16, P bf16 [count, heads, 64, 64], G fp32 [count, heads, 64] or,
+// with documents, [count, heads, 3, 64]. Returns null, or what went wrong.
 extern "C" const char *prepare(const void *q, const void *k, const void *g, const void *beta, void *A, void *P, void *G,
                                const Sizes *sizes, int count, void *stream) {
-    prepare_kernel<<<dim3(sizes->heads, count), THREADS, 0, (cudaStream_t)stream>>>(
+    auto kernel = sizes->positions ? prepare_kernel<true> : prepare_kernel<false>;
+    kernel<<<dim3(sizes->heads, count), THREADS, 0, (cudaStream_t)stream>>>(
         (const uint16_t *)q, (const uint16_t *)k, (const float *)g, (const float *)beta, (uint16_t *)A, (uint16_t *)P,
         (float *)G, *sizes);
     const cudaError_t error = cudaGetLastError();

@@ -18,10 +18,11 @@ struct Arguments {
     const float *G, *begin;       // begin: the states before the first chunks [sequences, H, K, V], or null for zero
     float *end;                   // the states after the last chunks [sequences, H, K, width], or null
     __nv_bfloat16 *out;           // [rows, H, V], or null
-    const int *cu, *first_chunk;  // of documents, or null
+    const int *cu, *first_chunk;  // of packed sequences, or null
     float scale;
     int length, chunks, segments, heads, key_heads, values;  // length, chunks, segments: per batch row; values: V
     int width;  // V, or more: then blocks past V carry the identity without values, and end with the transition [K, K]
+    int documents;  // G has three rows per chunk and head (backends/triton/prepare.py)
 };
 
 namespace {
@@ -119,23 +120,32 @@ __device__ void fetch_chunks(Shared &shared, const Maps &maps, Span span, int he
 template <bool REVERSE, class Shared>
 __device__ void make_factors(Shared &shared, const Arguments &args, Span span, int head) {
     const int lane = threadIdx.x % 32;
-    auto gates = [&](int i) {
-        if (i >= span.count) return make_float2(0, 0);
-        const long tile = (long)(span.first + chunk_of<REVERSE>(span, i)) * args.heads + head;
-        return *(const float2 *)(args.G + tile * CHUNK + 2 * lane);
+    struct Gates {
+        float2 from_start, to_end;  // to_end: with documents
     };
-    float2 next = gates(0);
+    auto gates = [&](int i) {
+        Gates out{};
+        if (i >= span.count) return out;
+        const long tile = (long)(span.first + chunk_of<REVERSE>(span, i)) * args.heads + head;
+        const float *row = args.documents ? args.G + (3 * tile + 1) * CHUNK + 2 * lane : args.G + tile * CHUNK + 2 * lane;
+        out.from_start = *(const float2 *)row;
+        if (args.documents) out.to_end = *(const float2 *)(row + CHUNK);
+        return out;
+    };
+    Gates next = gates(0);
     for (unsigned i = 0; i < span.count; ++i) {
-        const float2 g = next;
+        const float2 g = next.from_start;
+        float2 to_end = next.to_end;
         next = gates(i + 1);
         const float end = __shfl_sync(~0u, g.y, 31);
+        if (!args.documents) to_end = make_float2(end - g.x, end - g.y);
         const float2 decay = make_float2(ptx::exp2(g.x), ptx::exp2(g.y));
-        // a chunk may reach into the next document, where q and do belong to another state; only their GEMM mixes the two
+        // a chunk may reach into the next sequence, where q and do belong to another state; only their GEMM mixes the two
         const int left = span.end - span.start - chunk_of<REVERSE>(span, i) * CHUNK - 2 * lane;
         auto &to = shared.factors[i % Shared::STAGES];
         await(shared.empty, i, true);
         ((float2 *)to.decay)[lane] = decay;
-        ((float2 *)to.rest)[lane] = make_float2(ptx::exp2(end - g.x), ptx::exp2(end - g.y));
+        ((float2 *)to.rest)[lane] = make_float2(ptx::exp2(to_end.x), ptx::exp2(to_end.y));
         ((float2 *)to.output)[lane] =
             make_float2(left > 0 ? decay.x * args.scale : 0.0f, left > 1 ? decay.y * args.scale : 0.0f);
         __syncwarp();
@@ -268,7 +278,7 @@ struct Scanner {
         const int row = span.start + c * CHUNK;
         if (row + CHUNK <= span.end) {
             if (thread == 0) ptx::put(&maps.out, tile, value_col, row);
-        } else {  // rows beyond the end belong to another document, or to none
+        } else {  // rows beyond the end belong to another sequence, or to none
             for (int i = thread; i < 8 * (span.end - row); i += SCANNERS) {
                 const int t = i / 8, col = i % 8;
                 *(uint4 *)(args.out + (long)(row + t) * args.heads * args.values + value_col + 8 * col) =

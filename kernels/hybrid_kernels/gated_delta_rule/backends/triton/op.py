@@ -37,7 +37,7 @@ def unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
 def segments_of(v: torch.Tensor, dim_k: int, cu_seqlens: torch.Tensor | None) -> int:
     """Return the number of segments per sequence of v [b, s, H, V].
 
-    Documents are not cut. Nor are states of more than 128 rows, because `join` keeps a transition in shared memory.
+    Packed sequences are not cut. Nor are states of more than 128 rows, because `join` keeps a transition in shared memory.
     """
     batch, length, heads, dim = v.shape
     if cu_seqlens is not None or dim_k > 128:
@@ -50,10 +50,11 @@ def prepare(
 ) -> Scores:
     """Compute what does not depend on the state."""
     heads, dim = g.shape[2], k.shape[3]
-    out = Scores.empty(k, heads, chunks.count)
+    out = Scores.empty(k, heads, chunks.count, chunks.positions is not None)
     prepare_kernel[(heads, chunks.count)](
-        q, k, g, beta, out.A, out.P, out.G, chunks.cu, chunks.first, chunks.document, scale, chunks.length,
-        chunks.per_row, H=heads, HK=k.shape[2], K=dim, VARLEN=varlen, WITH_P=True, **prepare_options(),
+        q, k, g, beta, out.A, out.P, out.G, _or(chunks.positions, k), chunks.cu, chunks.first, chunks.sequence, scale,
+        chunks.length, chunks.per_row, H=heads, HK=k.shape[2], K=dim, VARLEN=varlen,
+        DOCUMENTS=chunks.positions is not None, **prepare_options(),
     )  # fmt: skip
     return out
 
@@ -73,7 +74,7 @@ def forward_scan(
         _or(end, v), chunks.cu, chunks.first, scale, chunks.length, chunks.per_row, chunks.segments,
         H=heads, HK=k.shape[2], K=dim_k, V=dim_v, VARLEN=cu_seqlens is not None,
         WITH_INITIAL=initial is not None, WITH_FINAL=final, WITH_OUTPUT=output, WITH_STATES=states,
-        WITH_TRANSITION=transition, **scan_options(dim_k),
+        WITH_TRANSITION=transition, DOCUMENTS=chunks.positions is not None, **scan_options(dim_k),
     )  # fmt: skip
     return o, end, kept
 
@@ -88,9 +89,9 @@ def reverse_scan(
     dinitial = ends_like(do, dim_k, chunks, False) if initial else None
     reverse_scan_kernel[(dim_v // 64, chunks.sequences * heads)](
         q, k, do, scores.A, scores.P, scores.G, _or(dv, do), _or(dstates, do), _or(dfinal, do), _or(dinitial, do),
-        chunks.cu, chunks.first, scale, chunks.length, chunks.per_row, chunks.segments, H=heads, HK=k.shape[2], K=dim_k, V=dim_v,
-        VARLEN=cu_seqlens is not None, WITH_FINAL=dfinal is not None, WITH_INITIAL=initial,
-        WITH_OUTPUT=output, **scan_options(dim_k),
+        chunks.cu, chunks.first, scale, chunks.length, chunks.per_row, chunks.segments,
+        H=heads, HK=k.shape[2], K=dim_k, V=dim_v, VARLEN=cu_seqlens is not None, WITH_FINAL=dfinal is not None,
+        WITH_INITIAL=initial, WITH_OUTPUT=output, DOCUMENTS=chunks.positions is not None, **scan_options(dim_k),
     )  # fmt: skip
     return dv, dstates, dinitial
 
@@ -106,9 +107,9 @@ def gradients(
     parts = tile_count(dim_k)
     dg, dbeta = torch.empty(parts, *g.shape, device=g.device, dtype=torch.float32), torch.empty_like(beta)
     gradients_kernel[(parts, heads, chunks.count)](
-        q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta, chunks.cu, chunks.first, chunks.document,
-        scale, chunks.length, chunks.per_row, g.numel(), 1, H=heads, HK=key_heads, K=dim_k, V=dim_v, VARLEN=varlen,
-        **gradients_options(),
+        q, k, beta, do, dv, G, states, new_values, dstates, dq, dk, dg, dbeta, _or(chunks.positions, do), chunks.cu,
+        chunks.first, chunks.sequence, scale, chunks.length, chunks.per_row, g.numel(), 1, H=heads, HK=key_heads,
+        K=dim_k, V=dim_v, VARLEN=varlen, DOCUMENTS=chunks.positions is not None, **gradients_options(),
     )  # fmt: skip
     if heads != key_heads:
         dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3) for x in (dq, dk))

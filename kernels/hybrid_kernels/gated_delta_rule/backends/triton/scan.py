@@ -7,6 +7,7 @@ or results in registers, and only q, k, A and P (see prepare.py) pass through sh
 import triton
 import triton.language as tl
 
+from hybrid_kernels.gated_delta_rule.backends.triton.prepare import load_decays
 from hybrid_kernels.triton_support import (
     cast_tiles,
     exp2,
@@ -21,7 +22,7 @@ from hybrid_kernels.triton_support import (
 
 @triton.jit
 def sequence_span(i_n, cu, chunk_start, T, NT, segments, VARLEN: tl.constexpr):
-    """Return first token, end of the tokens, first chunk and number of chunks of document (or segment of a batch row) i_n."""
+    """Return first token, end of the tokens, first chunk and number of chunks of packed sequence (or segment of a row) i_n."""
     if VARLEN:
         start, end = tl.load(cu + i_n).to(tl.int64), tl.load(cu + i_n + 1).to(tl.int64)
         first = tl.load(chunk_start + i_n)
@@ -49,7 +50,7 @@ def forward_scan_kernel(
     q, k, v, A, P, G, o, states, new_values, initial, final, cu, chunk_start, scale, T, NT, segments,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
     WITH_INITIAL: tl.constexpr, WITH_FINAL: tl.constexpr, WITH_OUTPUT: tl.constexpr,
-    WITH_STATES: tl.constexpr, WITH_TRANSITION: tl.constexpr,
+    WITH_STATES: tl.constexpr, WITH_TRANSITION: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Scan from the first chunk to the last.
 
@@ -89,14 +90,14 @@ def forward_scan_kernel(
         value = (token * H + i_h) * V
         v_t = _values(v, token, end, i_h, cols_v, H, V)
         a = tl.load(A + square)
-        G_t, G_end = tl.load(G + tile * 64 + t), tl.load(G + tile * 64 + 63)
+        from_start, to_end, whole = load_decays(G, tile, DOCUMENTS)
 
         S_low = cast_tiles(S, dtype, K)
         predicted = tl.zeros([64, 64], tl.float32)  # [v, t]: the state's value for each key
         for i in tl.static_range(tile_count(K)):
             predicted = tl.dot(S_low[i], tl.trans(k_tiles[i]), predicted, input_precision="ieee")
         given = tl.dot(one, tl.trans(v_t), input_precision="ieee")
-        rest, power = half_rows(given - predicted * exp2(G_t)[None, :], dtype)
+        rest, power = half_rows(given - predicted * exp2(from_start)[None, :], dtype)
         new = tl.dot(rest, tl.trans(a), input_precision="ieee") * power[:, None]
 
         if WITH_STATES:
@@ -109,15 +110,15 @@ def forward_scan_kernel(
             out = tl.zeros([64, 64], tl.float32)
             for i in tl.static_range(tile_count(K)):
                 out = tl.dot(S_low[i], tl.trans(q_tiles[i]), out, input_precision="ieee")
-            out = out * (exp2(G_t) * scale)[None, :]
+            out = out * (exp2(from_start) * scale)[None, :]
             out = tl.dot(new.to(dtype), tl.trans(p), out, input_precision="ieee")
             at = o + value + t[None, :] * (H * V) + cols_v[:, None]
             tl.store(at, out.to(o.dtype.element_ty), mask=valid[None, :])
 
-        written = (new * exp2(G_end - G_t)[None, :]).to(dtype)
+        written = (new * exp2(to_end)[None, :]).to(dtype)
         S_next = ()
         for i in tl.static_range(tile_count(K)):
-            S_next = S_next + (tl.dot(written, k_tiles[i], S[i] * exp2(G_end), input_precision="ieee"),)
+            S_next = S_next + (tl.dot(written, k_tiles[i], S[i] * exp2(whole), input_precision="ieee"),)
         S = S_next
     if WITH_FINAL:
         for i in tl.static_range(tile_count(K)):
@@ -129,7 +130,7 @@ def forward_scan_kernel(
 def reverse_scan_kernel(
     q, k, do, A, P, G, dv, dstates, dfinal, dinitial, cu, chunk_start, scale, T, NT, segments,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VARLEN: tl.constexpr,
-    WITH_FINAL: tl.constexpr, WITH_INITIAL: tl.constexpr, WITH_OUTPUT: tl.constexpr,
+    WITH_FINAL: tl.constexpr, WITH_INITIAL: tl.constexpr, WITH_OUTPUT: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """Carry the gradient of S^T from the last chunk to the first. dv is also the gradient of v - exp(G) k S."""
     i_v, i_nh = tl.program_id(0), tl.program_id(1)
@@ -159,7 +160,7 @@ def reverse_scan_kernel(
         do_t = tl.load(do + value + t[:, None] * (H * V) + cols_v[None, :], mask=valid[:, None], other=0.0)
         do_t = tl.trans(do_t)
         a, p = tl.load(A + square), tl.load(P + square)
-        G_t, G_end = tl.load(G + tile * 64 + t), tl.load(G + tile * 64 + 63)
+        from_start, to_end, whole = load_decays(G, tile, DOCUMENTS)
 
         dS_low = cast_tiles(dS, dtype, K)
         if WITH_OUTPUT:
@@ -167,7 +168,7 @@ def reverse_scan_kernel(
         dnew = tl.zeros([64, 64], tl.float32)  # [v, t]
         for i in tl.static_range(tile_count(K)):
             dnew = tl.dot(dS_low[i], tl.trans(k_tiles[i]), dnew, input_precision="ieee")
-        dnew = dnew * exp2(G_end - G_t)[None, :]
+        dnew = dnew * exp2(to_end)[None, :]
         dnew = tl.dot(do_t, p, dnew, input_precision="ieee")
         dnew, power = half_rows(dnew, dtype)
         dz = tl.dot(dnew, a, input_precision="ieee") * power[:, None]
@@ -175,12 +176,12 @@ def reverse_scan_kernel(
             at = dv + value + t[None, :] * (H * V) + cols_v[:, None]
             tl.store(at, dz.to(dv.dtype.element_ty), mask=valid[None, :])
 
-        decay = exp2(G_t)[None, :]
+        decay = exp2(from_start)[None, :]
         from_keys = (dz * -decay).to(dtype)
         from_queries = (do_t * (decay * scale)).to(dtype)
         dS_next = ()
         for i in tl.static_range(tile_count(K)):
-            d = tl.dot(from_queries, q_tiles[i], dS[i] * exp2(G_end), input_precision="ieee")
+            d = tl.dot(from_queries, q_tiles[i], dS[i] * exp2(whole), input_precision="ieee")
             dS_next = dS_next + (tl.dot(from_keys, k_tiles[i], d, input_precision="ieee"),)
         dS = dS_next
     if WITH_INITIAL:

@@ -63,7 +63,7 @@ def _sum(x):
 
 @triton.jit
 def forward_kernel(
-    qkv, q_weight, k_weight, angles, squares, q, k, v, B, heads, groups, q_width, k_width, eps,
+    qkv, q_weight, k_weight, angles, squares, q, k, v, tokens_per_angles, heads, groups, q_width, k_width, eps,
     HEADS2: tl.constexpr, D: tl.constexpr, HALF2: tl.constexpr, ROTARY: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """Write q, k and v. squares [tokens, 2] are the sums of squares of q and k: written here, or read by REST."""
@@ -90,13 +90,13 @@ def forward_kernel(
             w_low, w_high = _load(weight, at, mask, D)
             low, high = low * scale * w_low, high * scale * w_high
             if ROTARY:
-                low, high = _turn(low, high, angles + token // B * D, D, HALF2, False)
+                low, high = _turn(low, high, angles + token // tokens_per_angles * D, D, HALF2, False)
             _store(out + token * n * D, at, mask, low, high, D)
 
 
 @triton.jit
 def backward_kernel(
-    qkv, q_weight, k_weight, angles, squares, dq, dk, dv, along, dqkv, dweights, tokens, B, heads, groups,
+    qkv, q_weight, k_weight, angles, squares, dq, dk, dv, along, dqkv, dweights, tokens, B, tokens_per_angles, heads, groups,
     dq_s, dq_b, dq_h, dk_s, dk_b, dk_h, dv_s, dv_b, dv_h, q_width, k_width, eps,
     HEADS2: tl.constexpr, D: tl.constexpr, HALF2: tl.constexpr, ROTARY: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def backward_kernel(
             scale = tl.rsqrt(tl.load(squares + 2 * token + part) / width + eps)
             low, high = low * scale, high * scale
             if ROTARY:
-                g_low, g_high = _turn(g_low, g_high, angles + token // B * D, D, HALF2, True)
+                g_low, g_high = _turn(g_low, g_high, angles + token // tokens_per_angles * D, D, HALF2, True)
             if PHASE == REST:
                 onto = tl.load(along + 2 * token + part)
             else:

@@ -28,6 +28,11 @@ def _constants(q_weight: torch.Tensor, head_dim: int, angles: torch.Tensor | Non
     )  # fmt: skip
 
 
+def _tokens_per_angles(batch: int, angles: torch.Tensor | None) -> int:
+    """Return how many consecutive tokens of [s, b] share a row of angles."""
+    return 1 if angles is None else batch // angles.shape[1]
+
+
 def _heads_of(q_weight: torch.Tensor, k_weight: torch.Tensor, head_dim: int) -> tuple[int, int]:
     return len(q_weight) // head_dim, len(k_weight) // head_dim
 
@@ -81,9 +86,9 @@ def _launch_forward(
 ) -> None:  # fmt: skip
     length, batch, _ = qkv.shape
     forward_kernel[(length * batch, parts)](
-        qkv, q_weight, k_weight, qkv if angles is None else angles, squares, *out, batch,
-        *_heads_of(q_weight, k_weight, head_dim), *widths, eps, **_constants(q_weight, head_dim, angles), PHASE=phase,
-        num_warps=WARPS,
+        qkv, q_weight, k_weight, qkv if angles is None else angles, squares, *out,
+        _tokens_per_angles(batch, angles), *_heads_of(q_weight, k_weight, head_dim), *widths, eps,
+        **_constants(q_weight, head_dim, angles), PHASE=phase, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -143,7 +148,7 @@ def _launch_backward(
     strides = [stride for g in grads for stride in g.stride()[:3]]
     backward_kernel[(_backward_programs(squares), parts)](
         qkv, q_weight, k_weight, qkv if angles is None else angles, squares, *grads, along, dqkv, dweights, len(squares),
-        qkv.shape[1], *_heads_of(q_weight, k_weight, head_dim), *strides, *widths, eps,
+        qkv.shape[1], _tokens_per_angles(qkv.shape[1], angles), *_heads_of(q_weight, k_weight, head_dim), *strides, *widths, eps,
         **_constants(q_weight, head_dim, angles), PHASE=phase, num_warps=WARPS,
     )  # fmt: skip
 
@@ -184,7 +189,7 @@ def qk_norm_rope_triton(
     qkv_sbw: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
-    angles_s11d: torch.Tensor | None,
+    angles_sb1d: torch.Tensor | None,
     *,
     head_dim: int,
     true_widths: tuple[int, int],
@@ -192,7 +197,7 @@ def qk_norm_rope_triton(
     all_reduce: AllReduce | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `hybrid_kernels.qk_norm_rope.qk_norm_rope`."""
-    angles = None if angles_s11d is None else angles_s11d.contiguous()
+    angles = None if angles_sb1d is None else angles_sb1d.contiguous()
     tensors = (qkv_sbw.contiguous(), q_weight.contiguous(), k_weight.contiguous(), angles)
     apply = _QKNormRope.apply if all_reduce is None else _apply_eagerly
     results: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = apply(
