@@ -81,7 +81,7 @@ def figures(results: dict[str, dict]) -> dict[tuple[str, str], float]:
     """Return every metric of every task, under the name without lm-eval's filter."""
     metrics = ("acc", "acc_norm", "acc_bytes", "exact_match")
     return {
-        (task, name.partition(",")[0]): value
+        (task, name.partition(",")[0]): float(value)
         for task, values in results.items()
         for name, value in values.items()
         if name.partition(",")[0] in metrics

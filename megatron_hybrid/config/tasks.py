@@ -1,6 +1,6 @@
 """Downstream tasks that a run evaluates while it trains."""
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.registry import mixer_spec
@@ -14,7 +14,7 @@ from megatron_hybrid.config.train import TrainConfig
 class TasksConfig(Section):
     """Downstream tasks from local files, evaluated without lm-eval (docs/tasks.md)."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[str, ...] = Field((), strict=False)
     """YAML files in lm-eval's format, or folders of them. Empty: no tasks."""
     interval: PositiveInt = 1000
     """Steps between evaluations. The last step is evaluated as well."""

@@ -1,4 +1,4 @@
-"""What tasks ask of a model: log-likelihoods of continuations, and text until a stop string.
+"""Log-likelihoods of continuations, and text until a stop string: the requests of tasks to a model.
 
 The local tasks (evaluation/local_tasks.py) and lm-eval's harness (evaluation/lm_eval_model.py) both use it, so they agree.
 """
