@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.checkpoint.folders import find_checkpoint
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, StoredSlice, TensorEntry
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.convert.architecture import is_run_or_checkpoint
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.io.folder import regular_file
 from megatron_hybrid.convert.io.header import ITEM_BYTES, StoredTensor, read_header
@@ -17,7 +19,7 @@ from megatron_hybrid.convert.io.source import TORCH_NAMES, FileSlice, TensorSour
 
 
 class CheckpointSource:
-    """A checkpoint whose index, files and model have been checked against each other."""
+    """A checkpoint, or the newest of a run, whose index, files and model have been checked against each other."""
 
     def __init__(self, folder: Path) -> None:
         """
@@ -28,6 +30,8 @@ class CheckpointSource:
             raise ConversionError(
                 f"{folder}: there is no such folder; give a checkpoint such as RUN/checkpoints/step-00001000"
             )
+        if not (folder / INDEX).exists() and is_run_or_checkpoint(folder):
+            folder = find_checkpoint(str(folder), "checkpoint")
         self.folder = folder
         regular_file(folder, INDEX)
         try:

@@ -10,7 +10,9 @@ from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.presets import olmo_hybrid_tiny
 from megatron_hybrid.convert.architecture import architecture_of
+from megatron_hybrid.convert.checkpoint_source import CheckpointSource
 from megatron_hybrid.convert.hf.config import hf_from_model, model_from_hf
+from megatron_hybrid.convert.hf.original_files import kept_files
 from megatron_hybrid.convert.model_folder import open_model
 from testing.task_parity import make_models
 
@@ -69,6 +71,11 @@ def test_a_checkpoint_and_its_export_hold_the_same(tmp_path):
     assert "vllm serve PATH --enforce-eager --disable-cascade-attn" in (export / "README.md").read_text()
     with pytest.raises(UserError, match="no model is there"):
         open_model(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    checkpoint.rename(tmp_path / "run" / "checkpoints" / "step-00000001")
+    assert architecture_of(str(tmp_path / "run")) == architecture_of(str(export))
+    source = CheckpointSource(tmp_path / "run")
+    assert source.folder.name == "step-00000001" and kept_files(source.folder)
 
 
 def test_reading_an_architecture_needs_no_torch(folder, root):
