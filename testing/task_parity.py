@@ -77,6 +77,27 @@ def run_tasks_of(folder: Path, tasks: Path, limit: int, max_length: int, lm_eval
     return run_tasks(model, [str(tasks)], lm_eval, limit=limit)
 
 
+def texts_of_both(checkpoint: Path, export: Path) -> tuple[list[str], list[str]]:
+    """Return text that our model and lm-eval's `hf` backend generate from prompts of different lengths, up to a stop string."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from megatron_hybrid.evaluation.lm_eval_model import LmEvalModel
+    from megatron_hybrid.evaluation.task_model import TaskModel
+    from megatron_hybrid.inference.load import load_model
+
+    leave_groups()
+    ours_ = LmEvalModel(TaskModel.of(load_model(str(checkpoint)), None, LENGTH, batch_size=4))
+    theirs = HFLM(pretrained=str(export), device="cpu", dtype="float32", batch_size=1, max_length=LENGTH)
+    contexts = ["The month after June is", "x", "A longer prompt, " * 9, "while True:"]
+    (free,) = ours_.generate_until(
+        [Instance("generate_until", {}, (contexts[0], {"until": [], "max_gen_toks": 24}), 0)]
+    )
+    options = {"until": [free[12:13] or "."], "max_gen_toks": 24}
+    requests = [Instance("generate_until", {}, (context, options), i) for i, context in enumerate(contexts)]
+    return ours_.generate_until(requests), theirs.generate_until(requests)
+
+
 def figures(results: dict[str, dict]) -> dict[tuple[str, str], float]:
     """Return every metric of every task, under the name without lm-eval's filter."""
     metrics = ("acc", "acc_norm", "acc_bytes", "exact_match")

@@ -1,17 +1,18 @@
 """Jobs of test_tasks.py, which run on ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_hybrid.evaluation.local_tasks import _choice_list, _contexts, _target_index
 from megatron_hybrid.evaluation.task_files import read_task, task_paths
-from testing.task_parity import by_hf_backend, figures, make_models, make_tasks, ours
+from testing.task_parity import by_hf_backend, figures, make_models, make_tasks, ours, texts_of_both
 
 Figures = dict[tuple[str, str], float]
 
 
-def results_of_evaluators(folder: str, limit: int, harness: bool) -> dict[str, Figures]:
+def results_of_evaluators(folder: str, limit: int, harness: bool) -> dict[str, Any]:
     """Return the figures of every evaluator that is installed."""
     checkpoint, export = make_models(Path(folder))
     tasks = make_tasks(Path(folder))
@@ -20,6 +21,7 @@ def results_of_evaluators(folder: str, limit: int, harness: bool) -> dict[str, F
     if harness:
         found["lm-eval"] = figures(ours(checkpoint, tasks, limit, True))
         found["hf backend"] = figures(by_hf_backend(export, tasks, limit))
+        found["texts"], found["hf texts"] = texts_of_both(checkpoint, export)
     return found
 
 

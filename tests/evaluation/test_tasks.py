@@ -30,6 +30,7 @@ def test_the_evaluators_agree(ranks, tmp_path):
     if not harness:
         pytest.skip("lm_eval is not installed: its harness was not compared")
     assert found["lm-eval"] == found["hf backend"] == found["own"]
+    assert found["texts"] == found["hf texts"] and any(found["texts"])
 
 
 def test_stdlib_tasks_are_the_same_for_a_seed(tmp_path):
