@@ -107,6 +107,9 @@ LAYOUTS = {
 }
 HALF = ", 50% on the host"
 OFFLOADED_LAYOUTS = {2: ("TP2", "DP2, overlapped"), 4: ("PP2, VPP2, DP2, overlapped",)}
+DOCUMENT_LAYOUTS = {2: ("CP2", "PP2, VPP2"), 4: ("CP4", "CP2, TP2")}
+DOCUMENT_FORMATS = ("fp8 delayed", "fp8 tensorwise", "fp8 blockwise")
+"""Formats in which documents are trained on. Attention in FP8 does not take them."""
 FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped", "CP2")
 DEEP_LAYOUTS = ("PP4, VPP2",)
 OVERLAPPED = {  # name: (parallel, precision), at TP2
@@ -127,7 +130,16 @@ FP8_FORMATS = (
 
 
 YARN = dict(model=dict(rope_scaling=dict(factor=8.0, original_max_position_embeddings=32)))
-IN_FP32 = {"fp32": job(), "fp32, wide": job(**WIDE), "fp32, deep": job(**DEEP), "fp32, YaRN": job(**YARN)}
+PACKED = dict(documents="pack")
+DOCUMENTS = ", documents"
+IN_FP32 = {
+    "fp32": job(),
+    "fp32, wide": job(**WIDE),
+    "fp32, deep": job(**DEEP),
+    "fp32, YaRN": job(**YARN),
+    f"fp32{DOCUMENTS}": job(**PACKED),
+    f"fp32, wide{DOCUMENTS}": job(**WIDE, **PACKED),
+}
 
 
 def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Sequence[int] = ()) -> dict[str, dict]:
@@ -205,6 +217,8 @@ def on_one_gpu(folder: Path, gpus: Sequence[int] = (), names: Collection[str] = 
             jobs[f"{name}, full recompute"] = job(recompute, "bf16", FORMATS[name])
         jobs["bf16, selective recompute"] = job(layout(recompute_granularity="selective"), "bf16")
         jobs["bf16, YaRN"] = job(dtype="bf16", **YARN)
+        for name in ("bf16", *DOCUMENT_FORMATS):
+            jobs[f"{name}{DOCUMENTS}"] = job(dtype="bf16", precision=FORMATS.get(name, {}), **PACKED)
     for name, (base, share) in OFFLOADED.items():
         if base in jobs:
             jobs[name] = offloaded(jobs[base], share, folder / name.replace(" ", "_"))
@@ -233,6 +247,7 @@ def on_several(count: int, gpus: Sequence[int] = (), only: str = "") -> dict[str
     jobs = {
         name: job(parallel, **(DEEP if name in DEEP_LAYOUTS else WIDE)) for name, parallel in LAYOUTS[count].items()
     }
+    jobs |= {f"{name}{DOCUMENTS}": job(LAYOUTS[count][name], **WIDE, **PACKED) for name in DOCUMENT_LAYOUTS[count]}
     jobs |= {f"{name}{HALF}": job(LAYOUTS[count][name], offloaded=0.5, **WIDE) for name in OFFLOADED_LAYOUTS[count]}
     with tempfile.TemporaryDirectory() as folder:
         for name in FP8_LAYOUTS if count == 2 and find_spec("transformer_engine") else ():
@@ -244,7 +259,9 @@ def on_several(count: int, gpus: Sequence[int] = (), only: str = "") -> dict[str
 
 
 def one_gpu_of(name: str) -> str:
-    """The job on one GPU that a layout's job is to be like: the format's, or the fp32 model's."""
+    """Return the job on one GPU that a layout's job is compared with: the format's, or the fp32 model's, on the same data."""
+    if name.endswith(DOCUMENTS):
+        return f"fp32, wide{DOCUMENTS}"
     fmt = next((f for f in sorted(FP8_FORMATS, key=len, reverse=True) if name.endswith(f)), None)
     return fmt or ("fp32, deep" if name in DEEP_LAYOUTS else "fp32, wide")
 

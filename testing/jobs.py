@@ -16,12 +16,14 @@ from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.zero import ZeroConfig
 from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.data.sample import Sample
 from megatron_hybrid.distributed.process_groups import leave_groups
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
 from megatron_hybrid.precision.fp8_parameters import is_fp8_param
 from megatron_hybrid.train.engines.base import Engine
 from megatron_hybrid.train.engines.megatron import MegatronEngine
+from testing.documents import samples_of_step as document_samples_of_step
 
 SEQUENCE_LENGTH = 32
 
@@ -76,6 +78,12 @@ def batches_of(engine: Engine, samples: torch.Tensor, micro_batch_size: int) -> 
     return [Batch.of_samples(m) for m in mine]
 
 
+def batches_of_documents(engine: Engine, samples: list[Sample], micro_batch_size: int) -> list[Batch]:
+    """Return this rank's micro-batches of samples with documents."""
+    groups = [samples[first : first + micro_batch_size] for first in range(0, len(samples), micro_batch_size)]
+    return [Batch.collate(group) for group in groups[engine.groups.dp.rank() :: engine.groups.dp.size()]]
+
+
 def samples_of_step(step: int, count: int, vocab_size: int, sequence_length: int = SEQUENCE_LENGTH) -> torch.Tensor:
     """Return learnable samples [count, sequence_length + 1]: every second token follows from the one before it."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -98,11 +106,13 @@ def curve(
     sequence_length: int = SEQUENCE_LENGTH,
     zero: dict | None = None,
     skipped: tuple[int, ...] = (),
+    documents: str | None = None,
 ) -> dict:
     """Train steps [start, steps) and return losses, gradient norms and this rank's parameters; load before, save after.
 
     Args:
         skipped: steps whose update is not made.
+        documents: `mask` or `pack`: the samples hold several documents (testing/documents.py).
     """
     engine = make_engine(model, parallel, train, sequence_length, precision, zero)
     config = ModelConfig(**model)
@@ -119,8 +129,11 @@ def curve(
         engine.optimizer.set_updates(state["updates"])
     losses, norms = [], []
     for step in range(start, steps):
-        samples = samples_of_step(step, gbs, config.vocab_size, sequence_length)
-        batches = batches_of(engine, samples, mbs)
+        if documents:
+            samples = document_samples_of_step(step, gbs, documents, config.vocab_size, sequence_length)
+            batches = batches_of_documents(engine, samples, mbs)
+        else:
+            batches = batches_of(engine, samples_of_step(step, gbs, config.vocab_size, sequence_length), mbs)
         losses.append(engine.forward_backward(batches).loss)
         norms.append(engine.gradient_norm())
         if step not in skipped:

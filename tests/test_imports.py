@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"base", "config", "data", "distributed", "inference", "model"},
     "train": {
         *("base", "arch", "config", "distributed", "launch", "precision", "mixers", "model", "checkpoint"),
-        *("data", "observe", "planner", "inference", "evaluation"),
+        *("data", "evaluation", "inference", "observe", "planner"),
     },
     "profiling": {"base", "arch", "config", "data", "distributed", "launch", "mixers", "precision", "train"},
     "convert": {"base", "arch", "config", "distributed", "mixers", "checkpoint", "data"},

@@ -34,7 +34,7 @@ def main() -> None:
             config.run_dir,
             report=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    datasets = [*train.datasets, *(validation.datasets if validation else ())]
+    datasets = [dataset for blend in (train, *validation.values()) for dataset in blend.datasets]
     sources = {dataset.source.name: dataset.source.num_tokens for dataset in datasets}
     for name, tokens in sources.items():
         print(f"{name}: {tokens:,} tokens")

@@ -5,7 +5,6 @@ one that it knows. Otherwise this package evaluates it, and nothing is downloade
 """
 
 import json
-import os
 import sys
 
 from megatron_hybrid.base.errors import no_traceback
@@ -29,6 +28,9 @@ def main() -> None:
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="a module of the run's plugins")
     arguments = parser.parse()
     with no_traceback():
+        from megatron_hybrid.launch.environment import Launch
+
+        rank = Launch.from_environment().export().rank
         from megatron_hybrid.distributed.process_groups import stop_distributed
         from megatron_hybrid.evaluation.run_tasks import check_tasks, run_tasks
         from megatron_hybrid.evaluation.task_model import TaskModel
@@ -39,7 +41,7 @@ def main() -> None:
         loaded = load_model(arguments.model, arguments.dtype, arguments.plugin, size, end)
         model = TaskModel.of(loaded, arguments.tokenizer, arguments.max_length, arguments.batch_size)
         results = run_tasks(model, arguments.tasks, arguments.lm_eval, arguments.num_fewshot, arguments.limit)
-        if os.environ.get("RANK", "0") == "0":
+        if rank == 0:
             print(json.dumps(results, indent=2, default=str))
         stop_distributed()
 

@@ -32,18 +32,21 @@ def main() -> None:
     arguments = parser.parse()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     with no_traceback():
+        from megatron_hybrid.launch.environment import Launch
+
+        launch = Launch.from_environment().export()
+        if launch.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         from megatron_hybrid.distributed.process_groups import stop_distributed
         from megatron_hybrid.inference.load import load_model
         from megatron_hybrid.inference.prompt_text import print_continuations
         from megatron_hybrid.inference.sampling import Sampling
-        from megatron_hybrid.launch.environment import Launch
 
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed).check()
-        ranks = Launch.from_environment().world_size
-        model = load_model(arguments.model, arguments.dtype, arguments.plugin, ranks, arguments.eos_token_id)
+        model = load_model(
+            arguments.model, arguments.dtype, arguments.plugin, launch.world_size, arguments.eos_token_id
+        )
         options = (arguments.tokenizer, arguments.max_tokens, sampling, arguments.cuda_graph)
         print_continuations(model, arguments.prompt, *options)
         stop_distributed()

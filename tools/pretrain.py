@@ -54,8 +54,9 @@ def dry_run(config, world_size: int, files: str) -> None:
     """Print the resolved run; what is said of its files goes to stderr."""
     from megatron_hybrid.config.describe import describe
     from megatron_hybrid.train.dry_run import check_files
+    from megatron_hybrid.train.dry_run_documents import look_at_documents
 
-    text = describe(config, world_size)
+    text = describe(config, world_size, look_at_documents(config) if files != "skip" else None)
     for line in check_files(config, world_size, files == "require") if files != "skip" else ():
         print(f"pretrain: {line}", file=sys.stderr)
     print(text)

@@ -26,6 +26,8 @@ def main() -> None:
     add("--gpus-per-node", type=positive, help="default: the hardware file's")
     add("--sequence-length", type=positive, help="default: the run's")
     add("--global-batch-size", type=positive, help="sequences per step; default: the run's")
+    add("--documents", choices=("keep", "mask", "pack"), help="data.documents; default: the run's, or keep")
+    add("--document-length", type=positive, help="mean tokens of a document (default: 1,000), for mask and pack")
     formats = ("bf16", "fp8", *(f"fp8_{name}" for name in FP8_RECIPES))
     add("--precision", choices=formats, help="of the GEMMs; default: the run's, or bf16")
     add("--recompute", choices=("auto", "none", "selective", "full"), default="auto")

@@ -36,6 +36,8 @@ class Shard:
     fp8: bool = False
     """The linears multiply in FP8."""
     fp8_attention: bool = False
+    attended_length: int | None = None
+    """Attended length of documents (arch/documents.py). None: a sequence is one document."""
     padded: bool = True
     """Sizes include the padding that tensor parallelism needs. False: as if heads could be split anywhere."""
 

@@ -41,6 +41,9 @@ def layer_training_flops(model: ModelConfig, symbol: str, sequence_length: int) 
 
     They are its GEMMs and what its mixer adds: attention over the tokens seen (causal: half the sequence on average), or the
     recurrence. Norms, convolutions, gates and recomputation are not counted, as is usual for MFU.
+
+    Args:
+        sequence_length: tokens of a sequence, or the attended length of documents (arch/documents.py).
     """
     block = model.known_blocks[symbol]
     gemms = 2 * sum(parameter.numel for parameter in layer_parameters(model, block) if parameter.is_gemm)

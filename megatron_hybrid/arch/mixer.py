@@ -16,7 +16,7 @@ from megatron_hybrid.base.errors import Problems, join, shown
 from megatron_hybrid.base.section import Section
 
 QUOTE = "'"
-Feature = Literal["context_parallel", "fp8", "fp8_attention"]
+Feature = Literal["context_parallel", "documents", "fp8", "fp8_attention"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Layout:
     sequence_length: int
     fp8: bool
     fp8_attention: bool
+    documents: str = "keep"
+    """`data.documents`."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,11 @@ class MixerSpec(ABC):
 
     @abstractmethod
     def flops(self, model: ModelFields, block: Block, sequence_length: int) -> int:
-        """Return forward FLOPs per token besides the GEMMs of its linears."""
+        """Return forward FLOPs per token besides the GEMMs of its linears.
+
+        Args:
+            sequence_length: tokens of a sequence, or the attended length of documents (arch/documents.py).
+        """
 
     @abstractmethod
     def operations(self, shard: Shard) -> list[Operation]:
@@ -164,6 +170,8 @@ def layout_problems(spec: MixerSpec, model: ModelFields, block: Block, symbol: s
     title = f"{block.title} (layer_pattern's {symbol}) does not support it"
     if layout.context_parallel_size > 1 and "context_parallel" not in spec.supports:
         problems.add("parallel.context_parallel_size", f"{layout.context_parallel_size}: {title}; set it to 1")
+    if layout.documents != "keep" and "documents" not in spec.supports:
+        problems.add("data.documents", f"{layout.documents}: {title}; set it to keep")
     if layout.fp8 and "fp8" not in spec.supports:
         problems.add("precision.fp8_recipe", f"{title}; set it to null")
     return problems

@@ -1,10 +1,21 @@
 """Training and validation data."""
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    model_validator,
+)
 
-from megatron_hybrid.base.errors import ConfigError, Problems
+from megatron_hybrid.base.errors import ConfigError, Problems, join, shown
 from megatron_hybrid.base.section import Section
 
 
@@ -37,6 +48,20 @@ class SourceConfig(Section):
         return self
 
 
+def _name_sets(value: object) -> object:
+    """Give a plain list of sources the name ""."""
+    if isinstance(value, list | tuple):
+        return {"": value} if value else {}
+    if not isinstance(value, Mapping):
+        raise ConfigError.at("", f"{shown(value)} is no list of sources; write [{{path: ...}}], or sets by their names")
+    return value
+
+
+Sources = Annotated[tuple[SourceConfig, ...], Field(min_length=1, strict=False)]
+ValidationSets = Annotated[Mapping[str, Sources], BeforeValidator(_name_sets)]
+_SET_NAME = re.compile(r"(?!\d+$)[A-Za-z0-9_-]+")
+
+
 class InstanceFilterConfig(Section):
     """Samples that are excluded from the loss because an n-gram repeats in them. The defaults are OLMo-core's."""
 
@@ -63,8 +88,9 @@ class DataConfig(Section):
 
     train: tuple[SourceConfig, ...] = Field(min_length=1, strict=False)
     """One or more sources: `[{path: data/train}]`."""
-    validation: tuple[SourceConfig, ...] = Field((), strict=False)
-    """Sources of the evaluation loss. Required by train.eval_interval."""
+    validation: ValidationSets = {}
+    """Validation sets by name: `{docs: [{path: data/docs}], code: [{path: data/code}]}`. Each is evaluated on its own. A plain list of
+    sources is one set without a name. Required by train.eval_interval."""
     sequence_length: PositiveInt
     """Tokens per sample."""
     tokenizer: str = Field("byte", min_length=1)
@@ -83,3 +109,25 @@ class DataConfig(Section):
     check: Literal["auto", "full", "sample", "none"] = "auto"
     """Tokens validated before the first step. `full`: all; `sample`: the beginning, the end and evenly spaced parts of every file;
     `auto`: `full` below 100 GB of tokens, else `sample`; `none`: no tokens. Training always validates each token that it reads."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        problems = Problems()
+        for name in self.validation:
+            if not (_SET_NAME.fullmatch(name) or self.validation.keys() == {""}):
+                problems.add(
+                    join("validation", name or "''"),
+                    f"{name!r} does not name a validation set; use letters, digits, _ and -, and not digits alone",
+                )
+        problems.raise_if_any()
+        return self
+
+    @field_serializer("validation", mode="wrap")
+    def _unname(self, value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
+        sets = serialize(value)
+        return sets.get("", []) if sets.keys() <= {""} else sets
+
+    def sources(self) -> dict[str, SourceConfig]:
+        """Return all sources by their field: `data.train.0`, `data.validation.code.1`, or `data.validation.1` without names."""
+        lists = {"data.train": self.train} | {join("data.validation", name): s for name, s in self.validation.items()}
+        return {join(field, number): source for field, found in lists.items() for number, source in enumerate(found)}

@@ -13,10 +13,9 @@ def check_data(model: ModelConfig, data: DataConfig, train: TrainConfig, problem
             "train.eval_interval",
             f"{train.eval_interval} has nothing to evaluate on; give data.validation a source, or set it to null",
         )
-    for split in ("train", "validation"):
-        for index, source in enumerate(getattr(data, split)):
-            if source.dtype == "uint16" and model.vocab_size > 2**16:
-                problems.add(
-                    join("data", split, index, "dtype"),
-                    f"uint16 does not hold model.vocab_size = {model.vocab_size} tokens; the nearest is uint32",
-                )
+    for field, source in data.sources().items():
+        if source.dtype == "uint16" and model.vocab_size > 2**16:
+            problems.add(
+                join(field, "dtype"),
+                f"uint16 does not hold model.vocab_size = {model.vocab_size} tokens; the nearest is uint32",
+            )

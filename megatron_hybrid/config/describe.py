@@ -1,43 +1,69 @@
 """Output of `--dry-run`: the resolved configuration, and its size, layout and work on a number of ranks."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_hybrid.arch import flops
+from megatron_hybrid.arch.documents import ASSUMED_LENGTH, AttendedLength, assumed_attended_length
 from megatron_hybrid.arch.model import fold_pattern
 from megatron_hybrid.arch.registry import mixer_spec
+from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Attended length of the data, and the documents that were found."""
+
+    attended: AttendedLength
+    lines: tuple[str, ...] = ()
+    """A line per source, if its documents were found before."""
+
+    @classmethod
+    def assumed(cls, data: DataConfig, mean_length: float | None = None) -> "Documents":
+        """Return documents with log-normal lengths of this mean; None: of the mean that the planner assumes."""
+        if data.documents == "keep":
+            return cls(AttendedLength(data.sequence_length, "documents are kept together"))
+        packed = data.documents == "pack"
+        return cls(assumed_attended_length(mean_length or ASSUMED_LENGTH, data.sequence_length, packed))
+
 
 _PART_NAMES = {"embedding": "embedding", "final_norm": "final norm", "output": "output"}
 
 
-def describe(config: RunConfig, world_size: int) -> str:
+def describe(config: RunConfig, world_size: int, documents: Documents | None = None) -> str:
     """Return the run as YAML, with its size, layout and work as comments. The result is a valid configuration file.
+
+    Args:
+        documents: of the data; None: lengths are assumed if documents are separated.
 
     Raises:
         ConfigError: the run does not fit `world_size` ranks.
     """
     config.check_world(world_size)
+    found = documents or Documents.assumed(config.data)
     blocks = [
-        _parameters(config),
+        _parameters(config, found.attended.tokens),
         _layout(config, world_size),
         _stages(config),
         _heads(config),
-        _work(config, world_size),
+        _documents(config, found),
+        _work(config, world_size, found.attended.tokens),
     ]
     comment = "\n#\n".join("\n".join(f"# {line}" for line in block) for block in blocks if block)
     return f"{dump_run(config)}\n{comment}\n"
 
 
-def _parameters(config: RunConfig) -> list[str]:
-    model, sequence = config.model, config.data.sequence_length
-    work = flops.training_flops_by_part(model, sequence)
+def _parameters(config: RunConfig, attended: int) -> list[str]:
+    model = config.model
+    work = flops.training_flops_by_part(model, attended)
     rows = [("part", "layers", "parameters", "GFLOP per token")]
     for part, count in flops.parameters_by_part(model).items():
         block = model.blocks_by_symbol.get(part)
         name, layers = (block.title, str(model.layers.count(part))) if block else (_PART_NAMES[part], "")
         rows.append((name, layers, f"{count:,}", f"{work.get(part, 0) / 1e9:.4g}"))
-    total = flops.training_flops_per_token(model, sequence)
+    total = flops.training_flops_per_token(model, attended)
     rows.append(("all", str(model.num_layers), f"{flops.count_parameters(model):,}", f"{total / 1e9:.4g}"))
     return ["Parameters, and training work (forward and backward)", *_table(rows)]
 
@@ -110,11 +136,23 @@ def _heads(config: RunConfig) -> list[str]:
     return [f"Heads over {ranks} tensor parallel ranks", *_table(rows)]
 
 
-def _work(config: RunConfig, world_size: int) -> list[str]:
+def _documents(config: RunConfig, documents: Documents) -> list[str]:
+    """Return the lines on separated documents; empty if they are kept together."""
+    if config.data.documents == "keep":
+        return []
+    attended, sequence = documents.attended, config.data.sequence_length
+    return [
+        f"Documents ({config.data.documents})",
+        *(f"  {line}" for line in documents.lines),
+        f"  attention costs as much as on sequences of {attended.tokens:,} tokens, not {sequence:,} ({attended.origin})",
+    ]
+
+
+def _work(config: RunConfig, world_size: int, attended: int) -> list[str]:
     train, sequence = config.train, config.data.sequence_length
     unit = train.micro_batch_size * config.parallel.data_parallel_size(world_size)
     tokens = train.samples_after(train.steps) * sequence
-    work = flops.training_flops_per_token(config.model, sequence)
+    work = flops.training_flops_per_token(config.model, attended)
     size = train.global_batch_size
     lines = [
         "Work",

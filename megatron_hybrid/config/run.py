@@ -13,7 +13,6 @@ from megatron_hybrid.base.section import Section
 from megatron_hybrid.config.checkpoint import CheckpointConfig
 from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.data_checks import check_data
-from megatron_hybrid.config.document_checks import check_documents
 from megatron_hybrid.config.engine_checks import check_engine
 from megatron_hybrid.config.layout_checks import (
     check_context_parallel,
@@ -76,6 +75,7 @@ class RunConfig(Section):
             sequence_length=self.data.sequence_length,
             fp8=self.precision.fp8,
             fp8_attention=self.precision.fp8_attention,
+            documents=self.data.documents,
         )
 
     def section_problems(self) -> Problems:
@@ -90,7 +90,6 @@ class RunConfig(Section):
         check_offload(train, parallel, precision, problems)
         check_stages(model, parallel, problems)
         check_data(model, data, train, problems)
-        check_documents(data, problems)
         check_precision(model, train, parallel, precision, problems)
         check_fp8_sizes(model, data, train, parallel, precision, problems)
         check_engine(train, parallel, precision, self.zero, problems)

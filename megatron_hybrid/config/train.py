@@ -98,8 +98,9 @@ class TrainConfig(Section):
     skip_step: SkipStepConfig = SkipStepConfig()
     eval_interval: PositiveInt | None = None
     """Steps between evaluations on data.validation. None: never evaluate."""
-    eval_batches: PositiveInt = 8
-    """Global batches per evaluation. Every evaluation reads the same ones."""
+    eval_batches: PositiveInt | None = 8
+    """Global batches of each validation set per evaluation, as far as the set reaches without repeats. Every evaluation reads the same
+    samples. None: the whole set."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

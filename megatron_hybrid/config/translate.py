@@ -191,7 +191,7 @@ def _such_as(field: FieldInfo | None) -> str:
     default = _default(field)
     return (
         ""
-        if default is None or default == [] or isinstance(default, Section)
+        if default is None or default in ([], {}) or isinstance(default, Section)
         else f", such as {shown(default)} (the default)"
     )
 

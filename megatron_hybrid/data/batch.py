@@ -28,7 +28,9 @@ class Batch:
     cu_seqlens: torch.Tensor | None = None
     """int32 [capacity + 1]: boundaries of the documents of all whole sequences, padded with empty documents (data/sample.py)."""
     counts: SampleCounts | None = None
-    """What the slots of the whole sequences hold. None: every label counts."""
+    """What the slots of the whole sequences hold. None: every label has weight 1."""
+    sources: torch.Tensor | None = None
+    """float32 [b, number of sources]: 1 at the source of the blend that a sequence comes from. None: the loader names no sources."""
 
     @classmethod
     def of_samples(cls, samples: torch.Tensor) -> Self:
@@ -51,6 +53,10 @@ class Batch:
         cu_seqlens = torch.from_numpy(cu_seqlens_of(np.stack(starts))) if starts else None
         counts = sum((sample.counts for sample in with_masks), SampleCounts())
         return cls(tokens, labels, loss_mask, documents, cu_seqlens, counts)
+
+    def with_sources(self, sources: np.ndarray | None) -> Self:
+        """Return the batch with the source of each sequence, as `Blend.sources` names them."""
+        return self if sources is None else replace(self, sources=torch.from_numpy(sources))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors by field name; fields that are None are omitted."""

@@ -7,6 +7,7 @@ a smaller n. No tables are built and nothing is remembered between calls.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,6 +57,23 @@ class Blend:
             else:
                 node, index = right, index - before
         return node, index
+
+    def sources(self, start: int, count: int) -> np.ndarray | None:
+        """Return the sources of samples [start, start + count): float32 [count, sources], 1 at each one's; None for one source."""
+        if len(self.datasets) == 1:
+            return None
+        numbers = [self.locate(index)[0] for index in range(start, start + count)]
+        return np.eye(len(self.datasets), dtype=np.float32)[numbers]
+
+    def samples_without_repeats(self) -> int:
+        """Return the largest number of samples in which no dataset repeats one. With one dataset this is all of it."""
+
+        def repeats(num_samples: int) -> bool:
+            counts = zip(self.counts(num_samples), self.datasets, strict=True)
+            return any(count > dataset.samples_per_epoch for count, dataset in counts)
+
+        most = sum(dataset.samples_per_epoch for dataset in self.datasets)
+        return bisect_left(range(most + 1), True, key=lambda n: repeats(n + 1))
 
     def counts(self, num_samples: int) -> list[int]:
         """Return the number of samples that each dataset contributes to the first samples."""

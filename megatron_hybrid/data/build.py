@@ -16,12 +16,12 @@ from megatron_hybrid.data.verdicts import VerdictCache
 
 
 def open_sources(config: DataConfig, vocab_size: int) -> dict[SourceConfig, TokenSource]:
-    """Open the sources of both blends, each once. Weights do not matter to what is opened: the keys have weight 1.
+    """Open the sources of all blends, each once. Weights do not matter to what is opened: the keys have weight 1.
 
     Raises:
         DataError: naming the file that is wrong.
     """
-    keys = dict.fromkeys(_without_weight(source) for source in (*config.train, *config.validation))
+    keys = dict.fromkeys(_without_weight(source) for source in config.sources().values())
     return {key: open_source(key, vocab_size) for key in keys}
 
 
@@ -33,8 +33,8 @@ def build_train_and_validation(
     team: Team | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
     documents: DocumentPreparation | None = None,
-) -> tuple[Blend, Blend | None]:
-    """Return the blends that training and evaluation read; validation is None if none is configured.
+) -> tuple[Blend, dict[str, Blend]]:
+    """Return the blend that training reads, and the blend of each validation set by its name.
 
     Every process of a run builds them. With a team, each process checks a share of the files, and the blends may be used
     when all of them have returned.
@@ -68,7 +68,7 @@ def build_train_and_validation(
         return Blend(datasets, [source_config.weight for source_config in configs])
 
     train = blend(config.train, 0)
-    validation = blend(config.validation, 1) if config.validation else None
+    validation = {name: blend(configs, 1) for name, configs in config.validation.items()}
     sources = list(opened.values())
     mode = choose_mode(config.check, sources) if validate else None
     if mode is not None:

@@ -1,12 +1,15 @@
 """Samples with document boundaries or an instance filter, in a new order every epoch, without end."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from megatron_hybrid.config.data import InstanceFilterConfig
 from megatron_hybrid.data.order import SampleOrder
+from megatron_hybrid.data.packing import PackingStatistics
 from megatron_hybrid.data.repetitions import has_repetition
 from megatron_hybrid.data.sample import Sample
-from megatron_hybrid.data.sample_readers import SampleReader
+from megatron_hybrid.data.sample_readers import PackedReader, SampleReader
 
 
 class DocumentDataset:
@@ -40,3 +43,10 @@ class DocumentDataset:
             return False
         tokens: np.ndarray = sample.tokens[: sample.counts.tokens]
         return has_repetition(tokens, rule.repetition_min_period, rule.repetition_max_period, rule.repetition_max_count)
+
+
+def packing_statistics(datasets: Iterable[object]) -> PackingStatistics | None:
+    """Return the packing statistics of all packed datasets together; None if none is packed."""
+    readers = [dataset.reader for dataset in datasets if isinstance(dataset, DocumentDataset)]
+    found = [reader.index.statistics for reader in readers if isinstance(reader, PackedReader)]
+    return sum(found, PackingStatistics()) if found else None

@@ -78,6 +78,28 @@ class HuggingFaceTokenizer:
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         return ids
 
+    def token_bytes(self) -> dict[int, int]:
+        """Return the bytes of UTF-8 text that each token stands for. Special tokens stand for none.
+
+        Raises:
+            DataError: the tokenizer is not a byte-level BPE, whose tokens are strings of bytes.
+        """
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        settings = json.loads(self._backend.to_str())
+        model, decoder = settings["model"], settings["decoder"] or {}
+        parts = [part["type"] for part in decoder.get("decoders", [decoder]) if part]
+        marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        if parts != ["ByteLevel"] or model.get("type") != "BPE" or marked:
+            raise DataError(
+                f"the tokenizer ({model.get('type')}, decoder {' and '.join(parts) or 'none'}) is not a byte-level BPE, so its "
+                "tokens have no fixed number of bytes"
+            )
+        alphabet = set(ByteLevel.alphabet())  # one character per byte
+        plain = {token: len(text) for text, token in model["vocab"].items() if alphabet.issuperset(text)}
+        added = settings["added_tokens"]
+        return plain | {token["id"]: 0 if token["special"] else len(token["content"].encode()) for token in added}
+
 
 def _read_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the folder's JSON objects by file name, an empty one for each missing file."""

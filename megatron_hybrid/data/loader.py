@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.sample import Sample
 
 
@@ -118,6 +119,8 @@ class BatchLoader:
             error.printed_by = "each rank"  # the others read other samples
             raise
         batch = Batch.collate(samples)
+        if isinstance(self.dataset, Blend):
+            batch = batch.with_sources(self.dataset.sources(start, self.micro_batch_size))
         return batch.pin_memory() if self._pin_memory else batch
 
     def _drop(self) -> None:

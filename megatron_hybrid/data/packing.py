@@ -16,6 +16,8 @@ from megatron_hybrid.data.work_files import WorkFiles, digest
 
 WINDOW_DOCUMENTS = 1 << 20
 """Most documents that are packed together: about 100 MB of memory."""
+_FORMAT = 2
+"""Version of the results in a run's folder."""
 PIECE = np.dtype([("start", "<i8"), ("length", "<i4"), ("continues", "?")])
 """A piece of a document: first token in the stream, number of tokens, and whether the document continues after it."""
 
@@ -34,6 +36,8 @@ class PackingStatistics:
     """Sequences times their length."""
     most_pieces: int = 0
     """Most pieces in one sequence."""
+    squares: int = 0
+    """Sum of the squares of the pieces' lengths, to which the work of attention is proportional."""
 
     @property
     def efficiency(self) -> float:
@@ -88,7 +92,7 @@ class Packer:
     def __init__(self, documents: SourceDocuments, sequence_length: int, files: WorkFiles) -> None:
         self.documents, self.sequence_length, self.files = documents, sequence_length, files
         self.num_windows = -(-documents.num_documents // WINDOW_DOCUMENTS)
-        self.name = f"packing-{digest(documents.names, sequence_length, WINDOW_DOCUMENTS)}"
+        self.name = f"packing-{digest(documents.names, sequence_length, WINDOW_DOCUMENTS, _FORMAT)}"
 
     def pack(self, window: int) -> None:
         """Pack a window, unless the run's folder has it."""
@@ -107,6 +111,7 @@ class Packer:
             sequences=len(offsets) - 1,
             slots=(len(offsets) - 1) * self.sequence_length,
             most_pieces=int(np.diff(offsets).max()),
+            squares=int(np.square(pieces["length"], dtype=np.int64).sum()),
         )
         self.files.write(name, {"pieces": pieces[order], "offsets": offsets}, asdict(statistics))
 

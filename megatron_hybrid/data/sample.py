@@ -56,6 +56,23 @@ class Sample:
     """int32 [s]: index in the sample of the first token of each token's document. None: documents are not separated."""
     counts: SampleCounts
 
+    @classmethod
+    def of_tokens(cls, tokens: np.ndarray) -> "Sample":
+        """Return the sample of tokens [s + 1] that are not separated into documents. Every label counts."""
+        length = len(tokens) - 1
+        counts = SampleCounts(slots=length, counted=length)
+        return cls(tokens[:-1], tokens[1:], np.ones(length, np.float32), None, counts)
+
+    @classmethod
+    def empty(cls, length: int, separated: bool) -> "Sample":
+        """Return a sample of padding alone.
+
+        Args:
+            separated: documents are separated, so that the sample needs `starts`.
+        """
+        tokens, starts = np.zeros(length, np.int64), np.zeros(length, np.int32) if separated else None
+        return cls(tokens, tokens, np.zeros(length, np.float32), starts, SampleCounts(slots=length, padding=length))
+
     def without_loss(self) -> "Sample":
         """Return the sample, excluded from the loss by the instance filter."""
         counts = replace(self.counts, counted=0, filtered=self.counts.counted, filtered_samples=1)

@@ -43,9 +43,7 @@ class StreamReader:
     def read(self, place: int) -> Sample:
         """Return the sample at a place; every label counts."""
         length = self.sequence_length
-        tokens = self.source.read(place * length, length + 1)
-        counts = SampleCounts(slots=length, counted=length)
-        return Sample(tokens[:-1], tokens[1:], np.ones(length, np.float32), None, counts)
+        return Sample.of_tokens(self.source.read(place * length, length + 1))
 
 
 class MaskedReader:

@@ -33,6 +33,14 @@ class Tokenizer(Protocol):
         """Return the id of every token."""
         ...
 
+    def token_bytes(self) -> dict[int, int]:
+        """Return the bytes of UTF-8 text that each token stands for. Special tokens stand for none.
+
+        Raises:
+            DataError: a token stands for different text in different places.
+        """
+        ...
+
 
 class ByteTokenizer:
     """Tokenizer of UTF-8 bytes. Id 256 is end-of-document."""
@@ -62,6 +70,10 @@ class ByteTokenizer:
     def vocabulary(self) -> dict[str, int]:
         """Return the id of every token."""
         return {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<eos>": self.eos_token_id}
+
+    def token_bytes(self) -> dict[int, int]:
+        """Return the bytes of UTF-8 text that each token stands for: one, or none for end-of-document."""
+        return dict.fromkeys(range(256), 1) | {self.eos_token_id: 0}
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

@@ -1,7 +1,7 @@
-"""Document boundaries on the device: `starts` [b, s], and what mixers derive from it without a host synchronization.
+"""Document boundaries on the device: `starts` [b, s], and what is derived from it without a host synchronization.
 
-`starts[r, i]` is the index in row r of the first token of token i's document (int32). Rows are whole sequences: a context parallel
-rank passes its slice of `starts`, whose values keep counting from the beginning of the sequence, and the `offset` of the slice.
+`starts[r, i]` is the index in row r of the first token of token i's document (int32). Rows are whole sequences. In a slice for context
+parallelism its values still count from the beginning of the sequence, so they come with the `offset` of the slice.
 docs/development/documents.md gives the reasons for this form.
 """
 
@@ -21,36 +21,13 @@ def slice_starts(starts_bs: torch.Tensor, rank: int, size: int) -> tuple[torch.T
 
 
 def positions(starts_bs: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """Return the position of each token in its document [b, s], for RoPE."""
-    return _places(starts_bs, offset) - starts_bs
+    """Return the position of each token in its document [b, s]. A document may have begun before the slice."""
+    places = torch.arange(offset, offset + starts_bs.shape[1], dtype=starts_bs.dtype, device=starts_bs.device)
+    return places - starts_bs
 
 
-def first_tokens(starts_bs: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """Return whether each token is the first of its document [b, s]."""
-    return starts_bs == _places(starts_bs, offset)
-
-
-def continues_from_before(starts_bs: torch.Tensor, offset: int) -> torch.Tensor:
-    """Return whether the document of each token began before the slice [b, s].
-
-    A state that arrives from the slice before reaches exactly these tokens, and passes through the slice to the next one
-    only if the last token is one of them.
-    """
-    return starts_bs < offset
-
-
-def valid_halo(starts_bs: torch.Tensor, width: int, offset: int = 0) -> torch.Tensor:
-    """Return how many of the `width` tokens before each token are in its document [b, s], for causal convolutions."""
-    return positions(starts_bs, offset).clamp(max=width)
-
-
-def count_documents(starts_bs: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """Return the number of documents in all rows, as a scalar tensor. The first token of a slice counts as a first token."""
-    return _begins_run(starts_bs, offset).sum()
-
-
-def cu_seqlens(starts_bs: torch.Tensor, capacity: int, offset: int = 0) -> torch.Tensor:
-    """Return the boundaries of the documents of the flattened rows: int32 [capacity + 1].
+def cu_seqlens(starts_bs: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Return the boundaries of the documents of whole rows that follow each other: int32 [capacity + 1].
 
     Entry i is where document i begins in the b * s tokens. Entries after the last document are b * s: they are empty documents,
     so that the shape does not depend on the data.
@@ -58,7 +35,7 @@ def cu_seqlens(starts_bs: torch.Tensor, capacity: int, offset: int = 0) -> torch
     Args:
         capacity: most documents. A device-side assertion fails if there are more.
     """
-    begins = _begins_run(starts_bs, offset).flatten()
+    begins = (positions(starts_bs) == 0).flatten()
     tokens = begins.numel()
     number = begins.cumsum(0, dtype=torch.int64) - 1
     torch._assert_async(number[-1] < capacity, f"more than {capacity} documents in a micro-batch")
@@ -70,14 +47,3 @@ def cu_seqlens(starts_bs: torch.Tensor, capacity: int, offset: int = 0) -> torch
         torch.arange(tokens, dtype=torch.int32, device=starts_bs.device),
     )
     return bounds[: capacity + 1]
-
-
-def _places(starts_bs: torch.Tensor, offset: int) -> torch.Tensor:
-    return torch.arange(offset, offset + starts_bs.shape[1], dtype=starts_bs.dtype, device=starts_bs.device)
-
-
-def _begins_run(starts_bs: torch.Tensor, offset: int) -> torch.Tensor:
-    """Return whether each token begins a run of tokens of one document in its row of the slice [b, s]."""
-    begins = first_tokens(starts_bs, offset)
-    begins[:, 0] = True
-    return begins

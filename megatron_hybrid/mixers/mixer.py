@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -21,24 +21,11 @@ from hybrid_kernels.dispatch import Choice
 from megatron_hybrid.arch.packing import PackedParameter, PackedSlice
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.distributed.device import parameter_device
-from megatron_hybrid.mixers.backend import Backend
+from megatron_hybrid.mixers.documents import Documents, from_packed_seq_params
+from megatron_hybrid.mixers.formats import FormatQuery, full_reason
 from megatron_hybrid.mixers.initial_values import draw
 from megatron_hybrid.mixers.sharded_state import true_tensors
 from megatron_hybrid.precision.fp8_parameters import is_fp8_param
-
-
-@dataclass(frozen=True)
-class FormatQuery:
-    """Properties of a run that decide in which formats a mixer computes."""
-
-    sequence_length: int
-    """Length of whole sequences."""
-    batch_size: int
-    dtype: str
-    fp8_attention: bool
-    backend: Backend
-    reason: str
-    """Why this backend was chosen."""
 
 
 class Mixer(MegatronModule):
@@ -52,6 +39,8 @@ class Mixer(MegatronModule):
 
     uses_rotary_embedding: ClassVar[bool] = False
     """Rotary embedding applies to this mixer. Other mixers ignore it: the model passes it to every layer."""
+    obeys_documents: ClassVar[bool] = False
+    """`mix` takes documents and keeps them apart. Its spec supports "documents" as well."""
 
     def __init__(
         self,
@@ -188,14 +177,15 @@ class Mixer(MegatronModule):
 
     # ---- what a run reports
 
-    def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
-        """Return which backend each kernel uses for a micro-batch of this rank's tokens, and why."""
+    def backends(self, sequence_length: int, batch_size: int, documents: bool = False) -> list[Choice]:
+        """Return which backend each kernel uses for a micro-batch of this rank's tokens, with or without documents, and why."""
         return []
 
     def formats(self, query: FormatQuery) -> list[tuple[str, str, str, str]]:
         """Return (part, format, backend, reason) of everything between its linears."""
         tokens = query.sequence_length // self.cp_group.size()
-        return [(c.op, query.dtype, c.backend, full_reason(c)) for c in self.backends(tokens, query.batch_size)]
+        choices = self.backends(tokens, query.batch_size, query.documents)
+        return [(c.op, query.dtype, c.backend, full_reason(c)) for c in choices]
 
     # ---- what TransformerLayer and schedules call
 
@@ -214,7 +204,7 @@ class Mixer(MegatronModule):
         rotary_pos_sin: torch.Tensor | None = None,
         rotary_pos_cos_sin: torch.Tensor | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: object = None,
+        packed_seq_params: Documents | PackedSeqParams | None = None,
         sequence_len_offset: object = None,
         *,
         inference_params: object = None,
@@ -224,7 +214,9 @@ class Mixer(MegatronModule):
         The arguments are those with which TransformerLayer calls its attention.
 
         Args:
-            rotary_pos_emb: angles of this rank's tokens; None: no rotary embedding.
+            rotary_pos_emb: angles of this rank's tokens, or with PackedSeqParams of the positions in a document; None: no rotary
+                embedding.
+            packed_seq_params: documents in the sequences, which do not see each other; None: each sequence is one.
 
         Returns:
             ([s, b, h], None)
@@ -237,19 +229,31 @@ class Mixer(MegatronModule):
             inference_context=inference_context,
             inference_params=inference_params,
             attention_bias=attention_bias,
-            packed_seq_params=packed_seq_params,
             sequence_len_offset=sequence_len_offset,
         )
+        if not self.obeys_documents:
+            self.refuse(packed_seq_params=packed_seq_params)
         if self.uses_rotary_embedding:
             self.refuse(
                 rotary_pos_cos=rotary_pos_cos, rotary_pos_sin=rotary_pos_sin, rotary_pos_cos_sin=rotary_pos_cos_sin
             )
-        return self.mix(hidden_states, rotary_pos_emb)
+        if packed_seq_params is None or isinstance(packed_seq_params, Documents):
+            return self.mix(hidden_states, rotary_pos_emb, packed_seq_params)
+        length, rows, _ = hidden_states.shape
+        tokens = length * self.tp_group.size() if self.config.sequence_parallel else length
+        documents = from_packed_seq_params(packed_seq_params, tokens, rows, self.cp_group)
+        angles = None if rotary_pos_emb is None else documents.rotary_angles(rotary_pos_emb)
+        return self.mix(hidden_states, angles, documents)
 
     def mix(
-        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None
+        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None, documents: Documents | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return ([s, b, h], None) for hidden_states [s, b, h]. A subclass implements it."""
+        """Return ([s, b, h], None) for hidden_states [s, b, h]. A subclass implements it.
+
+        Args:
+            rotary_pos_emb: angles of this rank's tokens [s, 1 or b, 1, d], or [2, ...]: plain and scaled.
+            documents: None unless `obeys_documents`, or if each sequence is one.
+        """
         raise NotImplementedError
 
     def refuse(self, **inputs: object) -> None:
@@ -272,18 +276,13 @@ class Mixer(MegatronModule):
 
 
 _REASONS = {
-    "packed_seq_params": "documents packed into one sequence would leak into each other",
+    "packed_seq_params": "documents packed into a sequence would leak into each other",
     "inference_context": "it keeps no state between calls",
     "inference_params": "it keeps no state between calls",
     "attention_bias": "there are no attention scores to add it to, or they cannot take it",
     "sequence_len_offset": "it keeps no state between calls",
     **{f"rotary_pos_{part}": "it takes angles, in rotary_pos_emb" for part in ("cos", "sin", "cos_sin")},
 }
-
-
-def full_reason(choice: Choice) -> str:
-    """Return the reason of a choice, and those for which other backends were rejected."""
-    return "; ".join([choice.reason, *(f"not {name}: {lack}" for name, lack in choice.rejected.items())])
 
 
 def _is_causal(mask: torch.Tensor) -> bool:

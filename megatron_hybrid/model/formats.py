@@ -7,7 +7,8 @@ from hybrid_kernels.linear_cross_entropy import explain as explain_linear_cross_
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.distributed.tp_comm_overlap import WORDS
 from megatron_hybrid.mixers.backend import Backend
-from megatron_hybrid.mixers.mixer import FormatQuery, Mixer, full_reason
+from megatron_hybrid.mixers.formats import FormatQuery, full_reason
+from megatron_hybrid.mixers.mixer import Mixer
 from megatron_hybrid.model.backends.choose import choose_backend
 from megatron_hybrid.model.backends.local import LOCAL
 from megatron_hybrid.model.hybrid_model import HybridLanguageModel
@@ -23,6 +24,7 @@ def format_table(
     sequence_length: int,
     batch_size: int,
     optimizer: str,
+    documents: bool = False,
 ) -> list[str]:
     """Return the aligned table of this rank's stage. Layers are numbered from 0, the model's first.
 
@@ -30,14 +32,15 @@ def format_table(
 
     Args:
         sequence_length: length of whole sequences.
+        documents: sequences hold several documents, which do not see each other.
 
     Raises:
-        ConfigError: FP8 attention that does not run, or is wrong, on this machine.
+        ConfigError: attention to documents, or FP8 attention, that does not run or is wrong on this machine.
     """
     backend, reason = choose_backend(chunks[0].model.backend, precision, dtype)
     rows: list[Row] = [("layers", "part", "format", "backend", "why")]
     rows += _linears(chunks, backend, reason, precision, dtype)
-    query = FormatQuery(sequence_length, batch_size, dtype, precision.fp8_attention, backend, reason)
+    query = FormatQuery(sequence_length, batch_size, dtype, precision.fp8_attention, backend, reason, documents)
     rows += _mixers(chunks, query)
     rows += _head(chunks, dtype, sequence_length // _context_ranks(chunks), batch_size)
     rows.append((_stage(chunks), "norms", dtype, backend.name, reason))

@@ -15,6 +15,7 @@ from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.mixers.backend import Backend
+from megatron_hybrid.mixers.documents import Documents
 from megatron_hybrid.model.backends.choose import choose_backend
 from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm, one_slot
 from megatron_hybrid.model.layer_specs import layer_specs
@@ -92,16 +93,23 @@ class HybridLanguageModel(HybridModel):
             cp_group=self.pg_collection.cp,
         )
 
-    def rotary_angles(self, length: int) -> torch.Tensor | None:
-        """Return the angles of this rank's `length` positions: [s, 1, 1, d]; with rope_scaling [2, s, 1, 1, d], plain and scaled."""
+    def rotary_angles(self, length: int, documents: Documents | None) -> torch.Tensor | None:
+        """Return the angles of this rank's `length` tokens: [s, 1, 1, d], with documents [s, b, 1, d]. With rope_scaling plain and
+        scaled ones are stacked: [2, s, ...]."""
         if self.position_embedding_type != "rope":
             return None
+        cp = self.pg_collection.cp
         # packed_seq: positions are contiguous. megatron-core's own slices are two per rank, one from either end
-        positions = dict(offset=self.pg_collection.cp.rank() * length, packed_seq=True)
-        plain = self.rotary_pos_emb(length, **positions)
+        if documents is None:
+            return self._table_of_angles(length, offset=cp.rank() * length, packed_seq=True)
+        return documents.rotary_angles(self._table_of_angles(length * cp.size(), packed_seq=True))
+
+    def _table_of_angles(self, length: int, **options: Any) -> torch.Tensor:
+        """Return the angles of `length` positions: [length, 1, 1, d]; with rope_scaling [2, length, 1, 1, d], plain and scaled."""
+        plain = self.rotary_pos_emb(length, **options)
         if self.scaled_rotary_pos_emb is None:
             return plain
-        scaled, _ = self.scaled_rotary_pos_emb(length, **positions)
+        scaled, _ = self.scaled_rotary_pos_emb(length, **options)
         return torch.stack((plain, scaled))
 
     def forward(
@@ -110,16 +118,22 @@ class HybridLanguageModel(HybridModel):
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
         z_loss: float = 0.0,
+        documents: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> torch.Tensor | TokenLosses:
         """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the TokenLosses (z_loss is the weight
         of the z-loss), means over these tokens. On a stage that is not the last: hidden states [s, b, h], of this rank's tokens.
         Under context parallelism s is this rank's slice of every sequence (distributed/context_parallel.py).
 
+        documents [b, whole length] and cu_seqlens (`Batch`): documents of whole sequences, which do not see each other. None: each
+        sequence is one.
+
         megatron-core's own forward has inference and multi-token prediction in it as well, and always makes all logits.
         """
         x_sbh = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
-        angles = self.rotary_angles(tokens.shape[1])
-        x_sbh = self.decoder(hidden_states=x_sbh, attention_mask=None, rotary_pos_emb=angles)
+        packed = self._documents(documents, cu_seqlens)
+        angles = self.rotary_angles(tokens.shape[1], packed)
+        x_sbh = self.decoder(hidden_states=x_sbh, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed)
         if not self.post_process:
             return x_sbh
         weight = self.shared_embedding_or_output_weight() if self.model.tie_embeddings else None
@@ -128,6 +142,13 @@ class HybridLanguageModel(HybridModel):
             return logits.transpose(0, 1).contiguous()
         options = dict(true_vocab_size=self.model.vocab_size, z_loss_weight=z_loss)
         return self.output_layer(x_sbh, weight=weight, labels=labels.t(), loss_mask=loss_mask.t(), **options)
+
+    def _documents(self, starts_bs: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> Documents | None:
+        if starts_bs is None:
+            return None
+        if cu_seqlens is None:
+            raise ValueError("cu_seqlens: needed with documents, because its length bounds their number on the host")
+        return Documents.of(starts_bs, cu_seqlens, self.pg_collection.cp)
 
 
 def _padded_vocabulary(model: ModelConfig, ranks: int) -> int:

@@ -39,7 +39,7 @@ class IncrementalModel:
         self.capacity = round_up(capacity, CHUNK_MULTIPLE)
         self.layers: list[Any] = list(network.decoder.layers)
         self.caches = [_make_cache(network, layer, batch_size, self.capacity) for layer in self.layers]
-        self.angles = network.rotary_angles(self.capacity)
+        self.angles = network.rotary_angles(self.capacity, None)
         self.start = 0
         self.lengths_b = torch.zeros(batch_size, dtype=torch.long, device=local_device())
 

@@ -14,7 +14,7 @@ from megatron_hybrid.distributed.collectives import vocab_parallel
 
 
 class TokenLosses(NamedTuple):
-    """Mean losses over the tokens of a micro-batch."""
+    """Mean losses over the tokens of a micro-batch, masked or not."""
 
     total: torch.Tensor
     """The differentiated loss: cross-entropy plus weighted z-loss."""
@@ -22,6 +22,8 @@ class TokenLosses(NamedTuple):
     """In nats per token, detached."""
     z_loss: torch.Tensor
     """Unweighted, detached."""
+    per_token: torch.Tensor
+    """Cross-entropy of each token times its loss mask, detached: fp32 [s, b]."""
 
 
 class _GradientIsInMainGrad(torch.autograd.Function):
@@ -78,6 +80,7 @@ class OutputLayer(ColumnParallelLinear):
             buffer = getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None
             if buffer is not None:
                 weight = _GradientIsInMainGrad.apply(weight)
+        per_token = torch.empty(loss_mask.shape, dtype=torch.float32, device=loss_mask.device)
         losses = linear_cross_entropy(
             x_sbh,
             weight,
@@ -85,6 +88,7 @@ class OutputLayer(ColumnParallelLinear):
             loss_mask.contiguous(),
             vocab_parallel=vocab_parallel(group),
             grad_weight_buffer=buffer,
+            token_losses=per_token,
             **loss_options,
         )
-        return TokenLosses(*losses)
+        return TokenLosses(*losses, per_token)

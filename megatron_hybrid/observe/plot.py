@@ -1,14 +1,18 @@
-"""loss.png: training loss (raw and smoothed), evaluation loss, skipped updates, and the learning rate."""
+"""loss.png: training loss (raw and smoothed), loss of each validation set, skipped updates, and the learning rate."""
 
 import math
 from array import array
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Self
 
+from megatron_hybrid.observe.keys import evaluation_losses
 from megatron_hybrid.observe.metrics import read_metrics
 
 BLUE, ORANGE, GREY, RED = "#2563eb", "#ea580c", "#9ca3af", "#dc2626"
+SET_COLORS = (ORANGE, "#16a34a", "#9333ea", "#0891b2", "#ca8a04", "#be185d", "#4d7c0f", "#111827")
+"""Colors of validation sets."""
 MOST_POINTS = 4000
 """Largest number of plotted points. Longer curves are drawn as means over bins."""
 
@@ -18,7 +22,8 @@ class Curve:
 
     def __init__(self) -> None:
         self.steps, self.losses, self.rates = array("d"), array("d"), array("d")
-        self.eval_steps, self.eval_losses = array("d"), array("d")
+        self.evaluations: dict[str, tuple[array[float], array[float]]] = {}
+        """Steps and losses by the name of the validation set."""
         self.skipped = array("d")
         self.tokens = 0
 
@@ -39,9 +44,10 @@ class Curve:
             self.tokens = record.get("tokens") or self.tokens
         if record.get("skipped"):
             self.skipped.append(record["step"])
-        if record.get("eval_loss") is not None:
-            self.eval_steps.append(record["step"])
-            self.eval_losses.append(record["eval_loss"])
+        for name, loss in evaluation_losses(record).items():
+            steps, losses = self.evaluations.setdefault(name, (array("d"), array("d")))
+            steps.append(record["step"])
+            losses.append(loss)
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
@@ -93,10 +99,11 @@ def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
     handles = rate_axis.plot(steps, rates, color=GREY, linewidth=1.2, linestyle="--", label="learning rate")
     axis.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
     handles = axis.plot(steps, smoothed, color=BLUE, linewidth=1.8, label="training loss") + handles
-    if curve.eval_steps:
-        style: dict[str, Any] = {"color": ORANGE, "marker": "o", "markersize": 4, "linewidth": 1.2}
-        handles += axis.plot(curve.eval_steps, curve.eval_losses, label="evaluation loss", **style)
-    _scale(axis, [*losses, *curve.eval_losses])
+    style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2}
+    for (name, (eval_steps, eval_losses)), color in zip(curve.evaluations.items(), cycle(SET_COLORS)):
+        label = f"evaluation loss{f' of {name}' if name else ''}"
+        handles += axis.plot(eval_steps, eval_losses, label=label, color=color, **style)
+    _scale(axis, [*losses, *(loss for _, of_set in curve.evaluations.values() for loss in of_set)])
     if curve.skipped:
         bottom = axis.get_xaxis_transform()  # y in shares of the height
         style = {"color": RED, "marker": "|", "markersize": 9, "linestyle": "none", "clip_on": False}

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from megatron_hybrid.config.logging import LoggingConfig
 from megatron_hybrid.observe.console import make_console
+from megatron_hybrid.observe.keys import Evaluation, evaluation_key, tag
 from megatron_hybrid.observe.metrics import MetricsWriter, plain
 from megatron_hybrid.observe.plot import Curve, draw
 from megatron_hybrid.observe.sinks import check_sinks, make_sinks
@@ -17,7 +18,7 @@ from megatron_hybrid.observe.throughput import StepClock, memory_gb, peak_tflops
 class RunLogger:
     """Logger of metrics.jsonl, loss.png, TensorBoard, W&B and the console. Every rank creates one; only rank 0 writes.
 
-    Call `log_step` after every update (also after a skipped one) and `log_eval` after an evaluation of the same step. Put
+    Call `log_step` after every update (also after a skipped one) and `log_evaluation` after an evaluation of the same step. Put
     `with logger.pause():` around everything that is not training time. Use the logger as a context manager, so that the terminal stays
     usable after an exception.
 
@@ -112,13 +113,21 @@ class RunLogger:
             with self.pause():
                 self._draw()
 
-    def log_eval(self, step: int, loss: float, **more: float) -> None:
-        """Log an evaluation after update `step` as `eval_loss` and `eval_<name>`, on the step's line if it is not written yet."""
+    def log_evaluation(self, step: int, sets: Mapping[str, Evaluation]) -> None:
+        """Log evaluations after update `step`, on the step's line if it is not written yet.
+
+        Args:
+            sets: results by the name of the validation set. The metrics of a set are logged as `eval/<set>/<name>`, and those of the
+                set without a name as `eval_<name>`.
+        """
         if not self.writes:
             return
-        record = {"step": step, "eval_loss": plain(loss)} | {f"eval_{name}": plain(v) for name, v in more.items()}
+        record: dict[str, Any] = {"step": step}
+        for name, found in sets.items():
+            record |= {evaluation_key(name, metric): plain(v) for metric, v in found.metrics().items()}
         with self.pause():
-            self.info(f"step {step}/{self._total_steps}  evaluation loss {loss:.4f}")
+            for name, found in sets.items():
+                self.info(f"step {step}/{self._total_steps}  evaluation{f' of {name}' if name else ''}: {found}")
             unwritten = self._record["step"] == step and self._metrics.last_step != step
             self._write(self._record | record if unwritten else record)
 
@@ -157,10 +166,11 @@ class RunLogger:
     def _write(self, record: Mapping[str, Any]) -> None:
         self._metrics.write(record)
         self._curve.add(record)
-        scalars = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k not in ("step", "time")}
+        scalars = {tag(key): float(value) for key, value in numbers.items()}
         for sink in self._sinks:
             sink.log(record["step"], scalars)
 
     def _draw(self) -> None:
-        if self._curve.steps or self._curve.eval_steps:
+        if self._curve.steps or self._curve.evaluations:
             draw(self._curve, self.run_dir / "loss.png", title=self.run_dir.resolve().name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_hybrid.arch.documents import ASSUMED_LENGTH
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.command_line import check_output_file
 from megatron_hybrid.config.load import dump_run
@@ -39,6 +40,8 @@ class Request:
     hardware: str | None = None
     calibration: Path | None = None
     measure: int = 0
+    documents: str | None = None
+    document_length: int | None = None
 
 
 def answer(request: Request) -> str:
@@ -53,8 +56,20 @@ def answer(request: Request) -> str:
     if request.gpus_per_node:
         hardware = replace(hardware, gpus_per_node=request.gpus_per_node)
     runs = calibration.read_calibration(request.calibration, hardware) if request.calibration else []
-    run = load_base_run(request.model, request.sequence_length, request.global_batch_size, request.precision)
-    job = Job.of(run, request.gpus, hardware, request.recompute)
+    run = load_base_run(
+        request.model, request.sequence_length, request.global_batch_size, request.precision, request.documents
+    )
+    if request.document_length is not None and run.data.documents == "keep":
+        raise ConfigError.at(
+            "document_length", "data.documents is keep; give --documents mask or pack, or leave it out"
+        )
+    if request.measure and run.data.documents != "keep":
+        raise ConfigError.at(
+            "measure",
+            f"data.documents is {run.data.documents}, and steps are measured on random tokens without documents; give --documents "
+            "keep, or leave it out",
+        )
+    job = Job.of(run, request.gpus, hardware, request.recompute, request.document_length or ASSUMED_LENGTH)
     plain = search(job)
     found, texts = _calibrated(job, runs) if runs else plain, []
     if request.measure:
@@ -73,7 +88,7 @@ def answer(request: Request) -> str:
 
 def _check(request: Request) -> None:
     """Check numbers, and that results can be written, before the search."""
-    for name in ("gpus", "top", "gpus_per_node", "sequence_length", "global_batch_size"):
+    for name in ("gpus", "top", "gpus_per_node", "sequence_length", "global_batch_size", "document_length"):
         value = getattr(request, name)
         if value is not None and value < 1:
             raise ConfigError.at(name, f"{value} is not a positive number; give at least 1")

@@ -19,7 +19,11 @@ DATA = "data/train"
 
 
 def load_base_run(
-    name_or_path: str, sequence_length: int | None, global_batch_size: int | None, precision: str | None
+    name_or_path: str,
+    sequence_length: int | None,
+    global_batch_size: int | None,
+    precision: str | None,
+    documents: str | None = None,
 ) -> RunConfig:
     """Load the run to plan for.
 
@@ -28,6 +32,7 @@ def load_base_run(
             and precision, and its parallel.tp_comm_overlap for the layouts that support it.
         sequence_length, global_batch_size: override the run's.
         precision: bf16, fp8 (the recommended recipe) or an FP8 recipe; overrides the run's.
+        documents: overrides data.documents.
 
     Raises:
         ConfigError: any of them is wrong.
@@ -40,7 +45,8 @@ def load_base_run(
         data = {"model": name_or_path}
     else:
         load_run(name_or_path)  # raises, with the presets in the message
-    run = _load(data, _overrides(data, sequence_length, global_batch_size, precision))
+    overrides = _overrides(data, sequence_length, global_batch_size, precision)
+    run = _load(data, [*overrides, *([f"data.documents={documents}"] if documents else [])])
     if run.train.engine != "megatron":
         raise ConfigError.at(
             "train.engine",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_hybrid.arch.documents import ASSUMED_LENGTH
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.config.data import DataConfig, SourceConfig
 from megatron_hybrid.config.parallel import ParallelConfig
@@ -10,7 +11,7 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.planner.hardware import Hardware
-from megatron_hybrid.planner.plan import Plan
+from megatron_hybrid.planner.plan import Plan, planned_attended_length
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,25 @@ class Job:
     """train.optimizer.offload_fraction. Its memory is predicted; updates are timed as if the device made all of them."""
     optimizer: str = "adamw"
     """train.optimizer.name."""
+    attended_length: int | None = None
+    """Attended length of separated documents (arch/documents.py). None: data.documents is keep."""
     base: RunConfig | None = None
     """Run to plan for. The trainer also checks its other fields, such as train.batch_ramp."""
 
     @classmethod
-    def of(cls, run: RunConfig, gpus: int, hardware: Hardware, recompute: str = "auto") -> "Job":
-        """Return the job that trains `run` on this many GPUs."""
+    def of(
+        cls,
+        run: RunConfig,
+        gpus: int,
+        hardware: Hardware,
+        recompute: str = "auto",
+        document_length: float = ASSUMED_LENGTH,
+    ) -> "Job":
+        """Return the job that trains `run` on this many GPUs.
+
+        Args:
+            document_length: mean tokens of a document, if documents are separated.
+        """
         return cls(
             run.model,
             gpus,
@@ -50,6 +64,7 @@ class Job:
             run.parallel.tp_comm_overlap,
             run.train.optimizer.offload_fraction,
             run.train.optimizer.name,
+            planned_attended_length(run.data, document_length),
             run,
         )
 
@@ -63,7 +78,7 @@ class Job:
         )
         data = DataConfig.model_construct(
             train=(SourceConfig.model_construct(path="none", dtype=None),),
-            validation=(),
+            validation={},
             sequence_length=self.sequence_length,
         )
         return RunConfig.model_construct(
@@ -83,4 +98,5 @@ class Job:
             self.precision,
             self.offload_fraction,
             self.optimizer,
+            self.attended_length,
         )

@@ -92,6 +92,7 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
     for chunk, count in zip(chunks, flying, strict=True):
         if chunk.embedding or chunk.head:
             ends += BATCH_BYTES * plan.tokens * count
+        ends += _document_bytes(plan) * plan.tokens * count
         during = _backward(plan, chunk)
         if chunk.head:
             head, weight_gradient = head_bytes(plan), 4 * plan.vocab * plan.model.hidden_size
@@ -112,6 +113,14 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
         pipeline_rank=pipeline_rank,
         host=state.host,
     )
+
+
+def _document_bytes(plan: Plan) -> float:
+    """Return the bytes per token of documents: starts of whole sequences, positions, and angles of RoPE for each token."""
+    if plan.attended_length is None:
+        return 0.0
+    tables = 0 if plan.model.rope_theta is None else 1 if plan.model.rope_scaling is None else 2
+    return 4.0 * (plan.cp + 1 + tables * plan.model.attention_head_dim)
 
 
 def _activations(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> dict[str, float]:

@@ -79,5 +79,6 @@ def assumptions(hardware: Hardware) -> list[str]:
         "both sides wait for pipeline transfers; the backward pass hides tensor parallel collectives behind GEMMs, the forward "
         "pass hides none (the gain of parallel.tp_comm_overlap is not predicted); a backward and a forward pass hide gradient "
         "reduction and parameter gathering where these overlap",
+        "documents have log-normal lengths; attention runs on them at the rate of whole sequences",
         f"rates: {hardware.name}, {hardware.measured}",
     ]

@@ -5,10 +5,12 @@ from functools import cached_property, lru_cache
 
 from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.costs import Shard
+from megatron_hybrid.arch.documents import ASSUMED_LENGTH, assumed_attended_length
 from megatron_hybrid.arch.layer import outer_parameters
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.packing import PackedParameter
 from megatron_hybrid.arch.registry import mixer_spec
+from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import RunConfig
@@ -31,10 +33,16 @@ class Plan:
     """train.optimizer.offload_fraction."""
     optimizer: str = "adamw"
     """train.optimizer.name."""
+    attended_length: int | None = None
+    """Attended length of separated documents (arch/documents.py). None: data.documents is keep."""
 
     @classmethod
-    def of(cls, config: RunConfig, world_size: int) -> "Plan":
-        """Return the plan of a run that `check_world` has accepted."""
+    def of(cls, config: RunConfig, world_size: int, document_length: float = ASSUMED_LENGTH) -> "Plan":
+        """Return the plan of a run that `check_world` has accepted.
+
+        Args:
+            document_length: mean tokens of a document, if documents are separated.
+        """
         train = config.train
         return cls(
             config.model,
@@ -47,6 +55,7 @@ class Plan:
             config.precision,
             train.optimizer.offload_fraction,
             train.optimizer.name,
+            planned_attended_length(config.data, document_length),
         )
 
     @property
@@ -159,6 +168,7 @@ class Plan:
             transformer_engine=self.transformer_engine,
             fp8=self.precision.fp8_recipe is not None,
             fp8_attention=self.precision.fp8_attention,
+            attended_length=self.attended_length,
         )
 
     @property
@@ -172,6 +182,13 @@ class Plan:
         if not self.parallel.distributed_optimizer:
             parts.append("plain-optimizer")
         return " ".join(parts)
+
+
+def planned_attended_length(data: DataConfig, document_length: float) -> int | None:
+    """Return the attended length of documents with this mean length; None if they are not separated."""
+    if data.documents == "keep":
+        return None
+    return assumed_attended_length(document_length, data.sequence_length, packed=data.documents == "pack").tokens
 
 
 @lru_cache(maxsize=256)

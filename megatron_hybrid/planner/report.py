@@ -53,9 +53,10 @@ def heading(job: Job) -> str:
     """Return a line with the job."""
     precision = f"fp8_{job.precision.fp8_recipe}" if job.precision.fp8_recipe else job.dtype
     tokens = job.global_batch_size * job.sequence_length
+    documents = f", documents with an attended length of {job.attended_length:,}" if job.attended_length else ""
     return (
         f"{job.model.num_layers} layers on {job.gpus} x {job.hardware.name}, {precision}: {job.global_batch_size} sequences of "
-        f"{job.sequence_length} tokens per step ({tokens:,} tokens)"
+        f"{job.sequence_length} tokens per step ({tokens:,} tokens{documents})"
     )
 
 
@@ -143,6 +144,7 @@ def as_json(found: SearchResult, top: int) -> dict[str, Any]:
         "measured": found.job.hardware.measured,
         "sequence_length": found.job.sequence_length,
         "global_batch_size": found.job.global_batch_size,
+        "attended_length": found.job.attended_length,
         "assumptions": network.assumptions(found.job.hardware),
         "candidates": [candidate_json(candidate) for candidate in found.candidates[:top]],
         "rejected": dict(reasons.most_common()),

@@ -104,15 +104,17 @@ class StepPredictor:
 
     def _layer_times(self, plan: Plan) -> LayerTimes:
         key = (plan.tp, plan.cp, plan.parallel.sequence_parallel_on, plan.parallel.tp_comm_overlap, plan.micro_batch_size,
-               plan.parallel.recompute_granularity, plan.precision, plan.dtype, plan.sequence_length, plan.model)  # fmt: skip
+               plan.parallel.recompute_granularity, plan.precision, plan.dtype, plan.sequence_length, plan.attended_length,
+               plan.model)  # fmt: skip
         if key not in self._layers:
             self._layers[key] = LayerTimes(plan, self.hardware)
         return self._layers[key]
 
     def _model_flops(self, plan: Plan) -> float:
-        key = (plan.model, plan.sequence_length)
+        length = plan.attended_length or plan.sequence_length
+        key = (plan.model, length)
         if key not in self._flops:
-            self._flops[key] = training_flops_per_token(plan.model, plan.sequence_length)
+            self._flops[key] = training_flops_per_token(plan.model, length)
         return self._flops[key]
 
     def _chunk(self, plan: Plan, chunk: Chunk, layers: LayerTimes, direction: Direction) -> Parts:

@@ -24,7 +24,14 @@ class AttentionProbe:
 
 
 def probe_attention(
-    fp8: Attention | None, plain: Attention, s: int, b: int, heads: int, groups: int, head_dim: int
+    fp8: Attention | None,
+    plain: Attention,
+    s: int,
+    b: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    documents: object | None = None,
 ) -> AttentionProbe:
     """Run attention on random inputs.
 
@@ -32,25 +39,36 @@ def probe_attention(
         fp8: an FP8 attention module that is not part of the model, because its scales change. None: the run uses `plain`.
         plain: the same module in bf16.
         s, b, heads, groups, head_dim: sizes of a rank's micro-batch.
+        documents: that attention must keep apart (mixers/documents.py).
 
     Raises:
-        ConfigError: FP8 attention that does not run here, or whose error exceeds LARGEST_ERROR.
+        ConfigError: attention to documents, or FP8 attention, that does not run here, or FP8 attention whose error exceeds
+            LARGEST_ERROR.
     """
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
         torch.randn(s, b, h, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator)
         for h in (heads, groups, groups)
     )
-    expected = _run(plain, q, k, v)
+    size = f"{heads} heads of {head_dim} and {s} tokens{'' if documents is None else ' of several documents'}"
+    try:
+        expected = _run(plain, q, k, v, documents)
+    except (ValueError, RuntimeError) as error:
+        if documents is None:
+            raise
+        raise ConfigError.at(
+            "data.documents", f"no attention to documents runs at {size} here ({error!s:.120}); set it to keep"
+        ) from error
     if fp8 is None:
         return AttentionProbe(_backend(), None)
     try:
         for _ in range(3):  # until the scales settle
-            found = _run(fp8, q, k, v)
+            found = _run(fp8, q, k, v, documents)
     except (ValueError, RuntimeError) as error:
         raise ConfigError.at(
             "precision.fp8_attention",
-            f"true does not run at {heads} heads of {head_dim} and {s} tokens here ({error!s:.120}); set it to false",
+            f"true does not run at {size} here ({error!s:.120}); set it to false"
+            f"{'' if documents is None else ', or data.documents to keep'}",
         ) from error
     difference = float((found - expected).norm() / expected.norm())
     if not difference <= LARGEST_ERROR:
@@ -63,10 +81,13 @@ def probe_attention(
 
 
 @torch.no_grad()
-def _run(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _run(
+    attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: object | None
+) -> torch.Tensor:
     from megatron.core.transformer.enums import AttnMaskType
 
-    return attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal).float()
+    mask: dict[str, Any] = dict(attention_mask=None, attn_mask_type=AttnMaskType.causal)
+    return attention(q, k, v, **mask, documents=documents).float()
 
 
 def _backend() -> str:

@@ -25,6 +25,7 @@ from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
 from megatron_hybrid.precision.fp8_parameters import initial_values
 from megatron_hybrid.train.engines.build import build_engine
+from megatron_hybrid.train.engines.losses import GlobalBatch
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _saved_by_layer(engine: Any, batch: Batch) -> tuple[int, ...]:
         marks.append(torch.cuda.memory_allocated())
 
     hooks = [layers[0].register_forward_pre_hook(mark)] + [layer.register_forward_hook(mark) for layer in layers]
-    output, _ = engine.run.forward_step(iter([batch]), chunk)
+    output, _ = engine.run.forward_step(GlobalBatch([batch], engine.groups), iter([batch]), chunk)
     mark()
     for hook in hooks:
         hook.remove()

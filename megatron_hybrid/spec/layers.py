@@ -131,11 +131,12 @@ def _local() -> Backend:
 def _transformer_engine() -> Backend:
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
-        TEDotProductAttention,
         TELayerNormColumnParallelLinear,
         TENorm,
         TERowParallelLinear,
     )
+
+    from megatron_hybrid.mixers.attention.transformer_engine import TransformerEngineAttention
 
     return Backend(
         name="Transformer Engine",
@@ -143,7 +144,7 @@ def _transformer_engine() -> Backend:
         norm_column_linear=TELayerNormColumnParallelLinear,
         row_linear=TERowParallelLinear,
         norm=TENorm,
-        attention=TEDotProductAttention,
-        plain_attention=TEDotProductAttention,
+        attention=TransformerEngineAttention,
+        plain_attention=TransformerEngineAttention,
         mlp=MLP,
     )

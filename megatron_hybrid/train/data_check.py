@@ -6,13 +6,13 @@ and wait for each other by polling torch.distributed's key-value store: without 
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.base.errors import UserError, join
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.build import build_train_and_validation, open_sources
@@ -71,7 +71,7 @@ class StoreTeam:
             pause = min(2 * pause, _LONGEST_POLL_S)
 
 
-def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
+def open_data(config: RunConfig) -> tuple[Blend, dict[str, Blend]]:
     """Open the blends of a run and check their files, on all ranks together. Every rank calls it.
 
     Raises:
@@ -82,10 +82,11 @@ def open_data(config: RunConfig) -> tuple[Blend, Blend | None]:
     cache = VerdictCache(config.run_dir, team.rank)
     report = _Progress() if team.rank == 0 else (lambda done, total: None)
 
-    def build() -> tuple[Blend, Blend | None]:
+    def build() -> tuple[Blend, dict[str, Blend]]:
         vocab_size = config.model.vocab_size
         opened = build_train_and_validation(config.data, vocab_size, cache, True, team, report, documents)
-        _check_same_streams(opened, team)
+        training, validation = opened
+        _check_same_streams({"train": training} | {join("validation", n): b for n, b in validation.items()}, team)
         return opened
 
     opened = team.together(build)
@@ -112,11 +113,11 @@ def _prepare_documents(config: RunConfig) -> DocumentPreparation:
     return preparation
 
 
-def _check_same_streams(opened: tuple[Blend, Blend | None], team: StoreTeam) -> None:
+def _check_same_streams(opened: Mapping[str, Blend], team: StoreTeam) -> None:
     """Check that all ranks have opened the same files. Otherwise they would silently train on different samples."""
-    for split, blend in zip(("train", "validation"), opened, strict=True):
-        for index, dataset in enumerate(blend.datasets if blend else ()):
-            source, field = dataset.source, f"data.{split}.{index}"
+    for name, blend in opened.items():
+        for index, dataset in enumerate(blend.datasets):
+            source, field = dataset.source, join("data", name, index)
             mine = f"{len(source.shards)} files with {source.num_tokens:,} tokens"
             if not team.same(field, mine):
                 raise DataError(

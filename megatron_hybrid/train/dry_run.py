@@ -29,9 +29,8 @@ class FileProblems:
     def __init__(self, config: RunConfig, world_size: int) -> None:
         self.config = config
         self.wrong, self.absent, self.unused = Problems(), Problems(), Problems()
-        for split in ("train", "validation"):
-            for number, source in enumerate(getattr(config.data, split)):
-                self._look_at_source(join("data", split, number, "path"), source)
+        for field, source in config.data.sources().items():
+            self._look_at_source(join(field, "path"), source)
         self._look_at_tokenizer()
         self._look_at_checkpoints()
         try:

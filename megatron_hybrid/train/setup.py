@@ -1,5 +1,6 @@
-"""Builds what the trainer needs besides the engine: data loaders, the logger and the saved configuration."""
+"""Builds what the trainer needs besides the engine: data loaders, validation sets, the logger and the saved configuration."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -8,9 +9,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_hybrid.arch.flops import training_flops_per_token
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.data.attended_length import blend_attended_length
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.loader import BatchLoader
+from megatron_hybrid.data.text_bytes import TextBytes
 from megatron_hybrid.distributed.device import has_cuda
+from megatron_hybrid.evaluation.validation_set import ValidationSet
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.train.progress import Progress
@@ -28,10 +32,39 @@ def build_loader(config: RunConfig, groups: ProcessGroupCollection, data: Blend,
     )
 
 
-def build_logger(config: RunConfig, launch: Launch, progress: Progress, continues: bool) -> RunLogger:
+def build_validation_sets(
+    config: RunConfig, groups: ProcessGroupCollection, blends: Mapping[str, Blend], text_bytes: TextBytes
+) -> list[ValidationSet]:
+    """Build the validation sets of this rank."""
+    train = config.train
+    unit = train.micro_batch_size * groups.dp.size()
+    if (
+        config.parallel.virtual_pipeline_parallel_size > 1
+    ):  # the interleaved schedule needs whole rounds of micro-batches
+        unit *= config.parallel.pipeline_parallel_size
+    found = []
+    for name, blend in blends.items():
+        samples = blend.samples_without_repeats()
+        if train.eval_batches is not None:
+            samples = min(samples, train.eval_batches * train.global_batch_size)
+        sizes = (train.micro_batch_size, train.global_batch_size, unit)
+        found.append(ValidationSet(name, blend, samples, groups, *sizes, text_bytes))
+    return found
+
+
+def find_text_bytes(config: RunConfig) -> TextBytes:
+    """Return the bytes of text of each token, if validation sets need them. Call it on one rank."""
+    paths = [source.path for sources in config.data.validation.values() for source in sources]
+    if config.train.eval_interval is None:
+        return TextBytes(None, "there are no evaluations")
+    return TextBytes.of(config.data.tokenizer, config.model.vocab_size, paths)
+
+
+def build_logger(config: RunConfig, launch: Launch, training: Blend, progress: Progress, continues: bool) -> RunLogger:
     """Build the logger of a run, which writes on the first rank only.
 
     Args:
+        training: blend that training reads, whose documents determine the FLOPs of attention.
         progress: progress of the checkpoint that the run starts from.
         continues: whether the earlier logs in run_dir belong to this run.
     """
@@ -42,7 +75,7 @@ def build_logger(config: RunConfig, launch: Launch, progress: Progress, continue
         total_steps=config.train.steps,
         start_step=progress.step,
         start_tokens=progress.tokens,
-        flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
+        flops_per_token=training_flops_per_token(config.model, max(1, round(blend_attended_length(training)))),
         num_devices=launch.world_size,
         device_name=torch.cuda.get_device_name() if has_cuda() else None,
         settings=config.model_dump(mode="json"),

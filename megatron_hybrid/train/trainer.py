@@ -22,10 +22,17 @@ from megatron_hybrid.train.callbacks import default_callbacks
 from megatron_hybrid.train.callbacks.base import Callback, StepOutcome
 from megatron_hybrid.train.data_check import open_data
 from megatron_hybrid.train.engines.build import build_engine
+from megatron_hybrid.train.engines.losses import BatchLosses
 from megatron_hybrid.train.interrupt import Interrupt
 from megatron_hybrid.train.progress import Progress
 from megatron_hybrid.train.schedules import learning_rate
-from megatron_hybrid.train.setup import build_loader, build_logger, write_config
+from megatron_hybrid.train.setup import (
+    build_loader,
+    build_logger,
+    build_validation_sets,
+    find_text_bytes,
+    write_config,
+)
 from megatron_hybrid.train.start import check_start_point, choose_start
 from megatron_hybrid.train.start_checks import check_start, newest_step, on_first_rank, run_folder
 
@@ -82,13 +89,14 @@ class Trainer:
         self.data_identity, self.changes = on_first_rank(lambda: self._compare(training))
         self.engine = build_engine(config, groups)
         self.loader = build_loader(config, groups, training, config.data.num_workers)
-        validation_loader = build_loader(config, groups, validation, num_workers=0) if validation else None
-        self.callbacks = [*callbacks, *default_callbacks(config, validation_loader, interrupt)]
+        text_bytes = on_first_rank(lambda: find_text_bytes(config))
+        validation_sets = build_validation_sets(config, groups, validation, text_bytes)
+        self.callbacks = [*callbacks, *default_callbacks(config, training, validation_sets, interrupt)]
         for callback in self.callbacks:
             callback.setup(self)
         if launch.rank == 0:
             write_config(config)
-        self.logger = build_logger(config, launch, self.progress, continues=self.start.kind == "resume")
+        self.logger = build_logger(config, launch, training, self.progress, continues=self.start.kind == "resume")
         for line in self.engine.backends(config.train.micro_batch_size):
             self.logger.info(line)
         for callback in self.callbacks:
@@ -135,12 +143,17 @@ class Trainer:
         progress.samples += batch_size
         progress.tokens += batch_size * config.data.sequence_length
         lr = learning_rate(progress.step, config.train)
-        reasons = [callback.reason_to_skip(losses.loss, norm) for callback in self.callbacks]
-        skipped = next((reason for reason in reasons if reason is not None), None)
+        skipped = self._reason_to_skip(losses, norm)
         if skipped is None:
             self.engine.update(lr, norm)
             progress.updates += 1
         return StepOutcome(losses, norm, lr, batch_size, skipped)
+
+    def _reason_to_skip(self, losses: BatchLosses, grad_norm: float) -> str | None:
+        if losses.weight == 0:  # callbacks would take the missing loss for a run that diverges
+            return "no token of the batch counts in the loss"
+        reasons = [callback.reason_to_skip(losses.loss, grad_norm) for callback in self.callbacks]
+        return next((reason for reason in reasons if reason is not None), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint: JSON values, the same on every rank."""

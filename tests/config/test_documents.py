@@ -1,4 +1,4 @@
-"""data.documents and data.instance_filter: what is accepted, and what the model cannot do yet."""
+"""data.documents and data.instance_filter: what is accepted, and errors."""
 
 import pytest
 
@@ -6,11 +6,6 @@ from megatron_hybrid.config.data import DataConfig, InstanceFilterConfig
 from megatron_hybrid.config.load import load_run
 from tests.config.wrong_runs import TINY, Case, assert_named, each
 
-NOT_YET: list[Case] = [
-    (["data.documents=pack"], "data.documents", "pack is not implemented", "set it to keep"),
-    (["data.documents=mask"], "data.documents", "the model does not obey document boundaries yet", "set it to keep"),
-    (["data.instance_filter={}"], "data.instance_filter", "not implemented", "set it to null"),
-]
 WRONG: list[Case] = [
     (["data.documents=packed"], "data.documents", "packed", "pack"),
     (
@@ -20,13 +15,13 @@ WRONG: list[Case] = [
         "at most 13",
     ),
     (["data.instance_filter={repetition_max_count: 2}"], "data.instance_filter.repetition_max_count", "2", "3"),
-    (["data.instance_filter={max_count: 32}"], "data.instance_filter.max_count", "no such field", "repetition_max_count"),
+    (
+        ["data.instance_filter={max_count: 32}"],
+        "data.instance_filter.max_count",
+        "no such field",
+        "repetition_max_count",
+    ),
 ]
-
-
-@each(NOT_YET)
-def test_what_the_model_cannot_do_yet(overrides, field, wrong, remedy):
-    assert_named(overrides, field, wrong, remedy)
 
 
 @each(WRONG)
@@ -34,9 +29,19 @@ def test_wrong_values(overrides, field, wrong, remedy):
     assert_named(overrides, field, wrong, remedy)
 
 
+def test_the_instance_filter_is_accepted():
+    assert load_run(None, [*TINY, "data.instance_filter={}"]).data.instance_filter == InstanceFilterConfig()
+
+
 def test_defaults_keep_the_stream():
     data = load_run(None, TINY).data
     assert data.documents == "keep" and data.instance_filter is None
+
+
+@pytest.mark.parametrize("mode", ["mask", "pack"])
+def test_built_in_mixers_take_documents(mode):
+    run = load_run(None, [*TINY, f"data.documents={mode}", "parallel.context_parallel_size=2"])
+    assert run.layout.documents == mode
 
 
 @pytest.mark.parametrize("mode", ["mask", "pack"])

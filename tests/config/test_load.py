@@ -214,7 +214,7 @@ def test_overrides_of_every_kind(tmp_path: Path) -> None:
 
 def test_an_entry_of_a_default_list_and_of_none() -> None:
     run = load_run("olmo_hybrid_tiny", [*BASE, "train.optimizer.betas.1=0.98", "data.validation.0.path=v"])
-    assert run.train.optimizer.betas == (0.9, 0.98) and run.data.validation[0].path == "v"
+    assert run.train.optimizer.betas == (0.9, 0.98) and run.data.validation[""][0].path == "v"
 
 
 def test_the_later_override_wins() -> None:

@@ -95,3 +95,26 @@ def test_wrong_datasets():
         Blend([Counting(0), Counting(1, 2)], [1.0, 1.0])
     with pytest.raises(IndexError):
         blend(1.0).locate(-1)
+
+
+@pytest.mark.parametrize(
+    "sizes, weights", [((7,), (3.0,)), ((10, 10), (1, 1)), ((5, 40, 8), (1, 3, 1)), ((1, 9), (9, 1))]
+)
+def test_samples_without_repeats(sizes, weights):
+    mixed = blend(*weights)
+    for dataset, size in zip(mixed.datasets, sizes, strict=True):
+        dataset.samples_per_epoch = size
+    most, repeated = mixed.samples_without_repeats(), False
+    for index in range(most + 1):
+        dataset, i = mixed.locate(index)
+        repeated |= i >= sizes[dataset]
+        assert repeated == (index == most), "and the next sample would be a repeat"
+    assert len(sizes) > 1 or most == sizes[0]
+
+
+def test_sources_of_samples():
+    mixed = blend(3.0, 1.0, 2.0)
+    found = mixed.sources(5, 40)
+    assert found.argmax(1).tolist() == [mixed.locate(index)[0] for index in range(5, 45)]
+    assert (found.sum(1) == 1).all() and found.dtype == np.float32 and found.shape == (40, 3)
+    assert blend(1.0).sources(0, 3) is None

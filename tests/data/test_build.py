@@ -33,10 +33,10 @@ def test_train_and_validation(tmp_path, paths):
         config(paths, validation=({"path": paths["shard"]},)), 257, tmp_path / "run"
     )
     assert train.shares == (0.75, 0.25) and [d.source.name for d in train.datasets] == [paths["indexed"], paths["raw"]]
-    assert train.sample(0).shape == validation.sample(0).shape == (17,)
+    assert train.sample(0).shape == validation[""].sample(0).shape == (17,)
     verdicts = json.loads((tmp_path / "run" / "validated_data.json").read_text())
     assert len(verdicts) == 5  # .idx, .bin, three shards; the shard that validation shares is looked at once
-    assert build_train_and_validation(config(paths), 257)[1] is None
+    assert build_train_and_validation(config(paths), 257)[1] == {}
 
 
 def test_the_order_follows_the_seed_alone(paths):

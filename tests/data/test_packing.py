@@ -74,6 +74,7 @@ def test_every_token_of_every_document_is_in_one_place(tmp_path, monkeypatch, se
         sequences=len(sequences),
         slots=len(sequences) * length,
         most_pieces=max(map(len, sequences)),
+        squares=sum(size**2 for p in sequences for size in p["length"].tolist()),
     )
 
 

@@ -14,19 +14,16 @@ def random_starts(random: np.random.Generator, rows: int, length: int) -> torch.
     return torch.from_numpy(np.maximum.accumulate(places, axis=1).astype(np.int32))
 
 
-def oracle(starts: list[list[int]], offset: int, width: int) -> dict[str, list]:
-    """What the functions return, token by token."""
-    bounds, position, halo, continues = [], [], [], []
+def oracle(starts: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+    """Boundaries and positions, token by token."""
+    bounds, positions = [], []
     for row in starts:
-        previous = None
+        positions.append([])
         for i, start in enumerate(row):
-            if start != previous:
-                bounds.append(len(position))
-            previous = start
-            position.append(offset + i - start)
-            halo.append(min(width, offset + i - start))
-            continues.append(start < offset)
-    return {"bounds": bounds, "positions": position, "halo": halo, "continues": continues}
+            if start == i:
+                bounds.append(sum(map(len, positions)))
+            positions[-1].append(i - start)
+    return bounds, positions
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -35,23 +32,12 @@ def test_derived_quantities(seed, size):
     random = np.random.default_rng(seed)
     rows, length = int(random.integers(1, 4)), 4 * int(random.integers(1, 7))
     starts, capacity = random_starts(random, rows, length), rows * length
-    for rank in range(size):
-        part, offset = documents.slice_starts(starts, rank, size)
-        expected = oracle(part.tolist(), offset, 3)
-        assert documents.positions(part, offset).flatten().tolist() == expected["positions"]
-        assert documents.valid_halo(part, 3, offset).flatten().tolist() == expected["halo"]
-        assert documents.continues_from_before(part, offset).flatten().tolist() == expected["continues"]
-        cu_seqlens = documents.cu_seqlens(part, capacity, offset)
-        count, tokens = len(expected["bounds"]), part.numel()
-        assert int(documents.count_documents(part, offset)) == count
-        assert cu_seqlens.dtype == torch.int32 and cu_seqlens.shape == (capacity + 1,)
-        assert cu_seqlens.tolist() == expected["bounds"] + [tokens] * (capacity + 1 - count)
-
-
-def test_a_slice_sees_the_positions_of_the_whole_row():
-    starts = random_starts(np.random.default_rng(0), 3, 24)
-    parts = [documents.positions(*documents.slice_starts(starts, rank, 4)) for rank in range(4)]
-    assert torch.equal(torch.cat(parts, 1), documents.positions(starts))
+    bounds, positions = oracle(starts.tolist())
+    cu_seqlens = documents.cu_seqlens(starts, capacity)
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.shape == (capacity + 1,)
+    assert cu_seqlens.tolist() == bounds + [capacity] * (capacity + 1 - len(bounds))
+    parts = [documents.positions(*documents.slice_starts(starts, rank, size)) for rank in range(size)]
+    assert torch.cat(parts, 1).tolist() == positions
 
 
 def test_the_tightest_capacity_fits_and_one_less_fails():
@@ -65,8 +51,7 @@ def test_nothing_depends_on_values_on_the_host():
     """Tensors without values raise wherever a shape or a branch would need one."""
     starts = torch.zeros(2, 8, dtype=torch.int32, device="meta")
     part, offset = documents.slice_starts(starts, 1, 2)
-    assert documents.cu_seqlens(part, 16, offset).shape == (17,) and documents.positions(part, offset).shape == (2, 4)
-    assert documents.count_documents(part, offset).shape == () and documents.valid_halo(part, 3, offset).shape == (2, 4)
+    assert documents.cu_seqlens(starts, 16).shape == (17,) and documents.positions(part, offset).shape == (2, 4)
     with pytest.raises(RuntimeError):
         starts[starts == 0].tolist()
 

@@ -11,6 +11,11 @@ from testing import jobs
 def tools_on_a_run(config: dict, calls: list[tuple[str, list[str]]]) -> list[tuple[int, str, str]]:
     """Train a run, then call tools on it in this process: (status, stdout, stderr) of each call."""
     jobs.pretrain_run(config)
+    return tools(calls)
+
+
+def tools(calls: list[tuple[str, list[str]]]) -> list[tuple[int, str, str]]:
+    """Call tools in this process: (status, stdout, stderr) of each call."""
     results = []
     for tool, arguments in calls:
         leave_groups()

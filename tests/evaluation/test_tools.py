@@ -54,6 +54,41 @@ def test_the_tools_on_a_run(ranks, config, tmp_path):
     for (status, _, stderr), message in expected:
         assert status == 78 and message in stderr and "Traceback" not in stderr, stderr
     assert good_data[0] == 0 and json.loads(good_data[1])["tokens"] == 1184
-    assert as_uint32[0] == 0 and "over 192 tokens" in as_uint32[1], as_uint32
+    assert json.loads(good_data[1])["sets"][good]["tokens"] == 1184
+    assert as_uint32[0] == 0 and " 192 " in as_uint32[1] and "bits per byte" in as_uint32[1], as_uint32
     assert long[0] == 0 and long[1].startswith("0" * 40)
     assert "the prompt has 40 tokens, the model was trained on sequences of 16" in long[2]
+
+
+def test_several_sets_over_several_ranks(ranks, config, tmp_path):
+    """Two ranks with small batches print what one rank with a large one prints, and only the first prints."""
+    run = config["run_dir"]
+    config["train"]["dtype"] = "bf16"
+    write_raw(tmp_path / "b.npy", np.arange(20, 20 + 70) % 97)
+    sets = [f"a={tmp_path}/a.npy", f"b={tmp_path}/b.npy"]
+    arguments = [run, *sets, "--json"]
+    more = [("evaluate", [*arguments, "--batch-size", "1"]), ("evaluate", [run, *sets])]
+    ((one,),) = ranks.run(jobs.tools_on_a_run, 1, config=config, calls=[("evaluate", arguments)])
+    in_fp32 = ("evaluate", [*arguments, "--precision", "fp32"])
+    first, second = ranks.run(jobs.tools, 2, calls=[*more, in_fp32])
+    assert all(status == 0 and not out for status, out, _ in second), second
+    (_, small, _), (_, table, _), (_, exact, _) = first
+    found, expected = json.loads(small)["sets"], json.loads(one[1])["sets"]
+    assert found["a"]["tokens"] == 1184 and found["b"]["tokens"] == 64
+    for name in "ab":
+        for key, value in expected[name].items():
+            assert found[name][key] == pytest.approx(value, rel=1e-6), key
+        assert found[name]["loss"] != json.loads(exact)["sets"][name]["loss"], "in the run's dtype"
+        bits = found[name]["loss"] / np.log(2)  # every token is a byte
+        assert found[name]["bits_per_byte"] == pytest.approx(bits)
+    assert [line.split()[0] for line in table.splitlines()] == ["set", "a", "b"]
+
+
+def test_names_of_sets():
+    from megatron_hybrid.base.errors import UserError
+    from megatron_hybrid.evaluation.loaded_model import parse_sets
+
+    assert parse_sets(["docs=data/docs", "data/code"]) == {"docs": "data/docs", "data/code": "data/code"}
+    for wrong in (["a=x", "a=y"], ["=x"]):
+        with pytest.raises(UserError, match="give each set a name of its own"):
+            parse_sets(wrong)

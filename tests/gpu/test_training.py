@@ -48,7 +48,7 @@ def test_same_curve_as_the_cpu(name, tolerance, on_cpu, on_one_gpu):
 
 
 @needs_te
-@pytest.mark.parametrize("more", ["", ", YaRN"])
+@pytest.mark.parametrize("more", ["", ", YaRN", jobs.DOCUMENTS])
 def test_transformer_engine_parts_have_the_same_curve(more, on_cpu, on_one_gpu):
     check(on_cpu[f"fp32{more}"], on_one_gpu[f"bf16{more}"], 1e-2)
 
@@ -59,6 +59,22 @@ def test_transformer_engine_parts_have_the_same_curve(more, on_cpu, on_one_gpu):
 )
 def test_fp8_stays_near_bf16(name, on_one_gpu):
     check(on_one_gpu["bf16"], on_one_gpu[name], 2e-2)
+
+
+@needs_te
+@pytest.mark.parametrize("name", jobs.DOCUMENT_FORMATS)
+def test_fp8_stays_near_bf16_on_documents(name, on_one_gpu):
+    check(on_one_gpu[f"bf16{jobs.DOCUMENTS}"], on_one_gpu[f"{name}{jobs.DOCUMENTS}"], 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("count", "name"), [(count, name) for count, names in jobs.DOCUMENT_LAYOUTS.items() for name in names]
+)
+def test_documents_under_a_layout_have_one_gpus_curve(count, name, on_one_gpu, on_several):
+    if count not in on_several:
+        pytest.skip(f"needs {count} GPUs")
+    name = f"{name}{jobs.DOCUMENTS}"
+    check(on_one_gpu[jobs.one_gpu_of(name)], on_several[count][name], 1e-4)
 
 
 @needs_te

@@ -53,6 +53,16 @@ def test_gradient_into_a_buffer():
     torch.testing.assert_close(buffer, 1 + 2 * expected[4])
 
 
+def test_losses_of_tokens():
+    hidden, weight, labels, mask = loss_inputs((3, 2), 8, 48, 45, dtype=torch.float64)
+    found = torch.empty(3, 2)
+    _, cross_entropy, _ = linear_cross_entropy(hidden, weight, labels, mask, token_losses=found, **OPTIONS)
+    logits = (hidden @ weight[:45].t()).flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.flatten(), reduction="none", ignore_index=-100) * mask.flatten()
+    torch.testing.assert_close(found.flatten(), expected, check_dtype=False)
+    torch.testing.assert_close(found.mean(), cross_entropy, check_dtype=False)
+
+
 def test_detached_results_and_no_grad():
     hidden, weight, labels, mask = loss_inputs((7,), 8, 48, 45)
     loss, cross_entropy, z = linear_cross_entropy(hidden, weight.requires_grad_(), labels, mask, **OPTIONS)
@@ -91,6 +101,7 @@ def test_says_what_it_chose_and_refuses_what_does_not_fit():
         ("weight", dict(weight=weight.bfloat16())),
         ("hidden", dict(hidden=hidden.half(), weight=weight.half())),
         ("labels", dict(labels=labels[:3])),
+        ("token_losses", dict(token_losses=torch.empty(3))),
         ("loss_mask", dict(loss_mask=mask[:3])),
         ("chunk_tokens", dict(chunk_tokens=0)),
         ("grad_weight_buffer", dict(grad_weight_buffer=torch.zeros(48, 8, dtype=torch.bfloat16))),

@@ -152,6 +152,10 @@ def test_the_planner_plans_it(package, tmp_path):
             "parallel.context_parallel_size: 2: leaky average (layer_pattern's T) does not support it; set it to 1",
         ),
         (
+            ["data.documents=pack"],
+            "data.documents: pack: leaky average (layer_pattern's T) does not support it; set it to keep",
+        ),
+        (
             ["parallel.tensor_parallel_size=4"],
             "parallel.tensor_parallel_size: 4 exceeds the 3 leaky heads (model.leaky.num_heads)",
         ),

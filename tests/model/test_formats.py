@@ -14,8 +14,9 @@ from testing import jobs
 from testing.models import SMALL
 
 
-def table(model: dict, dtype: str, parallel: dict | None = None) -> list[str]:
+def table(model: dict, dtype: str, parallel: dict | None = None, documents: bool = False) -> list[str]:
     engine = jobs.make_engine(model, parallel or {}, dict(steps=1, global_batch_size=1, dtype=dtype))
+    engine.documents = documents
     return engine.backends(1)
 
 
@@ -53,6 +54,13 @@ def test_slices_of_sequences_are_named(ranks):
     of = {row[head.index("part") :].partition("  ")[0]: row for row in rows}
     assert "each sequence in slices on 2 ranks, which pass states on" in of["gated_delta_rule"]
     assert "2 heads of whole sequences on each of 2 context parallel ranks" in of["attention"]
+
+
+def test_documents_are_named(ranks):
+    for documents in (False, True):
+        (rows,) = ranks.run(table, 1, model=SMALL, dtype="fp32", documents=documents)
+        (attention,) = (row for row in rows if "scaled_dot_product_attention" in row)
+        assert ("a mask per block of queries keeps documents apart" in attention) == documents
 
 
 def test_each_stage_names_its_own_layers(ranks):

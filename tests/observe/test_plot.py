@@ -17,7 +17,7 @@ def records(count, top=5.5, bottom=2.2, every=None):
         loss = bottom + (top - bottom) * math.exp(-5 * step / count) + rng.gauss(0, 0.1)
         record = {"step": step, "loss": loss, "lr": 3e-4 * min(step / 20, 1), "tokens": step * 8192, "skipped": False}
         if every and step % every == 0:
-            record["eval_loss"] = loss + 0.1
+            record |= {"eval_loss": loss + 0.1, "eval/my_eval_set/loss": loss + 0.2, "eval/my_eval_set/perplexity": 9}
         yield record
 
 
@@ -68,7 +68,8 @@ def test_draw(tmp_path, monkeypatch, scale, top):
     assert loss_axis.get_yscale() == scale
     assert loss_axis.get_ylim()[1] < 1.5 * top
     labels = [text.get_text() for text in loss_axis.get_legend().get_texts()]
-    assert labels == ["training loss", "learning rate", "evaluation loss", "1 skipped"]
+    sets = ["evaluation loss", "evaluation loss of my_eval_set"]
+    assert labels == ["training loss", "learning rate", *sets, "1 skipped"]
     assert loss_axis.get_xlabel() == "step (4.1 M tokens)"
 
 
@@ -82,6 +83,6 @@ def test_from_a_file(tmp_path):
     lines = [json.dumps(record) for record in records(50, every=25)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 51, "lo')
     curve = Curve.read(tmp_path / "metrics.jsonl")
-    assert len(curve.steps) == 50 and list(curve.eval_steps) == [25, 50] and curve.tokens == 50 * 8192
+    assert len(curve.steps) == 50 and list(curve.evaluations[""][0]) == [25, 50] and curve.tokens == 50 * 8192
     draw(curve, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10_000

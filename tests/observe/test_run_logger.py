@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_hybrid.config.logging import LoggingConfig
+from megatron_hybrid.evaluation.validation_set import SetLoss
 from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.observe import run_logger as module
 from megatron_hybrid.observe.metrics import read_metrics
@@ -23,7 +24,7 @@ def train(logger, first, last, evaluate=()):
         logger.log_step(step, values | {"skipped": "loss is nan" if step == 3 else None})
         if step in evaluate:
             with logger.pause():
-                logger.log_eval(step, 2.0, batches=8)
+                logger.log_evaluation(step, {"": SetLoss(2.0, 8, math.nan), "code": SetLoss(3.0, 1, 2.0)})
 
 
 def logged(run_dir):
@@ -40,18 +41,26 @@ def test_a_run(tmp_path, capsys):
     assert list(records) == list(range(1, 11))
     one = records[10]
     assert one["loss"] == pytest.approx(0.4) and one["tokens"] == 10_000 and one["eval_loss"] == 2.0
-    assert one["eval_batches"] == 8 and one["memory_gb"] > 0 and one["skipped"] is False
+    assert (
+        one["eval_tokens"] == 8 and "eval_bits_per_byte" not in one and one["memory_gb"] > 0 and one["skipped"] is False
+    )
     assert one["tokens_per_s"] == pytest.approx(1000 / one["seconds"])
     assert one["tflops"] == pytest.approx(one["tokens_per_s"] * 1e9 / 4 / 1e12)
     assert one["mfu"] == pytest.approx(one["tflops"] / 100)
     assert records[3]["skipped"] is True and records[3]["skip_reason"] == "loss is nan"
+    assert one["eval/code/loss"] == 3 and one["eval/code/perplexity"] == pytest.approx(math.e**3)
+    assert one["eval/code/bits_per_byte"] == pytest.approx(3 / math.log(2) / 2)
     out = capsys.readouterr().out
-    assert "step 1/10  loss 4.0000" in out and "evaluation loss 2.0000" in out and "SKIPPED: loss is nan" in out
+    assert "step 1/10  loss 4.0000" in out and "SKIPPED: loss is nan" in out
+    assert "step 10/10  evaluation: loss 2.0000, perplexity 7.389\n" in out
+    assert "step 10/10  evaluation of code: loss 3.0000, perplexity 20.09, 2.1640 bits per byte" in out
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in events.Scalars("loss")] == list(range(1, 11))
-    assert [e.value for e in events.Scalars("eval_loss")] == [2.0]
-    assert [e.value for e in events.Scalars("skipped")] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 11))
+    assert [events.Scalars(tag)[0].value for tag in ("eval/loss", "eval/code/loss")] == [2.0, 3.0]
+    assert {tag.split("/")[0] for tag in events.Tags()["scalars"]} == {"train", "eval", "perf"}
+    assert "perf/mfu" in events.Tags()["scalars"]
+    assert [e.value for e in events.Scalars("train/skipped")] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_resuming(tmp_path):
@@ -64,7 +73,7 @@ def test_resuming(tmp_path):
     assert list(records) == list(range(1, 11))
     assert records[6]["tokens_per_s"] == pytest.approx(1000 / records[6]["seconds"])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in events.Scalars("loss")] == list(range(1, 11))
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 11))
 
 
 def test_interval_keeps_first_last_skipped_and_evaluated_steps(tmp_path):
@@ -78,9 +87,9 @@ def test_interval_keeps_first_last_skipped_and_evaluated_steps(tmp_path):
 
 def test_evaluation_before_the_first_step(tmp_path):
     with RunLogger(QUIET, tmp_path, 0, total_steps=2) as logger:
-        logger.log_eval(0, 5.5)
+        logger.log_evaluation(0, {"": SetLoss(5.5, 4, math.nan)})
         train(logger, 1, 2)
-    assert logged(tmp_path)[0] == {"step": 0, "eval_loss": 5.5}
+    assert logged(tmp_path)[0] == {"step": 0, "eval_loss": 5.5, "eval_perplexity": math.exp(5.5), "eval_tokens": 4}
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
@@ -93,7 +102,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 def test_not_finite_values(tmp_path):
     with RunLogger(LoggingConfig(plot_interval=0), tmp_path, 0, total_steps=1) as logger:
         logger.log_step(1, {"loss": math.nan, "grad_norm": math.inf, "tokens": 10, "skipped": "loss is nan"})
-        logger.log_eval(1, math.nan)
+        logger.log_evaluation(1, {"": SetLoss(math.nan, 0, math.nan)})
     record = logged(tmp_path)[1]
     assert record["loss"] is record["grad_norm"] is record["eval_loss"] is None
 

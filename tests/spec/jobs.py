@@ -9,12 +9,15 @@ from types import ModuleType
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_hybrid.spec import enable_cpu_backend, gated_delta_net_layer_spec, optimizer_config_overrides
+from testing.documents import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WD_GROUPS = "a group of their own"
@@ -182,6 +185,40 @@ def build_without_positions(module_of, model: str, tp: int, **options):
     config = module_of.build("gpt", tp, sp=tp > 1).config
     layer = gated_delta_net_layer_spec(module_of.GDN)
     return GPTModel(config, layer, module_of.VOCABULARY, module_of.SEQUENCE, **options)
+
+
+def packed_documents(tp: int, sp: bool, lengths: list[int]) -> dict[str, float]:
+    """Return, by model, the largest relative error of logits and gradients of PackedSeqParams from each document alone."""
+    start(tp)
+    found = {}
+    for model in ("gpt", "hybrid"):
+        torch.manual_seed(1)
+        module = example().build(model, tp, sp)
+        if model == "hybrid":
+            module.position_embedding_type = "rope"
+            module.rotary_pos_emb = RotaryEmbedding(16, 1.0, use_cpu_initialization=True)
+        tokens = torch.randint(example().VOCABULARY, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        bounds = torch.tensor([0, *lengths, 0], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        longest = max(lengths)
+        packed = PackedSeqParams("thd", bounds, bounds.clone(), max_seqlen_q=longest, max_seqlen_kv=longest)
+        together = module(tokens, positions, None, packed_seq_params=packed)
+        parts = zip(tokens.split(lengths, 1), positions.split(lengths, 1), strict=True)
+        alone = torch.cat([module(*part, None) for part in parts], 1)
+        values = [together, alone]
+        pairs = [[x.detach() for x in values]] + list(zip(*(gradients(module, x) for x in values), strict=True))
+        found[model] = max(relative_error(*pair) for pair in pairs)
+    return found
+
+
+def gradients(module, logits: torch.Tensor) -> list[torch.Tensor]:
+    """Return the gradients of a weighted sum of logits, of replicated weights summed over the ranks that share the tokens."""
+    weights, parameters = torch.linspace(-1, 1, logits.numel()).view_as(logits), list(module.parameters())
+    found = torch.autograd.grad((logits * weights).sum(), parameters)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        if getattr(parameter, "sequence_parallel", False):
+            torch.distributed.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+    return list(found)
 
 
 def recomputed() -> dict[str, dict[str, torch.Tensor]]:

@@ -30,6 +30,13 @@ def test_the_loss_is_the_trainers_from_the_same_weights(ranks, tp):
             assert found == pytest.approx(expected, abs=1e-5), model
 
 
+@pytest.mark.parametrize(("sp", "lengths"), [(False, [5, 1, 2, 30, 3]), (True, [4, 2, 2, 30, 6])])
+def test_packed_documents_are_as_if_alone(sp, lengths, ranks):
+    """megatron-core's PackedSeqParams, boundaries in two tensors and an empty document at the end."""
+    for found in ranks.run(jobs.packed_documents, 2, tp=2, sp=sp, lengths=lengths):
+        assert all(error < 1e-5 for error in found.values()), found
+
+
 def test_recompute_changes_no_gradient(ranks):
     (found,) = ranks.run(jobs.recomputed, 1)
     for way in ("selective", "full"):

@@ -21,6 +21,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     fp32_logits: bool = True,
     grad_weight_buffer: torch.Tensor | None = None,
+    token_losses: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the mean cross-entropy plus the weighted mean z-loss of logits = hidden @ weight^T.
@@ -44,6 +45,7 @@ def linear_cross_entropy(
             rounding the logits' gradients for the GEMMs.) Triton only; the reference always uses fp32.
         grad_weight_buffer: fp32, shaped as weight (Megatron's `main_grad`). The backward pass adds weight's gradient to it,
             unrounded. Autograd sees no gradient of weight, so weight.grad does not change.
+        token_losses: shaped as loss_mask. Receives the weighted cross-entropy of each token; no gradient passes through it.
 
     Returns:
         The loss, a differentiable fp32 scalar; the mean cross-entropy in nats and the unweighted mean z-loss, both detached.
@@ -53,9 +55,10 @@ def linear_cross_entropy(
     Raises:
         ValueError: the shapes or dtypes do not match, or the requested backend cannot run here.
     """
-    _check(hidden, weight, labels, loss_mask, chunk_tokens, grad_weight_buffer)
+    _check(hidden, weight, labels, loss_mask, chunk_tokens, grad_weight_buffer, token_losses)
     choice = explain(hidden, weight, backend=backend)
-    tensors = hidden.flatten(0, -2), weight, labels.reshape(-1), loss_mask.reshape(-1), grad_weight_buffer
+    per_token = None if token_losses is None else token_losses.view(-1)
+    tensors = hidden.flatten(0, -2), weight, labels.reshape(-1), loss_mask.reshape(-1), grad_weight_buffer, per_token
     if choice.backend == "triton":
         from hybrid_kernels.linear_cross_entropy.backends.triton.op import Options, linear_cross_entropy_triton
 
@@ -77,6 +80,7 @@ def _check(
     loss_mask: torch.Tensor,
     chunk_tokens: int | None,
     buffer: torch.Tensor | None,
+    token_losses: torch.Tensor | None,
 ) -> None:
     if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -89,6 +93,8 @@ def _check(
     for name, t in (("labels", labels), ("loss_mask", loss_mask)):
         if t.shape != hidden.shape[:-1]:
             raise ValueError(f"{name}: expected {tuple(hidden.shape[:-1])}, got {tuple(t.shape)}")
+    if token_losses is not None and (token_losses.shape != loss_mask.shape or not token_losses.is_contiguous()):
+        raise ValueError(f"token_losses: expected contiguous {tuple(loss_mask.shape)}, got {tuple(token_losses.shape)}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected a positive number of tokens, got {chunk_tokens}")
     if buffer is not None and (buffer.shape != weight.shape or buffer.dtype not in (torch.float32, torch.float64)):

@@ -41,6 +41,7 @@ def linear_cross_entropy_torch(
     labels: torch.Tensor,
     loss_mask: torch.Tensor,
     grad_weight_buffer: torch.Tensor | None,
+    token_losses: torch.Tensor | None,
     true_vocab_size: int,
     z_loss_weight: float,
     vocab_parallel: VocabParallel | None,
@@ -63,6 +64,8 @@ def linear_cross_entropy_torch(
     if vocab_parallel is not None:
         sums = _SumOverRanks.apply(sums, vocab_parallel.all_reduce_sum)
     log_z = sums[0].log() + largest
-    losses = torch.stack((log_z - sums[1], log_z.square()))
-    cross_entropy, z = (losses * loss_mask).sum(-1) / loss_mask.numel()
+    losses = torch.stack((log_z - sums[1], log_z.square())) * loss_mask
+    if token_losses is not None:
+        token_losses.copy_(losses[0].detach())
+    cross_entropy, z = losses.sum(-1) / loss_mask.numel()
     return cross_entropy + z_loss_weight * z, cross_entropy.detach(), z.detach()

@@ -70,7 +70,9 @@ def work(shard: Shard, direction: Direction) -> list[Work]:
     w, tokens, model = Widths.of(shard), shard.tokens, shard.model
     window = model.sliding_window if shard.block.sliding_window else None
     width = w.q * w.gathered_heads / shard.context_parallel_size
-    flops = attention_flops(shard.sequence_length, shard.micro_batch_size, width, direction, window)
+    length = shard.attended_length or shard.sequence_length
+    documents = shard.micro_batch_size * shard.sequence_length / length
+    flops = attention_flops(length, documents, width, direction, window)
     norm_bytes = (2 if direction == "forward" else 3) * shard.element * w.qkv
     return [
         Gemm(tokens, w.qkv, shard.hidden, "column"),

@@ -22,10 +22,13 @@ from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.model_fields import ModelFields, RopeScalingConfig
 from megatron_hybrid.distributed.collectives import all_reduce_sum
 from megatron_hybrid.distributed.context_parallel import HeadExchange
+from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.mixers.attention.local import ScaledDotProductAttention
 from megatron_hybrid.mixers.attention.spec import parameters
 from megatron_hybrid.mixers.backend import Backend, Linears
-from megatron_hybrid.mixers.mixer import FormatQuery, Mixer
+from megatron_hybrid.mixers.documents import Documents
+from megatron_hybrid.mixers.formats import FormatQuery
+from megatron_hybrid.mixers.mixer import Mixer
 from megatron_hybrid.precision.attention_probe import probe_attention
 
 
@@ -87,6 +90,7 @@ class SelfAttention(Mixer):
     """
 
     uses_rotary_embedding = True
+    obeys_documents = True
 
     def __init__(
         self,
@@ -159,9 +163,13 @@ class SelfAttention(Mixer):
         return attention
 
     def mix(
-        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None
+        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None, documents: Documents | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend. rotary_pos_emb: [s, 1, 1, head_dim], or [2, s, 1, 1, head_dim]: plain and scaled angles; None: no rotation."""
+        """Attend.
+
+        Args:
+            rotary_pos_emb: [s, 1 or b, 1, head_dim], or [2, s, 1 or b, 1, head_dim]: plain and scaled angles; None: no rotation.
+        """
         qkv, _ = self.linear_qkv(hidden_states)
         angles = self.own_angles(rotary_pos_emb)
         q, k, v = qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight, angles, **self.norm)
@@ -169,7 +177,9 @@ class SelfAttention(Mixer):
             self.exchange.to_heads(x, n)
             for x, n in ((q, self.exchange.heads), (k, self.exchange.groups), (v, self.exchange.groups))
         )
-        context = self.core_attention(q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal)
+        context = self.core_attention(
+            q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal, documents=documents
+        )
         y_sbh, _ = self.linear_proj(self.exchange.to_tokens(context))
         return y_sbh, None
 
@@ -179,7 +189,7 @@ class SelfAttention(Mixer):
             return rotary_pos_emb
         return rotary_pos_emb[int(self.rope_is_scaled)]
 
-    def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
+    def backends(self, sequence_length: int, batch_size: int, documents: bool = False) -> list[Choice]:
         width = len(self.q_norm_weight) + 2 * len(self.k_norm_weight)
         qkv = self.q_norm_weight.detach()[:1].expand(sequence_length, batch_size, width)  # no memory
         return [explain_qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight)]
@@ -193,11 +203,15 @@ class SelfAttention(Mixer):
         if exchange.ranks > 1:
             reason += f"; {exchange.heads} heads of whole sequences on each of {exchange.ranks} context parallel ranks"
         if backend.attention is ScaledDotProductAttention:
-            return query.dtype, "torch's scaled_dot_product_attention", reason
+            masked = "; a mask per block of queries keeps documents apart" if query.documents else ""
+            return query.dtype, "torch's scaled_dot_product_attention", reason + masked
+        if query.documents:
+            reason += "; documents in THD layout"
         sizes = (query.sequence_length, query.batch_size, exchange.heads, exchange.groups, self.head_dim)
+        documents = Documents.of_equal_length(*sizes[:2], local_device()) if query.documents else None
         fp8 = self.another_core_attention(backend.attention) if query.fp8_attention else None
         with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-            found = probe_attention(fp8, self.another_core_attention(backend.plain_attention), *sizes)
+            found = probe_attention(fp8, self.another_core_attention(backend.plain_attention), *sizes, documents)
         if fp8 is None:
             return query.dtype, found.backend, reason
         error = f"differs from {query.dtype} by {found.error:.2g}, as it should"

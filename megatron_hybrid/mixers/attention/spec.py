@@ -40,7 +40,7 @@ class Attention(MixerSpec):
     input_linear, output_linear = "linear_qkv", "linear_proj"
     has_rates = True
     has_cache = True
-    supports = frozenset({"context_parallel", "fp8", "fp8_attention"})
+    supports = frozenset({"context_parallel", "documents", "fp8", "fp8_attention"})
 
     def parameters(self, model: ModelFields, block: Block) -> tuple[PackedParameter, ...]:
         return parameters(model.num_attention_heads, model.kv_heads, model.attention_head_dim, model.hidden_size)

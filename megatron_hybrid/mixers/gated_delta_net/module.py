@@ -10,6 +10,7 @@ Shapes: s tokens of this rank, b sequences, h hidden size, w width of in_proj's 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from megatron_hybrid.distributed.state_passing import (
     gated_delta_rule_of_slices,
 )
 from megatron_hybrid.mixers.backend import Backend, Linears
+from megatron_hybrid.mixers.documents import Documents
 from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_hybrid.mixers.gated_delta_net.spec import parameters, sizes
 from megatron_hybrid.mixers.mixer import Mixer
@@ -65,6 +67,8 @@ class GatedDeltaNet(Mixer):
     The arguments after `submodules` are TransformerLayer's, except for `gdn`. `cp_comm_type` and `pp_layer_offset` say how
     attention exchanges tokens and is numbered. Nothing here depends on them.
     """
+
+    obeys_documents = True
 
     def __init__(
         self,
@@ -126,13 +130,15 @@ class GatedDeltaNet(Mixer):
                 )
 
     def mix(
-        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None
+        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None, documents: Documents | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Project, convolve, apply the delta rule and its norm, and project back. Angles are for attention layers."""
         packed, _ = self.in_proj(hidden_states)
-        return between_linears(self._between_projections, packed, self.out_proj, self.recompute and self.training)
+        between = partial(self._between_projections, documents=documents)
+        return between_linears(between, packed, self.out_proj, self.recompute and self.training)
 
-    def _between_projections(self, packed_sbw: torch.Tensor) -> torch.Tensor:
+    def _between_projections(self, packed_sbw: torch.Tensor, documents: Documents | None) -> torch.Tensor:
+        positions_bs = documents.positions_bs if documents else None
         packed_sbw, halo_sbw = with_halo(packed_sbw, self.gdn.conv_kernel_size - 1, self.cp_group)
         # conv_gates returns the gate as well: slicing it here would cost one more gradient as wide as in_proj's output
         q, k, v, g, beta, gate = conv_gates(
@@ -143,9 +149,10 @@ class GatedDeltaNet(Mixer):
             **self.kernel_sizes(),
             allow_negative_eigenvalues=self.gdn.allow_negative_eigenvalues,
             halo_sbw=halo_sbw,
+            positions_bs=positions_bs,
             return_gate=True,
         )
-        o = gated_delta_rule_of_slices(q, k, v, g, beta, group=self.cp_group)
+        o = gated_delta_rule_of_slices(q, k, v, g, beta, group=self.cp_group, positions_bs=positions_bs)
         weight = self.o_norm_weight
         if not self.config.sequence_parallel:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
@@ -161,7 +168,7 @@ class GatedDeltaNet(Mixer):
             value_head_dim=gdn.value_head_dim,
         )
 
-    def backends(self, sequence_length: int, batch_size: int) -> list[Choice]:
+    def backends(self, sequence_length: int, batch_size: int, documents: bool = False) -> list[Choice]:
         gdn, s, b = self.gdn, sequence_length, batch_size
         like = torch.empty((), dtype=self.config.params_dtype, device=self.A_log.device)  # expanded: no memory
         gates = self.A_log.detach()[:1].expand(b, s, self.heads)
@@ -170,6 +177,6 @@ class GatedDeltaNet(Mixer):
         packed = like.expand(s, b, self.packed_width)
         return [
             explain_conv_gates(packed, self.conv_weight, **self.kernel_sizes()),
-            explain_gated_delta_rule_of_slices(q, q, v, gates, gates, group=self.cp_group),
+            explain_gated_delta_rule_of_slices(q, q, v, gates, gates, group=self.cp_group, documents=documents),
             explain_gated_rmsnorm(v, packed[..., : self.gate_width], self.o_norm_weight),
         ]

@@ -13,7 +13,6 @@ import transformer_engine_torch as kernels  # te loads it
 from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
-    TEDotProductAttention,
     TELayerNormColumnParallelLinear,
     TENorm,
     TERowParallelLinear,
@@ -21,6 +20,7 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.mixers.attention.transformer_engine import TransformerEngineAttention
 from megatron_hybrid.mixers.backend import Backend
 from megatron_hybrid.model.mlp import SwiGLU
 from megatron_hybrid.precision.recipes import attention_recipe
@@ -55,7 +55,7 @@ class RowLinear(TERowParallelLinear):
         super().__init__(*args, config=_into_main_grad(config), **kwargs)
 
 
-class Fp8Attention(TEDotProductAttention):
+class Fp8Attention(TransformerEngineAttention):
     """Attention in FP8 with delayed scaling, the only recipe that trains on Hopper, whatever recipe the linears have.
 
     Its scales are updated together with the linears', when the outermost FP8 context ends (precision/context.py).
@@ -103,7 +103,7 @@ def transformer_engine(precision: PrecisionConfig) -> Backend:
         norm_column_linear=NormColumnLinear,
         row_linear=RowLinear,
         norm=TENorm,
-        attention=Fp8Attention if precision.fp8_attention else TEDotProductAttention,
-        plain_attention=TEDotProductAttention,
+        attention=Fp8Attention if precision.fp8_attention else TransformerEngineAttention,
+        plain_attention=TransformerEngineAttention,
         mlp=FusedSwiGLU,
     )

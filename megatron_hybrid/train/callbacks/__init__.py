@@ -1,7 +1,10 @@
 """Callbacks of the trainer, and those of an ordinary run in their order."""
 
+from collections.abc import Sequence
+
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.data.loader import BatchLoader
+from megatron_hybrid.data.blend import Blend
+from megatron_hybrid.evaluation.validation_set import ValidationSet
 from megatron_hybrid.train.callbacks.base import Callback
 from megatron_hybrid.train.callbacks.checkpoints import Checkpoints
 from megatron_hybrid.train.callbacks.expected_memory import ExpectedMemory
@@ -13,19 +16,22 @@ from megatron_hybrid.train.callbacks.task_evaluation import TaskEvaluation
 from megatron_hybrid.train.interrupt import Interrupt
 
 
-def default_callbacks(config: RunConfig, validation: BatchLoader | None, interrupt: Interrupt | None) -> list[Callback]:
+def default_callbacks(
+    config: RunConfig, training: Blend, validation: Sequence[ValidationSet], interrupt: Interrupt | None
+) -> list[Callback]:
     """Return the callbacks of a run, in the order in which their hooks are called.
 
     A step is logged before anything that may end the run. It is evaluated before it is saved.
 
     Args:
-        validation: loader of the validation data; None: do not evaluate.
+        training: blend that training reads.
+        validation: sets to evaluate on.
         interrupt: receives signals that ask the run to stop; None: the process handles signals itself.
     """
-    callbacks: list[Callback] = [StepMetrics(), OutlierSkipping(config.train.skip_step)]
+    callbacks: list[Callback] = [StepMetrics(training), OutlierSkipping(config.train.skip_step)]
     if config.train.engine == "megatron":
         callbacks.append(ExpectedMemory())
-    if validation is not None:
+    if validation:
         callbacks.append(PeriodicEvaluation(config.train, validation))
     if config.tasks.paths:
         callbacks.append(TaskEvaluation(config.tasks))

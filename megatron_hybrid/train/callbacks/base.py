@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Protocol
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.observe import RunLogger
-from megatron_hybrid.train.engines.base import BatchLosses, Engine
+from megatron_hybrid.train.engines.base import Engine
+from megatron_hybrid.train.engines.losses import BatchLosses
 from megatron_hybrid.train.progress import Progress
 from megatron_hybrid.train.start import Start
 
@@ -66,7 +67,8 @@ class Callback:
         """Run before a step. `run.progress` counts the steps before it."""
 
     def reason_to_skip(self, loss: float, grad_norm: float) -> str | None:
-        """Return why the update of this step must be skipped; None: update. Called once per step."""
+        """Return why the update of this step must be skipped; None: update. Called once per step whose batch has
+        tokens that count."""
         return None
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:

@@ -1,34 +1,36 @@
 """Callback that evaluates the model during training."""
 
+from collections.abc import Sequence
+
 from megatron_hybrid.config.train import TrainConfig
-from megatron_hybrid.data.loader import BatchLoader
+from megatron_hybrid.evaluation.validation_set import SetLoss, ValidationSet
 from megatron_hybrid.train.callbacks.base import Callback, Run, StepOutcome
 
 
 class PeriodicEvaluation(Callback):
-    """Evaluates on `data.validation` every `train.eval_interval` steps and after the last step.
+    """Evaluates on every set of `data.validation` every `train.eval_interval` steps and after the last step.
 
-    Writes `eval_loss` to the metrics of the step and a line to the console. The mean is over the first
-    `train.eval_batches` global batches, the same ones every time. Training waits meanwhile, so do not use it with a short
-    interval and many batches.
+    Writes loss, perplexity, bits per byte and tokens of each set to the metrics of the step, and a line per set to the console.
+    The loss is the mean over the counted tokens of the set's first `train.eval_batches` global batches, or of the whole set.
+    Training waits meanwhile, so do not use it with a short interval and large sets.
     """
 
-    def __init__(self, config: TrainConfig, validation: BatchLoader) -> None:
+    def __init__(self, config: TrainConfig, validation: Sequence[ValidationSet]) -> None:
         self.config, self.validation = config, validation
+
+    def start(self, run: Run) -> None:
+        reason = self.validation[0].text_bytes.unknown_reason
+        if self.config.eval_interval and reason:
+            run.logger.info(f"evaluation without bits per byte: {reason}")
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
         step, interval = run.progress.step, self.config.eval_interval
         if interval and (step % interval == 0 or step == self.config.steps):
             self.evaluate(run)
 
-    def evaluate(self, run: Run) -> float:
-        """Return and log the mean loss over the validation batches."""
-        size = self.config.global_batch_size
+    def evaluate(self, run: Run) -> dict[str, SetLoss]:
+        """Return and log the losses of all validation sets by their names."""
         with run.logger.pause():
-            losses = [
-                run.engine.evaluate(list(self.validation.global_batch(number * size, size))).loss
-                for number in range(self.config.eval_batches)
-            ]
-        loss = sum(losses) / len(losses)
-        run.logger.log_eval(run.progress.step, loss)
-        return loss
+            losses = {found.name: found.evaluate(run.engine.evaluate) for found in self.validation}
+        run.logger.log_evaluation(run.progress.step, losses)
+        return losses

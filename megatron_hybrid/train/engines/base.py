@@ -1,24 +1,13 @@
-"""The interface between the trainer and the engine that holds the model, and the losses that it returns."""
+"""The interface between the trainer and the engine that holds the model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.data.batch import Batch
-
-
-@dataclass(frozen=True)
-class BatchLosses:
-    """Mean losses over a global batch in nats per token, the same on every rank."""
-
-    loss: float
-    z_loss: float
-    """Unweighted."""
+from megatron_hybrid.train.engines.losses import BatchLosses
 
 
 class UpdateCount(Protocol):
@@ -69,26 +58,5 @@ class Engine(Protocol):
 
 
 def run_model(model: Callable[..., Any], batch: Batch, z_loss: float) -> Any:
-    """Run the model on a micro-batch: `TokenLosses` on the last pipeline stage, hidden states on the others.
-
-    Raises:
-        NotImplementedError: a batch with document boundaries.
-    """
-    if batch.documents is not None:
-        raise NotImplementedError("the model does not take document boundaries")
-    return model(batch.tokens, batch.labels, batch.loss_mask, z_loss)
-
-
-def mean_losses(losses: list[torch.Tensor], groups: ProcessGroupCollection) -> BatchLosses:
-    """Average (cross-entropy, z-loss) over the micro-batches and over all ranks.
-
-    Args:
-        losses: one tensor of two values per micro-batch. Pipeline stages without losses pass zeros.
-    """
-    mean = torch.stack(losses).mean(0)
-    dist.all_reduce(mean, group=groups.dp_cp)
-    mean /= groups.dp_cp.size()
-    if groups.pp.size() > 1:
-        dist.all_reduce(mean, group=groups.pp)
-    loss, z_loss = mean.tolist()
-    return BatchLosses(loss, z_loss)
+    """Run the model on a micro-batch: `TokenLosses` on the last pipeline stage, hidden states on the others."""
+    return model(batch.tokens, batch.labels, batch.loss_mask, z_loss, batch.documents, batch.cu_seqlens)

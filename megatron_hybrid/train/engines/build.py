@@ -15,8 +15,9 @@ def build_engine(config: RunConfig, groups: ProcessGroupCollection, fill: Fill =
         ConfigError: a setting that cannot run on this machine.
     """
     common = (config.model, config.train, config.parallel, config.data.sequence_length, groups, config.precision, fill)
+    documents = config.data.documents != "keep"
     if config.train.engine == "deepspeed":
         from megatron_hybrid.train.engines.deepspeed.engine import DeepSpeedEngine  # DeepSpeed is optional
 
-        return DeepSpeedEngine(*common, config.zero)
-    return MegatronEngine(*common)
+        return DeepSpeedEngine(*common, config.zero, documents)
+    return MegatronEngine(*common, documents=documents)

@@ -18,7 +18,7 @@ from megatron_hybrid.model.formats import format_table
 from megatron_hybrid.model.hybrid_model import build_model
 from megatron_hybrid.model.initialize import initialize
 from megatron_hybrid.model.param_layout import ParamLayout
-from megatron_hybrid.train.engines.base import BatchLosses
+from megatron_hybrid.train.engines.losses import BatchLosses
 from megatron_hybrid.train.engines.schedule import BatchRunner, prepare_for_training
 from megatron_hybrid.train.optimizers.megatron import MegatronCollector, Optimizer, wrap_data_parallel
 
@@ -41,9 +41,10 @@ class MegatronEngine:
         groups: ProcessGroupCollection,
         precision: PrecisionConfig = PrecisionConfig(),  # noqa: B008 - frozen
         fill: Fill = initialize,
+        documents: bool = False,
     ) -> None:
         self.groups, self.parallel, self.precision, self.sequence_length = groups, parallel, precision, sequence_length
-        self.dtype = train.dtype
+        self.dtype, self.documents = train.dtype, documents
         if parallel.tp_comm_overlap:
             require_transformer_engine("parallel.tp_comm_overlap", model.backend, precision, train.dtype)
             tokens = sequence_length // groups.cp.size() * train.micro_batch_size
@@ -76,11 +77,10 @@ class MegatronEngine:
         """Return a table of the formats and kernels that this rank runs, with reasons.
 
         Raises:
-            ConfigError: FP8 attention that is wrong, or does not run, on this machine.
+            ConfigError: attention to documents, or FP8 attention, that does not run or is wrong on this machine.
         """
-        return format_table(
-            self.chunks, self.precision, self.dtype, self.sequence_length, batch_size, self.optimizer.name
-        )
+        sizes = (self.dtype, self.sequence_length, batch_size)
+        return format_table(self.chunks, self.precision, *sizes, self.optimizer.name, self.documents)
 
     def close(self) -> None:
         """Release GPU memory.

@@ -1,10 +1,10 @@
 """Runs micro-batches through megatron-core's pipeline schedules."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,7 +13,8 @@ from torch import Tensor
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.model.output_layer import TokenLosses
-from megatron_hybrid.train.engines.base import BatchLosses, mean_losses, run_model
+from megatron_hybrid.train.engines.base import run_model
+from megatron_hybrid.train.engines.losses import BatchLosses, GlobalBatch
 
 _SCHEDULE_FIELDS = ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func")
 
@@ -44,10 +45,10 @@ class BatchRunner:
         Args:
             batches: micro-batches of whole sequences, the same on all context parallel ranks of a replica.
         """
-        several = len(self.chunks) > 1
+        several, global_batch = len(self.chunks) > 1, GlobalBatch(batches, self.groups)
         iterators = [iter(batches) for _ in self.chunks]
-        outputs = self.run_schedule(
-            forward_step_func=self.forward_step,
+        self.run_schedule(
+            forward_step_func=partial(self.forward_step, global_batch),
             data_iterator=iterators if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=len(batches),
@@ -55,24 +56,22 @@ class BatchRunner:
             micro_batch_size=self.micro_batch_size,
             forward_only=forward_only,
         )
-        return self._mean(outputs)
+        return global_batch.losses()
 
-    def forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+    def forward_step(
+        self, global_batch: GlobalBatch, batches: Iterator[Batch], model: torch.nn.Module
+    ) -> tuple[Any, Callable[..., Any]]:
         """Run the model on the next micro-batch. Returns its output and the function that makes the loss from it."""
         context_parallel = self.groups.cp
         batch = next(batches).slice(context_parallel.rank(), context_parallel.size()).to(local_device())
-        return run_model(model, batch, self.z_loss), self._loss
+        batch = global_batch.weigh(batch)
+        return run_model(model, batch, self.z_loss), partial(self._loss, global_batch, batch)
 
-    def _loss(self, losses: TokenLosses) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, global_batch: GlobalBatch, batch: Batch, losses: TokenLosses) -> tuple[Tensor, dict[str, Tensor]]:
         # megatron-core multiplies the loss by the context parallel size (schedules.py, forward_step_calc_loss) and averages
         # gradients over these ranks too. All slices have the same number of tokens, so the mean of their means is exact.
-        means = torch.stack((losses.cross_entropy, losses.z_loss))
-        return losses.total / self.groups.cp.size(), {"losses": means}
-
-    def _mean(self, outputs: Iterable[dict[str, Tensor]]) -> BatchLosses:
-        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-            return mean_losses([output["losses"] for output in outputs], self.groups)
-        return mean_losses([torch.zeros(2, device=local_device())], self.groups)  # the last stage's losses are added
+        global_batch.add(losses, batch)
+        return losses.total / self.groups.cp.size(), {}
 
 
 class LossScaler(Protocol):

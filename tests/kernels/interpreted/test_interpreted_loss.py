@@ -55,6 +55,15 @@ def test_in_bf16(fp32_logits, of_loss, of_gradients):
     assert ours[3].dtype == ours[4].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 3])
+def test_losses_of_tokens(chunk_tokens):
+    inputs, found, oracle = loss_inputs((4, 2), 16, 80, 70, spread=5.0), torch.empty(4, 2), torch.empty(4, 2)
+    options = dict(true_vocab_size=70, z_loss_weight=0.05)
+    linear_cross_entropy(*inputs, token_losses=found, chunk_tokens=chunk_tokens, backend="triton", **options)
+    linear_cross_entropy(*inputs, token_losses=oracle, backend="torch", **options)
+    assert relative_error(found, oracle) < 1e-5 and oracle.unique().numel() > 2
+
+
 def test_gradient_into_a_buffer_once():
     hidden, weight, labels, mask = loss_inputs((9,), 16, 80, 70, dtype=torch.bfloat16)
     oracle = exact((hidden, weight, labels, mask), true_vocab_size=70)

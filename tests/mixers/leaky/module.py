@@ -43,7 +43,7 @@ class LeakyMixer(Mixer):
         self.decay = self.new_parameter("decay")
         self.finish()
 
-    def mix(self, hidden_states, rotary_pos_emb):
+    def mix(self, hidden_states, rotary_pos_emb, documents):
         x, gate = self.in_proj(hidden_states)[0].chunk(2, dim=-1)
         a = torch.sigmoid(self.decay).repeat_interleave(self.head_dim).to(x.dtype)
         state, outputs = torch.zeros_like(x[0]), []

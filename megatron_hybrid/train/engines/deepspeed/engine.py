@@ -23,10 +23,11 @@ from megatron_hybrid.model.hybrid_model import build_model
 from megatron_hybrid.model.initialize import initialize
 from megatron_hybrid.model.output_layer import TokenLosses
 from megatron_hybrid.model.param_layout import ParamLayout
-from megatron_hybrid.train.engines.base import BatchLosses, mean_losses, run_model
+from megatron_hybrid.train.engines.base import run_model
 from megatron_hybrid.train.engines.deepspeed.fp32_scalars import Fp32Scalars
 from megatron_hybrid.train.engines.deepspeed.optimizer import ZeroCollector, ZeroOptimizer, build_optimizer
 from megatron_hybrid.train.engines.deepspeed.settings import deepspeed_config, import_deepspeed, start_engine
+from megatron_hybrid.train.engines.losses import BatchLosses, GlobalBatch
 from megatron_hybrid.train.engines.megatron import Fill
 from megatron_hybrid.train.optimizers.decay_groups import exempt_from_decay
 
@@ -50,6 +51,7 @@ class DeepSpeedEngine:
         precision: PrecisionConfig = PrecisionConfig(),  # noqa: B008 - frozen
         fill: Fill = initialize,
         zero: ZeroConfig = ZeroConfig(),  # noqa: B008 - frozen
+        documents: bool = False,
     ) -> None:
         deepspeed = import_deepspeed(zero)
         self.groups, self.z_loss = groups, train.z_loss
@@ -68,7 +70,8 @@ class DeepSpeedEngine:
         decayed = [p for p in chunk.parameters() if p not in exempt]
         optimizer = build_optimizer(decayed, [p for p in chunk.parameters() if p in exempt], spec, settings, zero)
         name = f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}, {_describe(zero)}"
-        self._formats = format_table(self.chunks, precision, train.dtype, sequence_length, train.micro_batch_size, name)
+        sizes = (train.dtype, sequence_length, train.micro_batch_size)
+        self._formats = format_table(self.chunks, precision, *sizes, name, documents)
         self.engine = start_engine(deepspeed, chunk, optimizer, groups, deepspeed_config(train, zero))
         self.optimizer = ZeroOptimizer(self.engine, scalars, spec, name)
 
@@ -92,17 +95,18 @@ class DeepSpeedEngine:
         """
         self.optimizer.expect_gradients()
         self.engine.train()
-        found = []
+        global_batch = GlobalBatch(batches, self.groups)
         for number, batch in enumerate(batches, 1):
             self.engine.set_gradient_accumulation_boundary(number == len(batches))
-            losses = self._forward(batch)
+            losses = self._forward(batch, global_batch)
             self.engine.backward(losses.total / len(batches), scale_wrt_gas=False)
-            found.append(torch.stack((losses.cross_entropy, losses.z_loss)))
         self.optimizer.scalars.reduce()
-        return mean_losses(found, self.groups)
+        return global_batch.losses()
 
-    def _forward(self, batch: Batch) -> TokenLosses:
-        losses: TokenLosses = run_model(self.engine, batch.to(local_device()), self.z_loss)
+    def _forward(self, batch: Batch, global_batch: GlobalBatch) -> TokenLosses:
+        batch = global_batch.weigh(batch.to(local_device()))
+        losses: TokenLosses = run_model(self.engine, batch, self.z_loss)
+        global_batch.add(losses, batch)
         return losses
 
     def gradient_norm(self) -> float:
@@ -117,9 +121,11 @@ class DeepSpeedEngine:
     def evaluate(self, batches: list[Batch]) -> BatchLosses:
         """Return the mean losses over a global batch, without gradients."""
         self.engine.eval()
-        losses = [torch.stack(self._forward(batch)[1:]) for batch in batches]
+        global_batch = GlobalBatch(batches, self.groups)
+        for batch in batches:
+            self._forward(batch, global_batch)
         self.engine.train()
-        return mean_losses(losses, self.groups)
+        return global_batch.losses()
 
     def collector(self) -> Collector:
         """Return the object that reads and writes this rank's weights and optimizer state for checkpoints."""

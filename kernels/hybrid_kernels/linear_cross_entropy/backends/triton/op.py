@@ -93,10 +93,11 @@ def _forward(
     weight: torch.Tensor,
     labels: torch.Tensor,
     mask: torch.Tensor,
+    token_losses: torch.Tensor | None,
     wanted: tuple[bool, bool],
     options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Return the means [2] and the `wanted` gradients: of hidden in its dtype, of weight in fp32."""
+    """Return the means [2] and the `wanted` gradients: of hidden in its dtype, of weight in fp32. Fill token_losses."""
     tokens, (width, hidden_size) = len(hidden), weight.shape
     logits_dtype = torch.float32 if options.fp32_logits else hidden.dtype
     size = min(options.chunk_tokens or chunk_size(tokens, width, logits_dtype.itemsize), tokens)
@@ -117,6 +118,8 @@ def _forward(
             _gemm(dlogits, weight, dhidden[part])
         if dweight is not None:
             _gemm(dlogits.t(), hidden[part], dweight, add=first > 0)
+    if token_losses is not None:
+        token_losses.copy_(losses[0])
     return losses.sum(1) / tokens, dhidden, dweight
 
 
@@ -129,10 +132,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         mask: torch.Tensor,
         buffer: torch.Tensor | None,
+        token_losses: torch.Tensor | None,
         wanted: tuple[bool, bool],
         options: Options,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        means, *ctx.gradients = _forward(hidden, weight, labels, mask, wanted, options)
+        means, *ctx.gradients = _forward(hidden, weight, labels, mask, token_losses, wanted, options)
         ctx.buffer, ctx.weight_dtype = buffer, weight.dtype
         cross_entropy, z = means.unbind()
         loss = cross_entropy + options.z_loss_weight * z
@@ -152,7 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif dweight is not None:
             same = ctx.weight_dtype == dweight.dtype
             dweight = _scale(dweight, grads[0], dweight if same else torch.empty_like(dweight, dtype=ctx.weight_dtype))
-        return dhidden, dweight, None, None, None, None, None
+        return dhidden, dweight, *[None] * 6
 
 
 @eager_only
@@ -162,12 +166,13 @@ def linear_cross_entropy_triton(
     labels: torch.Tensor,
     loss_mask: torch.Tensor,
     grad_weight_buffer: torch.Tensor | None,
+    token_losses: torch.Tensor | None,
     options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `hybrid_kernels.linear_cross_entropy.linear_cross_entropy`; hidden is [n, h], labels and loss_mask are [n]."""
     hidden, weight = hidden.contiguous(), weight.contiguous()
     wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     loss, cross_entropy, z = _LinearCrossEntropy.apply(
-        hidden, weight, labels, loss_mask, grad_weight_buffer, wanted, options
+        hidden, weight, labels, loss_mask, grad_weight_buffer, token_losses, wanted, options
     )
     return loss, cross_entropy, z

@@ -1,0 +1,119 @@
+"""Losses of a global batch: means over all counted tokens, for any loss mask, layout and micro-batch size.
+
+The model returns means over all slots of a micro-batch, masked or not. `GlobalBatch` multiplies the loss masks by slots / weight,
+where the weight is the sum of all loss masks of the global batch. The mean of the micro-batches' means is then the mean over
+the counted tokens of the global batch, and the gradients are those of this mean.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields, replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.data.sample import SampleCounts
+from megatron_hybrid.distributed.device import local_device
+from megatron_hybrid.model.output_layer import TokenLosses
+
+_NUM_COUNTS = len(fields(SampleCounts))
+
+
+@dataclass(frozen=True)
+class BatchLosses:
+    """Mean losses over the counted tokens of a global batch in nats per token, the same on every rank."""
+
+    loss: float
+    """NaN if no token counts."""
+    z_loss: float
+    """Unweighted."""
+    weight: float
+    """Sum of the loss masks: the number of counted tokens."""
+    counts: SampleCounts | None = None
+    """What the slots of the global batch hold. None: every token counts."""
+    by_source: tuple[float, ...] = ()
+    """Loss of each source of the blend, NaN for a source without counted tokens. Empty if batches name no sources."""
+
+
+class GlobalBatch:
+    """Collects the losses of one global batch, of which each data parallel rank runs some micro-batches.
+
+    All ranks create it before their first forward pass. The sums over ranks stay on the device until `losses` reads them.
+
+    Args:
+        batches: this rank's micro-batches of whole sequences.
+    """
+
+    def __init__(self, batches: Sequence[Batch], groups: ProcessGroupCollection) -> None:
+        self.groups = groups
+        self.slots = groups.dp.size() * sum(batch.labels.numel() for batch in batches)
+        self._means: list[Tensor] = []
+        self._by_source = _source_sums(batches)
+        self._totals: Tensor | None = None
+        if batches[0].counts is not None:
+            self._totals = _totals(batches, groups)
+            weight = self._totals[0]
+            self._scale = torch.where(weight > 0, self.slots / weight, 0.0).float()
+
+    def weigh(self, batch: Batch) -> Batch:
+        """Return a batch on the device with its loss mask multiplied by slots / weight."""
+        return batch if self._totals is None else replace(batch, loss_mask=batch.loss_mask * self._scale)
+
+    def add(self, losses: TokenLosses, batch: Batch) -> None:
+        """Record the losses of one micro-batch, or of this rank's slice of it.
+
+        Args:
+            batch: as `weigh` returned it.
+        """
+        self._means.append(torch.stack((losses.cross_entropy, losses.z_loss)))
+        if batch.sources is not None and self._by_source is not None:
+            per_sequence = (losses.per_token.t(), batch.loss_mask)  # both [b, s]
+            sums = torch.stack([values.sum(1, dtype=torch.float64) for values in per_sequence], 1)
+            self._by_source += batch.sources.t().double() @ sums
+
+    def losses(self) -> BatchLosses:
+        """Sum over all ranks and return the losses. Pipeline stages without losses contribute zeros."""
+        mean = torch.stack(self._means).mean(0) if self._means else torch.zeros(2, device=local_device())
+        self._sum_over_ranks(mean, divide=True)
+        parts = [mean.double()]
+        if self._totals is not None:
+            parts.append(self._totals)
+        if self._by_source is not None:
+            self._sum_over_ranks(self._by_source)
+            parts.append(self._by_source[:, 0] / self._by_source[:, 1])
+        return self._read(torch.cat(parts).tolist())
+
+    def _sum_over_ranks(self, values: Tensor, divide: bool = False) -> None:
+        """Sum over data, context and pipeline parallel ranks, or average over the first two."""
+        dist.all_reduce(values, group=self.groups.dp_cp)
+        if divide:
+            values /= self.groups.dp_cp.size()
+        if self.groups.pp.size() > 1:
+            dist.all_reduce(values, group=self.groups.pp)
+
+    def _read(self, values: list[float]) -> BatchLosses:
+        (loss, z_loss), rest = values[:2], values[2:]
+        if self._totals is None:
+            return BatchLosses(loss, z_loss, self.slots, by_source=tuple(rest))
+        weight, counts = rest[0], SampleCounts(*map(int, rest[1 : 1 + _NUM_COUNTS]))
+        if weight == 0:
+            loss = z_loss = float("nan")
+        return BatchLosses(loss, z_loss, weight, counts, tuple(rest[1 + _NUM_COUNTS :]))
+
+
+def _totals(batches: Sequence[Batch], groups: ProcessGroupCollection) -> Tensor:
+    """Return the sum of all loss masks and the fields of `SampleCounts`, over all micro-batches of all ranks: fp64, on the device."""
+    weight = sum(float(batch.loss_mask.sum(dtype=torch.float64)) for batch in batches)
+    counts = sum((batch.counts for batch in batches if batch.counts is not None), SampleCounts())
+    values = torch.tensor([weight, *astuple(counts)], dtype=torch.float64)
+    totals = values.to(local_device(), non_blocking=True)
+    dist.all_reduce(totals, group=groups.dp)
+    return totals
+
+
+def _source_sums(batches: Sequence[Batch]) -> Tensor | None:
+    """Return zeros for the sums of weighted losses and of weights of each source; None if the batches name no sources."""
+    sources = batches[0].sources
+    return None if sources is None else torch.zeros(sources.shape[1], 2, dtype=torch.float64, device=local_device())
