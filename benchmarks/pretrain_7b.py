@@ -33,6 +33,7 @@ def train(steps: int, gpus: int, folder: Path) -> Path:
         f"train.steps={steps}",
         "train.eval_interval=null",
         "train.global_batch_size=16",
+        "train.micro_batch_size=1",
         "train.schedule.warmup_steps=8",
         "checkpoint={interval: null}",
         "parallel={overlap_grad_reduce: true, overlap_param_gather: true}",

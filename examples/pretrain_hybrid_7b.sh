@@ -22,7 +22,7 @@ cd -- "$root"
 if [ -z "${CPU_RANKS:-}" ]; then export HYBRID_EXTRAS=${HYBRID_EXTRAS:-dev,gpu}; fi # with Transformer Engine and fla
 source tools/env.sh
 
-NODES=${NODES:-${SLURM_NNODES:-8}} # 8, 16, 64: at tensor parallel 2, 16, 8, 2 microbatches of one sequence a rank and step
+NODES=${NODES:-${SLURM_NNODES:-8}} # 8, 16, 64: at tensor parallel 2, 8, 4, 1 micro-batches of two sequences per rank and step
 config=${CONFIG:-examples/configs/pretrain_hybrid_7b.yaml}
 overrides=(
     ${RUN_DIR:+"run_dir=$RUN_DIR"}

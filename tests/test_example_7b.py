@@ -38,7 +38,7 @@ def login_node(root, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("nodes", "microbatches"), [(8, 16), (16, 8), (64, 2)])
+@pytest.mark.parametrize(("nodes", "microbatches"), [(8, 8), (16, 4), (64, 1)])
 def test_the_recipe_on_8_16_and_64_nodes(root, nodes, microbatches):
     run = load_run(str(Path(root) / CONFIG))
     run.check_world(nodes * 8)
@@ -86,5 +86,5 @@ def test_files_that_only_the_compute_nodes_see(login_node):
 
 
 def test_more_nodes_than_there_are(login_node):
-    done = login_node(NODES="128")
+    done = login_node(NODES="128", TP="4")
     assert done.returncode == 69 and "64 nodes are up and NODES=128" in done.stderr and "sbatch" not in done.stdout

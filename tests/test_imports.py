@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("data", "evaluation", "inference", "observe", "planner"),
     },
     "profiling": {"base", "arch", "config", "data", "distributed", "launch", "mixers", "precision", "train"},
+    "stages": {"base", "arch", "config", "checkpoint", "data", "observe", "train"},
     "convert": {"base", "arch", "config", "distributed", "mixers", "checkpoint", "data"},
 }
 # Libraries that only these rooms import. (train has no business with a kernel: the model calls them.)

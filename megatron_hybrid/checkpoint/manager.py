@@ -16,7 +16,7 @@ from megatron_hybrid.checkpoint.format import Index
 from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import AsyncWrites, SlicedTensor, finish, write_rank
-from megatron_hybrid.config.checkpoint import CheckpointConfig
+from megatron_hybrid.config.checkpoint import CheckpointConfig, Take
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -36,6 +36,13 @@ def remove_remains(root: Path) -> list[str]:
         else:
             shutil.rmtree(path)
     return sorted(path.name for path in remains)
+
+
+def _state_to_take(state: dict[str, Any], take: Take) -> dict[str, Any]:
+    """Return the part of a run's state that goes with the tensors that are taken."""
+    if take == "everything":
+        return state
+    return {"updates": state["updates"]} if take == "moments" else {}
 
 
 class CheckpointManager:
@@ -110,11 +117,12 @@ class CheckpointManager:
                 if folder.is_dir():
                     remove_checkpoint(folder)
 
-    def load(self, folder: Path, weights_only: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
-        """Load the weights and, unless `weights_only`, the optimizer state if the checkpoint has one.
+    def load(self, folder: Path, take: Take = "everything") -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
+        """Load the weights and, unless `take` is weights, the optimizer state if the checkpoint has one.
 
         Returns:
-            The run's state, and this rank's own tensors, or None if another number of ranks wrote the checkpoint.
+            The part of the run's state that is taken. This rank's own tensors; None unless everything is taken from a checkpoint
+            of the same number of ranks.
 
         Raises:
             CheckpointError: the checkpoint is of another model; names the first field that differs.
@@ -123,15 +131,11 @@ class CheckpointManager:
             check_same_tensors(folder, reader.model, ModelConfig(**self.model))
             self.origin = Origin.of(folder, reader.index.run, with_files=self.rank == 0)
             self.collector.load_weights(reader)
-            if weights_only:
-                self.collector.load_masters(reader)
-                dist.barrier()
-                return {}, None
-            if reader.has_optimizer():
+            if take != "weights" and reader.has_optimizer():
                 self.collector.load_optimizer(reader)
             else:
                 self.collector.load_masters(reader)
-            state, extra = reader.index.state, None
+            state, extra = _state_to_take(reader.index.state, take), None
             if state.get("world_size") == self.world_size:
                 extra = reader.local_tensors(self.rank)
         dist.barrier()

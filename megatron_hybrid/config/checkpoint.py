@@ -1,10 +1,15 @@
 """Checkpoints: when to save, which to keep, where to start."""
 
+from typing import Literal
+
 from pydantic import Field, PositiveInt, model_validator
 
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.base.section import Section
+
+Take = Literal["weights", "moments", "everything"]
+"""Parts of a checkpoint that a run takes."""
 
 
 class CheckpointConfig(Section):
@@ -24,8 +29,13 @@ class CheckpointConfig(Section):
     A run that began from another run's checkpoint resumes its own. An earlier checkpoint of the run itself rewinds the run:
     later checkpoints are set aside, not deleted."""
     init_from: str | None = Field(None, min_length=1)
-    """Folder of another run's checkpoint. A new run takes its weights only, and has its own schedule, data and moments. Once the
-    run has checkpoints, it resumes the newest of them."""
+    """Folder of another run's checkpoint, from which a new run starts. `take` says what the run takes from it. Once the run has
+    checkpoints, it resumes the newest of them."""
+    take: Take = "weights"
+    """What a new run takes from init_from. `weights`: nothing but weights. `moments`: also the optimizer's moments, with the number of
+    updates that their bias correction needs, and the scales of FP8. With both, step, schedule, position in the data, window of
+    skip_step and random state start fresh; the rotary embedding, data and schedule may change; another tokenizer or model is an
+    error. `everything`: continue where the other run stopped, as `resume` does."""
     allow_changes: tuple[str, ...] = Field((), strict=False)
     """Fields of `data` and `model` that may differ from those of the run that saved the checkpoint: `[data.seed]`, or
     `[data, model.rope_theta]`. Other changes that repeat or skip samples, or that change the model, are errors."""
@@ -36,6 +46,10 @@ class CheckpointConfig(Section):
             raise ConfigError.at(
                 "init_from",
                 f"{self.init_from} is a second checkpoint to start from: resume is {self.resume}; set resume to auto, or this to null",
+            )
+        if self.init_from is None and self.take != "weights":
+            raise ConfigError.at(
+                "take", f"{self.take} needs a checkpoint to take from; name its folder in init_from, or leave this out"
             )
         for name in self.allow_changes:
             if name.partition(".")[0] not in ("data", "model"):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -24,8 +25,9 @@ class SourceConfig(Section):
 
     path: str = Field(min_length=1)
     """A megatron-core prefix (`PREFIX.bin`, `PREFIX.idx`), a `.npy` raw token shard, or a glob of such shards."""
-    weight: PositiveFloat = 1.0
-    """Weight of the source in the blend, relative to the other sources."""
+    weight: NonNegativeFloat = 1.0
+    """Weight of the source in the blend, relative to the other sources. 0: none of its samples, until data.mix_changes gives it a
+    weight."""
     dtype: Literal["uint16", "uint32"] | None = None
     """Token type of a raw shard. None: the smallest that holds the vocabulary."""
 
@@ -46,6 +48,15 @@ class SourceConfig(Section):
             )
         problems.raise_if_any()
         return self
+
+
+class MixChangeConfig(Section):
+    """Weights of the training sources from a number of tokens on."""
+
+    after_tokens: PositiveInt
+    """Tokens that the run has read before, rounded up to whole samples."""
+    weights: tuple[NonNegativeFloat, ...] = Field(min_length=1, strict=False)
+    """Weight of each source of data.train, in their order. 0: none of its samples."""
 
 
 def _name_sets(value: object) -> object:
@@ -91,6 +102,11 @@ class DataConfig(Section):
     validation: ValidationSets = {}
     """Validation sets by name: `{docs: [{path: data/docs}], code: [{path: data/code}]}`. Each is evaluated on its own. A plain list of
     sources is one set without a name. Required by train.eval_interval."""
+    mix_changes: tuple[MixChangeConfig, ...] = Field((), strict=False)
+    """Other weights of the training sources later in the run: `[{after_tokens: 1_000_000_000, weights: [0.5, 0.5]}]`. Each source
+    continues with its next sample."""
+    repeat_warning: PositiveFloat = 4.0
+    """Epochs of a source by the last step above which the run prints a warning."""
     sequence_length: PositiveInt
     """Tokens per sample."""
     tokenizer: str = Field("byte", min_length=1)

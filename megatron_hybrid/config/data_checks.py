@@ -6,6 +6,39 @@ from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.train import TrainConfig
 
 
+def check_mixes(data: DataConfig, problems: Problems) -> None:
+    """Check that every source has a weight at some time, and that changes of the mix are in order."""
+    if not any(source.weight for source in data.train):
+        problems.add("data.train", "all weights are 0; give at least one source a weight")
+    given = [
+        [change.weights[i] for change in data.mix_changes if i < len(change.weights)] for i in range(len(data.train))
+    ]
+    for i, source in enumerate(data.train):
+        if not source.weight and not any(given[i]):
+            problems.add(
+                join("data.train", i, "weight"),
+                "0, and no change of the mix gives the source a weight; remove the source",
+            )
+    for field, source in data.sources().items():
+        if not source.weight and field.startswith("data.validation"):
+            problems.add(join(field, "weight"), "0 leaves nothing of the source; remove the source")
+    before = 0
+    for number, change in enumerate(data.mix_changes):
+        field = join("data.mix_changes", number)
+        if len(change.weights) != len(data.train):
+            text = f"{len(change.weights)} for {len(data.train)} sources; give one for each source of data.train, 0 for none"
+            problems.add(join(field, "weights"), text)
+        elif not any(change.weights):
+            problems.add(join(field, "weights"), "all are 0; give at least one source a weight")
+        samples = -(-change.after_tokens // data.sequence_length)
+        if samples <= before:
+            text = (
+                f"{change.after_tokens} is not a whole sample after the change before it; give them in ascending order"
+            )
+            problems.add(join(field, "after_tokens"), text)
+        before = samples
+
+
 def check_data(model: ModelConfig, data: DataConfig, train: TrainConfig, problems: Problems) -> None:
     """Check validation sources and token types."""
     if train.eval_interval is not None and not data.validation:

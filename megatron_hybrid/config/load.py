@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from megatron_hybrid.base import nearest, yaml_text
 from megatron_hybrid.base.errors import ConfigError, Problems, join, shown
 from megatron_hybrid.config import presets
+from megatron_hybrid.config.extends import read_extended
 from megatron_hybrid.config.renames import StartingPoint, rename_fields, rename_override
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.translate import field_at, translate
@@ -22,7 +23,8 @@ def load_run(
     """Return the run of a YAML file with overrides applied.
 
     Args:
-        path_or_preset: a YAML file, the name of a model preset, or None if the overrides give every field.
+        path_or_preset: a YAML file, which may extend another (config/extends.py), the name of a model preset, or None if the
+            overrides give every field.
         overrides: `section.key=value` with the value in YAML, `null` included. List entries are named by their index; the index
             one past the end appends: `data.train.0.weight=2`. A preset is applied before other overrides; otherwise, the later of
             two overrides of a field wins.
@@ -31,7 +33,7 @@ def load_run(
     Raises:
         ConfigError: lists every wrong field with its remedy.
     """
-    data, assignments = rename_fields(_read(path_or_preset))
+    data, assignments = rename_fields(read_extended(path_or_preset, _read) if path_or_preset else {})
     given = [assignment for override in overrides for assignment in rename_override(*_parse(override))]
     start = StartingPoint(given)
     assignments += [*start.assignments(data.get("checkpoint")), *start.others]
@@ -61,9 +63,7 @@ def dump_run(config: RunConfig) -> str:
     return yaml_text.write(config.model_dump(mode="json"))
 
 
-def _read(path_or_preset: str | None) -> dict[str, Any]:
-    if path_or_preset is None:
-        return {}
+def _read(path_or_preset: str) -> dict[str, Any]:
     path = Path(path_or_preset)
     if not path.exists():
         names = [*presets.SIZED, *presets.UNSIZED]

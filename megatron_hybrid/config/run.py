@@ -12,7 +12,7 @@ from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.base.section import Section
 from megatron_hybrid.config.checkpoint import CheckpointConfig
 from megatron_hybrid.config.data import DataConfig
-from megatron_hybrid.config.data_checks import check_data
+from megatron_hybrid.config.data_checks import check_data, check_mixes
 from megatron_hybrid.config.engine_checks import check_engine
 from megatron_hybrid.config.layout_checks import (
     check_context_parallel,
@@ -28,6 +28,7 @@ from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.precision_checks import check_fp8_sizes, check_precision
 from megatron_hybrid.config.preflight import PreflightConfig
+from megatron_hybrid.config.ramp_checks import check_sequence_ramp
 from megatron_hybrid.config.tasks import TasksConfig, check_tasks
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.world_checks import world_problems
@@ -38,7 +39,8 @@ class RunConfig(Section):
     """Everything that `tools/pretrain.py` needs."""
 
     run_dir: str = Field(min_length=1)
-    """Folder of everything the run writes: config.yaml, metrics.jsonl, loss.png, tensorboard/, checkpoints/."""
+    """Folder of everything the run writes: config.yaml, config-<step>.yaml of every start, metrics.jsonl, loss.png, tensorboard/,
+    checkpoints/."""
     plugins: tuple[str, ...] = Field((), strict=False)
     """Modules to import before the configuration is validated, such as `my_package.my_mixer`. They register mixers
     (docs/development/extending.md)."""
@@ -90,6 +92,8 @@ class RunConfig(Section):
         check_offload(train, parallel, precision, problems)
         check_stages(model, parallel, problems)
         check_data(model, data, train, problems)
+        check_mixes(data, problems)
+        check_sequence_ramp(model, data, train, parallel, self.layout, problems)
         check_precision(model, train, parallel, precision, problems)
         check_fp8_sizes(model, data, train, parallel, precision, problems)
         check_engine(train, parallel, precision, self.zero, problems)

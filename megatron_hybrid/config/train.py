@@ -9,6 +9,7 @@ from megatron_hybrid.arch.registry import decay_groups
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, shown
 from megatron_hybrid.base.section import Section
+from megatron_hybrid.config.schedule import ScheduleConfig, check_schedule
 
 
 class OptimizerConfig(Section):
@@ -46,16 +47,6 @@ class OptimizerConfig(Section):
         return self
 
 
-class ScheduleConfig(Section):
-    """Learning rate schedule: linear warm-up, then decay of the given kind to min_lr_ratio of the peak."""
-
-    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    warmup_steps: NonNegativeInt = 0
-    decay_steps: PositiveInt | None = None
-    """cosine, linear: step at which the minimum is reached (None: the last). wsd: steps of the final decay (None: a tenth)."""
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
-
-
 class BatchRampConfig(Section):
     """Batch size ramp: the global batch size grows from start to train.global_batch_size in equal increments."""
 
@@ -63,6 +54,19 @@ class BatchRampConfig(Section):
     increment: PositiveInt
     samples: PositiveInt
     """Samples over which the batch size grows."""
+
+
+class SequenceRampConfig(Section):
+    """Sequence length ramp: samples are split into shorter sequences, whose length doubles from start to data.sequence_length.
+
+    Tokens per step, micro-batches' tokens and the order of the data stay the same; only the context is shorter. Each length gets
+    an equal share of `samples`. Reported FLOPs and predicted memory are those of whole samples.
+    """
+
+    start: PositiveInt
+    """data.sequence_length divided by a power of two."""
+    samples: PositiveInt
+    """Samples until whole ones are trained on."""
 
 
 class SkipStepConfig(Section):
@@ -95,6 +99,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch_ramp: BatchRampConfig | None = None
+    sequence_ramp: SequenceRampConfig | None = None
     skip_step: SkipStepConfig = SkipStepConfig()
     eval_interval: PositiveInt | None = None
     """Steps between evaluations on data.validation. None: never evaluate."""
@@ -105,40 +110,10 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         problems = Problems()
-        self._check_schedule(problems)
+        check_schedule(self.schedule, self.steps, problems)
         self._check_ramp(problems)
         problems.raise_if_any()
         return self
-
-    def _check_schedule(self, problems: Problems) -> None:
-        kind, warmup, decay, steps = (
-            self.schedule.kind,
-            self.schedule.warmup_steps,
-            self.schedule.decay_steps,
-            self.steps,
-        )
-        if warmup >= steps:
-            problems.add(
-                "schedule.warmup_steps", f"{warmup} is not below train.steps = {steps}; give at most {steps - 1}"
-            )
-        elif decay is None:
-            return
-        elif kind == "constant":
-            problems.add(
-                "schedule.decay_steps",
-                f"{decay} has no meaning for a constant schedule; set it to null, or kind to linear",
-            )
-        elif kind == "wsd" and decay > steps - warmup:
-            problems.add(
-                "schedule.decay_steps",
-                f"{decay} steps of decay after warmup_steps = {warmup} do not fit into train.steps = {steps}; "
-                f"give at most {steps - warmup}",
-            )
-        elif kind in ("cosine", "linear") and decay <= warmup:
-            problems.add(
-                "schedule.decay_steps",
-                f"{decay} is not after warmup_steps = {warmup}; give at least {warmup + 1}, or null",
-            )
 
     def _check_ramp(self, problems: Problems) -> None:
         ramp, full = self.batch_ramp, self.global_batch_size
@@ -171,6 +146,18 @@ class TrainConfig(Section):
             return self.global_batch_size
         increments = (self.global_batch_size - ramp.start) // ramp.increment
         return ramp.start + ramp.increment * (consumed_samples * increments // ramp.samples)
+
+    def sequence_length_at(self, consumed_samples: int, whole: int) -> int:
+        """Return the length of the sequences of the step that starts after `consumed_samples`.
+
+        Args:
+            whole: data.sequence_length.
+        """
+        ramp = self.sequence_ramp
+        if ramp is None or consumed_samples >= ramp.samples:
+            return whole
+        doublings = (whole // ramp.start).bit_length() - 1
+        return ramp.start << (consumed_samples * doublings // ramp.samples)
 
     def samples_after(self, steps: int) -> int:
         """Return the number of sequences that the first `steps` steps consume, skipped updates included."""

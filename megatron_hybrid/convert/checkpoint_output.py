@@ -1,4 +1,4 @@
-"""Converted checkpoints: whole tensors, and an index."""
+"""Checkpoints that no run wrote, converted or averaged: whole tensors, and an index."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_hybrid.convert.io.writer import OutputTensor
 from megatron_hybrid.convert.job import Facts, write_text
 
 MAX_FILE_BYTES = 2_000_000_000
-"""Largest file of a converted checkpoint. There are then enough files for several ranks to share."""
+"""Largest file of such a checkpoint. There are then enough files for several ranks to share."""
 CONVERTED_STATE: dict[str, Any] = {}
 """State of a checkpoint that has only weights. A run that loads it begins at step 0 with a new optimizer."""
 
@@ -28,19 +28,19 @@ def write_index(
     facts: Facts,
     files: Mapping[str, Sequence[OutputTensor]],
     model: ModelConfig,
-    origin: dict[str, Any],
+    run: dict[str, Any],
     state: dict[str, Any],
 ) -> None:
-    """Write the index of a converted checkpoint, whose files exist, and model.yaml, the `model` section for a run.
+    """Write the index of a checkpoint whose files exist, and model.yaml, the `model` section for a run.
 
     Args:
         facts: size and hash by file.
-        origin: what was converted, for the record: `run.converted_from`.
+        run: origin of the weights, for the record (checkpoint/origin.py).
 
     Raises:
         CheckpointError: the checkpoint is not complete.
     """
-    index = Index(model.architecture(), {"converted_from": origin}, state)
+    index = Index(model.architecture(), run, state)
     for name, tensors in files.items():
         index.files[name] = facts[name]
         for tensor in tensors:

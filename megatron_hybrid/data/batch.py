@@ -85,5 +85,19 @@ class Batch:
         part = slice(rank * length, (rank + 1) * length)
         return self._with({name: getattr(self, name)[:, part] for name in _PER_TOKEN})
 
+    def split(self, length: int) -> Self:
+        """Return the same tokens as sequences of `length` tokens, which do not see each other.
+
+        Raises:
+            ValueError: sequences that do not divide, or that are split into documents.
+        """
+        count, rest = divmod(self.tokens.shape[1], length)
+        if rest or (self.documents is not None and count > 1):
+            raise ValueError(f"sequences of {self.tokens.shape[1]} tokens do not divide into whole ones of {length}")
+        if count == 1:
+            return self
+        per_sequence = {name: x.repeat_interleave(count, 0) for name, x in self.tensors().items() if name not in _PER_TOKEN}
+        return self._with(per_sequence | {name: getattr(self, name).reshape(-1, length) for name in _PER_TOKEN})
+
     def _with(self, changes: Mapping[str, Any]) -> Self:
         return replace(self, **changes)

@@ -3,12 +3,14 @@
 Which dataset sample n comes from, and how many it has given before, follows from n alone: a binary tree has the
 datasets at its leaves, and at each node the first n samples hold round(n · p) of the left side, p being the left
 side's share of the weight. Both sides' counts grow by 0 or 1 with n, so the way down the tree is a choice of side and
-a smaller n. No tables are built and nothing is remembered between calls.
+a smaller n. No tables are built and nothing is remembered between calls. Where the weights change, counting begins again with
+another tree, and each dataset continues after the samples that it has given.
 """
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,34 +23,72 @@ _BITS = 53  # precision of a share in integer arithmetic, which is exact for any
 _Tree = int | tuple[int, "_Tree", "_Tree"]  # a dataset, or (share of the left side in 2^-53, left, right)
 
 
-class Blend:
-    """Blend of datasets in proportion to their weights.
+@dataclass(frozen=True)
+class _Phase:
+    """The samples of a blend from `first` on, until the next phase."""
 
-    After any number n of samples, each dataset has given its share of n to within 1.5 samples (0.5 for two datasets);
-    over any stretch of samples this therefore holds to within 3 (1). Each dataset's own samples come in its own
-    order, none left out.
+    first: int
+    shares: tuple[float, ...]
+    tree: _Tree
+    before: tuple[int, ...]
+    """Samples of each dataset that the phases before took."""
+
+
+class Blend:
+    """Blend of datasets in proportion to their weights, which may change at given samples.
+
+    After any number n of samples with the same weights, each dataset has given its share of n to within 1.5 samples (0.5 for two
+    datasets); over any stretch of such samples this therefore holds to within 3 (1). Each dataset's own samples come in its own
+    order, none left out, also across changes.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]):
-        """Create a blend of datasets with equal sequence_length and positive weights. Raises ValueError otherwise."""
-        if not datasets or len(datasets) != len(weights):
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        weights: Sequence[float],
+        changes: Sequence[tuple[int, Sequence[float]]] = (),
+    ) -> None:
+        """Create a blend.
+
+        Args:
+            datasets: of equal sequence_length.
+            weights: one per dataset, at least one of them positive. A dataset with weight 0 gives no samples.
+            changes: (first sample, weights from there on), in ascending order.
+
+        Raises:
+            ValueError: anything else.
+        """
+        if not datasets or any(len(datasets) != len(w) for w in (weights, *(w for _, w in changes))):
             raise ValueError(f"{len(datasets)} datasets and {len(weights)} weights: give as many weights, at least one")
-        for weight in weights:
-            if not (weight > 0 and math.isfinite(weight)):
-                raise ValueError(f"weight {weight}: must be positive and finite")
         if len({dataset.sequence_length for dataset in datasets}) != 1:
             raise ValueError("datasets of a blend must have one sequence_length")
         self.datasets = tuple(datasets)
         self.sequence_length = datasets[0].sequence_length
-        total = math.fsum(weights)
-        self.shares = tuple(weight / total for weight in weights)
-        self._tree = _build(sorted(range(len(weights)), key=lambda i: (-weights[i], i)), self.shares)
+        self._phases = [_phase(0, weights, (0,) * len(weights))]
+        for first, changed in changes:
+            if first <= self._phases[-1].first:
+                raise ValueError(f"a change at sample {first}: must be above {self._phases[-1].first}")
+            self._phases.append(_phase(first, changed, tuple(self.counts(first))))
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of each dataset before the first change."""
+        return self._phases[0].shares
+
+    @property
+    def changes(self) -> list[tuple[int, tuple[float, ...]]]:
+        """First sample and shares of each change."""
+        return [(phase.first, phase.shares) for phase in self._phases[1:]]
+
+    def _phase_of(self, index: int) -> _Phase:
+        return self._phases[bisect_right(self._phases, index, key=lambda phase: phase.first) - 1]
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the number of the dataset and of its sample for a sample of the blend."""
         if index < 0:
             raise IndexError(f"sample {index}: must not be negative")
-        node = self._tree
+        phase = self._phase_of(index)
+        node, index = phase.tree, index - phase.first
         while not isinstance(node, int):
             share, left, right = node
             before = _left_count(index, share)
@@ -56,7 +96,7 @@ class Blend:
                 node, index = left, before
             else:
                 node, index = right, index - before
-        return node, index
+        return node, phase.before[node] + index
 
     def sources(self, start: int, count: int) -> np.ndarray | None:
         """Return the sources of samples [start, start + count): float32 [count, sources], 1 at each one's; None for one source."""
@@ -77,23 +117,36 @@ class Blend:
 
     def counts(self, num_samples: int) -> list[int]:
         """Return the number of samples that each dataset contributes to the first samples."""
-        counts = [0] * len(self.datasets)
+        phase = self._phase_of(max(num_samples - 1, 0))
+        counts = list(phase.before)
 
         def descend(node: _Tree, n: int) -> None:
             if isinstance(node, int):
-                counts[node] = n
+                counts[node] += n
                 return
             share, left, right = node
             descend(left, _left_count(n, share))
             descend(right, n - _left_count(n, share))
 
-        descend(self._tree, num_samples)
+        descend(phase.tree, num_samples - phase.first)
         return counts
 
     def sample(self, index: int) -> np.ndarray | Sample:
         """Return a sample of the blend, as its dataset returns it: int64 [sequence_length + 1], or a `Sample`."""
         dataset, i = self.locate(index)
         return self.datasets[dataset].sample(i)
+
+
+def _phase(first: int, weights: Sequence[float], before: tuple[int, ...]) -> _Phase:
+    for weight in weights:
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"weight {weight}: must be finite and not negative")
+    total = math.fsum(weights)
+    if not total:
+        raise ValueError(f"weights {list(weights)}: at least one must be positive")
+    shares = tuple(weight / total for weight in weights)
+    members = sorted((i for i in range(len(weights)) if weights[i]), key=lambda i: (-weights[i], i))
+    return _Phase(first, shares, _build(members, shares), before)
 
 
 def _left_count(n: int, share: int) -> int:

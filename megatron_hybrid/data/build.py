@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_hybrid.config.data import DataConfig, SourceConfig
+from megatron_hybrid.config.data import DataConfig, MixChangeConfig, SourceConfig
 from megatron_hybrid.data.blend import Blend, Dataset
 from megatron_hybrid.data.dataset import FixedLengthDataset
 from megatron_hybrid.data.document_dataset import DocumentDataset
@@ -61,13 +61,14 @@ def build_train_and_validation(
             return DocumentDataset(StreamReader(source, config.sequence_length), seed, config.instance_filter)
         return FixedLengthDataset(source, config.sequence_length, seed)
 
-    def blend(configs: Sequence[SourceConfig], purpose: int) -> Blend:
+    def blend(configs: Sequence[SourceConfig], purpose: int, changes: Sequence[MixChangeConfig] = ()) -> Blend:
         sources = [opened[_without_weight(source_config)] for source_config in configs]
         seeds = [hash_integers(config.seed, purpose, i) for i in range(len(sources))]
         datasets = [dataset(source, seed) for source, seed in zip(sources, seeds, strict=True)]
-        return Blend(datasets, [source_config.weight for source_config in configs])
+        mixes = [(-(-change.after_tokens // config.sequence_length), change.weights) for change in changes]
+        return Blend(datasets, [source_config.weight for source_config in configs], mixes)
 
-    train = blend(config.train, 0)
+    train = blend(config.train, 0, config.mix_changes)
     validation = {name: blend(configs, 1) for name, configs in config.validation.items()}
     sources = list(opened.values())
     mode = choose_mode(config.check, sources) if validate else None

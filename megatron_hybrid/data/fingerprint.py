@@ -44,7 +44,7 @@ def data_identity(blend: Blend, seed: int) -> dict[str, Any]:
 
     Returns:
         `sequence_length` (tokens), `seed`, and `sources`: for each its `tokens`, `digest` and `share` of the samples, and
-        `documents`, a hash, if they are separated.
+        `documents`, a hash, if they are separated. `mix_changes`, if there are any: first sample and shares of each.
     """
     sources: list[dict[str, Any]] = [
         {"tokens": dataset.source.num_tokens, "digest": stream_digest(dataset.source), "share": share}
@@ -53,7 +53,10 @@ def data_identity(blend: Blend, seed: int) -> dict[str, Any]:
     for source, dataset in zip(sources, blend.datasets, strict=True):
         if documents := documents_digest(dataset):
             source["documents"] = documents
-    return {"sequence_length": blend.sequence_length, "seed": seed, "sources": sources}
+    identity = {"sequence_length": blend.sequence_length, "seed": seed, "sources": sources}
+    if blend.changes:
+        identity["mix_changes"] = [[first, list(shares)] for first, shares in blend.changes]
+    return identity
 
 
 def identity_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
@@ -76,4 +79,7 @@ def identity_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str,
             changes[f"{field}.documents"] = "other document boundaries, or another data.documents, than before"
         if one["share"] != other["share"]:
             changes[f"{field}.weight"] = f"{one['share']:.4g} of the samples before, {other['share']:.4g} now"
+    mixes = [identity.get("mix_changes", []) for identity in (before, after)]
+    if mixes[0] != mixes[1]:
+        changes["data.mix_changes"] = "{} before, {} now (first sample, shares)".format(*mixes)
     return changes

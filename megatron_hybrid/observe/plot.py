@@ -125,7 +125,11 @@ def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
     if title:
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
 
-    image = Path(image)
+    save(figure, Path(image))
+
+
+def save(figure: Any, image: Path) -> None:
+    """Write a figure as a PNG, under its name only when it is complete."""
     image.parent.mkdir(parents=True, exist_ok=True)
     temporary = image.with_name(image.name + ".tmp")
     figure.savefig(temporary, format="png")

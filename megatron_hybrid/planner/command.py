@@ -12,7 +12,7 @@ from megatron_hybrid.config.command_line import check_output_file
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner import calibration, measure, plot, report
-from megatron_hybrid.planner.emit import apply_plan, load_base_run
+from megatron_hybrid.planner.emit import apply_plan, comment, load_base_run
 from megatron_hybrid.planner.hardware import load
 from megatron_hybrid.planner.job import Job
 from megatron_hybrid.planner.search import Candidate, SearchResult, search
@@ -110,7 +110,8 @@ def _write(request: Request, found: SearchResult, run: RunConfig) -> str:
         reasons = "\n".join(report.summarize_rejections(found.rejections))
         raise ConfigError.at("gpus", f"{request.gpus}: no layout fits\n{reasons}")
     if request.emit:
-        request.emit.write_text(dump_run(apply_plan(run, found.candidates[0].plan)), encoding="utf-8")
+        planned = dump_run(apply_plan(run, found.candidates[0].plan))
+        request.emit.write_text(comment(request.model) + planned, encoding="utf-8")
     if request.plot:
         plot.draw(found, request.plot)
     if request.json:

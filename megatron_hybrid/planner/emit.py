@@ -1,7 +1,7 @@
 """Run configurations that the planner reads and writes."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,18 @@ from megatron_hybrid.base import yaml_text
 from megatron_hybrid.base.errors import ConfigError, shown
 from megatron_hybrid.config import presets
 from megatron_hybrid.config.command_line import read_text
+from megatron_hybrid.config.extends import read_extended
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.planner.plan import Plan
 
-DATA = "data/train"
-"""Path of the tokens in a run that names none."""
+PLACEHOLDERS = {"run_dir": "runs/planned", "data.train": [{"path": "data/train"}], "train.steps": 1000}
+"""Values of fields that a run needs and that nothing states. `comment` names them in the file that is written."""
+AI2_TOKENS = 5_930_000_000_000
+"""Tokens of AI2's pretraining runs of 7B."""
+_AI2 = {"data.tokenizer": "tokenizers/dolma2", "train.schedule.kind": "cosine", "train.schedule.warmup_steps": 2000}
+RECIPES: Mapping[str, Mapping[str, object]] = {"olmo_hybrid_7b": _AI2, "olmo3_7b": _AI2}
+"""Fields of the published recipes that differ from the defaults, for presets that are named without a run."""
 
 
 def load_base_run(
@@ -62,7 +68,8 @@ def _overrides(
     data: Mapping[str, Any], sequence_length: int | None, global_batch_size: int | None, precision: str | None
 ) -> list[str]:
     """Return overrides that complete a run and apply the arguments."""
-    missing = {"run_dir": "runs/planned", "data.train": [{"path": DATA}], "train.steps": 1000}
+    stated = dict(_recipe(data, sequence_length, global_batch_size))
+    missing = PLACEHOLDERS | stated
     overrides = [f"{key}={yaml_text.write(value).strip()}" for key, value in missing.items() if _absent(data, key)]
     given = {"data.sequence_length": sequence_length, "train.global_batch_size": global_batch_size}
     for key, value in given.items():
@@ -78,13 +85,44 @@ def _overrides(
 
 def _read(path: Path) -> tuple[dict[str, Any], bool]:
     """Return a file's sections, and its parallel.tp_comm_overlap. A model's fields become the section `model`."""
-    read = yaml_text.read(read_text("model", path), str(path))
-    if not isinstance(read, dict):
-        raise ConfigError.at(str(path), f"holds {shown(read)}; write a model's fields, or a run's sections")
+    read = read_extended(str(path), _read_one)
     if "model" not in read:
         return {"model": read}, False
     parallel = read.get("parallel")
     return read, isinstance(parallel, dict) and bool(parallel.get("tp_comm_overlap"))
+
+
+def _read_one(path: str) -> dict[str, Any]:
+    read = yaml_text.read(read_text("model", Path(path)), path)
+    if not isinstance(read, dict):
+        raise ConfigError.at(path, f"holds {shown(read)}; write a model's fields, or a run's sections")
+    return read
+
+
+def _recipe(
+    data: Mapping[str, Any], sequence_length: int | None, global_batch_size: int | None
+) -> Iterator[tuple[str, object]]:
+    """Yield the fields of the published recipe of a preset that is named without a run."""
+    model = data.get("model")
+    if set(data) != {"model"} or not isinstance(model, str) or model not in RECIPES:
+        return
+    yield from RECIPES[model].items()
+    if sequence_length and global_batch_size:
+        yield "train.steps", round(AI2_TOKENS / (sequence_length * global_batch_size))
+
+
+def comment(name_or_path: str) -> str:
+    """Return the first lines of the file of a planned run: the fields that hold placeholders."""
+    path = Path(name_or_path)
+    data = _read(path)[0] if path.suffix in (".yaml", ".yml") else {"model": name_or_path}
+    stated = dict(_recipe(data, 1, 1))
+    names = [key for key in PLACEHOLDERS if _absent(data, key) and key not in stated]
+    text = (
+        f"# Placeholders, because {name_or_path} does not state them: {', '.join(names)}. Replace them.\n"
+        if names
+        else ""
+    )
+    return f"# Layout by tools/tune_parallelism.py for {name_or_path}.\n{text}"
 
 
 _RECIPES = {"bf16": "null", "fp8": RECOMMENDED.name}
@@ -95,7 +133,7 @@ def _absent(data: Mapping[str, Any], key: str) -> bool:
     inner = data.get(section)
     if name and inner is not None and not isinstance(inner, dict):
         raise ConfigError.at(section, f"{shown(inner)} is no section; write its fields, as in {key}: ...")
-    return section not in data if not name else name not in (inner or {})
+    return section not in data if not name else name.partition(".")[0] not in (inner or {})
 
 
 def _load(data: dict[str, Any], overrides: list[str]) -> RunConfig:

@@ -11,6 +11,7 @@ from megatron_hybrid.base.errors import shown
 from megatron_hybrid.checkpoint.format import CheckpointError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.fingerprint import identity_changes
+from megatron_hybrid.data.vocabulary import vocabulary_identity
 
 _NOT_COMPUTED = (
     "model.init_std",
@@ -20,6 +21,9 @@ _NOT_COMPUTED = (
 )
 """Model fields that leave a trained model's outputs as they are, besides those that mixers name. Their changes are reported,
 not refused."""
+_COMPUTES_SOMETHING_ELSE = "the trained weights would compute something else"
+_CHANGED_BY_STAGES = ("model.rope_theta", "model.rope_scaling")
+"""Fields of the model that a new stage may change: the rotary embedding has no weights."""
 _ABSENT = "(absent)"
 
 
@@ -98,6 +102,27 @@ def data_changes(
     return {field: text for field, text in changes.items() if field.startswith(fields)}
 
 
+def stage_changes(before: object, config: RunConfig, changes: Mapping[str, str]) -> dict[str, str]:
+    """Return `{field: "old before, new now"}` of the changes that the start of a new stage does not allow.
+
+    Args:
+        before: identity of the vocabulary (data/vocabulary.py) that the weights were trained on; None: unknown.
+        changes: all changes of the model.
+    """
+    refused = {field: text for field, text in changes.items() if not field.startswith(_CHANGED_BY_STAGES)}
+    now = vocabulary_identity(config)
+    if isinstance(before, dict) and now is not None and before != now:
+        names = (f"{v['ids']:,} ids, SHA-256 {str(v['sha256'])[:12]}" for v in (before, now))
+        refused["data.tokenizer"] = "{} before, {} now".format(*names)
+    return refused
+
+
+def _consequence(field: str) -> str:
+    if field == "data.tokenizer":
+        return "token ids would mean other text"
+    return "samples would be repeated or left out" if field.startswith("data") else _COMPUTES_SOMETHING_ELSE
+
+
 def refuse_changes(folder: object, changes: Mapping[str, str], allowed: tuple[str, ...]) -> None:
     """Refuse changes that are not allowed.
 
@@ -112,14 +137,7 @@ def refuse_changes(folder: object, changes: Mapping[str, str], allowed: tuple[st
     if not wrong:
         return
     lines = "\n".join(f"  {field}: {text}" for field, text in wrong.items())
-    what = [
-        consequence
-        for prefix, consequence in (
-            ("data", "samples would be repeated or left out"),
-            ("model", "the trained weights would compute something else"),
-        )
-        if any(field.startswith(prefix) for field in wrong)
-    ]
+    what = dict.fromkeys(map(_consequence, wrong))
     raise CheckpointError(
         f"{folder} was trained with other settings:\n{lines}\n"
         f"With these, {' and '.join(what)}. Restore them, start a new run with another run_dir, or accept the change: "

@@ -13,4 +13,5 @@ class Progress:
     tokens: int = 0
     """Tokens consumed. Each sample counts with the sequence length that it had."""
     updates: int = 0
-    """Steps that were not skipped."""
+    """Updates of the optimizer, for bias correction: steps that were not skipped, and those behind the moments that the run took from
+    another run's checkpoint."""

@@ -1,6 +1,7 @@
 """Builds what the trainer needs besides the engine: data loaders, validation sets, the logger and the saved configuration."""
 
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -83,8 +84,20 @@ def build_logger(config: RunConfig, launch: Launch, training: Blend, progress: P
     )
 
 
-def write_config(config: RunConfig) -> None:
-    """Write the resolved configuration to run_dir. Call it on one rank."""
-    run_dir = Path(config.run_dir)
+def write_config(config: RunConfig, step: int) -> None:
+    """Write the resolved configuration to run_dir: `config.yaml`, and `config-<step>.yaml`, which later starts keep.
+
+    A start at the same step with another configuration gets a name of its own: `config-<step>-2.yaml`. Call it on one rank.
+
+    Args:
+        step: step that the run starts after.
+    """
+    run_dir, text = Path(config.run_dir), dump_run(config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_run(config))
+    (run_dir / "config.yaml").write_text(text)
+    for number in count(1):
+        path = run_dir / f"config-{step:08d}{f'-{number}' if number > 1 else ''}.yaml"
+        if not path.exists():
+            path.write_text(text)
+        if path.read_text() == text:
+            return

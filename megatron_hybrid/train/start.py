@@ -7,15 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.checkpoint.folders import (
     check_same_tensors,
     checkpoint_step,
     complete_checkpoints,
     find_checkpoint,
 )
-from megatron_hybrid.checkpoint.format import CheckpointError, read_index
+from megatron_hybrid.checkpoint.format import CheckpointError
+from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.config.checkpoint import Take
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.train.changes import config_changes, data_changes, model_changes, refuse_changes
+from megatron_hybrid.train.changes import (
+    config_changes,
+    data_changes,
+    model_changes,
+    refuse_changes,
+    stage_changes,
+)
 from megatron_hybrid.train.run_lock import RunFolderError
 
 
@@ -25,7 +35,7 @@ class Start:
 
     kind: Literal["initial", "resume", "rewind", "checkpoint"]
     folder: Path | None = None
-    weights_only: bool = False
+    take: Take = "everything"
 
     @property
     def continues(self) -> bool:
@@ -41,7 +51,8 @@ class Start:
             case "rewind":
                 return f"rewound: resumed from {self.folder}"
             case "checkpoint":
-                return f"started from {'the weights of ' if self.weights_only else ''}{self.folder}"
+                what = {"weights": "the weights of ", "moments": "weights and moments of ", "everything": ""}[self.take]
+                return f"started from {what}{self.folder}"
 
 
 def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Start:
@@ -78,7 +89,7 @@ def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Star
             "another run_dir"
         )
     if mine is None:
-        return Start("checkpoint", named, weights_only=init_from is not None)
+        return Start("checkpoint", named, "everything" if init_from is None else config.checkpoint.take)
     return Start("resume" if mine == own[-1] else "rewind", mine)
 
 
@@ -92,16 +103,20 @@ def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] 
         A line for every field that changed.
 
     Raises:
-        CheckpointError: another model's tensors; or, unless only weights are taken, changes of data or model that
-            `checkpoint.allow_changes` does not name.
+        CheckpointError: another model's tensors; changes that the start does not allow (train/changes.py) and that
+            `checkpoint.allow_changes` does not name; moments that the checkpoint does not hold.
         RunFolderError: no steps are left to train.
     """
     if start.folder is None:
         return []
-    index = read_index(start.folder)
-    theirs = index.model_config(start.folder)
-    check_same_tensors(start.folder, theirs, config.model)
-    if not start.weights_only:
+    with CheckpointReader(start.folder) as reader:
+        index, theirs = reader.index, reader.model
+        if start.take == "moments":
+            _check_moments(config, reader)
+    if start.take != "everything":
+        check_stage(start.folder, theirs, index.state.get("vocabulary"), config)
+    else:
+        check_same_tensors(start.folder, theirs, config.model)
         _check_work_left(config, start.folder, index.state.get("step", 0))
         changes = model_changes(theirs, config.model)
         if identity is not None:
@@ -113,6 +128,33 @@ def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] 
     return [
         f"changed since {start.folder.name}: {field} {text}" for field, text in config_changes(before, known).items()
     ]
+
+
+def check_stage(folder: Path, theirs: ModelConfig, vocabulary: object, config: RunConfig) -> None:
+    """Check that a stage can start from weights of a model.
+
+    Args:
+        folder: where the weights come from, for errors.
+        vocabulary: its identity (data/vocabulary.py); None: unknown.
+
+    Raises:
+        CheckpointError: names the fields that differ and may not.
+    """
+    check_same_tensors(folder, theirs, config.model)
+    changes = stage_changes(vocabulary, config, model_changes(theirs, config.model))
+    refuse_changes(folder, changes, config.checkpoint.allow_changes)
+
+
+def _check_moments(config: RunConfig, reader: CheckpointReader) -> None:
+    """Check that a checkpoint holds the moments of this run's optimizer, and their number of updates."""
+    optimizer = OPTIMIZERS[config.train.optimizer.name]
+    held = {name.partition("/")[0] for name in reader.index.tensors}
+    absent = [state for state in optimizer.states if f"optimizer.{state}" not in held]
+    if absent or "updates" not in reader.index.state:
+        raise CheckpointError(
+            f"checkpoint.take: moments, and {reader.folder} does not hold {', '.join(absent or ['their number of updates'])} of "
+            f"{optimizer.name}; set it to weights, or name a checkpoint that a run saved"
+        )
 
 
 def _check_work_left(config: RunConfig, folder: Path, step: int) -> None:

@@ -14,6 +14,7 @@ from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import check_run_dir
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.fingerprint import data_identity
+from megatron_hybrid.data.vocabulary import vocabulary_identity
 from megatron_hybrid.distributed.process_groups import stop_distributed
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
@@ -86,7 +87,7 @@ class Trainer:
         self.progress, self.stop = Progress(), False
         self.start = on_first_rank(lambda: choose_start(config))
         training, validation = open_data(config)
-        self.data_identity, self.changes = on_first_rank(lambda: self._compare(training))
+        self.data_identity, self.vocabulary, self.changes = on_first_rank(lambda: self._compare(training))
         self.engine = build_engine(config, groups)
         self.loader = build_loader(config, groups, training, config.data.num_workers)
         text_bytes = on_first_rank(lambda: find_text_bytes(config))
@@ -95,17 +96,18 @@ class Trainer:
         for callback in self.callbacks:
             callback.setup(self)
         if launch.rank == 0:
-            write_config(config)
+            write_config(config, self.progress.step)
         self.logger = build_logger(config, launch, training, self.progress, continues=self.start.kind == "resume")
         for line in self.engine.backends(config.train.micro_batch_size):
             self.logger.info(line)
         for callback in self.callbacks:
             callback.start(self)
 
-    def _compare(self, training: Blend) -> tuple[dict[str, Any], list[str]]:
-        """Return the identity of this run's data, and a line for each change since the checkpoint's run."""
+    def _compare(self, training: Blend) -> tuple[dict[str, Any], dict[str, Any] | None, list[str]]:
+        """Return the identities of data and vocabulary, and a line for each change since the checkpoint's run."""
         identity = data_identity(training, self.config.data.seed)
-        return identity, check_start_point(self.config, self.start, identity)
+        changes = check_start_point(self.config, self.start, identity)
+        return identity, vocabulary_identity(self.config), changes
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +138,9 @@ class Trainer:
         """Train on one global batch: compute gradients, then update unless a callback says to skip."""
         config, progress = self.config, self.progress
         batch_size = config.train.batch_size_at(progress.samples)
-        losses = self.engine.forward_backward(list(self.loader.global_batch(progress.samples, batch_size)))
+        length = config.train.sequence_length_at(progress.samples, config.data.sequence_length)
+        batches = [batch.split(length) for batch in self.loader.global_batch(progress.samples, batch_size)]
+        losses = self.engine.forward_backward(batches)
         norm = self.engine.gradient_norm()
 
         progress.step += 1
@@ -158,12 +162,14 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint: JSON values, the same on every rank."""
         states = {callback.name: callback.state_dict() for callback in self.callbacks if callback.name}
-        return asdict(self.progress) | states | {"world_size": self.launch.world_size, "data": self.data_identity}
+        known = {"world_size": self.launch.world_size, "data": self.data_identity, "vocabulary": self.vocabulary}
+        return asdict(self.progress) | states | known
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of the checkpoint that the run starts from."""
-        tokens = state["tokens"] if "tokens" in state else state["samples"] * self._saved_sequence_length()
-        self.progress = Progress(state["step"], state["samples"], tokens, state["updates"])
+        samples = state.get("samples", 0)  # absent where a run takes moments only, or starts from an average
+        tokens = state["tokens"] if "tokens" in state else samples * self._saved_sequence_length()
+        self.progress = Progress(state.get("step", 0), samples, tokens, state.get("updates", 0))
         self.engine.optimizer.set_updates(self.progress.updates)
         for callback in self.callbacks:
             if callback.name in state:

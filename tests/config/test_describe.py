@@ -32,7 +32,7 @@ def test_layout_heads_and_work() -> None:
     assert "data 8 with a distributed optimizer" in lines
     assert "3 1 1 24-31 GGGA*2 2,050,396,392" in lines
     assert "attention query 30 32 8" in lines
-    assert "per step 512 sequences x 8,192 = 4,194,304 tokens, 64 microbatches of 1 on each data parallel rank" in lines
+    assert "per step 512 sequences x 8,192 = 4,194,304 tokens, 32 microbatches of 2 on each data parallel rank" in lines
     assert any(line.startswith("run 1,413,822 steps, 5,929,9") for line in lines)
     assert all(line.isascii() and len(line) <= 120 for line in text.splitlines())
 

@@ -45,7 +45,7 @@ WRONG: list[Case] = [
     (["train.optimizer.betas=[0.9]"], "train.optimizer.betas", "too few entries", "give 2, such as [0.9, 0.95]"),
     (["train.optimizer.betas=[0.9, 0.9, 0.9]"], "train.optimizer.betas", "2 are wanted", "[0.9, 0.95]"),
     # choices
-    (["train.schedule.kind=cosin"], "train.schedule.kind", "one of cosine, linear, wsd, constant", "nearest is cosine"),
+    (["train.schedule.kind=cosin"], "train.schedule.kind", "one of cosine, linear, wsd, wsd_s, constant, phases", "nearest is cosine"),
     (["train.dtype=bfloat16"], "train.dtype", "is not one of fp32, bf16", "the nearest is bf16"),
     (["train.dtype=float32"], "train.dtype", "'float32' is not one of", "the nearest is fp32"),
     (

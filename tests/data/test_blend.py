@@ -97,6 +97,29 @@ def test_wrong_datasets():
         blend(1.0).locate(-1)
 
 
+def test_weights_that_change_at_given_samples():
+    """Every dataset continues with its next sample, and the shares hold in every part."""
+    mixed = Blend([Counting(i) for i in range(3)], (1.0, 1.0, 0.0), [(101, (0.0, 3.0, 1.0)), (301, (1.0, 0.0, 0.0))])
+    counts = np.zeros(3, int)
+    for index in range(500):
+        dataset, i = mixed.locate(index)
+        assert i == counts[dataset], index
+        counts[dataset] += 1
+        if index % 50 in (0, 49) or index in (99, 100, 101, 299, 300, 301):
+            assert mixed.counts(index + 1) == counts.tolist()
+    assert mixed.counts(101) == [51, 50, 0] or mixed.counts(101) == [50, 51, 0]
+    assert np.subtract(mixed.counts(301), mixed.counts(101)).tolist() == [0, 150, 50]
+    assert np.subtract(mixed.counts(500), mixed.counts(301)).tolist() == [199, 0, 0]
+    assert mixed.shares == (0.5, 0.5, 0.0) and mixed.changes == [(101, (0.0, 0.75, 0.25)), (301, (1.0, 0.0, 0.0))]
+
+
+def test_wrong_changes():
+    with pytest.raises(ValueError, match="a change at sample 5: must be above 5"):
+        Blend([Counting(0)], (1.0,), [(5, (1.0,)), (5, (2.0,))])
+    with pytest.raises(ValueError, match="give as many weights"):
+        Blend([Counting(0)], (1.0,), [(5, (1.0, 2.0))])
+
+
 @pytest.mark.parametrize(
     "sizes, weights", [((7,), (3.0,)), ((10, 10), (1, 1)), ((5, 40, 8), (1, 3, 1)), ((1, 9), (9, 1))]
 )

@@ -74,6 +74,29 @@ def test_emitted_runs_load_and_pass_the_trainers_checks(tmp_path):
     assert kept.precision.fp8_recipe == "tensorwise" and kept.data.train[0].path == "data/olmo_mix/*.npy"
 
 
+def test_an_emitted_run_is_a_whole_recipe(tmp_path):
+    """A preset's published recipe, or everything that the given run states, extended files included."""
+    path = tmp_path / "run.yaml"
+    answer(replace(ASK, emit=path))
+    run = load_run(str(path))
+    assert (
+        run.train.steps == 1_413_822 and run.train.schedule.warmup_steps == 2000 and run.train.schedule.kind == "cosine"
+    )
+    assert run.data.tokenizer == "tokenizers/dolma2" and run.train.optimizer.lr == 3e-4
+    assert (
+        "# Placeholders, because olmo_hybrid_7b does not state them: run_dir, data.train. Replace them."
+        in path.read_text()
+    )
+
+    asked = "examples/stages/olmo_hybrid_7b/midtrain.yaml"
+    answer(replace(ASK, model=asked, sequence_length=None, global_batch_size=None, emit=path))
+    given, found = load_run(asked), load_run(str(path))
+    assert "Placeholders" not in path.read_text()
+    for section in ("model", "data", "checkpoint", "precision"):
+        assert getattr(found, section) == getattr(given, section)
+    assert found.train == given.train.model_copy(update={"micro_batch_size": found.train.micro_batch_size})
+
+
 def test_overlapped_tensor_parallelism_is_kept_where_it_fits(tmp_path):
     asked, path = tmp_path / "asked.yaml", tmp_path / "run.yaml"
     run = load_run("examples/configs/pretrain_hybrid_7b.yaml", ["parallel.tp_comm_overlap=true"])

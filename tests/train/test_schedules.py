@@ -78,3 +78,66 @@ def test_one_step():
 def test_there_is_no_step_zero():
     with pytest.raises(ValueError, match="first update is step 1"):
         learning_rate(0, train_config("cosine"))
+
+
+def test_wsd_s_decays_before_each_endpoint_and_returns_to_the_peak():
+    """Up to every endpoint it is what wsd is over that many steps; OLMo Hybrid's scaling law uses a decay of 5%."""
+    fields = dict(warmup_steps=10, decay_fraction=0.05, min_lr_ratio=0.0)
+    ladder = with_schedule(400, kind="wsd_s", endpoints=(100, 200), **fields)
+    found = rates(ladder)
+    for begin, end in ((10, 100), (100, 200), (200, 400)):
+        alone = rates(with_schedule(end, kind="wsd", **fields))
+        assert found[begin:end] == alone[begin:end]
+        assert found[end - 1] == 0 and alone[end - 1] == 0
+    assert found[100] == found[200] == ladder.optimizer.lr, "back to the peak"
+    assert [found[end - 1 - round(end * 0.05)] for end in (100, 200, 400)] == [ladder.optimizer.lr] * 3
+
+
+def test_phases():
+    phases = [
+        dict(steps=10, start=0.0),
+        dict(steps=20),
+        dict(steps=10, kind="cosine", end=0.5),
+        dict(steps=60, kind="sqrt", start=0.5, end=0.0),
+    ]
+    found = rates(with_schedule(100, kind="phases", phases=phases), upto=120)
+    lr = OptimizerConfig().lr
+    warm = rates(with_schedule(100, kind="constant", warmup_steps=10))
+    assert found[:30] == pytest.approx(warm[:30]) and found[9] == lr
+    assert found[34] == pytest.approx(0.75 * lr) and found[39] == pytest.approx(0.5 * lr)
+    assert found[54] == pytest.approx(0.25 * lr) and set(found[99:]) == {0.0}
+
+
+def test_linear_to_zero():
+    found = rates(with_schedule(50, kind="linear", min_lr_ratio=0.0))
+    assert found == pytest.approx([OptimizerConfig().lr * (1 - step / 50) for step in range(1, 51)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        (dict(kind="wsd", endpoints=[5]), "schedule.endpoints.*belong to kind wsd_s, and kind is wsd"),
+        (dict(kind="cosine", phases=[dict(steps=9)]), "schedule.phases.*belong to kind phases"),
+        (
+            dict(kind="phases", phases=[dict(steps=9)]),
+            "schedule.phases.*have 9 steps, and train.steps is 100; add a phase of 91",
+        ),
+        (dict(kind="wsd_s", endpoints=[200]), "schedule.endpoints.*200 is above train.steps = 100"),
+        (
+            dict(kind="wsd_s", endpoints=[50, 40]),
+            "schedule.endpoints.*the decay of 4 steps before 40 begins before step 50",
+        ),
+        (dict(kind="wsd_s", endpoints=[50], decay_steps=60), "the decay of 60 steps before 50 begins before step 0"),
+        (
+            dict(kind="phases", phases=[dict(steps=100)], decay_steps=5),
+            "schedule.decay_steps.*no meaning for a phases schedule",
+        ),
+    ],
+)
+def test_wrong_lists_name_the_field(fields, error):
+    with pytest.raises(ValueError, match=error):
+        with_schedule(100, **fields)
+
+
+def with_schedule(steps, **fields):
+    return TrainConfig(steps=steps, global_batch_size=8, schedule=ScheduleConfig(**fields))

@@ -106,7 +106,7 @@ def test_what_is_set_aside_never_replaces_anything(saved, tmp_path):
 def test_a_stage_resumes_its_own_checkpoints_even_if_the_first_stage_is_gone(saved, tmp_path):
     stage = changed(saved, run_dir=str(tmp_path / "stage"), checkpoint={"init_from": saved["run_dir"]})
     start = choose_start(stage, {})
-    assert (start.kind, start.folder.name, start.weights_only) == ("checkpoint", "step-00000006", True)
+    assert (start.kind, start.folder.name, start.take) == ("checkpoint", "step-00000006", "weights")
     shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "stage" / "checkpoints")
     assert choose_start(stage, {}).kind == "resume"
 

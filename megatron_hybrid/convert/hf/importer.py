@@ -45,7 +45,7 @@ def from_huggingface(
 
     def finish(written: Path, facts: Facts) -> None:
         Origin(files={name: path.read_bytes() for name, path in originals.items()}).write(written)
-        write_index(written, facts, files, source.model, origin, CONVERTED_STATE)
+        write_index(written, facts, files, source.model, {"converted_from": origin}, CONVERTED_STATE)
 
     notes = [*source.notes, *_notes(folder, source, originals)]
     read = [*source.files, *originals.values()]

@@ -59,7 +59,7 @@ def from_olmo_core(
     origin = {"format": "olmo_core", "config": settings.get("model", settings)}
 
     def finish(written: Path, facts: Facts) -> None:
-        write_index(written, facts, files, model, origin, state)
+        write_index(written, facts, files, model, {"converted_from": origin}, state)
 
     return Conversion(target, files, [*weight_files.stored.files, described], with_hash=True, finish=finish)
 

@@ -7,6 +7,7 @@ from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.evaluation.validation_set import ValidationSet
 from megatron_hybrid.train.callbacks.base import Callback
 from megatron_hybrid.train.callbacks.checkpoints import Checkpoints
+from megatron_hybrid.train.callbacks.data_epochs import DataEpochs
 from megatron_hybrid.train.callbacks.expected_memory import ExpectedMemory
 from megatron_hybrid.train.callbacks.graceful_shutdown import GracefulShutdown
 from megatron_hybrid.train.callbacks.outlier_skipping import OutlierSkipping
@@ -28,7 +29,7 @@ def default_callbacks(
         validation: sets to evaluate on.
         interrupt: receives signals that ask the run to stop; None: the process handles signals itself.
     """
-    callbacks: list[Callback] = [StepMetrics(training), OutlierSkipping(config.train.skip_step)]
+    callbacks: list[Callback] = [StepMetrics(training), OutlierSkipping(config.train.skip_step), DataEpochs(training)]
     if config.train.engine == "megatron":
         callbacks.append(ExpectedMemory())
     if validation:

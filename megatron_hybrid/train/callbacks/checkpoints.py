@@ -38,7 +38,7 @@ class Checkpoints(Callback):
     def _load(self, run: Run) -> None:
         if run.start.folder is None:
             return
-        state, local = self.manager.load(run.start.folder, run.start.weights_only)
+        state, local = self.manager.load(run.start.folder, run.start.take)
         if state:
             run.load_state_dict(state)
         if local:

@@ -31,19 +31,16 @@ class BatchRunner:
         self,
         chunks: Sequence[torch.nn.Module],
         groups: ProcessGroupCollection,
-        sequence_length: int,
-        micro_batch_size: int,
         z_loss: float,
     ) -> None:
         self.chunks, self.groups, self.z_loss = chunks, groups, z_loss
-        self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
         self.run_schedule = get_forward_backward_func()
 
     def __call__(self, batches: list[Batch], forward_only: bool = False) -> BatchLosses:
         """Run forward (and backward) over this rank's micro-batches. The gradients are reduced over all ranks on return.
 
         Args:
-            batches: micro-batches of whole sequences, the same on all context parallel ranks of a replica.
+            batches: micro-batches of whole sequences, all of one shape, the same on all context parallel ranks of a replica.
         """
         several, global_batch = len(self.chunks) > 1, GlobalBatch(batches, self.groups)
         iterators = [iter(batches) for _ in self.chunks]
@@ -52,8 +49,8 @@ class BatchRunner:
             data_iterator=iterators if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=self.sequence_length,
-            micro_batch_size=self.micro_batch_size,
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
         )
         return global_batch.losses()

@@ -1,0 +1,1 @@
+"""Training in stages: from pretraining to the released model, with averages in between."""

@@ -1,0 +1,130 @@
+"""Runs the stages on this machine, one command after the other, or submits them to SLURM as jobs that depend on each other."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.stages.config import SlurmConfig
+from megatron_hybrid.stages.plan import Average, Training, Work
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The project's folder, with tools/ and examples/."""
+
+
+class StagesError(UserError):
+    """A stage cannot run, or did not end as it should."""
+
+
+def local_command(item: Work, launcher: Sequence[str]) -> list[str]:
+    """Return the command of a run or an average on this machine.
+
+    Args:
+        launcher: options of tools/launch.py, such as `--cpu-ranks 2`.
+    """
+    if isinstance(item, Average):
+        return [sys.executable, str(ROOT / "tools/average_checkpoints.py"), *item.arguments]
+    pretrain = [str(ROOT / "tools/pretrain.py"), str(item.config_file), *item.arguments]
+    return [sys.executable, str(ROOT / "tools/launch.py"), *launcher, *pretrain]
+
+
+def run_all(work: Sequence[Work], launcher: Sequence[str], after: Callable[[], None]) -> int:
+    """Run what is not done yet, and return the status of the first command that fails, or 0.
+
+    Args:
+        after: called after each command that succeeded.
+
+    Raises:
+        StagesError: a command succeeded, and its stage is not done.
+    """
+    for item in work:
+        if item.done:
+            print(f"{item.name}: done", flush=True)
+            continue
+        print(f"{item.name}: {item.state}, starts", flush=True)
+        status = _run(local_command(item, launcher))
+        if status:
+            print(f"{item.name}: ended with status {status}; run the same command again to resume", file=sys.stderr)
+            return status
+        if not item.done:
+            raise StagesError(f"{item.name}: its command succeeded and left no last checkpoint; see its output above")
+        after()
+    return 0
+
+
+def _run(command: list[str]) -> int:
+    with subprocess.Popen(command) as process, _forwarded(process):
+        status = process.wait()
+    return 128 - status if status < 0 else status
+
+
+@contextmanager
+def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Forward SIGTERM and SIGUSR1 to a process. A terminal sends Ctrl-C to it as well, so Ctrl-C is only waited for."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def submission(item: Work, slurm: SlurmConfig, jobs: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Return the environment variables and the command that submit a run or an average.
+
+    Args:
+        jobs: job number, or a shell variable with it, of each item that is submitted already. Others are done.
+    """
+    needed = [jobs[name] for name in item.needs if name in jobs]
+    dependency = [f"--dependency=afterok:{':'.join(needed)}"] if needed else []
+    common = ["sbatch", "--parsable", f"--job-name={item.name}", *dependency]
+    if isinstance(item, Training):
+        script = [slurm.script, *item.arguments]
+        return {"CONFIG": str(item.config_file.resolve())}, [*common, *slurm.options, *item.slurm, *script]
+    return {}, [*common, *slurm.average_options, f"--wrap={shlex.join(local_command(item, ()))}"]
+
+
+def submit_all(work: Sequence[Work], slurm: SlurmConfig) -> None:
+    """Submit what is not done yet, each job after those that it needs, and print the job numbers.
+
+    Raises:
+        StagesError: sbatch refused a job. Jobs that were submitted before it stay in the queue.
+    """
+    jobs: dict[str, str] = {}
+    for item in work:
+        if item.done:
+            continue
+        variables, command = submission(item, slurm, jobs)
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+        if done.returncode:
+            queued = f"; cancel {' '.join(jobs.values())} before you submit again" if jobs else ""
+            raise StagesError(f"{item.name}: {done.stderr.strip()[:2000]}{queued}")
+        jobs[item.name] = done.stdout.strip().partition(";")[0]
+        print(f"{item.name}: job {jobs[item.name]}", flush=True)
+
+
+def shell_script(work: Sequence[Work], slurm: SlurmConfig) -> list[str]:
+    """Return the submissions of what is not done yet as lines of a shell script."""
+    jobs: dict[str, str] = {}
+    lines = [f"cd {shlex.quote(str(ROOT))}"]
+    for item in work:
+        if item.done:
+            continue
+        variables, command = submission(item, slurm, jobs)
+        assigned = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
+        variable = item.name.replace("-", "_")
+        words = (f'"{word}"' if word.startswith("--dependency") else shlex.quote(word) for word in command)
+        lines.append(f"job_{variable}=$({assigned}{' '.join(words)})")
+        jobs[item.name] = f"$job_{variable}"
+    return lines
