@@ -35,6 +35,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2", "flash-linear-attention==0.6.0"],
     "tilelang": ["tilelang==0.1.15"],
     "deepspeed": ["deepspeed==0.19.8"],
+    "tasks": ["lm_eval==0.4.13"],
     "olmo-core": ["ai2-olmo-core==3.0.0"],  # only tests read what it writes
     "mpi": ["mpi4py==4.1.2"],
     "wandb": ["wandb==0.31.0"],

@@ -26,11 +26,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"base", "arch", "config", "distributed", "mixers", "precision"},
     "spec": {"base", "arch", "distributed", "mixers", "model"},
     "checkpoint": {"base", "arch", "config", "distributed", "model", "precision"},
-    "inference": {"base", "arch", "config", "data", "distributed", "launch", "model", "checkpoint"},
-    "evaluation": {"base", "config", "data", "distributed", "inference"},
+    "inference": {
+        *("base", "arch", "config", "data", "distributed", "launch", "mixers", "model", "checkpoint", "convert"),
+    },
+    "evaluation": {"base", "config", "data", "distributed", "inference", "model"},
     "train": {
         *("base", "arch", "config", "distributed", "launch", "precision", "mixers", "model", "checkpoint"),
-        *("data", "evaluation", "observe", "planner"),
+        *("data", "evaluation", "inference", "observe", "planner"),
     },
     "profiling": {"base", "arch", "config", "data", "distributed", "launch", "mixers", "precision", "train"},
     "stages": {"base", "arch", "config", "checkpoint", "data", "observe", "train"},

@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from megatron_hybrid.base.errors import no_traceback
 from megatron_hybrid.config.load import load_run
+from megatron_hybrid.convert.architecture import architecture_of
 from megatron_hybrid.data.agreement import refuse, run_disagreements, warn
 from megatron_hybrid.data.build import build_train_and_validation
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--check", choices=["full", "sample"], default="full", help="how much is read (default: full)")
     arguments = parser.parse_args()
     with no_traceback(), Progress(console=Console(stderr=True)) as bar:
-        config = load_run(arguments.config, arguments.overrides)
+        config = load_run(arguments.config, arguments.overrides, architecture_of)
         warn(refuse(run_disagreements(config.model, config.data)))
         task = bar.add_task("checking", total=None)
         data = config.data.model_copy(update={"check": arguments.check})

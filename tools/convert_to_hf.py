@@ -21,7 +21,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("source", type=Path, metavar="CKPT", help="folder with index.json, such as run/checkpoints/step-00010000")
+    add(
+        "source",
+        type=Path,
+        metavar="CKPT",
+        help="a run (its newest checkpoint) or a checkpoint, such as run/checkpoints/step-00010000",
+    )
     add("target", type=Path, metavar="OUT_DIR", help="folder to create; it must not exist yet")
     add(
         "--dtype",

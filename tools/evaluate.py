@@ -14,7 +14,7 @@ from megatron_hybrid.config.command_line import CommandLine
 
 def main() -> None:
     parser = CommandLine(__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
+    parser.add_argument("checkpoint", help="a run (its newest checkpoint), a checkpoint or a Hugging Face folder")
     parser.add_argument(
         "data", nargs="+", metavar="[NAME=]PREFIX", help="PREFIX of PREFIX.bin and .idx, or .npy shards"
     )

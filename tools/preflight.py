@@ -12,12 +12,13 @@ def main() -> None:
     from megatron_hybrid.base.errors import no_traceback
     from megatron_hybrid.config.command_line import RunCommandLine
     from megatron_hybrid.config.load import load_run
+    from megatron_hybrid.convert.architecture import architecture_of
     from megatron_hybrid.launch.environment import Launch
 
     arguments = RunCommandLine(__doc__).parse()
     with no_traceback():
         launch = Launch.from_environment().export()
-        config = load_run(arguments.config, arguments.overrides)
+        config = load_run(arguments.config, arguments.overrides, architecture_of)
         from megatron_hybrid.train.start_checks import preflight_alone  # torch only once the config is right
 
         preflight_alone(config, launch)

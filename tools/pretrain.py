@@ -29,6 +29,7 @@ def main() -> None:
     from megatron_hybrid.config.command_line import RunCommandLine
     from megatron_hybrid.config.load import load_run
     from megatron_hybrid.config.run_dir import check_run_dir
+    from megatron_hybrid.convert.architecture import architecture_of
     from megatron_hybrid.launch.environment import Launch
 
     parser = RunCommandLine(__doc__)
@@ -44,7 +45,7 @@ def main() -> None:
     arguments = parser.parse()
     with no_traceback():
         launch = Launch.from_environment().export()
-        config = load_run(arguments.config, arguments.overrides)
+        config = load_run(arguments.config, arguments.overrides, architecture_of)
         if arguments.dry_run:
             if launch.rank == 0:
                 dry_run(config, arguments.world_size or launch.world_size, arguments.files)

@@ -78,6 +78,14 @@ class MixerSpec(ABC):
     """Its folder has `rates.py`, which measures its operations for the planner's hardware files: `points(model, block, degree,
     tokens, form)`."""
 
+    has_cache: ClassVar[bool] = False
+    """Its folder has `cache.py`, with which it generates text: `make_cache(mixer, batch_size, capacity)` (mixers/cache.py)."""
+
+    @property
+    def cache(self) -> str:
+        """Dotted name of the file with its inference form: `cache.py` next to the spec."""
+        return f"{type(self).__module__.rpartition('.')[0]}.cache"
+
     @property
     def rates(self) -> str:
         """Dotted name of the file that measures its operations: `rates.py` next to the spec."""

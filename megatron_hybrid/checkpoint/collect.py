@@ -7,6 +7,7 @@ them saves them.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -30,6 +31,14 @@ class OptimizerShard:
     states: dict[str, torch.Tensor]
     replicated: bool = False
     """All data parallel ranks hold the same state, while that of other parameters is sharded."""
+
+
+class TensorReader(Protocol):
+    """Source of a model's weights: a checkpoint, or a folder of another format."""
+
+    def read(self, name: str, wanted: TensorSlice | None = None) -> torch.Tensor:
+        """Return a slice of a true tensor; None: all of it."""
+        ...
 
 
 def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
@@ -157,7 +166,7 @@ class Collector:
             yield saved
 
     @torch.no_grad()
-    def load_weights(self, reader: CheckpointReader) -> None:
+    def load_weights(self, reader: TensorReader) -> None:
         """Fill this rank's parameters; padding is zero. Parameters of `from_master` are filled by the next load of masters."""
         for _, parameter, slices in self.parameters:
             if self.from_master(parameter):

@@ -14,10 +14,12 @@ from megatron_hybrid.config.renames import StartingPoint, rename_fields, rename_
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.translate import field_at, translate
 
-_PRESET_KEYS = (["model"], ["model", "base_preset"], ["model", "of"])
+_PRESET_KEYS = (["model"], ["model", "base_preset"], ["model", "of"], ["model", "from"])
 
 
-def load_run(path_or_preset: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(
+    path_or_preset: str | None, overrides: Sequence[str] = (), architecture_of: presets.ArchitectureOf | None = None
+) -> RunConfig:
     """Return the run of a YAML file with overrides applied.
 
     Args:
@@ -26,6 +28,7 @@ def load_run(path_or_preset: str | None, overrides: Sequence[str] = ()) -> RunCo
         overrides: `section.key=value` with the value in YAML, `null` included. List entries are named by their index; the index
             one past the end appends: `data.train.0.weight=2`. A preset is applied before other overrides; otherwise, the later of
             two overrides of a field wins.
+        architecture_of: reads `model.from`; None: such a model is refused.
 
     Raises:
         ConfigError: lists every wrong field with its remedy.
@@ -38,7 +41,7 @@ def load_run(path_or_preset: str | None, overrides: Sequence[str] = ()) -> RunCo
     for keys, value in assignments:
         if keys in _PRESET_KEYS:
             _assign(data, keys, _as_preset(value) if keys == ["model"] else value)
-    data["model"] = presets.expand(data["model"])
+    data["model"] = presets.expand(data["model"], architecture_of)
     if data["model"] is None:
         del data["model"]
     problems = Problems()

@@ -7,6 +7,9 @@ from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, shown
 
+ArchitectureOf = Callable[[str], dict[str, Any]]
+"""Returns the fields of the model in a folder (convert/architecture.py)."""
+
 
 def olmo_hybrid_7b() -> ModelConfig:
     """Return AI2's OLMo Hybrid 7B: one attention layer after three Gated DeltaNet layers, 7,430,870,688 parameters."""
@@ -140,16 +143,21 @@ def preset(name: str, of: str | None = None) -> ModelConfig:
     return SIZED[name]()
 
 
-def expand(model: object) -> object:
-    """Replace the preset that a `model` section names by its fields, overridden by the section's other fields.
+def expand(model: object, architecture_of: ArchitectureOf | None = None) -> object:
+    """Replace the preset or trained model that a `model` section names by its fields, overridden by the section's other fields.
 
-    Nested sections (`gdn`) are overridden field by field. A model that names no preset is returned unchanged.
+    Nested sections (`gdn`) are overridden field by field. A model that names neither is returned unchanged.
+
+    Args:
+        architecture_of: reads the fields of `from`; None: this command does not read it.
 
     Raises:
-        ConfigError: as `preset`.
+        ConfigError: as `preset` and `architecture_of`.
     """
     if isinstance(model, str):
         model = {"base_preset": model}
+    if isinstance(model, dict) and "from" in model:
+        return _trained(model, architecture_of)
     if not isinstance(model, dict) or not {"base_preset", "of"} & set(model):
         return model
     if "base_preset" not in model:
@@ -159,6 +167,22 @@ def expand(model: object) -> object:
         )
     changes = {key: value for key, value in model.items() if key not in ("base_preset", "of")}
     return _overlay(preset(model["base_preset"], model.get("of")).model_dump(mode="json"), changes)
+
+
+def _trained(model: dict[str, Any], architecture_of: ArchitectureOf | None) -> dict[str, Any]:
+    path = model["from"]
+    if {"base_preset", "of"} & set(model):
+        raise ConfigError.at("model.from", "excludes base_preset and of; remove it or them")
+    if not isinstance(path, str) or not path:
+        raise ConfigError.at(
+            "model.from", f"{shown(path)} is not the path of a run, a checkpoint or a Hugging Face folder"
+        )
+    if architecture_of is None:
+        raise ConfigError.at(
+            "model.from",
+            "is not read by this command; write the model's fields, as tools/pretrain.py --dry-run prints them",
+        )
+    return _overlay(architecture_of(path), {key: value for key, value in model.items() if key != "from"})
 
 
 def _overlay(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

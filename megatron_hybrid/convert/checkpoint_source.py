@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.checkpoint.folders import find_checkpoint
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError, StoredSlice, TensorEntry
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.safetensors_header import ITEM_BYTES, StoredTensor
 from megatron_hybrid.checkpoint.verification import Verify, find_damage, refuse_damage, share_of_files, warn_unchecked
+from megatron_hybrid.convert.architecture import is_run_or_checkpoint
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.io.folder import regular_file
 from megatron_hybrid.convert.io.source import TORCH_NAMES, FileSlice, TensorSource, as_matrix
@@ -19,7 +21,7 @@ from megatron_hybrid.convert.ranks import find_ranks
 
 
 class CheckpointSource:
-    """A checkpoint whose index, files and model have been checked against each other."""
+    """A checkpoint, or the newest of a run, whose index, files and model have been checked against each other."""
 
     def __init__(self, folder: Path, verify: Verify = "full") -> None:
         """Read the index, and compare the files with it.
@@ -34,6 +36,8 @@ class CheckpointSource:
             raise ConversionError(
                 f"{folder}: there is no such folder; give a checkpoint such as RUN/checkpoints/step-00001000"
             )
+        if not (folder / INDEX).exists() and is_run_or_checkpoint(folder):
+            folder = find_checkpoint(str(folder), "checkpoint")
         self.folder = folder
         regular_file(folder, INDEX)
         try:

@@ -1,105 +1,113 @@
-"""Continues a prompt with a loaded model.
+"""Continuation of prompts: chunked prefill, then one token per sequence at a time."""
 
-Each new token runs the whole context through the model again, because there is no cache of states or keys. This is for
-looking at a model, not for serving it.
-"""
-
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 
 from megatron_hybrid.base.errors import UserError
-from megatron_hybrid.data.agreement import checkpoint_disagreements, warn
-from megatron_hybrid.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.inference.load import NOT_FINITE_REMEDY, LoadedModel
+from megatron_hybrid.inference.prompts import check_prompts, prefill
+from megatron_hybrid.inference.sampling import NOT_FINITE, Sampler, Sampling
+from megatron_hybrid.model.incremental import GraphedStep, IncrementalModel
+
+IsDone = Callable[[int, list[int]], bool]
 
 
-@torch.no_grad()
 def generate(
-    model: LoadedModel, prompt: list[int], max_tokens: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0
-) -> Iterator[int]:
-    """Yield tokens that continue the prompt, until the end-of-document token or max_tokens.
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - it is frozen
+    *,
+    stop_tokens: Collection[int] | None = None,
+    is_done: IsDone = lambda row, tokens: False,
+    chunk: int | None = None,
+    cuda_graph: bool = False,
+) -> Iterator[list[int | None]]:
+    """Yield the next token of each prompt, step by step, until all have ended. None: the sequence has ended.
+
+    Every sequence gets the tokens that it would get alone, up to rounding. Tensor parallel ranks agree on them.
 
     Args:
-        temperature: 0: always choose the most likely token.
-        top_k: sample from the k most likely tokens; 0: from all.
+        stop_tokens: a sequence ends before these; None: the model's end-of-document token.
+        is_done: called with the index of a prompt and the tokens that continue it. True ends the sequence.
+        chunk: tokens per prompt that are processed at once; None: by the number of prompts.
+        cuda_graph: replay a step as one CUDA graph.
 
     Raises:
-        UserError: an empty prompt, a token outside the vocabulary, or a number out of range.
+        UserError: a prompt that is empty or outside the vocabulary, a number out of range, or logits that are not finite.
     """
-    check_generation(model.config.vocab_size, prompt, max_tokens, temperature, top_k, seed)
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
-    for _ in range(max_tokens):
-        row = torch.tensor([tokens], device=local_device())
-        logits = model.network(row)[0, -1, : model.config.vocab_size].float().cpu()
-        token = sample_token(logits, temperature, top_k, generator)
-        if token == model.config.eos_token_id:
+    check_prompts(prompts, model.config.vocab_size)
+    if max_tokens < 0:
+        raise UserError(f"max_tokens {max_tokens}: must not be negative")
+    sampler = Sampler(sampling, len(prompts))
+    if not prompts or not max_tokens:
+        return
+    stops = set[int | None]({model.config.eos_token_id} if stop_tokens is None else stop_tokens)
+    longest = max(len(prompt) for prompt in prompts)
+    sequences = IncrementalModel(model.network, len(prompts), longest + max_tokens)
+    step = GraphedStep(sequences) if cuda_graph else sequences.step
+    rows = _Rows(len(prompts), stops, is_done)
+    tokens_b = _agreed(sampler.choose(prefill(sequences, prompts, chunk)), model)
+    for count in range(max_tokens):
+        new = rows.add(tokens_b.tolist())
+        if all(token is None for token in new):
             return
-        tokens.append(token)
-        yield token
+        yield new
+        if rows.all_ended or count == max_tokens - 1:
+            return
+        tokens_b = _agreed(sampler.choose(step(tokens_b)), model)
 
 
-def check_generation(
-    vocab_size: int, prompt: list[int], max_tokens: int, temperature: float, top_k: int, seed: int
-) -> None:
-    """Check the arguments of `generate`. Raises UserError as it does."""
-    if not prompt:
-        raise UserError("the prompt has no tokens: give at least one that the tokenizer knows")
-    if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
-        raise UserError(
-            f"prompt has token {wrong[0]}: the model's vocabulary is {vocab_size}; is it the right tokenizer?"
-        )
-    if max_tokens < 0 or top_k < 0:
-        raise UserError(f"max_tokens {max_tokens}, top_k {top_k}: must not be negative")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"temperature {temperature}: give a finite number of at least 0")
-    if not 0 <= seed < 1 << 63:
-        raise UserError(f"seed {seed}: give a number from 0 to 2^63 - 1")
+def continuations(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 - it is frozen
+    *,
+    stop_tokens: Collection[int] | None = None,
+    is_done: IsDone = lambda row, tokens: False,
+    cuda_graph: bool = False,
+) -> list[list[int]]:
+    """Return the tokens that continue each prompt. See `generate`."""
+    options = dict(stop_tokens=stop_tokens, cuda_graph=cuda_graph)
+    steps = list(generate(model, prompts, max_tokens, sampling, is_done=is_done, **options))  # type: ignore[arg-type]
+    return [[token for step in steps if (token := step[row]) is not None] for row in range(len(prompts))]
 
 
-def sample_token(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """Sample a token from logits [vocabulary], which this changes.
-
-    Raises:
-        UserError: logits that are not finite.
-    """
-    if not bool(logits.isfinite().all()):
-        raise UserError(f"the model's logits are not finite: {NOT_FINITE_REMEDY}")
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k:
-        logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
-    scaled = (logits.double() - logits.max()) / temperature  # at most 0, so that small temperatures do not overflow
-    return int(torch.multinomial(torch.softmax(scaled, -1).float(), 1, generator=generator))
+def _agreed(tokens_b: torch.Tensor, model: LoadedModel) -> torch.Tensor:
+    """Return the tokens of the first tensor parallel rank."""
+    group = model.network.pg_collection.tp
+    if group.size() > 1:
+        dist.broadcast(tokens_b, group=group, group_src=0)
+    return tokens_b
 
 
-def tokenize_prompt(model: LoadedModel, prompt: str, name: str | None) -> tuple[Tokenizer, list[int]]:
-    """Load a tokenizer and return it with the token ids of a prompt.
+class _Rows:
+    """Which sequences have ended, and what continues each."""
 
-    Prints a warning if the tokenizer contradicts the model, or if the prompt is longer than the training sequences.
+    def __init__(self, count: int, stops: set[int | None], is_done: IsDone) -> None:
+        self.stops, self.is_done = stops, is_done
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.ended = [False] * count
 
-    Args:
-        name: `byte` or a folder; None: the tokenizer of the run.
+    def add(self, tokens: list[int]) -> list[int | None]:
+        """Return the tokens of sequences that have not ended before them."""
+        return [self._add(row, token) for row, token in enumerate(tokens)]
 
-    Raises:
-        UserError: no tokenizer, or a prompt that is not UTF-8.
-    """
-    chosen = model.tokenizer if name is None else name
-    if chosen is None:
-        raise UserError("--tokenizer is missing: the checkpoint does not name one")
-    tokenizer = load_tokenizer(chosen)
-    found = checkpoint_disagreements(
-        model.config, model.run, chosen, "data.tokenizer" if name is None else "--tokenizer"
-    )
-    warn(str(disagreement) for disagreement in dict.fromkeys(found))
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"--prompt is not UTF-8 text (character {error.start})") from None
-    ids = tokenizer.encode(prompt)
-    if model.sequence_length is not None and len(ids) > model.sequence_length:
-        warn([f"the prompt has {len(ids)} tokens, the model was trained on sequences of {model.sequence_length}"])
-    return tokenizer, ids
+    def _add(self, row: int, token: int) -> int | None:
+        if self.ended[row]:
+            return None
+        if token == NOT_FINITE:
+            raise UserError(f"the model's logits are not finite: {NOT_FINITE_REMEDY}")
+        if token in self.stops:
+            self.ended[row] = True
+            return None
+        self.tokens[row].append(token)
+        self.ended[row] = self.is_done(row, self.tokens[row])
+        return token
+
+    @property
+    def all_ended(self) -> bool:
+        return all(self.ended)

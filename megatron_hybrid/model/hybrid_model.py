@@ -93,7 +93,7 @@ class HybridLanguageModel(HybridModel):
             cp_group=self.pg_collection.cp,
         )
 
-    def _rotary_angles(self, length: int, documents: Documents | None) -> torch.Tensor | None:
+    def rotary_angles(self, length: int, documents: Documents | None) -> torch.Tensor | None:
         """Return the angles of this rank's `length` tokens: [s, 1, 1, d], with documents [s, b, 1, d]. With rope_scaling plain and
         scaled ones are stacked: [2, s, ...]."""
         if self.position_embedding_type != "rope":
@@ -132,7 +132,7 @@ class HybridLanguageModel(HybridModel):
         """
         x_sbh = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
         packed = self._documents(documents, cu_seqlens)
-        angles = self._rotary_angles(tokens.shape[1], packed)
+        angles = self.rotary_angles(tokens.shape[1], packed)
         x_sbh = self.decoder(hidden_states=x_sbh, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed)
         if not self.post_process:
             return x_sbh

@@ -133,8 +133,25 @@ class RunLogger:
         with self.pause():
             for name, found in sets.items():
                 self.info(f"step {step}/{self._total_steps}  evaluation{f' of {name}' if name else ''}: {found}")
-            unwritten = self._record["step"] == step and (self._metrics is None or self._metrics.last_step != step)
-            self._write(self._record | record if unwritten else record)
+            self._write_with_step(record)
+
+    def log_tasks(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        """Log the metrics of downstream tasks after update `step` as `eval/<task>/<metric>`, as `log_evaluation` does."""
+        if not self.writes:
+            return
+        record: dict[str, Any] = {"step": step}
+        with self.pause():
+            for task, metrics in results.items():
+                record |= {f"eval/{task}/{name}": plain(value) for name, value in metrics.items()}
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+                self.info(f"step {step}/{self._total_steps}  task {task}: {shown}")
+            self._write_with_step(record)
+
+    def _write_with_step(self, record: dict[str, Any]) -> None:
+        """Write a record, together with the metrics of its step if those are not written yet."""
+        step = record["step"]
+        unwritten = self._record["step"] == step and (self._metrics is None or self._metrics.last_step != step)
+        self._write(self._record | record if unwritten else record)
 
     def close(self) -> None:
         """Draw loss.png a last time and close all outputs. A second call has no effect."""

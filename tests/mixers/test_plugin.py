@@ -98,6 +98,9 @@ def test_it_trains_is_saved_and_resumes_under_other_layouts(package, tmp_path, r
     assert {t.shape for name, t in tensors(tmp_path, "sharded").items() if name.endswith("leaky.decay")} == {(3,)}
     train(4, "sharded", tensor_parallel_size=2, pipeline_parallel_size=2)
     train(2, "replicas")  # resumes at TP1, DP2
+    arguments = dict(folder=str(package), checkpoint=str(tmp_path / "one"), tokens=[3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+    ((decoded, full),) = ranks.run(plugin_jobs.decode, 1, **arguments)
+    assert decoded == full and len(decoded) == 12
     expected = losses(tmp_path, "one")
     assert len(expected) == STEPS and expected[-1] < expected[0]
     for name in ("sharded", "replicas"):

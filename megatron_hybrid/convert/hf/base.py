@@ -29,6 +29,9 @@ class Architecture(ABC):
     layers: ClassVar[Mapping[str, LayerNames]]
     """Symbol in ModelConfig.layer_pattern -> names of the layer's tensors."""
 
+    vllm_flags: ClassVar[str] = ""
+    """Options without which vLLM computes something else."""
+
     @abstractmethod
     def unsupported_reason(self, model: ModelConfig) -> str | None:
         """Return why this architecture cannot compute a model, or None if it can."""

@@ -26,12 +26,20 @@ from transformers import AutoModelForCausalLM{import_tokenizer}
 model = AutoModelForCausalLM.from_pretrained("PATH")
 {load_tokenizer}```
 
+```bash
+vllm serve PATH{flags}
+```
+{serving}
 | | |
 |---|---|
 {table}
 
 Exported by megatron_hybrid's `tools/convert_to_hf.py`. Fill in what the weights were trained on, their licence and their
 limits before publishing them.
+"""
+
+_SERVING = """
+vLLM needs `{flags}`, or a recurrent state in fp32. Without either, its scores drop sharply.
 """
 
 
@@ -65,6 +73,8 @@ def model_card(
         origin=f"Trained with megatron_hybrid, step {step}." if step else "",
         import_tokenizer=", AutoTokenizer" if has_tokenizer else "",
         load_tokenizer='tokenizer = AutoTokenizer.from_pretrained("PATH")\n' if has_tokenizer else "",
+        flags=f" {architecture.vllm_flags}" if architecture.vllm_flags else "",
+        serving=_SERVING.format(flags=architecture.vllm_flags) if architecture.vllm_flags else "",
         table="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
 

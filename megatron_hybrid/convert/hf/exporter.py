@@ -60,7 +60,7 @@ def to_huggingface(
     files = split_into_files(tensors, max_shard_bytes)
     if len(files) == 1:
         files = {SINGLE: next(iter(files.values()))}
-    kept = kept_files(checkpoint)
+    kept = kept_files(source.folder)
     generation, more_notes = generation_config(config, kept.pop(GENERATION_CONFIG, None))
     copied = given_tokenizer(tokenizer) if tokenizer else kept
     disagreements = checkpoint_disagreements(model, run, str(tokenizer) if tokenizer else None)

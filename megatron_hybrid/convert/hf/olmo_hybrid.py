@@ -102,6 +102,7 @@ class OlmoHybrid(Architecture):
             "max_position_embeddings": 65536, "eos_token_id": 100257, "pad_token_id": 100277,
         },
     )  # fmt: skip
+    vllm_flags = "--enforce-eager --disable-cascade-attn"
     rope = RopeForms(optional=True, per_layer_type=False)
     layers = {"G": _LINEAR_LAYER, "A": _FULL_LAYER}
 

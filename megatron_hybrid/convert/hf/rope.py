@@ -41,8 +41,8 @@ class RopeForms:
 def read_rope(fields: Fields, layer_types: Sequence[str], forms: RopeForms) -> Rope:
     """Return theta and scaling of the model. Theta is None if it has no rotary embedding.
 
-    No rotary embedding is spelled `rope_parameters: null`, `rope_parameters: {"rope_theta": null}` or, by OLMo-core's exporter,
-    `rope_theta: null`. A file without any of these fields is refused: their default differs between versions.
+    No rotary embedding is spelled `rope_parameters: null`, `rope_parameters: {"rope_theta": null}`, `{"rope_type": null}` or, by
+    OLMo-core's exporter, `rope_theta: null`. A file without any of these fields is refused: their default differs between versions.
 
     Args:
         layer_types: types of the model's layers. Parameters of other types are ignored.
@@ -131,6 +131,8 @@ def _nested_forms(
 
 def _read_one(fields: Fields, where: str, parameters: dict[str, Any]) -> Rope:
     """Return theta and scaling of one object. Adds a problem if they cannot be represented."""
+    if "rope_theta" not in parameters and parameters.get("rope_type", "default") is None:
+        return None, None
     kind = next((parameters[name] for name in _TYPE if parameters.get(name) is not None), "default")
     allowed = {"rope_theta", "partial_rotary_factor", *_TYPE} | (_YARN if kind == "yarn" else set())
     set_fields = {name for name, value in parameters.items() if value is not None}

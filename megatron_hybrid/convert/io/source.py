@@ -106,9 +106,10 @@ class TensorSource:
         row_bytes = self.columns * ITEM_BYTES[self.dtype]
         step = max(1, limit // max(1, row_bytes))
         for first in range(0, self.rows, step):
-            yield self._read_rows(files, first, min(first + step, self.rows))
+            yield self.read_rows(files, first, min(first + step, self.rows))
 
-    def _read_rows(self, files: OpenFiles, first: int, last: int) -> memoryview:
+    def read_rows(self, files: OpenFiles, first: int, last: int) -> memoryview:
+        """Return the bytes of rows [first, last). They are valid until the next but one is read."""
         width = self.columns * ITEM_BYTES[self.dtype]
         block = files.buffer((last - first) * width)
         wanted = TensorSlice((first, 0), (last - first, self.columns))

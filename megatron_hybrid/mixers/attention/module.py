@@ -171,9 +171,7 @@ class SelfAttention(Mixer):
             rotary_pos_emb: [s, 1 or b, 1, head_dim], or [2, s, 1 or b, 1, head_dim]: plain and scaled angles; None: no rotation.
         """
         qkv, _ = self.linear_qkv(hidden_states)
-        angles = rotary_pos_emb
-        if angles is not None and angles.dim() == 5:
-            angles = angles[int(self.rope_is_scaled)]
+        angles = self.own_angles(rotary_pos_emb)
         q, k, v = qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight, angles, **self.norm)
         q, k, v = (
             self.exchange.to_heads(x, n)
@@ -184,6 +182,12 @@ class SelfAttention(Mixer):
         )
         y_sbh, _ = self.linear_proj(self.exchange.to_tokens(context))
         return y_sbh, None
+
+    def own_angles(self, rotary_pos_emb: torch.Tensor | None) -> torch.Tensor | None:
+        """Return this layer's angles: the plain or the scaled ones, if there are both."""
+        if rotary_pos_emb is None or rotary_pos_emb.dim() != 5:
+            return rotary_pos_emb
+        return rotary_pos_emb[int(self.rope_is_scaled)]
 
     def backends(self, sequence_length: int, batch_size: int, documents: bool = False) -> list[Choice]:
         width = len(self.q_norm_weight) + 2 * len(self.k_norm_weight)

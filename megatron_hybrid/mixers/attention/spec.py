@@ -39,6 +39,7 @@ class Attention(MixerSpec):
     }
     input_linear, output_linear = "linear_qkv", "linear_proj"
     has_rates = True
+    has_cache = True
     supports = frozenset({"context_parallel", "documents", "fp8", "fp8_attention"})
 
     def parameters(self, model: ModelFields, block: Block) -> tuple[PackedParameter, ...]:

@@ -146,7 +146,7 @@ class GatedDeltaNet(Mixer):
             self.conv_weight,
             self.A_log,
             self.dt_bias,
-            **self._sizes(),
+            **self.kernel_sizes(),
             allow_negative_eigenvalues=self.gdn.allow_negative_eigenvalues,
             halo_sbw=halo_sbw,
             positions_bs=positions_bs,
@@ -158,7 +158,8 @@ class GatedDeltaNet(Mixer):
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
         return gated_rmsnorm(o, gate, weight, self.gdn.norm_eps)
 
-    def _sizes(self) -> dict[str, Any]:
+    def kernel_sizes(self) -> dict[str, Any]:
+        """Return the head counts and dims of this rank, as `conv_gates` takes them."""
         gdn = self.gdn
         return dict(
             num_key_heads=self.q_width // gdn.key_head_dim,
@@ -175,7 +176,7 @@ class GatedDeltaNet(Mixer):
         v = like.expand(b, s, self.heads, gdn.value_head_dim)
         packed = like.expand(s, b, self.packed_width)
         return [
-            explain_conv_gates(packed, self.conv_weight, **self._sizes()),
+            explain_conv_gates(packed, self.conv_weight, **self.kernel_sizes()),
             explain_gated_delta_rule_of_slices(q, q, v, gates, gates, group=self.cp_group, documents=documents),
             explain_gated_rmsnorm(v, packed[..., : self.gate_width], self.o_norm_weight),
         ]

@@ -16,6 +16,7 @@ from megatron_hybrid.train.callbacks.periodic_evaluation import PeriodicEvaluati
 from megatron_hybrid.train.callbacks.replica_check import ReplicaCheck
 from megatron_hybrid.train.callbacks.step_heartbeat import StepHeartbeat
 from megatron_hybrid.train.callbacks.step_metrics import StepMetrics
+from megatron_hybrid.train.callbacks.task_evaluation import TaskEvaluation
 from megatron_hybrid.train.interrupt import Interrupt
 
 
@@ -42,6 +43,8 @@ def default_callbacks(
         callbacks.append(ExpectedMemory())
     if validation:
         callbacks.append(PeriodicEvaluation(config.train, validation))
+    if config.tasks.paths:
+        callbacks.append(TaskEvaluation(config.tasks))
     if interrupt is not None:
         callbacks.append(GracefulShutdown(interrupt))
     if config.train.engine == "megatron" and config.train.replica_check_interval is not None:

@@ -55,6 +55,7 @@ class Leaky(MixerSpec):
     blocks = {"T": Block(mixer=name, title="leaky average", norm="pre", output_gate=True)}
     input_linear, output_linear = "in_proj", "out_proj"
     decay_groups = ("leaky_decay",)
+    has_cache = True
 
     def parameters(self, model: ModelFields, block: Block) -> tuple[PackedParameter, ...]:
         return parameters(sizes(model), model.hidden_size)

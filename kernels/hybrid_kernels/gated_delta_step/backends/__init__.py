@@ -1,0 +1,1 @@
+"""Backends of `gated_delta_step`."""
