@@ -19,6 +19,7 @@ def main() -> None:
             for r in rows
         ],
         packages=("torch", "megatron-core", "safetensors"),
+        command=f"bash tests/faults/campaign.sh {part}",
     )
 
 

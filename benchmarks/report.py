@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -29,17 +30,36 @@ def bounded(case, metric, unit, ours, goal) -> dict:
                 goal=goal, met=None if goal is None else bool(ours <= goal))  # fmt: skip
 
 
+def running_command() -> str:
+    """Return the command of this process. Absolute paths, which belong to this machine, are shown as PATH."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if not skip and word not in ("--out", "--commit"):
+            words.append("PATH" if word.startswith("/") else shlex.quote(word))
+        skip = word in ("--out", "--commit")
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
 def _short(x):
     return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
 def write(
-    benchmark: str, rows: list[dict], packages: tuple[str, ...], machine: str | None = None, notes=(), printed: int = 0
+    benchmark: str,
+    rows: list[dict],
+    packages: tuple[str, ...],
+    machine: str | None = None,
+    notes=(),
+    printed: int = 0,
+    command: str | None = None,
 ) -> None:
     """Write the result file and print its rows.
 
     Args:
-        packages: whose versions are recorded. machine: None: this CPU. printed: rows that were printed before.
+        packages: packages whose versions are recorded.
+        machine: None: this CPU.
+        printed: number of rows that were printed before.
+        command: None: the running script with its arguments.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -60,7 +80,7 @@ def write(
         benchmark=benchmark,
         date=datetime.date.today().isoformat(),
         commit=args.commit or git.stdout.strip() or None,
-        command=f"python benchmarks/{Path(sys.argv[0]).name}",
+        command=command or running_command(),
         machine=name,
         versions=versions,
         notes=list(notes),
