@@ -213,3 +213,19 @@ def test_the_tool_checks_everything_and_training_finds_its_verdicts(tmp_path, mo
     with pytest.raises(SystemExit) as end:
         check_data.main()
     assert end.value.code == 78 and "token 300" in capsys.readouterr().err
+
+
+def test_the_tool_prepares_documents(tmp_path, monkeypatch, capsys):
+    """With data.documents pack the tool once ended in a traceback."""
+    from tools import check_data
+
+    documents = [[1] * 5, [2] * 12, [3] * 20, [4] * 3]
+    write_indexed(tmp_path / "a", documents)
+    config, model = tmp_path / "run.yaml", {"base_preset": "olmo_hybrid_tiny", "layer_pattern": "GA"}
+    sections = {"run_dir": str(tmp_path / "run"), "model": model, "train": {"steps": 1, "global_batch_size": 1}}
+    data = {"train": [{"path": str(tmp_path / "a")}], "sequence_length": 16, "documents": "pack"}
+    config.write_text(json.dumps(sections | {"data": data}))
+    monkeypatch.setattr("sys.argv", ["check_data.py", str(config)])
+    check_data.main()
+    assert "4 documents" in capsys.readouterr().out
+    assert list((tmp_path / "run" / "documents").glob("packing-*"))
