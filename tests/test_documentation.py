@@ -97,6 +97,18 @@ def test_sentences_are_short(page):
     assert median <= 14 and long <= 25
 
 
+def test_every_field_is_described(generate):
+    def undescribed(path, section):
+        for name, field in section.model_fields.items():
+            inner = list(generate.sections_in(field.annotation))
+            if not inner and not field.description:
+                yield f"{path}{name}"
+            for one in inner:
+                yield from undescribed(f"{path}{name}.", one)
+
+    assert list(undescribed("", generate.RunConfig)) == []
+
+
 def test_the_readme_is_one_page():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 

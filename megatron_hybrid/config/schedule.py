@@ -12,9 +12,11 @@ class PhaseConfig(Section):
     """A phase of a schedule: the learning rate moves from `start` to `end`, both multiples of optimizer.lr."""
 
     steps: PositiveInt
+    """Steps of the phase."""
     kind: Literal["linear", "cosine", "sqrt"] = "linear"
-    """Shape of the way. sqrt: 1 - sqrt(share of the phase), which falls fast first. A constant phase has equal ends."""
+    """Shape of the curve. sqrt: 1 - sqrt(share of the phase), which falls fast first. A constant phase has equal ends."""
     start: NonNegativeFloat = 1.0
+    """Multiple of optimizer.lr before the phase's first step."""
     end: NonNegativeFloat = 1.0
     """Reached in the last step of the phase."""
 
@@ -26,6 +28,7 @@ class ScheduleConfig(Section):
     """wsd: peak, then a linear decay before the last step. wsd_s: such a decay before every endpoint, and the peak again after it.
     phases: what `phases` lists. Linear to zero is `linear` with min_lr_ratio 0."""
     warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises linearly from 0 to its peak."""
     decay_steps: PositiveInt | None = None
     """cosine, linear: step at which the minimum is reached (None: the last). wsd, wsd_s: steps of a decay (None: decay_fraction)."""
     decay_fraction: float = Field(0.1, gt=0, le=1)
@@ -35,6 +38,7 @@ class ScheduleConfig(Section):
     phases: tuple[PhaseConfig, ...] = Field((), strict=False)
     """phases: one after the other from step 1 on. A run that is extended beyond them keeps the last learning rate."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end of a decay, as a share of the peak."""
 
     def decay_before(self, endpoint: int) -> int:
         """Return the steps of the decay that ends at `endpoint`, for wsd and wsd_s."""

@@ -18,9 +18,13 @@ class OptimizerConfig(Section):
     name: OptimizerName = "adamw"
     """The optimizer."""
     lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
     betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    """Decay rates of the first and second moments."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay, multiplied by the learning rate."""
     no_decay: tuple[str, ...] = Field(("embedding",), strict=False)
     """Parameter groups without weight decay: embedding, norm, and those of mixers. gdn_scalars: A_log and dt_bias."""
     clip_grad: NonNegativeFloat = 1.0
@@ -51,7 +55,9 @@ class BatchRampConfig(Section):
     """Batch size ramp: the global batch size grows from start to train.global_batch_size in equal increments."""
 
     start: PositiveInt
+    """Global batch size of the first steps."""
     increment: PositiveInt
+    """Sequences by which the global batch size grows at a time."""
     samples: PositiveInt
     """Samples over which the batch size grows."""
 
@@ -73,9 +79,11 @@ class SkipStepConfig(Section):
     """Skip the update when loss or gradient norm is an outlier (as OLMo-core does), or not finite (always)."""
 
     enabled: bool = True
+    """Skip outliers. False: skip only what is not finite."""
     window: int = Field(128, ge=2)
     """Number of past finite values to compare with. No update is skipped before half of them exist."""
     sigmas: PositiveFloat = 6.0
+    """Standard deviations above the mean of the window from which a value is an outlier."""
     max_nonfinite_steps: PositiveInt = 20
     """Consecutive steps with a non-finite loss or gradient norm after which the run ends with an error."""
 
@@ -84,6 +92,7 @@ class TrainConfig(Section):
     """Optimization of a run."""
 
     steps: PositiveInt
+    """Optimizer steps of the run, skipped ones included."""
     global_batch_size: PositiveInt
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: PositiveInt = 1
