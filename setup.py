@@ -21,6 +21,7 @@ REQUIREMENTS = [
     "safetensors==0.8.0",
     "numpy==2.5.5",
     "einops==0.8.2",
+    "jinja2==3.1.6",
     "pydantic==2.14.3",
     "pyyaml==6.0.3",
     "zstandard==0.25.0",

@@ -1,5 +1,7 @@
 """Jobs that tests run on ranks (testing/ranks.py): plain functions with plain arguments."""
 
+import contextlib
+import io
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -196,6 +198,14 @@ def pretrain_run(config: dict) -> dict:
     with Trainer(run, Launch.from_environment(), groups) as trainer:
         progress = asdict(trainer.run())
         return {"progress": progress, "window": trainer.state_dict()["skip_step"]} | everything(trainer.engine)
+
+
+def printed_run(config: dict) -> str:
+    """Run the trainer to its end and return what this rank prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        pretrain_run(config)
+    return printed.getvalue()
 
 
 def everything(engine: Engine) -> dict:

@@ -12,6 +12,7 @@ from megatron_hybrid.checkpoint.format import state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.convert.verify import verify
 from testing import jobs
+from testing.checkpoints import edit_index
 from testing.models import SMALLEST
 from tests.convert import jobs as convert_jobs
 from tests.convert.test_huggingface import to_theirs
@@ -112,9 +113,7 @@ def test_it_trains_on_and_loads_in_transformers(three, ranks, tmp_path):
 def edited(folder, target, change) -> str:
     """A copy of a checkpoint with another index."""
     shutil.copytree(folder, target)
-    index = json.loads((target / "index.json").read_text())
-    change(index)
-    (target / "index.json").write_text(json.dumps(index))
+    edit_index(target, change)
     return str(target)
 
 

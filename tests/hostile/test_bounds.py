@@ -120,7 +120,7 @@ INDEXES = {
         tensors={"a": dict(dtype="F32", shape=[1 << 60], shards=[SHARD | dict(range=[0, 1 << 60])])}
     ),
     "many slices": index_of(
-        tensors={"a": dict(dtype="F32", shape=[1], shards=[dict(SHARD, shape=[1]) for _ in range(60_000)])}
+        tensors={"a": dict(dtype="F32", shape=[1], shards=[dict(SHARD, shape=[1]) for _ in range(40_000)])}
     ),
     "file outside": index_of(files={"../x.safetensors": {"bytes": 1, "sha256": ""}}),
     "device": index_of(other_files={"/dev/zero": {"bytes": 1, "sha256": ""}}),

@@ -1,6 +1,8 @@
 """Jobs of test_debugging.py, which run on ranks."""
 
 import gc
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -24,12 +26,12 @@ class WatchGarbage(Callback):
 
 
 def debugged(config: dict[str, Any]) -> dict[str, Any]:
-    """Train, and return what was seen of the garbage collector."""
-    run, watch = RunConfig(**config), WatchGarbage()
+    """Train, and return what was seen of the garbage collector, and what was printed."""
+    run, watch, printed = RunConfig(**config), WatchGarbage(), io.StringIO()
     groups = start_distributed(Launch.from_environment(), run.parallel, run.train.seed)
-    with Trainer(run, Launch.from_environment(), groups, callbacks=[watch]) as trainer:
+    with redirect_stdout(printed), Trainer(run, Launch.from_environment(), groups, callbacks=[watch]) as trainer:
         trainer.run()
-    return {"seen": watch.seen, "enabled": gc.isenabled()}
+    return {"seen": watch.seen, "enabled": gc.isenabled(), "printed": printed.getvalue()}
 
 
 def compared(bad_rank: int | None) -> tuple[str | None, list[str | float]]:

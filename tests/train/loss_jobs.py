@@ -95,6 +95,8 @@ def uncounted_step(config: dict) -> dict:
         trainer.loader.dataset = Masked()
         states = []
         while trainer.progress.step < run.train.steps:
+            for callback in trainer.callbacks:
+                callback.begin_step(trainer)
             outcome = trainer.step()
             for callback in trainer.callbacks:
                 callback.end_step(trainer, outcome)

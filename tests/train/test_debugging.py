@@ -17,11 +17,12 @@ from tests.train import debug_jobs
 from tests.train.test_trainer import config  # noqa: F401 - config is a fixture
 
 
-def test_profile_garbage_and_slowest_rank(ranks, config, tmp_path, capfd):  # noqa: F811
+def test_profile_garbage_and_slowest_rank(ranks, config, tmp_path):  # noqa: F811
     config["debug"] = dict(
         profile_step_start=2, profile_step_end=3, profile_ranks=[1], manual_gc_interval=2, straggler_interval=3
     )
-    for result in ranks.run(debug_jobs.debugged, 2, config=config):
+    results = ranks.run(debug_jobs.debugged, 2, config=config)
+    for result in results:
         on, collections = zip(*result["seen"], strict=True)
         assert not any(on) and result["enabled"]
         assert [after > before for before, after in zip(collections, collections[1:], strict=False)] == [
@@ -32,7 +33,7 @@ def test_profile_garbage_and_slowest_rank(ranks, config, tmp_path, capfd):  # no
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     names = {event.get("name") for event in events}
     assert {"step 2", "step 3"} <= names and not {"step 1", "step 4"} & names
-    assert "slowest of the last 3 steps: rank " in capfd.readouterr().out
+    assert "slowest of the last 3 steps: rank " in results[0]["printed"]
 
 
 def test_replicas_that_are_equal(ranks):

@@ -66,7 +66,9 @@ def test_a_step_forgives_the_restarts_before_it(tmp_path):
         attempt(tmp_path, 5, 8)
 
 
-@pytest.mark.parametrize("content", ["", "\0" * 20, "[]", "{}", '{"job": "9", "step": 0, "restarts_without_a_step": "x"}', "{"])
+@pytest.mark.parametrize(
+    "content", ["", "\0" * 20, "[]", "{}", '{"job": "9", "step": 0, "restarts_without_a_step": "x"}', "{"]
+)
 def test_a_damaged_record_is_reported_and_stops_nothing(tmp_path, capsys, content):
     (tmp_path / RECORD).write_text(content)
     attempt(tmp_path, 0, 1)

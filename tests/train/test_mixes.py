@@ -28,9 +28,8 @@ def mixed(tmp_path):
     return config
 
 
-def test_the_mix_changes_at_the_token_and_does_not_depend_on_ranks_or_restarts(ranks, mixed, tmp_path, capfd):
-    ranks.run(jobs.pretrain_run, 1, config=mixed)
-    out = capfd.readouterr().out
+def test_the_mix_changes_at_the_token_and_does_not_depend_on_ranks_or_restarts(ranks, mixed, tmp_path):
+    (out,) = ranks.run(jobs.printed_run, 1, config=mixed)
     assert "epochs by the last step: data.train.0 0.016, data.train.1 0.452" in out
     assert "warning: data.train.1 repeats 0.452 times, more than data.repeat_warning = 0.4; give it more tokens" in out
     parts = mixed | {"run_dir": str(tmp_path / "parts")}

@@ -16,6 +16,7 @@ from megatron_hybrid.data.vocabulary import vocabulary_identity
 from megatron_hybrid.train.setup import write_config
 from megatron_hybrid.train.start import check_start_point, choose_start
 from testing import jobs
+from testing.checkpoints import edit_index
 from tests.train import stage_jobs
 from tests.train.test_trainer import make_config
 
@@ -145,11 +146,11 @@ def test_another_tokenizer_is_refused(ended, tmp_path):
         (tmp_path / "tokens.npy.json").write_text(json.dumps(stated))
 
     summary("a" * 64)
-    index = json.loads((path := tmp_path / "run/checkpoints/step-00000006/index.json").read_text())
-    assert index["state"]["vocabulary"] is None, "nothing stated it"
+    folder = tmp_path / "run/checkpoints/step-00000006"
+    assert json.loads((folder / "index.json").read_text())["state"]["vocabulary"] is None, "nothing stated it"
     start(stage_of(first))
-    index["state"]["vocabulary"] = vocabulary_identity(RunConfig(**first))
-    path.write_text(json.dumps(index))
+    identity = vocabulary_identity(RunConfig(**first))
+    edit_index(folder, lambda index: index["state"].update(vocabulary=identity))
     start(stage_of(first))
     summary("b" * 64)
     with pytest.raises(CheckpointError, match="data.tokenizer: 97 ids, SHA-256 a{12} before, .* b{12} now") as caught:
@@ -160,10 +161,11 @@ def test_another_tokenizer_is_refused(ended, tmp_path):
 
 def test_moments_that_are_not_there_are_named(ended, tmp_path):
     first = copy_of(ended[0], tmp_path)
-    path = tmp_path / "run" / "checkpoints" / "step-00000006" / "index.json"
-    index = json.loads(path.read_text())
-    index["tensors"] = {name: entry for name, entry in index["tensors"].items() if "exp_avg_sq" not in name}
-    path.write_text(json.dumps(index))
+
+    def without_second_moments(index: dict) -> None:
+        index["tensors"] = {name: entry for name, entry in index["tensors"].items() if "exp_avg_sq" not in name}
+
+    edit_index(tmp_path / "run" / "checkpoints" / "step-00000006", without_second_moments)
     with pytest.raises(
         CheckpointError, match="checkpoint.take: moments, and .* does not hold exp_avg_sq of adamw; set"
     ):
