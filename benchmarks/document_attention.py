@@ -171,7 +171,7 @@ def times(groups) -> list[dict]:
 
 
 def times_of(case: str, rows: list[list[int]], groups) -> list[dict]:
-    """Return the time and memory of the THD layout beside those of each alternative."""
+    """Return time and memory of the THD layout and of each alternative."""
     from report import row
 
     from megatron_hybrid.mixers.attention.local import ScaledDotProductAttention

@@ -192,7 +192,7 @@ def pages() -> list[Path]:
 
 
 def with_figures(text: str) -> str:
-    """Return a page with its tables written anew."""
+    """Return a page with its tables replaced by current ones."""
     return REGION.sub(lambda region: f"{region[1]}{TABLES[region[2]]()}{region[3]}", text)
 
 
