@@ -218,13 +218,12 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    rows = []
-    for found in cases(arguments):
-        print(*(f"{k}={v}" for k, v in found.items() if v is not None), flush=True)
-        rows.append(found)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     packages = ("torch", "triton", "transformers", "flash-linear-attention")
-    write("decoding", rows, packages, machine, printed=len(rows))
+    rows: list[dict] = []
+    for found in cases(arguments):
+        rows.append(found)
+        write("decoding", rows, packages, machine, printed=len(rows) - 1)  # the result file grows as it goes
 
 
 if __name__ == "__main__":
