@@ -6,6 +6,7 @@ python benchmarks/decoding.py --model tiny --dtype fp32         on a CPU
 """
 
 import argparse
+import functools
 import gc
 import sys
 import time
@@ -35,19 +36,25 @@ def models() -> dict:
     return {"7b": olmo_hybrid_7b, "medium": medium, "tiny": olmo_hybrid_tiny}
 
 
+@functools.cache
+def one_rank():
+    """Return the process groups of this process alone."""
+    from megatron_hybrid.config.parallel import ParallelConfig
+    from megatron_hybrid.launch.environment import Launch
+    from megatron_hybrid.launch.start import start_distributed
+
+    return start_distributed(Launch(0, 0, 1), ParallelConfig(), seed=0, quiet=True)
+
+
 def build(config, dtype: str):
     """Our network with random weights."""
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.config.precision import PrecisionConfig
     from megatron_hybrid.inference.load import LoadedModel
-    from megatron_hybrid.launch.environment import Launch
-    from megatron_hybrid.launch.start import start_distributed
     from megatron_hybrid.model.hybrid_model import build_model
 
-    parallel = ParallelConfig()
-    groups = start_distributed(Launch(0, 0, 1), parallel, seed=0, quiet=True)
     local = config.model_copy(update={"backend": "local"})
-    (network,) = build_model(local, parallel, PrecisionConfig(), dtype, 1, groups)
+    (network,) = build_model(local, ParallelConfig(), PrecisionConfig(), dtype, 1, one_rank())
     fill(network)
     return LoadedModel(network.eval(), config, {}, None)
 
