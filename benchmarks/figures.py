@@ -220,6 +220,7 @@ def long_context() -> str:
     rows = []
     for label, name in (
         ("4 layers, one GPU", "GGGA, one GPU (DP2)"),
+        ("8 layers, one GPU", "GGGA*2, one GPU (DP2)"),
         ("8 layers, CP2", "GGGA*2, CP2"),
         ("8 layers, TP2", "GGGA*2, TP2"),
         ("8 layers, TP2, `tp_comm_overlap`", "GGGA*2, TP2, overlapped"),
