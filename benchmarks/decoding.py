@@ -10,6 +10,9 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,25 +38,31 @@ def models() -> dict:
     return {"7b": olmo_hybrid_7b, "medium": medium, "tiny": olmo_hybrid_tiny}
 
 
+@cache
+def process_groups():
+    """Join a world of one rank. megatron-core forms its groups once per process."""
+    from megatron_hybrid.config.parallel import ParallelConfig
+    from megatron_hybrid.launch.environment import Launch
+    from megatron_hybrid.launch.start import start_distributed
+
+    return start_distributed(Launch(0, 0, 1), ParallelConfig(), seed=0, quiet=True)
+
+
 def build(config, dtype: str):
-    """Our network with random weights."""
+    """Return our network with random weights."""
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.config.precision import PrecisionConfig
     from megatron_hybrid.inference.load import LoadedModel
-    from megatron_hybrid.launch.environment import Launch
-    from megatron_hybrid.launch.start import start_distributed
     from megatron_hybrid.model.hybrid_model import build_model
 
-    parallel = ParallelConfig()
-    groups = start_distributed(Launch(0, 0, 1), parallel, seed=0, quiet=True)
     local = config.model_copy(update={"backend": "local"})
-    (network,) = build_model(local, parallel, PrecisionConfig(), dtype, 1, groups)
+    (network,) = build_model(local, ParallelConfig(), PrecisionConfig(), dtype, 1, process_groups())
     fill(network)
     return LoadedModel(network.eval(), config, {}, None)
 
 
 def build_peer(config, dtype: str):
-    """transformers' model with random weights."""
+    """Return transformers' model with random weights."""
     from transformers import AutoModelForCausalLM, OlmoHybridConfig
 
     from megatron_hybrid.convert.hf.config import hf_from_model
@@ -83,6 +92,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def peer_kernels() -> str:
+    """Name the packages whose kernels transformers runs. It uses those that it can import and reports no failed import."""
+    found = [name for name in ("fla", "causal_conv1d") if find_spec(name)]
+    for name in found:
+        import_module(name)
+    return f"transformers runs kernels of {' and '.join(found) if found else 'torch only'}"
+
+
 def timed(run) -> tuple[float, object]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -94,7 +111,7 @@ def timed(run) -> tuple[float, object]:
 
 
 def ours(model, prompts: list[list[int]], count: int, graph: bool) -> dict:
-    """Seconds until the first token, decoded tokens per second and peak memory. The second of two runs counts."""
+    """Return seconds until the first token, decoded tokens/s, peak memory in GB and the tokens, all of the second of two runs."""
     from megatron_hybrid.inference.generate import generate
 
     for _ in range(2):
@@ -108,7 +125,7 @@ def ours(model, prompts: list[list[int]], count: int, graph: bool) -> dict:
 
 
 class Clock:
-    """Stopping criterion that never stops, and records when each token is there."""
+    """Stopping criterion that never stops and records when each token is ready."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -119,7 +136,7 @@ class Clock:
 
 
 def theirs(peer, prompts: list[list[int]], count: int) -> dict:
-    """As `ours`, of transformers."""
+    """Measure transformers as `ours` measures our model."""
     tokens, clock = torch.tensor(prompts, device=device()), Clock()
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(tokens))
     with torch.no_grad():
@@ -135,7 +152,7 @@ def theirs(peer, prompts: list[list[int]], count: int) -> dict:
 
 @torch.no_grad()
 def rerun(model, prompts: list[list[int]], count: int) -> float:
-    """Tokens per second if every token runs the whole sequence."""
+    """Return tokens/s if every token runs the whole sequence."""
     tokens = torch.tensor(prompts, device=device())
     model.network(tokens)
     seconds, _ = timed(lambda: [model.network(tokens)[:, -1].argmax(-1) for _ in range(count)])
@@ -144,7 +161,7 @@ def rerun(model, prompts: list[list[int]], count: int) -> float:
 
 @torch.no_grad()
 def largest_error(model, prompt: list[int], count: int) -> float:
-    """Largest error of logits from prefill and decoding, relative to the largest logit of the full forward."""
+    """Return the largest error of logits from prefill and decoding, relative to the largest logit of the full forward."""
     from megatron_hybrid.inference.prompts import prefill
     from megatron_hybrid.model.incremental import IncrementalModel
 
@@ -216,6 +233,7 @@ def main() -> None:
     arguments, _ = parser.parse_known_args()
     from report import write
 
+    kernels = peer_kernels()  # fails before the measurements, not after them
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     rows = []
@@ -224,7 +242,7 @@ def main() -> None:
         rows.append(found)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     packages = ("torch", "triton", "transformers", "flash-linear-attention")
-    write("decoding", rows, packages, machine, printed=len(rows))
+    write("decoding", rows, packages, machine, notes=[kernels], printed=len(rows))
 
 
 if __name__ == "__main__":
