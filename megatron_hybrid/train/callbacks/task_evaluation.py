@@ -40,7 +40,7 @@ class TaskEvaluation(Callback):
         if self._generates:
             generation_problems(config.model, config.train, config.parallel, config.precision).raise_if_any()
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        sizes = scoring_sizes(self.config, config.data.sequence_length, config.train, config.parallel, config.precision)
+        sizes = scoring_sizes(self.config, config.data.sequence_length, config.train, config.parallel)
         self.scorer = EngineScorer(run.engine.evaluate, run.engine.groups, sizes, config.model.vocab_size)
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
