@@ -1,6 +1,5 @@
 """Callback that evaluates downstream tasks during training."""
 
-from pathlib import Path
 from typing import cast
 
 from megatron_hybrid.base.errors import ConfigError, UserError
@@ -9,7 +8,7 @@ from megatron_hybrid.config.tasks import TasksConfig, generation_problems, scori
 from megatron_hybrid.data.tokenizer import load_tokenizer
 from megatron_hybrid.evaluation.engine_scores import EngineScorer
 from megatron_hybrid.evaluation.local_tasks import evaluate_choices, evaluate_task
-from megatron_hybrid.evaluation.task_files import TaskFile, read_task, task_paths
+from megatron_hybrid.evaluation.task_files import TaskFile, generate_text, read_tasks
 from megatron_hybrid.evaluation.task_model import TaskModel
 from megatron_hybrid.inference.load import LoadedModel
 from megatron_hybrid.train.callbacks.base import Callback, Run, StepOutcome
@@ -34,10 +33,10 @@ class TaskEvaluation(Callback):
         """Read all tasks and the tokenizer, so that a wrong file ends the run before its first step."""
         config = run.config
         try:
-            self.tasks = [read_task(path) for name in self.config.paths for path in task_paths(Path(name))]
+            self.tasks = read_tasks(self.config.paths)
         except UserError as error:
             raise ConfigError.at("tasks.paths", str(error)) from None
-        if self._generates:
+        if generate_text(self.tasks):
             generation_problems(config.model, config.train, config.parallel, config.precision).raise_if_any()
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         sizes = scoring_sizes(self.config, config.data.sequence_length, config.train, config.parallel)
@@ -56,10 +55,6 @@ class TaskEvaluation(Callback):
         run.logger.log_tasks(run.progress.step, ordered)
         return ordered
 
-    @property
-    def _generates(self) -> bool:
-        return any(task.output_type == "generate_until" for task in self.tasks)
-
     def _choices(self) -> dict[str, dict[str, float]]:
         return {
             task.name: evaluate_choices(task, self.tokenizer, self.scorer.log_likelihoods, self.config.limit)
@@ -68,7 +63,7 @@ class TaskEvaluation(Callback):
         }
 
     def _generations(self, run: Run) -> dict[str, dict[str, float]]:
-        if not self._generates:
+        if not generate_text(self.tasks):
             return {}
         engine, length = cast(MegatronEngine, run.engine), run.config.data.sequence_length
         engine.optimizer.gather_parameters()  # a cache reads parameters without the hooks that would gather them
