@@ -30,7 +30,7 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.precision_checks import check_fp8_sizes, check_precision
 from megatron_hybrid.config.preflight import PreflightConfig
 from megatron_hybrid.config.ramp_checks import check_sequence_ramp
-from megatron_hybrid.config.tasks import TasksConfig, check_tasks
+from megatron_hybrid.config.tasks import TasksConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.world_checks import world_problems
 from megatron_hybrid.config.zero import ZeroConfig
@@ -100,7 +100,6 @@ class RunConfig(Section):
         check_fp8_sizes(model, data, train, parallel, precision, problems)
         check_engine(train, parallel, precision, self.zero, problems)
         check_debug(train, self.debug, problems)
-        problems += check_tasks(self.tasks, model, train, parallel, precision)
         return problems
 
     def check_world(self, world_size: int) -> None:
