@@ -35,7 +35,8 @@ GRADIENT_METHODS = {"qkv_dgrad": _COPIES, "fc1_dgrad": _COPIES}
 
 def scatters_gradients(parallel: ParallelConfig, precision: PrecisionConfig) -> bool:
     """Return True if column-parallel linears overlap the reduce-scatter of their input gradient. In FP8 they do not, because
-    Transformer Engine cannot create the buffers if some layers are in bf16."""
+    Transformer Engine cannot create the buffers if some layers are in bf16.
+    """
     return parallel.tp_comm_overlap and not precision.fp8
 
 

@@ -82,7 +82,8 @@ def describe(record: Mapping[str, Any], width: int = 80) -> str:
 
 class PlainConsole:
     """Console with a line for the first and last step, every `every` steps, after `patience` seconds without output, and for
-    every skipped update."""
+    every skipped update.
+    """
 
     def __init__(
         self, total_steps: int, start_step: int, stream: TextIO, every: int = 10, patience: float = 30.0
