@@ -39,7 +39,7 @@ set_network
 if [ -z "${CONTAINER:-}" ] || [ -z "$job" ]; then
     # Transformer Engine and fla only where ranks run on GPUs in this environment
     if [ -z "${CPU_RANKS:-}${CONTAINER:-}" ]; then export HYBRID_EXTRAS=${HYBRID_EXTRAS:-gpu}; fi
-    if [ -n "${CONTAINER:-}" ]; then export HYBRID_EXTRAS=${HYBRID_EXTRAS:-parquet}; fi # the login node only checks the run
+    if [ -n "${CONTAINER:-}" ]; then export HYBRID_EXTRAS=${HYBRID_EXTRAS-}; fi # the login node only checks the run
     . "$root/tools/env.sh"
 else
     export PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH} # the image brings the libraries, the checkout the code

@@ -35,7 +35,7 @@ def login_node(root, tmp_path):
         # HYBRID_EXTRAS: nothing is to be installed for this
         env = kept | {"PATH": f"{tmp_path}:{kept['PATH']}", "HYBRID_EXTRAS": "dev"} | there | variables
         command = ["bash", root / SCRIPT, *overrides]
-        return subprocess.run(command, cwd=tmp_path / "caller", env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=tmp_path / "caller", env=env, capture_output=True, text=True, timeout=200)
 
     return run
 
