@@ -11,21 +11,21 @@
 #   enroot import -o hybrid.sqsh dockerd://megatron-hybrid                       # for CONTAINER=hybrid.sqsh with SLURM
 FROM nvcr.io/nvidia/pytorch:26.03-py3
 
-RUN useradd --create-home --uid 10001 trainer && install --directory --owner=trainer /workspace/megatron_hybrid
+RUN useradd --create-home --uid 10001 trainer && install --directory --owner=trainer /workspace/megatron_hybrid /workspace/bin
 USER trainer
 WORKDIR /workspace/megatron_hybrid
 COPY --chown=trainer . .
 
 # The image's pip holds every package to the versions of its own builds; ours holds only PyTorch and Triton to them.
 ENV PIP_CONSTRAINT=""
-RUN bash -c 'python .ci/check_image.py --constraints constraints.txt > /tmp/constraints && mv /tmp/constraints constraints.txt'
+RUN bash -c 'python docker/check_image.py --constraints constraints.txt > /tmp/constraints && mv /tmp/constraints constraints.txt'
 ENV PIP_CONSTRAINT=/workspace/megatron_hybrid/constraints.txt HYBRID_EXTRAS=gpu,tilelang,mpi,wandb
 ENV HYBRID_PYTHON=python HYBRID_SYSTEM_SITE_PACKAGES=1 HYBRID_ALLOW_NO_GPU=1
 RUN bash -c 'source tools/env.sh'
-RUN bash -c 'source tools/env.sh && python .ci/check_image.py --extras "$HYBRID_EXTRAS"'
+RUN bash -c 'source tools/env.sh && python docker/check_image.py --extras "$HYBRID_EXTRAS"'
 RUN bash -c 'source tools/env.sh && python tools/pretrain.py examples/configs/pretrain_hybrid_7b.yaml --dry-run --world-size 64'
 
 # SLURM's containers start `python` without tools/env.sh.
-RUN bash -c 'source tools/env.sh && mkdir -p ~/bin && printf "#!/bin/sh\nexec %s \"\$@\"\n" "$(command -v python)" > ~/bin/python && chmod +x ~/bin/python'
-ENV PATH=/home/trainer/bin:$PATH
+RUN bash -c 'source tools/env.sh && printf "#!/bin/sh\nexec %s \"\$@\"\n" "$(command -v python)" > /workspace/bin/python && chmod +x /workspace/bin/python'
+ENV PATH=/workspace/bin:$PATH
 CMD ["bash"]

@@ -65,10 +65,10 @@ def test_tools_env_sh_installs_everything_beside_the_image_s_torch():
     assert not any("pip install" in command or "apt" in command for command in commands)
     assert environment()["HYBRID_SYSTEM_SITE_PACKAGES"] == "1"
     assert "HYBRID_SYSTEM_SITE_PACKAGES" in (ROOT / "tools" / "env.sh").read_text()
-    assert shell_commands()[0].startswith("python .ci/check_image.py --constraints constraints.txt")
+    assert shell_commands()[0].startswith("python docker/check_image.py --constraints constraints.txt")
     assert shell_commands()[1:3] == [
         "source tools/env.sh",
-        'source tools/env.sh && python .ci/check_image.py --extras "$HYBRID_EXTRAS"',
+        'source tools/env.sh && python docker/check_image.py --extras "$HYBRID_EXTRAS"',
     ]
 
 
@@ -80,8 +80,8 @@ def test_what_it_says_of_torch_is_what_is_required():
 
 @pytest.fixture
 def check_image(monkeypatch):
-    """`.ci/check_image.py` as in an image: `check_image(torch="2.11.0a0+1234.nv26.03")` sets versions that it finds."""
-    spec = importlib.util.spec_from_file_location("check_image", ROOT / ".ci" / "check_image.py")
+    """`docker/check_image.py` as in an image: `check_image(torch="2.11.0a0+1234.nv26.03")` sets versions that it finds."""
+    spec = importlib.util.spec_from_file_location("check_image", ROOT / "docker" / "check_image.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     real = module.version
