@@ -1,6 +1,7 @@
 # The environment of every command: `source tools/env.sh` (bash). Makes .venv in the project's folder when it is missing or
 # older than setup.py / pyproject.toml, and activates it. Installs the extras in HYBRID_EXTRAS (dev; e.g. dev,gpu) with
 # the Python in HYBRID_PYTHON, or the first 3.12 or 3.13 it finds. Says something only while it installs.
+# HYBRID_SYSTEM_SITE_PACKAGES=1: the environment sees the packages of that Python, such as the PyTorch of a container image.
 
 if [ -z "${BASH_VERSION:-}" ]; then echo "tools/env.sh: source this from bash" >&2 && return 1; fi
 
@@ -31,7 +32,7 @@ _hybrid_install() ( # root extras stamp key. A subshell, so that descriptor and 
     if ! { "$venv/bin/python" -c 'import pip' && grep -qF "$venv" "$venv/bin/activate"; } 2>/dev/null; then # none, or moved
         python=$(_hybrid_python) || return 1
         echo "tools/env.sh: making $venv with $("$python" -V 2>&1) ($python)" >&2
-        find "$venv" -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} + && "$python" -m venv "$venv" || return 1
+        find "$venv" -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} + && "$python" -m venv ${HYBRID_SYSTEM_SITE_PACKAGES:+--system-site-packages} "$venv" || return 1
     fi
     echo "tools/env.sh: installing megatron-hybrid[$extras], some minutes the first time (log: $venv/install.log)" >&2
     cd "$root" && : >"$venv/install.log" || return 1
