@@ -1,5 +1,5 @@
 # Pretraining on H100s, from NVIDIA's PyTorch image: its CUDA 13 compiler, NCCL, MPI and network libraries, Python 3.12.
-# The packages are setup.py's pins, in a .venv of their own: what the tests run on. 26.03 is the last image of PyTorch 2.11; its
+# The packages are those of constraints.txt, in a .venv of their own: what the tests run on. 26.03 is the last image of PyTorch 2.11; its
 # Transformer Engine is older than the pin, so it is compiled here, against the pinned torch.
 #
 #   docker build -t megatron-hybrid .
@@ -10,7 +10,7 @@
 FROM nvcr.io/nvidia/pytorch:26.03-py3
 
 # The image's pip holds every package to the versions of its own builds.
-ENV PIP_CONSTRAINT="" HYBRID_EXTRAS=dev,gpu,tilelang,mpi
+ENV PIP_CONSTRAINT="" HYBRID_ALLOW_NO_GPU=1 HYBRID_EXTRAS=dev,gpu,tilelang,mpi
 
 RUN useradd --create-home --uid 10001 trainer && install --directory --owner=trainer /workspace/megatron_hybrid
 USER trainer
