@@ -44,7 +44,8 @@ def check_tasks(
     for found, what in obstacles:
         if found:
             problems.add(
-                "tasks.paths", f"do not run with {what}; evaluate checkpoints with tools/evaluate_tasks.py instead"
+                "tasks.paths",
+                f"do not run with {what}; evaluate checkpoints with megatron-hybrid evaluate-tasks instead",
             )
     for symbol, block in model.blocks_by_symbol.items():
         if not mixer_spec(block.mixer).has_cache:
