@@ -14,4 +14,4 @@ extras=(dev gpu tilelang deepspeed tasks mpi wandb parquet)
 lock constraints.txt "${extras[@]/#/--extra=}" "$@"
 # OLMo-core excludes versions that the other packages have: it is installed only to test conversion.
 if [ ! -e constraints-olmo-core.txt ]; then cp constraints.txt constraints-olmo-core.txt; fi
-lock constraints-olmo-core.txt --extra=dev --extra=deepspeed --extra=mpi --extra=olmo-core --extra=parquet "$@"
+lock constraints-olmo-core.txt --extra=dev --extra=deepspeed --extra=mpi --extra=olmo-core --extra=parquet --extra=tasks "$@"
