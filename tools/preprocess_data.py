@@ -1,6 +1,5 @@
 """Tokenize text files, JSON lines, Parquet or a folder of source code for training.
 
-python tools/preprocess_data.py corpus.jsonl.zst --output data/corpus --tokenizer tokenizers/olmo --workers 8
 python tools/preprocess_data.py /usr/lib/python3.12 --include '*.py' --output data/python --split 0.99,0.01
 """
 
@@ -32,6 +31,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--format", choices=["auto", "text", "jsonl"], default="auto", help="default: by content and name")
     add("--bad-records", choices=["error", "skip"], default="error", help="skip: leave bad records out and count them")
     add("--bad-utf8", choices=["error", "skip", "replace"], help="text that is not UTF-8 (default: as --bad-records)")
+    add("--max-document-mib", type=positive, default=32, help="larger documents are bad records (default: 32)")
     add("--split", metavar="SHARES", help="such as 0.99,0.01: write PREFIX_train and PREFIX_validation")
     add("--split-names", default="train,validation", metavar="NAMES", help="one a share (default: train,validation)")
     add("--no-eos", action="store_true", help="do not end documents with the end-of-document token")
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             summaries = preprocess(
                 *(arguments.inputs, arguments.output),
                 tokenizer=arguments.tokenizer,
-                options=ReadOptions(arguments.json_key, arguments.bad_utf8, arguments.bad_records),
+                options=ReadOptions.of(arguments),
                 include=arguments.include,
                 exclude=arguments.exclude,
                 kind=arguments.format,
