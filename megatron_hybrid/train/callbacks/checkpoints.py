@@ -72,7 +72,7 @@ class Checkpoints(Callback):
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
         if saves_now(run):
             step = run.progress.step
-            with run.logger.pause(), heartbeat.doing(f"saving step {step}", self._progress):
+            with run.logger.pause(), heartbeat.doing(f"saving step {step}", self._progress, "checkpointing"):
                 self.manager.save(step, run.state_dict(), get_random_state())
         self.manager.check()
 
@@ -83,7 +83,7 @@ class Checkpoints(Callback):
             run.logger.info(f"asked to stop: saved step {step} of {steps}; run it again to go on")
 
     def close(self) -> None:
-        with heartbeat.doing("waiting for the checkpoint that is being written", self._progress):
+        with heartbeat.doing("waiting for the checkpoint that is being written", self._progress, "checkpointing"):
             self.manager.close()
 
     def _progress(self) -> object:

@@ -47,7 +47,7 @@ class TaskEvaluation(Callback):
         engine = cast(MegatronEngine, run.engine)
         engine.optimizer.gather_parameters()  # a cache reads parameters without the hooks that would gather them
         network = self.model.model.network.eval()
-        with run.logger.pause(), heartbeat.doing(f"evaluating tasks after step {run.progress.step}"):
+        with run.logger.pause(), heartbeat.doing(f"evaluating tasks after step {run.progress.step}", section="step"):
             results = {task.name: evaluate_task(self.model, task, self.config.limit) for task in self.tasks}
         network.train()
         run.logger.log_tasks(run.progress.step, results)
