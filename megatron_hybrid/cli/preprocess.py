@@ -47,6 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="skip: leave bad records out and count them (default: error)",
     )
     add("--bad-utf8", choices=["error", "skip", "replace"], help="text that is not UTF-8 (default: as --bad-records)")
+    add("--max-document-mib", type=positive, default=32, help="larger documents are bad records (default: 32)")
     add(
         "--split",
         metavar="SHARES",
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             summaries = preprocess(
                 *(arguments.inputs, arguments.output),
                 tokenizer=arguments.tokenizer,
-                options=ReadOptions(arguments.json_key, arguments.bad_utf8, arguments.bad_records),
+                options=ReadOptions.of(arguments),
                 include=arguments.include,
                 exclude=arguments.exclude,
                 kind=arguments.format,

@@ -76,7 +76,7 @@ class Checkpoints(Callback):
         if saves_now(run):
             step = run.progress.step
             began = time.monotonic()
-            with run.logger.pause(), heartbeat.doing(f"saving step {step}", self._progress):
+            with run.logger.pause(), heartbeat.doing(f"saving step {step}", self._progress, "checkpointing"):
                 self.manager.save(step, run.state_dict(), get_random_state())
             self._report_save(run)  # of the step before, for which this save has waited
             self._saving = step, began
@@ -98,7 +98,7 @@ class Checkpoints(Callback):
             run.logger.info(f"asked to stop: saved step {step} of {steps}; to resume, run the same command again")
 
     def close(self) -> None:
-        with heartbeat.doing("waiting for the checkpoint that is being written", self._progress):
+        with heartbeat.doing("waiting for the checkpoint that is being written", self._progress, "checkpointing"):
             self.manager.close()
 
     def _progress(self) -> object:

@@ -49,7 +49,7 @@ class TaskEvaluation(Callback):
 
     def evaluate(self, run: Run) -> dict[str, dict[str, float]]:
         """Return and log the results of all tasks."""
-        with run.logger.pause(), heartbeat.doing(f"evaluating tasks after step {run.progress.step}"):
+        with run.logger.pause(), heartbeat.doing(f"evaluating tasks after step {run.progress.step}", section="step"):
             results = self._choices() | self._generations(run)
         ordered = {task.name: results[task.name] for task in self.tasks}
         run.logger.log_tasks(run.progress.step, ordered)
