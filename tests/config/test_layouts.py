@@ -82,13 +82,13 @@ WRONG: list[Case] = [
         "nearest is 254, or set parallel.sequence_parallel to false",
     ),
     (
-        ["parallel.tensor_parallel_size=4", "model.num_key_value_heads=2"],
+        ["parallel.tensor_parallel_size=8", "model.num_key_value_heads=2"],
         "parallel.tensor_parallel_size",
-        "exceeds the 2 key/value heads (model.num_key_value_heads)",
-        "that fits is 2",
+        "and the 2 key/value heads (model.num_key_value_heads)",
+        "that fits is 4",
     ),
     (
-        ["parallel.tensor_parallel_size=4", "model.gdn.num_key_heads=2"],
+        ["parallel.tensor_parallel_size=4", "model.gdn.num_key_heads=2", "model.num_key_value_heads=1"],
         "parallel.tensor_parallel_size",
         "exceeds the 2 Gated DeltaNet key heads",
         "that fits is 2",
