@@ -82,7 +82,7 @@ class TensorSource:
         return all(part.slice.shape[1] == self.columns for part in self.slices)
 
     def cut(self, first: int, count: int) -> Iterator[FileSlice]:
-        """Yield what lies in rows [first, first + count)."""
+        """Yield the parts that are in rows [first, first + count)."""
         wanted = TensorSlice((first, 0), (count, self.columns))
         for part in self.slices:
             if shared := part.slice.intersection(wanted):
