@@ -45,7 +45,7 @@ def generate(folder: Path, preset: str) -> None:
     tensors = []
     for name, spec in model_tensors(model).items():
         dtype = "F32" if spec.always_fp32 else "BF16"
-        tensors.append(OutputTensor(names.theirs(name), dtype, names.their_shape(name), lambda: None))  # type: ignore[arg-type,return-value]
+        tensors.append(OutputTensor(names.theirs(name), dtype, names.holder(name).shape, lambda: None))  # type: ignore[arg-type,return-value]
     folder.mkdir(parents=True)
     files = split_into_files(tensors, MAX_SHARD_BYTES)
     for number, (name, group) in enumerate(files.items()):

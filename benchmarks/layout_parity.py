@@ -1,8 +1,9 @@
 """How far the loss and gradient-norm curves of every layout lie from one rank's: 20 steps, fp32, on CPU ranks over gloo.
 
-python benchmarks/layout_parity.py
+python benchmarks/layout_parity.py [--model qwen]
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -13,17 +14,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--model", default="hybrid", choices=["hybrid", "qwen"], help="blocks of OLMo Hybrid, or of Qwen3.5"
+    )
+    of = parser.parse_args().model
     from report import bounded, write
 
     from testing import jobs
-    from testing.layouts import DEEP, LAYOUTS, MODEL, SHALLOW, TOLERANCE, TRAIN, layout, relative_difference
+    from testing.layouts import DEEP, LAYOUTS, MODEL, QWEN, SHALLOW, TOLERANCE, TRAIN, layout, relative_difference
     from testing.ranks import RankPool
 
-    pool = RankPool()
+    pool, model = RankPool(), QWEN if of == "qwen" else MODEL
 
     def curve(count, pattern, parallel):
         return pool.run(
-            jobs.curve, count, model=MODEL | {"layer_pattern": pattern}, parallel=parallel, train=TRAIN, steps=20
+            jobs.curve, count, model=model | {"layer_pattern": pattern}, parallel=parallel, train=TRAIN, steps=20
         )[0]
 
     one = {pattern: curve(1, pattern, layout()) for pattern in (SHALLOW, DEEP)}
@@ -37,7 +43,7 @@ def main() -> None:
             rows.append(
                 bounded(f"{name} ({count} ranks)", f"largest relative difference of the {metric}", "", worst, TOLERANCE)
             )
-    write("layout_parity", rows, ("torch", "megatron-core"))
+    write("layout_parity" if of == "hybrid" else f"layout_parity_{of}", rows, ("torch", "megatron-core"))
 
 
 if __name__ == "__main__":

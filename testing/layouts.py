@@ -1,10 +1,12 @@
 """The layouts under which training must give one curve, and the model and settings it is compared with."""
 
 from testing import jobs
-from testing.models import hybrid
+from testing.models import hybrid, qwen
 
 SHALLOW, DEEP = "GGGA", "GGGA*2"  # gloo is slow: the deep model only where the pipeline needs its layers
 MODEL = hybrid(SHALLOW, 48, 6, 8, key_heads=3, num_key_value_heads=3, head_dim=8)
+QWEN = qwen(SHALLOW, 48, 4, 2, 16, 3)
+"""Two key/value heads: at TP4 two ranks attend with dummies alone. Three key heads: one rank has no Gated DeltaNet."""
 TRAIN = dict(
     steps=20,
     global_batch_size=8,

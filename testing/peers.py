@@ -4,11 +4,40 @@ import torch
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
-from megatron_hybrid.convert.hf.registry import huggingface_name
+from megatron_hybrid.convert.hf.config import hf_from_model
+from megatron_hybrid.convert.hf.registry import architecture_for
 
 
 def transformers_model(model: ModelConfig, seed: int = 0):
-    """OlmoHybridForCausalLM (or Olmo3ForCausalLM where the model has no Gated DeltaNet) in fp32, every weight random."""
+    """transformers' model of the same architecture in fp32, every weight random."""
+    peer = qwen_model(model) if model.zero_centered_norm else olmo_model(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                zero_centered = model.zero_centered_norm and "linear_attn" not in name
+                parameter.copy_((not zero_centered) + 0.1 * noise)
+            elif "A_log" in name:
+                parameter.copy_(noise)
+            elif "conv1d" in name:
+                parameter.copy_(0.4 * noise)
+            else:
+                parameter.copy_(0.05 * noise)
+    return peer.float().eval()
+
+
+def qwen_model(model: ModelConfig):
+    """Qwen3_5ForCausalLM."""
+    import transformers
+
+    config = hf_from_model(model, "float32", 4096)
+    config = {name: value for name, value in config.items() if name not in ("architectures", "model_type", "dtype")}
+    return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**config, attn_implementation="eager"))
+
+
+def olmo_model(model: ModelConfig):
+    """OlmoHybridForCausalLM, or Olmo3ForCausalLM where the model has no Gated DeltaNet."""
     import transformers
 
     plain = {"rope_type": "default", "rope_theta": model.rope_theta}  # a null theta: no rotary embedding
@@ -40,7 +69,7 @@ def transformers_model(model: ModelConfig, seed: int = 0):
             linear_value_head_dim=gdn.value_head_dim,
             linear_allow_neg_eigval=gdn.allow_negative_eigenvalues,
         )
-        peer = transformers.OlmoHybridForCausalLM(config)
+        return transformers.OlmoHybridForCausalLM(config)
     else:
         common["rope_parameters"] = {"full_attention": full, "sliding_attention": plain}
         config = transformers.Olmo3Config(
@@ -48,36 +77,31 @@ def transformers_model(model: ModelConfig, seed: int = 0):
             layer_types=["sliding_attention" if k == "W" else "full_attention" for k in model.layers],
             sliding_window=model.sliding_window or 4096,  # it makes that mask for full attention alone, too
         )
-        peer = transformers.Olmo3ForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in peer.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1 + 0.1 * noise)
-            elif "A_log" in name:
-                parameter.copy_(noise)
-            elif "conv1d" in name:
-                parameter.copy_(0.4 * noise)
-            else:
-                parameter.copy_(0.05 * noise)
-    return peer.float().eval()
+        return transformers.Olmo3ForCausalLM(config)
 
 
 def true_tensors_of(peer, model: ModelConfig, gradients: bool = False) -> dict[str, torch.Tensor]:
     """The peer's weights, or their gradients, under our names."""
     theirs = {n: (p.grad if gradients else p.detach()) for n, p in peer.named_parameters()}
-    for name in [n for n in theirs if n.endswith("linear_attn.conv1d.weight")]:
-        widths = (model.gdn.key_dim, model.gdn.key_dim, model.gdn.value_dim)
-        for letter, part in zip("qkv", theirs.pop(name).split(widths), strict=True):
-            theirs[name.replace("conv1d", f"{letter}_conv1d")] = part
-    return {n: theirs[huggingface_name(model, n)].reshape(spec.shape) for n, spec in model_tensors(model).items()}
+    names = architecture_for(model).names(model)
+    found = {}
+    for name, spec in model_tensors(model).items():
+        joined, holder = names.joined(name), names.holder(name)
+        if joined is not None:  # OLMo Hybrid's exports have its parts
+            parts = [theirs[joined.joined][joined.first : joined.first + spec.shape[0]]]
+        else:
+            parts = [theirs[holder.name][rows.at : rows.at + rows.count] for rows in holder.rows if rows.ours == name]
+        found[name] = torch.cat(parts).reshape(spec.shape)
+    return found
 
 
 def transformers_count(model: ModelConfig) -> int:
     """Parameters of transformers' model, made on the meta device."""
-    import torch
     from transformers import AutoModelForCausalLM, Olmo3Config, OlmoHybridConfig
+
+    if model.zero_centered_norm:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in qwen_model(model).parameters())
 
     kinds = {"G": "linear_attention", "A": "full_attention", "W": "sliding_attention"}
     shared = dict(

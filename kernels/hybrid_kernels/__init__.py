@@ -4,6 +4,8 @@
     gated_delta_rule      q, k, v, g, beta -> o                       (chunked gated delta rule)
     gated_rmsnorm         o, gate -> y                                (per-head RMSNorm times SiLU gate)
     qk_norm_rope          packed qkv -> q, k, v                       (RMSNorm over whole projections, RoPE)
+    head_norm_rope        packed qkv -> q, k, v, gate                 (RMSNorm over each head, RoPE)
+    sigmoid_gate          x, gate -> y                                (x times the sigmoid of the gate)
     linear_cross_entropy  hidden, weight, labels -> loss              (cross-entropy and z-loss, logits in chunks)
 
 Each op is one folder: `__init__.py` holds the API and the dispatch, `reference.py` the oracle in plain torch, and `backends/`

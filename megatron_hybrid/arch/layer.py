@@ -6,7 +6,7 @@ from dataclasses import replace
 from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.mixer import MixerSpec
 from megatron_hybrid.arch.model_fields import ModelFields
-from megatron_hybrid.arch.packing import FP8_ALIGNMENT, ONES, PackedParameter, TensorSpec
+from megatron_hybrid.arch.packing import FP8_ALIGNMENT, PackedParameter, TensorSpec, norm_init
 from megatron_hybrid.arch.registry import mixer_spec
 
 MLP_INPUT, MLP_OUTPUT = "linear_fc1", "linear_fc2"
@@ -45,7 +45,7 @@ def _mixer(model: ModelFields, block: Block) -> Iterator[PackedParameter]:
     spec = mixer_spec(block.mixer)
     for parameter in placed_parameters(spec, spec.parameters(model, block), block):
         yield parameter.placed("self_attention", spec.prefix)
-    yield _norm(model, block, "input_layernorm", f"self_attention.{spec.output_linear}", "mixer_norm")
+    yield from _norms(model, block, "input_layernorm", f"self_attention.{spec.output_linear}", "mixer_norm")
 
 
 def placed_parameters(
@@ -54,7 +54,7 @@ def placed_parameters(
     """Yield a mixer's parameters by the names they have in its module: a post-norm wraps the output linear."""
     output = f"{spec.output_linear}.weight"
     for parameter in parameters:
-        wrapped = block.norm == "post" and parameter.name == output
+        wrapped = block.norm != "pre" and parameter.name == output
         yield replace(parameter, name=f"{spec.output_linear}.linear.weight") if wrapped else parameter
 
 
@@ -62,15 +62,22 @@ def _mlp(model: ModelFields, block: Block) -> Iterator[PackedParameter]:
     h, f = model.hidden_size, model.ffn_hidden_size
     gate, up = (TensorSpec(f"mlp.{name}_proj.weight", (f, h)) for name in ("gate", "up"))
     down = TensorSpec("mlp.down_proj.weight", (h, f))
-    output = f"mlp.{MLP_OUTPUT}.linear.weight" if block.norm == "post" else f"mlp.{MLP_OUTPUT}.weight"
+    output = f"mlp.{MLP_OUTPUT}.weight" if block.norm == "pre" else f"mlp.{MLP_OUTPUT}.linear.weight"
     yield PackedParameter(f"mlp.{MLP_INPUT}.weight", (gate, up), "rows", groups=f, is_gemm=True)
     yield PackedParameter(output, (down,), "columns", groups=f, is_gemm=True)
-    yield _norm(model, block, "pre_mlp_layernorm", f"mlp.{MLP_OUTPUT}", "mlp_norm")
+    yield from _norms(model, block, "pre_mlp_layernorm", f"mlp.{MLP_OUTPUT}", "mlp_norm")
 
 
-def _norm(model: ModelFields, block: Block, before: str, after: str, tensor: str) -> PackedParameter:
-    spec = TensorSpec(f"{tensor}.weight", (model.hidden_size,), ONES, "norm")
-    return PackedParameter(f"{after}.norm.weight" if block.norm == "post" else f"{before}.weight", (spec,))
+def _norms(model: ModelFields, block: Block, before: str, after: str, tensor: str) -> Iterator[PackedParameter]:
+    """Yield the norms of a sublayer. A layer with one norm calls it `tensor`, wherever it is; the second is `post_{tensor}`."""
+    places = {"pre": [f"{before}.weight"], "post": [f"{after}.norm.weight"]}
+    names = places.get(block.norm, places["pre"] + places["post"])
+    for name, prefix in zip(names, ("", "post_"), strict=False):
+        yield PackedParameter(name, (_norm(f"{prefix}{tensor}", model),))
+
+
+def _norm(tensor: str, model: ModelFields) -> TensorSpec:
+    return TensorSpec(f"{tensor}.weight", (model.hidden_size,), norm_init(model.zero_centered_norm), "norm")
 
 
 def outer_parameters(model: ModelFields) -> dict[str, PackedParameter]:
@@ -82,9 +89,8 @@ def outer_parameters(model: ModelFields) -> dict[str, PackedParameter]:
             name, (TensorSpec(f"{tensor}.weight", shape, decay_group=tensor),), "rows", shape[0], FP8_ALIGNMENT
         )
 
-    norm = TensorSpec("final_norm.weight", (model.hidden_size,), ONES, "norm")
     found = {
         "embedding": table("embedding.word_embeddings.weight", "embedding"),
-        "final_norm": PackedParameter("decoder.final_norm.weight", (norm,)),
+        "final_norm": PackedParameter("decoder.final_norm.weight", (_norm("final_norm", model),)),
     }
     return found if model.tie_embeddings else found | {"output": table("output_layer.weight", "output")}

@@ -5,8 +5,9 @@ docs/development/extending.md.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_hybrid.arch.blocks import Block, Blocks
 from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
@@ -62,13 +63,17 @@ class MixerSpec(ABC):
     config_class: ClassVar[type[Section] | None] = None
     """Section of `model` with its sizes. None: they are fields of `model` itself."""
     blocks: ClassVar[Blocks]
-    """Blocks that it brings, by layer_pattern symbol. Together they show what it implements: a block of model.blocks that has a
-    value which none of them has is refused."""
+    """Blocks that it brings, by layer_pattern symbol. Together with `options` they show what it implements: a block of model.blocks
+    that has a value which none of them has is refused."""
+    options: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Further values that it implements, by field of Block. An empty tuple: any value, which `check` may restrict."""
     input_linear: ClassVar[str]
     """Module path of its column-parallel linear, into which a pre-norm is fused."""
     output_linear: ClassVar[str]
     """Module path of its row-parallel linear, which a post-norm follows."""
     supports: ClassVar[frozenset[Feature]] = frozenset()
+    uses_rotary_embedding: ClassVar[bool] = False
+    """The model's rotary embedding applies to it."""
     decay_groups: ClassVar[tuple[str, ...]] = ()
     """Its tensors' decay groups, besides matrix, convolution and norm."""
     init_fields: ClassVar[tuple[str, ...]] = ()
@@ -152,10 +157,14 @@ class MixerSpec(ABC):
 
 
 def block_problems(spec: MixerSpec, block: Block, path: str) -> Problems:
-    """Return an error for each field of a block whose value the mixer does not implement."""
+    """Return an error for each field of a block whose value the mixer does not implement. All norm placements are implemented:
+    norms are around the mixer."""
     problems = Problems()
-    for name in ("norm", "qk_norm", "output_gate", "partial_rotary_factor", "sliding_window", "mlp"):
-        value, choices = getattr(block, name), {getattr(known, name) for known in spec.blocks.values()}
+    for name in ("qk_norm", "output_gate", "partial_rotary_factor", "sliding_window", "mlp"):
+        if spec.options.get(name) == ():
+            continue
+        choices = {getattr(known, name) for known in spec.blocks.values()} | {*spec.options.get(name, ())}
+        value = getattr(block, name)
         if value not in choices:
             legal = " or ".join(shown(choice).strip(QUOTE) for choice in sorted(choices))
             problems.add(

@@ -77,6 +77,7 @@ class ModelConfig(ModelFields):
             return
         for symbol, block in blocks.items():
             problems += mixer_spec(block.mixer).check(self, block, symbol)
+        self._check_rotary_factors(problems)
 
     def _check_fields(self, problems: Problems) -> None:
         for name in ("eos_token_id", "pad_token_id"):
@@ -90,8 +91,16 @@ class ModelConfig(ModelFields):
                 f"needs a rotary embedding to scale, and rope_theta is {shown(self.rope_theta)}; set rope_theta above 1, "
                 "or rope_scaling to null",
             )
-        if self.zero_centered_norm:
-            problems.add("zero_centered_norm", "true is not implemented; set it to false")
+
+    def _check_rotary_factors(self, problems: Problems) -> None:
+        factors = self._rotary_factors
+        if len(set(factors.values())) > 1:
+            symbol, factor = next((s, f) for s, f in factors.items() if f != self.rotary_factor)
+            problems.add(
+                join("blocks", symbol, "partial_rotary_factor"),
+                f"{factor} differs from another block's {self.rotary_factor}, and a model has one table of angles; set both to "
+                "the same",
+            )
 
     def _check_heads(self, problems: Problems) -> None:
         heads, groups = self.num_attention_heads, self.kv_heads
@@ -148,6 +157,20 @@ class ModelConfig(ModelFields):
         """The blocks that layer_pattern uses, in the order of their first layers."""
         known = self.known_blocks
         return {symbol: known[symbol] for symbol in dict.fromkeys(self.layers)}
+
+    @property
+    def _rotary_factors(self) -> dict[str, float]:
+        """Share of a head's channels that the rotary embedding turns, by symbol of a block that uses it."""
+        return {
+            symbol: block.partial_rotary_factor
+            for symbol, block in self.blocks_by_symbol.items()
+            if mixer_spec(block.mixer).uses_rotary_embedding
+        }
+
+    @property
+    def rotary_factor(self) -> float:
+        """Share of an attention head's channels that the rotary embedding turns, the same in all layers."""
+        return next(iter(self._rotary_factors.values()), 1.0)
 
     def block(self, index: int) -> Block:
         """Return the block of layer `index`, from 0."""

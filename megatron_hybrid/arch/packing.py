@@ -35,6 +35,12 @@ class Initializer:
 NORMAL = Initializer("normal")
 """Mean 0, with the model's `init_std`."""
 ONES = Initializer("ones")
+ZEROS = Initializer("zeros")
+
+
+def norm_init(zero_centered: bool) -> Initializer:
+    """Return the initial value of a norm's weight, with which the norm multiplies by 1. `zero_centered`: by 1 + weight."""
+    return ZEROS if zero_centered else ONES
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ def check_tensor_parallel(model: ModelConfig, data: DataConfig, parallel: Parall
     size, limits = parallel.tensor_parallel_size, _head_limits(model)
     ffn, sequence = model.ffn_hidden_size, data.sequence_length
     split_sequence = parallel.sequence_parallel is not False
-    most = min([heads for heads, _ in limits] + [_LARGEST_DEGREE])
+    most = max([heads for heads, _ in limits], default=_LARGEST_DEGREE)
     fits = [t for t in range(1, most + 1) if ffn % t == 0 and not (split_sequence and sequence % t)]
     remedy = f"the nearest tensor_parallel_size that fits is {nearest.among(size, fits)}"
-    for heads, what in limits:
-        if size > heads:
-            problems.add("parallel.tensor_parallel_size", f"{size} exceeds the {heads} {what}; {remedy}")
+    if size > most:
+        known = " and the ".join(f"{heads} {what}" for heads, what in limits)
+        problems.add("parallel.tensor_parallel_size", f"{size} exceeds the {known}; {remedy}")
     if ffn % size:
         problems.add(
             "model.ffn_hidden_size",
@@ -42,7 +42,8 @@ def check_tensor_parallel(model: ModelConfig, data: DataConfig, parallel: Parall
 
 
 def _head_limits(model: ModelConfig) -> list[tuple[int, str]]:
-    """Return the head groups that limit the tensor parallel degree. More ranks would hold only padding heads."""
+    """Return the head groups that limit the tensor parallel degree. A rank may hold padding heads alone in some layers, as where
+    attention has fewer key/value heads than ranks, but not in all."""
     groups = (mixer_spec(block.mixer).head_groups(model, block) for block in model.blocks_by_symbol.values())
     return list(dict.fromkeys((group.count, f"{group.title} ({group.field})") for group in groups))
 

@@ -87,10 +87,9 @@ def _check_widths(model: ModelConfig, unit: int, ranks: int, problems: Problems)
     for block in model.blocks_by_symbol.values():
         spec = mixer_spec(block.mixer)
         groups = spec.head_groups(model, block)
-        for parameter in spec.parameters(model, block):
-            width = parameter.rank_shape(ranks)[-1]
-            if parameter.split == "columns" and width % unit:
-                _add_head_dim(problems, groups.width_field, groups.width, unit, width)
+        widths = [p.rank_shape(ranks)[p.dim] for p in spec.parameters(model, block) if p.is_gemm]
+        if width := next((width for width in widths if width % unit), None):
+            _add_head_dim(problems, groups.width_field, groups.width, unit, width)
 
 
 def _add_width(problems: Problems, field: str, value: int, alignment: int, ranks: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, shown
+from megatron_hybrid.config.qwen_presets import QWEN
 
 ArchitectureOf = Callable[[str], dict[str, Any]]
 """Returns the fields of the model in a folder (convert/architecture.py)."""
@@ -90,6 +91,7 @@ SIZED: Mapping[str, Callable[[], ModelConfig]] = {
     "olmo_hybrid_7b": olmo_hybrid_7b,
     "olmo_hybrid_tiny": olmo_hybrid_tiny,
     "olmo3_7b": olmo3_7b,
+    **QWEN,
 }
 """Presets with a size."""
 

@@ -67,6 +67,7 @@ class HybridLanguageModel(HybridModel):
             share_embeddings_and_output_weights=tied,
             position_embedding_type="none" if model.rope_theta is None else "rope",
             rotary_base=model.rope_theta or 0,
+            rotary_percent=model.rotary_factor,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )

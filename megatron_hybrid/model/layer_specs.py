@@ -64,12 +64,14 @@ def layer_spec(
 
 def _norm_and_linears(block: Block, backend: Backend) -> tuple[Any, Linears]:
     """Return the norm in front of each sublayer, and the sublayers' linears."""
-    if block.norm == "post":
+    output: Any = backend.row_linear
+    if block.norm != "pre":
         output = partial(RowParallelLinearWithNorm, linear=backend.row_linear, norm=backend.norm)
+    if block.norm == "post":
         return IdentityOp, Linears(backend.column_linear, output)
     if backend.norm_column_linear is None:
-        return backend.norm, Linears(backend.column_linear, backend.row_linear)
-    return IdentityOp, Linears(backend.norm_column_linear, backend.row_linear)
+        return backend.norm, Linears(backend.column_linear, output)
+    return IdentityOp, Linears(backend.norm_column_linear, output)
 
 
 def _keys_of_fused_norms(spec: MixerSpec) -> dict[str, str]:

@@ -81,6 +81,7 @@ def transformer_config(
         kv_channels=model.attention_head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
+        layernorm_zero_centered_gamma=model.zero_centered_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,

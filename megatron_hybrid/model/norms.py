@@ -12,12 +12,8 @@ from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.distributed.device import parameter_device
 
 
-def _ones(size: int, config: TransformerConfig) -> nn.Parameter:
-    return nn.Parameter(torch.ones(size, device=parameter_device(config), dtype=config.params_dtype))
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32.
+    """x / rms(x) * weight over the last dimension, computed in fp32. Zero-centered: * (1 + weight).
 
     megatron-core's WrappedTorchNorm refuses sequence parallelism. This one marks its weight, so that its gradient is summed over
     the tensor parallel ranks together with the other norms'.
@@ -25,12 +21,14 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = _ones(hidden_size, config)
+        self.eps, self.zero_centered = eps, config.layernorm_zero_centered_gamma
+        initial = torch.zeros if self.zero_centered else torch.ones
+        self.weight = nn.Parameter(initial(hidden_size, device=parameter_device(config), dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+        weight = 1 + self.weight.float() if self.zero_centered else self.weight.float()
+        y = F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps)
         return y.to(x.dtype)
 
 
@@ -60,8 +58,11 @@ def norm_of_config(
     Raises:
         UserError: a norm that only Transformer Engine has.
     """
-    if config.layernorm_zero_centered_gamma:
-        raise UserError("layernorm_zero_centered_gamma: needs Transformer Engine's norms; set it to False")
+    if config.layernorm_zero_centered_gamma and config.normalization == "LayerNorm":
+        raise UserError(
+            "layernorm_zero_centered_gamma: with LayerNorm it needs Transformer Engine's norms; set it to False, or "
+            "normalization to RMSNorm"
+        )
     kinds = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
     if config.normalization not in kinds:
         raise UserError(f"normalization: {config.normalization} is none of {', '.join(kinds)}")

@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from megatron_hybrid.arch.layer import layer_parameters
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.presets import olmo_hybrid_tiny
@@ -40,17 +41,43 @@ def test_a_new_symbol_begins_with_its_mixers_first_block():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blocks": {"A": {"norm": "peri"}}}, "blocks.A.norm: peri is not implemented for attention; set it to post"),
         (
             {"blocks": {"A": {"norm": "pree"}}},
             "blocks.A.norm: 'pree' is not one of pre, post, peri; the nearest is pre",
         ),
         ({"blocks": {"A": {"norms": "pre"}}}, "blocks.A.norms: there is no such field; did you mean norm?"),
         (
-            {"blocks": {"A": {"qk_norm": "per_head", "output_gate": True, "partial_rotary_factor": 0.5}}},
-            "blocks.A.qk_norm: per_head is not implemented for attention; set it to projection\n"
-            "blocks.A.output_gate: true is not implemented for attention; set it to false\n"
-            "blocks.A.partial_rotary_factor: 0.5 is not implemented for attention; set it to 1.0",
+            {"blocks": {"G": {"qk_norm": "per_head", "output_gate": False, "partial_rotary_factor": 0.5}}},
+            "blocks.G.qk_norm: per_head is not implemented for gated_delta_net; set it to none\n"
+            "blocks.G.output_gate: false is not implemented for gated_delta_net; set it to true\n"
+            "blocks.G.partial_rotary_factor: 0.5 is not implemented for gated_delta_net; set it to 1.0",
+        ),
+        (
+            {"blocks": {"A": {"qk_norm": "none"}}},
+            "blocks.A.qk_norm: none is not implemented for attention; set it to per_head or projection",
+        ),
+        (
+            {"blocks": {"A": {"partial_rotary_factor": 0.5}}},
+            "blocks.A.partial_rotary_factor: 0.5 is only implemented with qk_norm per_head; set that, or this to 1.0",
+        ),
+        (
+            {"blocks": {"A": {"qk_norm": "per_head", "partial_rotary_factor": 0.3}}},
+            "blocks.A.partial_rotary_factor: 0.3 turns 9.6 of 32 channels of a head, and rotary embedding turns pairs; the nearest "
+            "is 0.3125",
+        ),
+        (
+            {
+                "blocks": {"A": {"qk_norm": "per_head", "partial_rotary_factor": 0.5}},
+                "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64},
+            },
+            "rope_scaling: is only implemented for whole heads, and blocks.A.partial_rotary_factor is 0.5",
+        ),
+        (
+            {
+                "layer_pattern": "GAB",
+                "blocks": {"B": {"mixer": "attention", "qk_norm": "per_head", "partial_rotary_factor": 0.5}},
+            },
+            "blocks.B.partial_rotary_factor: 0.5 differs from another block's 1.0, and a model has one table of angles",
         ),
         ({"blocks": {"B": {"norm": "pre"}}}, "blocks.B.mixer: is missing; give it: Name of a registered mixer"),
         (
@@ -59,7 +86,6 @@ def test_a_new_symbol_begins_with_its_mixers_first_block():
         ),
         ({"blocks": {"b": {"mixer": "attention"}}}, "blocks.b: is not a symbol; write one capital letter, such as B"),
         ({"layer_pattern": "GB"}, "layer_pattern: 'GB' is not a group of layers; write symbols G (Gated DeltaNet), A"),
-        ({"zero_centered_norm": True}, "zero_centered_norm: true is not implemented; set it to false"),
         (
             {"blocks": {"B": {"mixer": "attention", "sliding_window": True}}, "layer_pattern": "GB"},
             "sliding_window: is missing, and layer_pattern has B layers; give the number of tokens they see",
@@ -70,3 +96,29 @@ def test_what_is_not_implemented_is_refused_by_name(changes, message):
     with pytest.raises(ConfigError) as caught:
         tiny(**changes)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("norm", "names"),
+    [
+        ("pre", ["input_layernorm.weight", "pre_mlp_layernorm.weight"]),
+        ("post", ["mlp.linear_fc2.norm.weight", "self_attention.linear_proj.norm.weight"]),
+        (
+            "peri",
+            [
+                "input_layernorm.weight",
+                "mlp.linear_fc2.norm.weight",
+                "pre_mlp_layernorm.weight",
+                "self_attention.linear_proj.norm.weight",
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_norms_of_every_placement(norm, names, zero_centered):
+    model = tiny(blocks={"A": {"norm": norm}}, zero_centered_norm=zero_centered)
+    norms = [p for p in layer_parameters(model, model.block(3)) if p.tensors[0].shape == (model.hidden_size,)]
+    norms = [p for p in norms if not p.name.endswith("norm_weight")]
+    assert sorted(p.name for p in norms) == names
+    tensors = {p.tensors[0].name: p.tensors[0].init.distribution for p in norms}
+    assert len(tensors) == len(names) and set(tensors.values()) == {"zeros" if zero_centered else "ones"}

@@ -82,13 +82,13 @@ WRONG: list[Case] = [
         "nearest is 254, or set parallel.sequence_parallel to false",
     ),
     (
-        ["parallel.tensor_parallel_size=4", "model.num_key_value_heads=2"],
+        ["parallel.tensor_parallel_size=8", "model.num_key_value_heads=2"],
         "parallel.tensor_parallel_size",
-        "exceeds the 2 key/value heads (model.num_key_value_heads)",
-        "that fits is 2",
+        "and the 2 key/value heads (model.num_key_value_heads)",
+        "that fits is 4",
     ),
     (
-        ["parallel.tensor_parallel_size=4", "model.gdn.num_key_heads=2"],
+        ["parallel.tensor_parallel_size=4", "model.gdn.num_key_heads=2", "model.num_key_value_heads=1"],
         "parallel.tensor_parallel_size",
         "exceeds the 2 Gated DeltaNet key heads",
         "that fits is 2",
@@ -195,6 +195,16 @@ def test_names_what_does_not_fit_the_ranks(
         (3, ["parallel.tensor_parallel_size=3", "data.sequence_length=255"]),  # 4 heads over 3 ranks: padded to 6
         (4, ["parallel.tensor_parallel_size=4", "model.num_attention_heads=5", "model.hidden_size=160"]),
         (4, ["parallel.context_parallel_size=4"]),
+        (4, ["parallel.tensor_parallel_size=4", "model.num_key_value_heads=2"]),  # two ranks attend with dummies alone
+        (
+            4,
+            [
+                "model=qwen3_5_0.8b",
+                "parallel.tensor_parallel_size=4",
+                "train.dtype=bf16",
+                "precision={fp8_recipe: tensorwise, fp8_param_gather: true}",
+            ],
+        ),
         (8, ["parallel={tensor_parallel_size: 2, pipeline_parallel_size: 2, context_parallel_size: 2}"]),
         (8, ["parallel.context_parallel_size=8", "model.layer_pattern=G*8"]),  # no attention, no limit of heads
         (4, OVERLAP),

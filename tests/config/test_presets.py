@@ -12,6 +12,7 @@ from megatron_hybrid.arch.flops import (
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.config import presets
+from megatron_hybrid.config.qwen_presets import QWEN
 from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 from testing.peers import transformers_count
 
@@ -65,8 +66,9 @@ def test_olmo3_7b() -> None:
         presets.olmo3_7b(),
         SMALL.model_copy(update={"layer_pattern": "GGA", "head_dim": None, "num_key_value_heads": 3}),
         SMALL.model_copy(update={"layer_pattern": "GAGA", "head_dim": 8, "tie_embeddings": True}),
+        *(preset() for preset in QWEN.values()),
     ],
-    ids=["olmo_hybrid_7b", "olmo3_7b", "grouped", "tied"],
+    ids=["olmo_hybrid_7b", "olmo3_7b", "grouped", "tied", *QWEN],
 )
 def test_parameters_are_transformers(model: ModelConfig) -> None:
     assert count_parameters(model) == transformers_count(model)

@@ -60,7 +60,7 @@ def test_memory_is_bounded(tmp_path):
     folder.mkdir()
     names = architecture_for(model).names(model)
     save_file(
-        {names.theirs(name): torch.zeros(names.their_shape(name)) for name in specs},
+        {names.theirs(name): torch.zeros(names.holder(name).shape) for name in specs},
         folder / "model.safetensors",
     )
     (folder / "config.json").write_text(json.dumps(hf_from_model(model, "float32", 512)))

@@ -135,8 +135,8 @@ def test_the_planner_plans_it(package, tmp_path):
     assert "activations: leaky average" in answer(request)
     planned = load_run(str(request.emit))
     assert planned.plugins == ("leaky",) and planned.model.leaky == load_run(str(config)).model.leaky
-    refused = answer(replace(request, why=("tp=4",), emit=None))
-    assert "4 exceeds the 3 leaky heads" in refused
+    refused = answer(replace(request, gpus=8, why=("tp=8",), emit=None))
+    assert "and the 3 leaky heads" in refused
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,14 @@ def test_the_planner_plans_it(package, tmp_path):
             "data.documents: pack: leaky average (layer_pattern's T) does not support it; set it to keep",
         ),
         (
-            ["parallel.tensor_parallel_size=4"],
-            "parallel.tensor_parallel_size: 4 exceeds the 3 leaky heads (model.leaky.num_heads)",
+            ["parallel.tensor_parallel_size=8"],
+            "parallel.tensor_parallel_size: 8 exceeds the 4 Gated DeltaNet key heads (model.gdn.num_key_heads) and the 3 leaky heads "
+            "(model.leaky.num_heads) and the 4 key/value heads",
         ),
-        (["model.blocks.T.norm=post"], "model.blocks.T.norm: post is not implemented for leaky; set it to pre"),
+        (
+            ["model.blocks.T.output_gate=false"],
+            "model.blocks.T.output_gate: false is not implemented for leaky; set it to true",
+        ),
         (["plugins=[leaky, lekay]"], "plugins.1: lekay cannot be imported"),
     ],
 )

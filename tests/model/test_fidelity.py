@@ -1,4 +1,4 @@
-"""Our model is transformers' `olmo_hybrid` (and `olmo3`): the same logits and the same gradients from the same weights."""
+"""Our model is transformers' `olmo_hybrid`, `olmo3` and `qwen3_5`: the same logits and the same gradients from the same weights."""
 
 import pytest
 

@@ -323,7 +323,6 @@ def refusals() -> dict[str, str]:
             note(f"{kind} attention_mask", lambda layer=layer, mask=mask: layer(x, attention_mask=mask))
     for field, value in {
         "context_parallel_size": 2,
-        "layernorm_zero_centered_gamma": True,
         "add_bias_linear": True,
         "attention_dropout": 0.1,
         "fp8": "hybrid",

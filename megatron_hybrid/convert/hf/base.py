@@ -3,13 +3,16 @@
 To add one: a file with a subclass of `Architecture`, and a line in registry.py.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from megatron_hybrid.arch.blocks import Blocks
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.registry import default_blocks
 from megatron_hybrid.convert.hf.fields import Fields, FieldTable
-from megatron_hybrid.convert.hf.names import LayerNames, TensorNames
+from megatron_hybrid.convert.hf.names import PREFIX, LayerNames, TensorNames
 from megatron_hybrid.convert.hf.rope import RopeForms
 
 OLD_LAYER_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
@@ -32,12 +35,57 @@ class Architecture(ABC):
     layers: ClassVar[Mapping[str, LayerNames]]
     """Symbol in ModelConfig.layer_pattern -> names of the layer's tensors."""
 
+    prefix: ClassVar[str] = PREFIX
+    """Prefix of its tensors' names, except for the output matrix."""
+    other_prefixes: ClassVar[tuple[str, ...]] = ()
+    """Further prefixes that files may have."""
+    kept_tensors: ClassVar[re.Pattern[str] | None] = None
+    """Names of tensors that are no part of the language model. A checkpoint keeps them, and an export has them unchanged."""
+    zero_centered_norm: ClassVar[bool] = False
+    """Its norms multiply by 1 + weight."""
+
     vllm_flags: ClassVar[str] = ""
     """Options without which vLLM computes something else."""
 
     @abstractmethod
     def unsupported_reason(self, model: ModelConfig) -> str | None:
         """Return why this architecture cannot compute a model, or None if it can."""
+
+    def blocks(self, model: ModelConfig) -> Blocks:
+        """Return the block that it computes for each symbol of `layers`; by default those that mixers bring."""
+        return {symbol: block for symbol, block in default_blocks().items() if symbol in self.layers}
+
+    def other_block_reason(self, model: ModelConfig) -> str | None:
+        """Return which block or norm of a model is not this architecture's, or None if all are."""
+        blocks = self.blocks(model)
+        for symbol, block in model.blocks_by_symbol.items():
+            mine = blocks.get(symbol)
+            if mine is not None and block != mine.model_copy(update={"title": block.title}):
+                return f"model.blocks.{symbol} is not the block of this class"
+        if model.zero_centered_norm != self.zero_centered_norm:
+            return f"model.zero_centered_norm is {str(model.zero_centered_norm).lower()}, and this class has the other kind of norms"
+        return None
+
+    def keeps(self, tensor: str) -> bool:
+        """Return whether a tensor of a file is kept for exports."""
+        return self.kept_tensors is not None and self.kept_tensors.fullmatch(tensor) is not None
+
+    def language_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields of config.json that describe the language model, all on one level.
+
+        Raises:
+            ConversionError: fields around it that are unknown or contradict it.
+        """
+        return config
+
+    def whole_config(self, config: dict[str, Any], origin: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the config.json of an export.
+
+        Args:
+            config: the language model's fields.
+            origin: the config.json that the model was converted from.
+        """
+        return config
 
     @abstractmethod
     def default_layer_types(self, count: int) -> list[str]:
@@ -72,7 +120,7 @@ class Architecture(ABC):
 
     def names(self, model: ModelConfig) -> TensorNames:
         """Return the names of a model's tensors."""
-        return TensorNames(model, self.layers)
+        return TensorNames(model, self.layers, self.prefix, self.other_prefixes)
 
     def their_layer_types(self, model: ModelConfig) -> list[str]:
         """Return the model's `layer_types`."""

@@ -3,7 +3,7 @@
 A value that ModelConfig cannot represent is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from megatron_hybrid.config.translate import translate
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf.base import Architecture
 from megatron_hybrid.convert.hf.fields import COMMON, KEPT, Fields
-from megatron_hybrid.convert.hf.registry import architecture_for, find_architecture
+from megatron_hybrid.convert.hf.registry import ARCHITECTURES, architecture_for, find_architecture
 from megatron_hybrid.convert.hf.rope import read_rope, write_rope
 
 MAX_LAYERS = 4096
@@ -54,6 +54,7 @@ def read_config(config: dict[str, Any], eos_token_id: int | None = None) -> Read
         ConversionError: lists every field that is unknown, missing, or not representable.
     """
     architecture = find_architecture(config.get("model_type"))
+    config = architecture.language_config(config)
     fields = Fields(config, architecture.fields)
     fields.check_known()
     classes = config.get("architectures")
@@ -125,7 +126,11 @@ def _in_vocabulary(fields: Fields, name: str, token: int | None, vocabulary: int
 
 
 def hf_from_model(
-    model: ModelConfig, dtype: str, positions: int, origin: Mapping[str, Any] | None = None
+    model: ModelConfig,
+    dtype: str,
+    positions: int,
+    origin: dict[str, Any] | None = None,
+    architecture: Architecture | None = None,
 ) -> dict[str, Any]:
     """Return the config.json of a model. `model_from_hf` reads it back equal.
 
@@ -133,12 +138,14 @@ def hf_from_model(
         dtype: torch's name of the weights' type, such as bfloat16.
         positions: max_position_embeddings, which generation tools take for the longest sequence.
         origin: the config.json that the model was converted from. Fields that change no logit are copied from it.
+        architecture: None: the first that computes the model.
 
     Raises:
         ConversionError: transformers cannot compute the model.
     """
-    architecture = architecture_for(model)
-    origin = origin or {}
+    architecture = architecture or architecture_for(model)
+    whole_origin = origin or {}
+    origin = language_fields(whole_origin)
     fields: dict[str, Any] = {entry.theirs: getattr(model, entry.ours) for entry in COMMON} | {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
@@ -152,16 +159,22 @@ def hf_from_model(
         "attention_dropout": 0.0,
     }
     config = {name: fields[name] for name in _ORDER} | {
-        **write_rope(model, architecture.rope),
+        **write_rope(model, architecture.rope, origin),
         "layer_types": architecture.their_layer_types(model),
         "bos_token_id": _token(origin.get("bos_token_id"), model),
         "eos_token_id": _write_eos(origin.get("eos_token_id"), model),
         "pad_token_id": model.pad_token_id,
     }
-    config |= {name: value for name, value in origin.items() if name in KEPT}
+    config |= {name: value for name, value in origin.items() if name in KEPT | {*architecture.fields.kept}}
     if model.attention_head_dim * model.num_attention_heads != model.hidden_size:
         config["head_dim"] = model.attention_head_dim
-    return config | architecture.write(model, positions)
+    return architecture.whole_config(config | architecture.write(model, positions), whole_origin)
+
+
+def language_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the language model's fields of a config.json, all on one level."""
+    architecture = ARCHITECTURES.get(config.get("model_type", ""))
+    return architecture.language_config(config) if architecture else config
 
 
 def _write_eos(ends: object, model: ModelConfig) -> int | Sequence[int] | None:

@@ -10,11 +10,13 @@ from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.checkpoint.origin import longest_sequence
 from megatron_hybrid.convert.checkpoint_source import CheckpointSource
 from megatron_hybrid.convert.hf.card import model_card
-from megatron_hybrid.convert.hf.config import DEFAULT_POSITIONS, hf_from_model
+from megatron_hybrid.convert.hf.config import DEFAULT_POSITIONS, hf_from_model, language_fields
+from megatron_hybrid.convert.hf.kept_tensors import kept_outputs
+from megatron_hybrid.convert.hf.names import TheirTensor
 from megatron_hybrid.convert.hf.original_files import GENERATION_CONFIG, generation_config, given_tokenizer, kept_files
 from megatron_hybrid.convert.hf.registry import architecture_for
 from megatron_hybrid.convert.hf.weight_files import INDEX, SINGLE
-from megatron_hybrid.convert.io.source import TORCH_NAMES, TensorSource
+from megatron_hybrid.convert.io.source import TORCH_NAMES, TensorSource, composed
 from megatron_hybrid.convert.io.writer import OutputTensor
 from megatron_hybrid.convert.job import Conversion, Facts, split_into_files, write_text
 from megatron_hybrid.data.agreement import checkpoint_disagreements, refuse
@@ -46,22 +48,20 @@ def to_huggingface(
     """
     source = CheckpointSource(checkpoint)
     model, run = source.model, source.index.run
-    architecture = architecture_for(model)
-    names = architecture.names(model)
-    find = source.precise_tensor if dtype == "F32" else source.tensor
-    tensors = [
-        _output(find(name), spec, names.theirs(name), names.their_shape(name), dtype, all_dtype)
-        for name, spec in model_tensors(model).items()
-    ]
-    origin = _original_config(run)
+    whole_origin = _original_config(run)
+    architecture = architecture_for(model, whole_origin.get("model_type"))
+    origin = language_fields(whole_origin)
+    find, specs = source.precise_tensor if dtype == "F32" else source.tensor, model_tensors(model)
+    tensors = [_output(theirs, find, specs, dtype, all_dtype) for theirs in architecture.names(model).all()]
     weights_dtype = TORCH_NAMES[max(tensors, key=lambda t: t.nbytes).dtype]
     chosen, notes = (positions, []) if positions else _positions(run, origin)
-    config = hf_from_model(model, weights_dtype, chosen, origin)
-    files = split_into_files(tensors, max_shard_bytes)
+    config = hf_from_model(model, weights_dtype, chosen, whole_origin, architecture)
+    others, other_files = kept_outputs(source.folder, architecture)
+    files = split_into_files([*tensors, *others], max_shard_bytes)
     if len(files) == 1:
         files = {SINGLE: next(iter(files.values()))}
     kept = kept_files(source.folder)
-    generation, more_notes = generation_config(config, kept.pop(GENERATION_CONFIG, None))
+    generation, more_notes = generation_config(architecture.language_config(config), kept.pop(GENERATION_CONFIG, None))
     copied = given_tokenizer(tokenizer) if tokenizer else kept
     disagreements = checkpoint_disagreements(model, run, str(tokenizer) if tokenizer else None)
     notes += [*more_notes, *architecture.export_notes(model), *refuse(disagreements)]
@@ -72,7 +72,8 @@ def to_huggingface(
         "README.md": model_card(model, architecture, config, source.index, bool(copied)),
     }
     finish = _finisher(texts, copied)
-    return Conversion(target, files, [*source.files, *copied.values()], with_hash=False, finish=finish, notes=notes)
+    read = [*source.files, *other_files, *copied.values()]
+    return Conversion(target, files, read, with_hash=False, finish=finish, notes=notes)
 
 
 def _finisher(texts: Mapping[str, str], copied: Mapping[str, Path]) -> Callable[[Path, Facts], None]:
@@ -100,11 +101,16 @@ def _weight_map(files: Mapping[str, list[OutputTensor]]) -> dict[str, Any]:
 
 
 def _output(
-    source: TensorSource, spec: TensorSpec, name: str, shape: tuple[int, ...], dtype: str | None, all_dtype: bool
+    theirs: TheirTensor,
+    find: Callable[[str], TensorSource],
+    specs: Mapping[str, TensorSpec],
+    dtype: str | None,
+    all_dtype: bool,
 ) -> OutputTensor:
-    keep = spec.always_fp32 and not all_dtype
-    shaped = TensorSource(source.name, source.dtype, shape, source.slices)
-    return OutputTensor(name, "F32" if keep else dtype or source.dtype, shape, lambda: shaped)
+    keep = any(specs[rows.ours].always_fp32 for rows in theirs.rows) and not all_dtype
+    sources = {rows.ours: find(rows.ours) for rows in theirs.rows}
+    source = composed(theirs.name, theirs.shape, [(sources[r.ours], r.first, r.count) for r in theirs.rows])
+    return OutputTensor(theirs.name, "F32" if keep else dtype or source.dtype, theirs.shape, lambda: source)
 
 
 def _original_config(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,19 +125,22 @@ class FieldTable:
     """Fields of which ModelConfig can represent only these values."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Fields without effect on the model, with the reason."""
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Fields without effect on the language model that an export contains again, with the reason."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values that transformers takes for absent fields. Rotary embedding has none: it differs between versions."""
 
     @property
     def all_required(self) -> dict[str, tuple[Any, ...]]:
-        """Fields that must have one of these values, the common ones included."""
-        return {**REQUIRED, **self.required}
+        """Fields that must have one of these values, the common ones included, except for those that this architecture converts."""
+        common = {name: values for name, values in REQUIRED.items() if name not in self.converted}
+        return {**common, **self.required}
 
     def tables(self) -> list[set[str]]:
         """Return the disjoint sets of names that make up all known fields."""
         mapped = {entry.theirs for entry in COMMON}
-        own = {*self.converted}, {*self.required}, {*self.ignored}
-        return [mapped, {*CONVERTED}, {*REQUIRED}, KEPT, LEFT_OUT, *own]
+        own = {*self.converted}, {*self.required}, {*self.ignored}, {*self.kept}
+        return [mapped, {*CONVERTED}, {*REQUIRED} - {*self.converted}, KEPT, LEFT_OUT, *own]
 
 
 class Fields:

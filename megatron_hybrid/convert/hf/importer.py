@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
 from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.convert.checkpoint_output import CONVERTED_STATE, MAX_FILE_BYTES, stored_dtype, write_index
+from megatron_hybrid.convert.hf.kept_tensors import KEPT_TENSORS, tensors_file
 from megatron_hybrid.convert.hf.original_files import left_out, original_files
 from megatron_hybrid.convert.hf.reader import HuggingFaceFolder, open_huggingface
 from megatron_hybrid.convert.io.source import TensorSource
@@ -44,7 +45,8 @@ def from_huggingface(
     originals = original_files(folder)
 
     def finish(written: Path, facts: Facts) -> None:
-        Origin(files={name: path.read_bytes() for name, path in originals.items()}).write(written)
+        kept = {KEPT_TENSORS: tensors_file(source.kept)} if source.kept else {}
+        Origin(files={name: path.read_bytes() for name, path in originals.items()} | kept).write(written)
         write_index(written, facts, files, source.model, {"converted_from": origin}, CONVERTED_STATE)
 
     notes = [*source.notes, *_notes(folder, source, originals)]
@@ -54,6 +56,8 @@ def from_huggingface(
 
 def _notes(folder: Path, source: HuggingFaceFolder, originals: dict[str, Path]) -> Iterator[str]:
     """Yield what the conversion changes or leaves out."""
+    if source.kept:
+        yield f"kept for exports, and not trained: {len(source.kept)} tensors such as {next(iter(source.kept))}"
     if any(tensor.dtype == "F64" for tensor in source.sources.values()):
         yield "weights stored in fp64 are kept in fp32"
     if source.config.get("auto_map"):

@@ -15,10 +15,10 @@ from megatron_hybrid.checkpoint.open_files import OpenFiles
 from megatron_hybrid.checkpoint.safetensors_header import StoredTensor
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf.config import read_config
-from megatron_hybrid.convert.hf.names import Joined, TensorNames
+from megatron_hybrid.convert.hf.names import OUTPUT, Joined, TensorNames
 from megatron_hybrid.convert.hf.weight_files import read_weight_files
 from megatron_hybrid.convert.io.folder import read_json, regular_file
-from megatron_hybrid.convert.io.source import TORCH_NAMES, TensorSource, stacked
+from megatron_hybrid.convert.io.source import TORCH_NAMES, TensorSource, composed, stacked
 
 CONFIG = "config.json"
 _COMPUTED = re.compile(
@@ -35,6 +35,8 @@ class HuggingFaceFolder:
     config: dict[str, Any]
     model: ModelConfig
     sources: dict[str, TensorSource]
+    kept: Mapping[str, StoredTensor]
+    """Tensors that are no part of the language model."""
     files: Sequence[Path]
     notes: Sequence[str]
     """Notes for the user."""
@@ -53,8 +55,9 @@ def open_huggingface(folder: Path, eos_token_id: int | None = None) -> HuggingFa
     stored, files = read_weight_files(folder)
     config = read_json(regular_file(folder, CONFIG), limit=1 << 20)
     read = read_config(config, eos_token_id)
-    computed = [name for name in stored if _COMPUTED.fullmatch(name)]
-    weights = {name: tensor for name, tensor in stored.items() if name not in computed}
+    computed = [name for name in stored if _COMPUTED.fullmatch(name) and not read.architecture.keeps(name)]
+    kept = {name: tensor for name, tensor in stored.items() if read.architecture.keeps(name)}
+    weights = {name: tensor for name, tensor in stored.items() if name not in kept and name not in computed}
     try:
         sources = _Finder(folder, read.model, read.architecture.names(read.model), weights).sources()
     except ConversionError as error:
@@ -63,7 +66,7 @@ def open_huggingface(folder: Path, eos_token_id: int | None = None) -> HuggingFa
         taken = ", ".join(f"{name} is missing (default: {value!r})" for name, value in read.defaults.items())
         raise ConversionError(f"{error}. In {CONFIG} {taken}") from None
     notes = [*read.notes, *([f"left out, computed from {CONFIG}: {shorten(computed)}"] if computed else [])]
-    return HuggingFaceFolder(folder, config, read.model, sources, [*files, folder / CONFIG], notes)
+    return HuggingFaceFolder(folder, config, read.model, sources, kept, [*files, folder / CONFIG], notes)
 
 
 class _Finder:
@@ -73,6 +76,7 @@ class _Finder:
         self, folder: Path, model: ModelConfig, names: TensorNames, stored: Mapping[str, StoredTensor]
     ) -> None:
         self.folder, self.model, self.names = folder, model, names
+        self.specs = model_tensors(model)
         self.by_name: dict[str, tuple[str, StoredTensor]] = {}
         """Name in the usual spelling -> (name in the file, tensor)."""
         self.used: set[str] = set()
@@ -97,9 +101,8 @@ class _Finder:
         Raises:
             ConversionError: tensors that are missing, unknown or of a wrong shape, or tied copies that differ.
         """
-        specs = model_tensors(self.model)
-        head = self.names.theirs("output.weight")
-        tied = self.by_name.pop(head, None) if self.model.tie_embeddings else None
+        specs = self.specs
+        tied = self.by_name.pop(OUTPUT["output.weight"], None) if self.model.tie_embeddings else None
         sources: dict[str, TensorSource] = {}
         missing: list[str] = []
         for name, spec in specs.items():
@@ -112,7 +115,7 @@ class _Finder:
         if problems:
             raise ConversionError(f"{self.folder}: {'; '.join(problems)}")
         if tied:
-            self._check_tied(sources["embedding.weight"], self._whole(specs["embedding.weight"], *tied))
+            self._check_tied(sources["embedding.weight"], self._rows("embedding.weight", *tied))
         return sources
 
     def _find(self, spec: TensorSpec, missing: list[str]) -> TensorSource | None:
@@ -126,7 +129,7 @@ class _Finder:
             theirs = f"{joined.joined} (or with its {joined.parts})"
         elif theirs in self.by_name:
             self.used.add(theirs)
-            return self._whole(spec, *self.by_name[theirs])
+            return self._rows(spec.name, *self.by_name[theirs])
         missing.append(theirs)
         return None
 
@@ -142,7 +145,7 @@ class _Finder:
         Parts need not have the widths of the true tensors: transformers' save_pretrained splits into equal parts.
         """
         parts = [self.by_name[name][1] for name in stored]
-        inner = self.names.their_shape(spec.name)[1:]
+        inner = self.names.holder(spec.name).shape[1:]
         if (
             any(len(p.shape) != 3 or p.shape[1:] != inner for p in parts)
             or sum(p.shape[0] for p in parts) != joined.rows
@@ -155,12 +158,15 @@ class _Finder:
             raise ConversionError(f"{self.folder}: {', '.join(stored)} are of different dtypes")
         return stacked(spec.name, parts, spec.shape, joined.first)
 
-    def _whole(self, spec: TensorSpec, theirs: str, tensor: StoredTensor) -> TensorSource:
-        if tensor.shape != spec.shape:
+    def _rows(self, ours: str, theirs: str, tensor: StoredTensor) -> TensorSource:
+        """Return the rows of a stored tensor that make up one of ours."""
+        holder, shape = self.names.holder(ours), self.specs[ours].shape
+        if tensor.shape != holder.shape:
             raise ConversionError(
-                f"{self.folder}: {theirs} is {list(tensor.shape)}, and {list(spec.shape)} by {CONFIG}"
+                f"{self.folder}: {theirs} is {list(tensor.shape)}, and {list(holder.shape)} by {CONFIG}"
             )
-        return stacked(spec.name, [tensor], spec.shape)
+        whole = stacked(theirs, [tensor], tensor.shape)
+        return composed(ours, shape, [(whole, rows.at, rows.count) for rows in holder.rows if rows.ours == ours])
 
     def _check_tied(self, embedding: TensorSource, head: TensorSource) -> None:
         """Check that the output matrix in a tied model's file equals the embedding."""

@@ -8,7 +8,7 @@ A file that several versions have written holds several forms. They must agree, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,10 @@ class RopeForms:
     """A model may have no rotary embedding: theta is null."""
     per_layer_type: bool
     """Full and sliding attention have separate parameters, and older files have `rope_theta` and `rope_scaling`."""
+    partial: bool = False
+    """`partial_rotary_factor` may have any value. The architecture reads it."""
+    kept: frozenset[str] = frozenset()
+    """Parameters without effect on text, which an export contains again."""
 
 
 def read_rope(fields: Fields, layer_types: Sequence[str], forms: RopeForms) -> Rope:
@@ -106,18 +110,18 @@ def _all_forms(fields: Fields, forms: RopeForms) -> tuple[list[Rope], list[Rope]
     flat = {name: value for name, value in (parameters or {}).items() if name not in _LAYER_TYPES}
     nested = {name: value for name, value in (parameters or {}).items() if name in _LAYER_TYPES}
     top = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
-    full, sliding = _nested_forms(fields, nested, top, scaling)
+    full, sliding = _nested_forms(fields, nested, top, scaling, forms)
     if flat or (parameters is not None and not nested):
-        full.append(_read_one(fields, "rope_parameters", top | flat))
+        full.append(_read_one(fields, "rope_parameters", top | flat, forms))
     if scaling and not nested:
-        full.append(_read_one(fields, "rope_scaling", top | scaling))
+        full.append(_read_one(fields, "rope_scaling", top | scaling, forms))
     if not (full or sliding) or (top and forms.per_layer_type):  # 4.57 reads this form, even if there are others
         full.append((top.get("rope_theta"), full[0][1] if full else None))
     return full, sliding
 
 
 def _nested_forms(
-    fields: Fields, nested: dict[str, Any], top: dict[str, Any], scaling: dict[str, Any] | None
+    fields: Fields, nested: dict[str, Any], top: dict[str, Any], scaling: dict[str, Any] | None, forms: RopeForms
 ) -> tuple[list[Rope], list[Rope]]:
     found: dict[str, list[Rope]] = {name: [] for name in _LAYER_TYPES}
     for name in sorted(nested):
@@ -125,18 +129,18 @@ def _nested_forms(
             fields.problems.append(f"rope_parameters.{name} is {nested[name]!r:.100}, not an object")
             continue
         over = scaling if name == "full_attention" and scaling else {}  # transformers applies it on top
-        found[name].append(_read_one(fields, f"rope_parameters.{name}", top | nested[name] | over))
+        found[name].append(_read_one(fields, f"rope_parameters.{name}", top | nested[name] | over, forms))
     return found["full_attention"], found["sliding_attention"]
 
 
-def _read_one(fields: Fields, where: str, parameters: dict[str, Any]) -> Rope:
+def _read_one(fields: Fields, where: str, parameters: dict[str, Any], forms: RopeForms) -> Rope:
     """Return theta and scaling of one object. Adds a problem if they cannot be represented."""
     if "rope_theta" not in parameters and parameters.get("rope_type", "default") is None:
         return None, None
     kind = next((parameters[name] for name in _TYPE if parameters.get(name) is not None), "default")
-    allowed = {"rope_theta", "partial_rotary_factor", *_TYPE} | (_YARN if kind == "yarn" else set())
+    allowed = {"rope_theta", "partial_rotary_factor", *_TYPE} | (_YARN if kind == "yarn" else set()) | forms.kept
     set_fields = {name for name, value in parameters.items() if value is not None}
-    partial = parameters.get("partial_rotary_factor", 1)
+    partial = 1 if forms.partial else parameters.get("partial_rotary_factor", 1)
     if kind not in ("default", "yarn") or set_fields - allowed or partial not in (1, None):
         fields.problems.append(
             f"{where} = {parameters!r:.200} cannot be represented; only plain rotary embedding and yarn can"
@@ -190,12 +194,18 @@ def _float(value: float) -> float:
         return math.inf
 
 
-def write_rope(model: ModelConfig, forms: RopeForms) -> dict[str, Any]:
+def write_rope(model: ModelConfig, forms: RopeForms, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return rotary embedding in every form that a version of transformers reads.
 
     No rotary embedding is written as a null theta: transformers 5 turns null rope_parameters into its default theta, 10,000.
+
+    Args:
+        origin: the language model's fields in the config.json that the model was converted from.
     """
     plain: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    plain |= {name: value for name, value in (origin.get("rope_parameters") or {}).items() if name in forms.kept}
+    if forms.partial:
+        plain["partial_rotary_factor"] = model.rotary_factor
     scaling: dict[str, Any] = {}
     if model.rope_scaling is not None:
         attention_factor = model.rope_scaling.effective_attention_factor

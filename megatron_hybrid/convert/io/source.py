@@ -41,6 +41,11 @@ class FileSlice:
         """First column, and first column past the slice."""
         return self.slice.offset[1], self.slice.end[1]
 
+    def moved(self, rows: int) -> "FileSlice":
+        """Return the same bytes, `rows` further down in their tensor."""
+        (first, column), shape = self.slice.offset, self.slice.shape
+        return FileSlice(self.path, self.begin, TensorSlice((first + rows, column), shape))
+
 
 def as_matrix(part: TensorSlice) -> TensorSlice:
     """Return a slice of a tensor with one or two dimensions as a slice of [rows, columns]."""
@@ -75,6 +80,14 @@ class TensorSource:
     def contiguous(self) -> bool:
         """True if every slice has whole rows."""
         return all(part.slice.shape[1] == self.columns for part in self.slices)
+
+    def cut(self, first: int, count: int) -> Iterator[FileSlice]:
+        """Yield the parts that are in rows [first, first + count)."""
+        wanted = TensorSlice((first, 0), (count, self.columns))
+        for part in self.slices:
+            if shared := part.slice.intersection(wanted):
+                skipped = (shared.offset[0] - part.slice.offset[0]) * shared.shape[1] * ITEM_BYTES[self.dtype]
+                yield FileSlice(part.path, part.begin + skipped, shared)
 
     def check(self) -> "TensorSource":
         """Check that the slices cover the tensor and do not overlap, and return the source.
@@ -152,6 +165,25 @@ def stacked(name: str, parts: Sequence[StoredTensor], shape: tuple[int, ...], fi
             slices.append(FileSlice(part.path, begin, shared.relative_to(wanted.offset)))
         at += part.shape[0]
     return TensorSource(name, parts[0].dtype, shape, tuple(slices)).check()
+
+
+def composed(name: str, shape: tuple[int, ...], parts: Sequence[tuple[TensorSource, int, int]]) -> TensorSource:
+    """Return a tensor of `shape` whose rows are those of other tensors, one part after the other.
+
+    Args:
+        parts: (tensor, first row, rows). A row of each has as many values as one of `shape`.
+
+    Raises:
+        ConversionError: the parts are of different types.
+    """
+    (dtype, *others) = dict.fromkeys(source.dtype for source, _, _ in parts)
+    if others:
+        raise ConversionError(f"{name}: its parts are {dtype} and {', '.join(others)}; convert all with one --dtype")
+    slices, at = [], 0
+    for source, first, count in parts:
+        slices += [part.moved(at - first) for part in source.cut(first, count)]
+        at += count
+    return TensorSource(name, dtype, shape, tuple(slices)).check()
 
 
 def cast(block: memoryview, dtype: str, to: str) -> memoryview:

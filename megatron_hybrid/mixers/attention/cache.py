@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention.bias import causal_lower_right
 
-from hybrid_kernels.qk_norm_rope import qk_norm_rope
 from megatron_hybrid.mixers.attention.module import SelfAttention
 from megatron_hybrid.mixers.cache import Chunk, MixerCache, Step
 
@@ -30,18 +29,18 @@ class KeyValueCache(MixerCache):
 
     def __init__(self, mixer: SelfAttention, batch_size: int, slots: int) -> None:
         self.mixer, self.slots = mixer, slots
-        weight, d = mixer.k_norm_weight, mixer.head_dim
-        shape = (batch_size, len(weight) // d, slots, d)
+        shape, device = (batch_size, mixer.groups, slots, mixer.head_dim), mixer.k_norm_weight.device
         self.k_bnsd, self.v_bnsd = (
-            torch.zeros(shape, device=weight.device, dtype=mixer.config.params_dtype) for _ in range(2)
+            torch.zeros(shape, device=device, dtype=mixer.config.params_dtype) for _ in range(2)
         )
 
     def extend(self, x_sbh: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        qkv_sbw, _ = self.mixer.linear_qkv(x_sbh)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in self._norm_rope(qkv_sbw, chunk.angles))
+        packed_sbw, _ = self.mixer.linear_qkv(x_sbh)
+        *parts, gate_sbw = self.mixer.split(packed_sbw, chunk.angles)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in parts)
         keys, values = self._with_past(k, v, chunk)
         o_bnsd = attend_chunk(q, keys, values, self._mask(k.shape[2], keys.shape[2], q.device), self._scale)
-        return self._project(o_bnsd.permute(2, 0, 1, 3))
+        return self.mixer.project(o_bnsd.permute(2, 0, 1, 3).flatten(2), gate_sbw)
 
     def _with_past(self, k: torch.Tensor, v: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the keys and values of a chunk, and return them behind those of earlier tokens that it may see."""
@@ -55,27 +54,21 @@ class KeyValueCache(MixerCache):
         return None
 
     def step(self, x_1bh: torch.Tensor, step: Step) -> torch.Tensor:
-        qkv_1bw, _ = self.mixer.linear_qkv(x_1bh)
+        packed_1bw, _ = self.mixer.linear_qkv(x_1bh)
         # one token per sequence: norm and rotary embedding take sequences for tokens, each with its own angles
-        q, k, v = (t.squeeze(1) for t in self._norm_rope(qkv_1bw.transpose(0, 1), step.angles))
+        *parts, gate_b1w = self.mixer.split(packed_1bw.transpose(0, 1), step.angles)
+        q, k, v = (t.squeeze(1) for t in parts)
         row, slot = torch.arange(len(q), device=q.device), step.positions_b % self.slots
         self.k_bnsd[row, :, slot], self.v_bnsd[row, :, slot] = k, v
         visible = torch.arange(self.slots, device=q.device) <= step.positions_b[:, None]
         o_bnsd = _attention(q[:, :, None], self.k_bnsd, self.v_bnsd, visible[:, None, None], self._scale)
-        return self._project(o_bnsd.permute(2, 0, 1, 3))
-
-    def _norm_rope(self, qkv: torch.Tensor, angles: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        mixer = self.mixer
-        return qk_norm_rope(qkv, mixer.q_norm_weight, mixer.k_norm_weight, mixer.own_angles(angles), **mixer.norm)
+        gate_1bw = None if gate_b1w is None else gate_b1w.transpose(0, 1)
+        return self.mixer.project(o_bnsd.permute(2, 0, 1, 3).flatten(2), gate_1bw)
 
     @property
     def _scale(self) -> float:
         scale: float = self.mixer.core_arguments["softmax_scale"]
         return scale
-
-    def _project(self, o_sbnd: torch.Tensor) -> torch.Tensor:
-        y_sbh: torch.Tensor = self.mixer.linear_proj(o_sbnd.flatten(2))[0]
-        return y_sbh
 
     def reset(self) -> None:
         """Nothing to do: a token sees no slot that its own sequence has not filled."""

@@ -1,7 +1,7 @@
-"""Self-attention as in OLMo 3 and OLMo Hybrid: QK norm over whole projections, optional rotary embedding, grouped queries,
-optional sliding window.
+"""Self-attention: QK norm over whole projections or each head, optional rotary embedding of all or some channels, grouped
+queries, optional sliding window, optional output gate.
 
-Shapes: s tokens of this rank, b sequences, h hidden size.
+Suffixes of tensor names: s tokens of this rank, b sequences, h hidden size, w channels of this rank, n heads, d channels of a head.
 """
 
 import copy
@@ -16,14 +16,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from hybrid_kernels.dispatch import Choice
-from hybrid_kernels.qk_norm_rope import explain as explain_qk_norm_rope
-from hybrid_kernels.qk_norm_rope import qk_norm_rope
+from hybrid_kernels.sigmoid_gate import explain as explain_sigmoid_gate
+from hybrid_kernels.sigmoid_gate import sigmoid_gate
 from megatron_hybrid.arch.blocks import Block
-from megatron_hybrid.arch.model_fields import ModelFields, RopeScalingConfig
-from megatron_hybrid.distributed.collectives import all_reduce_sum
+from megatron_hybrid.arch.model_fields import ModelFields
 from megatron_hybrid.distributed.context_parallel import HeadExchange
 from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.mixers.attention.local import ScaledDotProductAttention
+from megatron_hybrid.mixers.attention.query_key_norm import QueryKeyNorm
+from megatron_hybrid.mixers.attention.sizes import AttentionSizes
 from megatron_hybrid.mixers.attention.spec import parameters
 from megatron_hybrid.mixers.backend import Backend, Linears
 from megatron_hybrid.mixers.documents import Documents
@@ -41,35 +42,15 @@ class SelfAttentionSubmodules:
     linear_proj: type
 
 
-@dataclass(frozen=True)
-class AttentionSizes:
-    """True sizes, before tensor parallelism pads them."""
-
-    heads: int
-    groups: int
-    """Heads of k and v."""
-    head_dim: int
-    norm_eps: float
-    rope_scaling: RopeScalingConfig | None = None
-    """YaRN for the layers without a window."""
-
-    @classmethod
-    def of(cls, model: ModelFields) -> "AttentionSizes":
-        """Return the sizes of a model of this package."""
-        return cls(
-            model.num_attention_heads, model.kv_heads, model.attention_head_dim, model.norm_eps, model.rope_scaling
-        )
-
-    @classmethod
-    def of_megatron(cls, config: TransformerConfig) -> "AttentionSizes":
-        """Return the sizes in a TransformerConfig, which tensor parallelism has to divide."""
-        groups = config.num_query_groups or config.num_attention_heads
-        return cls(config.num_attention_heads, groups, config.kv_channels, config.layernorm_epsilon)
+def sizes_of_megatron(config: TransformerConfig) -> AttentionSizes:
+    """Return the sizes in a TransformerConfig, which tensor parallelism has to divide."""
+    groups = config.num_query_groups or config.num_attention_heads
+    return AttentionSizes(config.num_attention_heads, groups, config.kv_channels, config.layernorm_epsilon)
 
 
 def module_spec(model: ModelFields, block: Block, backend: Backend, linears: Linears) -> ModuleSpec:
     """Return the spec of a model's mixer. Which layers have a window is part of the TransformerConfig."""
-    return mixer_module_spec(AttentionSizes.of(model), backend, linears)
+    return mixer_module_spec(AttentionSizes.of(model, block), backend, linears)
 
 
 def mixer_module_spec(sizes: AttentionSizes | None, backend: Backend, linears: Linears) -> ModuleSpec:
@@ -83,7 +64,7 @@ def mixer_module_spec(sizes: AttentionSizes | None, backend: Backend, linears: L
 class SelfAttention(Mixer):
     """The attention mixer of one layer, on this rank's heads.
 
-    `linear_qkv`'s output on a rank is `[q | k | v]`, heads in order. Under context parallelism a rank has these of its slice's
+    `linear_qkv`'s output on a rank is `[q | k | v | gate]`, heads in order. Under context parallelism a rank has these of its slice's
     tokens, and attends with some of the heads over whole sequences (`exchange`).
 
     The arguments after `submodules` are TransformerLayer's, except for `sizes`. None: those of the TransformerConfig.
@@ -104,9 +85,8 @@ class SelfAttention(Mixer):
         pp_layer_offset: int | None = None,
         name: str | None = None,
     ) -> None:
-        sizes = sizes or AttentionSizes.of_megatron(config)
-        packing = parameters(sizes.heads, sizes.groups, sizes.head_dim, config.hidden_size)
-        super().__init__(config, layer_number, pg_collection, packing)
+        sizes = sizes or sizes_of_megatron(config)
+        super().__init__(config, layer_number, pg_collection, parameters(sizes, config.hidden_size))
         self.sizes, self.head_dim = sizes, sizes.head_dim
         tp, d = self.tp_group, sizes.head_dim
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -114,27 +94,22 @@ class SelfAttention(Mixer):
         self.rope_is_scaled = scaling is not None
         # YaRN multiplies both q and k, so their products grow by the square
         attention_factor = scaling.effective_attention_factor if scaling else 1.0
-        q_width, kv_width, _ = self.packing["linear_qkv.weight"].rank_sizes(tp.size())
+        q_width, kv_width, *_ = widths = self.packing["linear_qkv.weight"].rank_sizes(tp.size())
+        self.heads, self.groups = q_width // d, kv_width // d
         linear = dict(config=config, bias=False, skip_bias_add=False, is_expert=False, tp_group=tp)
         self.linear_qkv = submodules.linear_qkv(
             config.hidden_size,
-            (q_width + 2 * kv_width) * tp.size(),
+            sum(widths) * tp.size(),
             init_method=config.init_method,
             gather_output=False,
             tp_comm_buffer_name="qkv",
             **linear,
         )
-        self.norm: dict[str, Any] = dict(
-            head_dim=d,
-            true_widths=(sizes.heads * d, sizes.groups * d),
-            eps=sizes.norm_eps,
-            all_reduce=all_reduce_sum(tp),
-        )
-        self.q_norm_weight, self.k_norm_weight = (
-            self.new_parameter("q_norm_weight"),
-            self.new_parameter("k_norm_weight"),
-        )
-        self.exchange = HeadExchange(self.cp_group, q_width // d, kv_width // d)
+        self.q_norm_weight = self.new_parameter("q_norm_weight")
+        self.k_norm_weight = self.new_parameter("k_norm_weight")
+        self.norm = QueryKeyNorm(sizes, self.heads, self.groups, tp, config.sequence_parallel)
+        self.norm.mark(self.q_norm_weight, self.k_norm_weight)
+        self.exchange = HeadExchange(self.cp_group, self.heads, self.groups)
         core_config = copy.copy(config)  # Transformer Engine counts heads by it
         core_config.num_attention_heads = self.exchange.heads * tp.size()
         core_config.num_query_groups = self.exchange.groups * tp.size()
@@ -168,11 +143,11 @@ class SelfAttention(Mixer):
         """Attend.
 
         Args:
-            rotary_pos_emb: [s, 1 or b, 1, head_dim], or [2, s, 1 or b, 1, head_dim]: plain and scaled angles; None: no rotation.
+            rotary_pos_emb: [s, 1 or b, 1, d], or [2, s, 1 or b, 1, d]: plain and scaled angles of the channels that are turned;
+                None: no rotation.
         """
-        qkv, _ = self.linear_qkv(hidden_states)
-        angles = self.own_angles(rotary_pos_emb)
-        q, k, v = qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight, angles, **self.norm)
+        packed_sbw, _ = self.linear_qkv(hidden_states)
+        q, k, v, gate_sbw = self.split(packed_sbw, rotary_pos_emb)
         q, k, v = (
             self.exchange.to_heads(x, n)
             for x, n in ((q, self.exchange.heads), (k, self.exchange.groups), (v, self.exchange.groups))
@@ -180,8 +155,20 @@ class SelfAttention(Mixer):
         context = self.core_attention(
             q, k, v, attention_mask=None, attn_mask_type=AttnMaskType.causal, documents=documents
         )
-        y_sbh, _ = self.linear_proj(self.exchange.to_tokens(context))
-        return y_sbh, None
+        return self.project(self.exchange.to_tokens(context), gate_sbw), None
+
+    def split(
+        self, packed_sbw: torch.Tensor, rotary_pos_emb: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return normalised and rotated q and k, and v, [s, b, n, d], and the output gate, [s, b, w], or None without one."""
+        return self.norm(packed_sbw, self.q_norm_weight, self.k_norm_weight, self.own_angles(rotary_pos_emb))
+
+    def project(self, context_sbw: torch.Tensor, gate_sbw: torch.Tensor | None) -> torch.Tensor:
+        """Apply the output gate and the output projection."""
+        if gate_sbw is not None:
+            context_sbw = sigmoid_gate(context_sbw, gate_sbw)
+        y_sbh: torch.Tensor = self.linear_proj(context_sbw)[0]
+        return y_sbh
 
     def own_angles(self, rotary_pos_emb: torch.Tensor | None) -> torch.Tensor | None:
         """Return this layer's angles: the plain or the scaled ones, if there are both."""
@@ -190,9 +177,15 @@ class SelfAttention(Mixer):
         return rotary_pos_emb[int(self.rope_is_scaled)]
 
     def backends(self, sequence_length: int, batch_size: int, documents: bool = False) -> list[Choice]:
-        width = len(self.q_norm_weight) + 2 * len(self.k_norm_weight)
-        qkv = self.q_norm_weight.detach()[:1].expand(sequence_length, batch_size, width)  # no memory
-        return [explain_qk_norm_rope(qkv, self.q_norm_weight, self.k_norm_weight)]
+        q_width, kv_width = self.heads * self.head_dim, self.groups * self.head_dim
+        gate_width = q_width if self.sizes.output_gate else 0
+        packed = self.q_norm_weight.detach()[:1].expand(
+            sequence_length, batch_size, q_width + 2 * kv_width + gate_width
+        )
+        found = [self.norm.explain(packed, self.q_norm_weight, self.k_norm_weight)]  # expanded: no memory
+        if gate_width:
+            found.append(explain_sigmoid_gate(packed[..., :q_width], packed[..., -q_width:]))
+        return found
 
     def formats(self, query: FormatQuery) -> list[tuple[str, str, str, str]]:
         return [*super().formats(query), ("attention", *self._attention_format(query))]

@@ -33,7 +33,7 @@ def attention_points(
 ) -> Iterator[Point]:
     """Yield the points of causal attention with a rank's heads. FP8 uses delayed scaling."""
     d, qkv = model.attention_head_dim, mixer_spec(block.mixer).parameter("linear_qkv.weight", model, block)
-    heads, groups, _ = (width // d for width in qkv.rank_sizes(degree))
+    heads, groups, *_ = (width // d for width in qkv.rank_sizes(degree))
     device, dtype = local_device(), torch.bfloat16
     q = torch.randn(sequence, batch, heads, d, device=device, dtype=dtype, requires_grad=True)
     k, v = (torch.randn(sequence, batch, groups, d, device=device, dtype=dtype, requires_grad=True) for _ in range(2))

@@ -4,30 +4,42 @@ from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
 from megatron_hybrid.arch.mixer import HeadGroups, Layout, MixerSpec
 from megatron_hybrid.arch.model_fields import ModelFields
-from megatron_hybrid.arch.packing import ONES, PackedParameter, TensorSpec, round_up
+from megatron_hybrid.arch.packing import PackedParameter, Split, TensorSpec, norm_init, round_up
 from megatron_hybrid.arch.registry import register
-from megatron_hybrid.base.errors import Problems
+from megatron_hybrid.base.errors import Problems, join
 from megatron_hybrid.mixers.attention import costs
+from megatron_hybrid.mixers.attention.sizes import AttentionSizes
 
 FP8_HEAD_DIM = 128
 """Head size that FP8 attention needs on Hopper."""
 
 
-def parameters(heads: int, groups: int, head_dim: int, hidden_size: int) -> tuple[PackedParameter, ...]:
-    """Return the parameters of one mixer of `heads` query heads and `groups` key/value heads."""
-    widths = {"q": heads * head_dim, "k": groups * head_dim, "v": groups * head_dim}
+def parameters(sizes: AttentionSizes, hidden_size: int) -> tuple[PackedParameter, ...]:
+    """Return the parameters of one mixer in a model of `hidden_size`."""
+    q, kv, groups = sizes.heads * sizes.head_dim, sizes.groups * sizes.head_dim, sizes.groups
+    widths = {"q": q, "k": kv, "v": kv} | ({"gate": q} if sizes.output_gate else {})
     projections = tuple(TensorSpec(f"{name}_proj.weight", (width, hidden_size)) for name, width in widths.items())
-    norms = (TensorSpec(f"{name}_norm.weight", (widths[name],), ONES, "norm") for name in "qk")
-    o_proj = TensorSpec("o_proj.weight", (hidden_size, widths["q"]))
     return (
         PackedParameter("linear_qkv.weight", projections, "rows", groups, is_gemm=True),
-        *(PackedParameter(f"{n}_norm_weight", (norm,), "rows", groups) for n, norm in zip("qk", norms, strict=True)),
-        PackedParameter("linear_proj.weight", (o_proj,), "columns", groups, is_gemm=True),
+        _norm("q", q, sizes),
+        _norm("k", kv, sizes),
+        PackedParameter(
+            "linear_proj.weight", (TensorSpec("o_proj.weight", (hidden_size, q)),), "columns", groups, is_gemm=True
+        ),
     )
 
 
+def _norm(name: str, width: int, sizes: AttentionSizes) -> PackedParameter:
+    """Return the norm of q or k: a weight for the whole projection, or one that all heads share."""
+    per_head = sizes.qk_norm == "per_head"
+    shape = (sizes.head_dim if per_head else width,)
+    tensor = TensorSpec(f"{name}_norm.weight", shape, norm_init(sizes.zero_centered_norm), "norm")
+    split: Split = "replicated" if per_head else "rows"
+    return PackedParameter(f"{name}_norm_weight", (tensor,), split, 1 if per_head else sizes.groups)
+
+
 class Attention(MixerSpec):
-    """Softmax attention as in OLMo 3 and OLMo Hybrid. Its sizes are fields of `model` itself."""
+    """Softmax attention. Its default blocks are those of OLMo 3 and OLMo Hybrid; its sizes are fields of `model` itself."""
 
     name = "attention"
     prefix = "attention"
@@ -37,13 +49,15 @@ class Attention(MixerSpec):
             mixer=name, title="sliding-window attention", norm="post", qk_norm="projection", sliding_window=True
         ),
     }
+    options = {"qk_norm": ("per_head",), "output_gate": (True,), "partial_rotary_factor": ()}
     input_linear, output_linear = "linear_qkv", "linear_proj"
+    uses_rotary_embedding = True
     has_rates = True
     has_cache = True
     supports = frozenset({"context_parallel", "documents", "fp8", "fp8_attention"})
 
     def parameters(self, model: ModelFields, block: Block) -> tuple[PackedParameter, ...]:
-        return parameters(model.num_attention_heads, model.kv_heads, model.attention_head_dim, model.hidden_size)
+        return parameters(AttentionSizes.of(model, block), model.hidden_size)
 
     def head_groups(self, model: ModelFields, block: Block) -> HeadGroups:
         field = "num_attention_heads" if model.num_key_value_heads is None else "num_key_value_heads"
@@ -75,7 +89,30 @@ class Attention(MixerSpec):
                 "sliding_window",
                 f"is missing, and layer_pattern has {symbol} layers; give the number of tokens they see, such as 4096",
             )
+        if block.partial_rotary_factor != 1:
+            self._check_rotary(model, block, join("blocks", symbol), problems)
         return problems
+
+    def _check_rotary(self, model: ModelFields, block: Block, where: str, problems: Problems) -> None:
+        """Check a partial rotary embedding, which only the kernel of per-head norms has."""
+        factor, d = block.partial_rotary_factor, model.attention_head_dim
+        if (factor * d) % 2:
+            best = min(max(2, round(factor * d / 2) * 2), d) / d
+            problems.add(
+                join(where, "partial_rotary_factor"),
+                f"{factor} turns {factor * d:g} of {d} channels of a head, and rotary embedding turns pairs; the nearest is {best:g}",
+            )
+        if block.qk_norm != "per_head":
+            problems.add(
+                join(where, "partial_rotary_factor"),
+                f"{factor} is only implemented with qk_norm per_head; set that, or this to 1.0",
+            )
+        if model.rope_scaling is not None:
+            problems.add(
+                "rope_scaling",
+                f"is only implemented for whole heads, and {where}.partial_rotary_factor is {factor}; set it to null, or that "
+                "to 1.0",
+            )
 
     def check_layout(self, model: ModelFields, block: Block, symbol: str, layout: Layout) -> Problems:
         problems = Problems()

@@ -1,0 +1,1 @@
+"""Backends of `head_norm_rope`, one folder or module each."""

@@ -1,0 +1,1 @@
+"""`head_norm_rope` in Triton. `op` holds the launches and autograd; the other module holds the kernels."""

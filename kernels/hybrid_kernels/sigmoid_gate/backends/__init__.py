@@ -1,0 +1,1 @@
+"""Backends of `sigmoid_gate`, one folder or module each."""

@@ -1,0 +1,1 @@
+"""`sigmoid_gate` in Triton. `op` holds the launches and autograd; the other module holds the kernels."""
