@@ -57,7 +57,7 @@ class MegatronEngine:
         self.optimizer = Optimizer(self.wrapped, self.layout, train, parallel, precision)
         self._update_pending = False
         prepare_for_training(self.wrapped, self.optimizer)
-        self.run = BatchRunner(self.wrapped, groups, train.z_loss)
+        self.run = BatchRunner(self.wrapped, groups, train.z_loss, train.eval_accuracy)
 
     def forward_backward(self, batches: list[Batch]) -> BatchLosses:
         """Run forward and backward over this rank's micro-batches and return the mean losses of the global batch.
