@@ -43,19 +43,22 @@ class StateTracking(SampleGenerator):
     """Number of variables, which hold different values."""
     gap: PositiveInt | None = 4
     """Swaps between assertions. None: only the last one."""
+    strict_share: float = Field(0.0, ge=0, le=1)
+    """Share of the samples that have only the last assertion."""
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
         return (*MARKS, *LETTERS[: self.variables], *map(str, range(self.variables)))
 
     def length(self, size: int) -> int:
-        return self.variables * ASSIGNMENT + size * SWAP + len(self._checked(size)) * _CHECK - 1
+        return self.variables * ASSIGNMENT + size * SWAP + len(self._checked(size, self.gap)) * _CHECK - 1
 
     def generate(self, size: int, random: np.random.Generator) -> GeneratedTokens:
         names = len(MARKS) + np.arange(self.variables)
         numbers = names + self.variables
         values, swaps = random.permutation(self.variables), draw_swaps(random, self.variables, size)
-        checked = self._checked(size)
+        is_strict = random.random() < self.strict_share
+        checked = self._checked(size, None if is_strict else self.gap)
         asked = random.integers(0, self.variables, len(checked))
         parts, lines, done = [assignment_lines(names, numbers[values])], swap_lines(names, swaps), 0
         answers: list[int] = []
@@ -68,9 +71,10 @@ class StateTracking(SampleGenerator):
                 done = count
         return join_lines(parts, _ANSWER, answers)
 
-    def _checked(self, size: int) -> list[int]:
+    @staticmethod
+    def _checked(size: int, gap: int | None) -> list[int]:
         """Return the numbers of swaps after which there is an assertion."""
-        return [*range(self.gap, size, self.gap), size] if self.gap else [size]
+        return [*range(gap, size, gap), size] if gap else [size]
 
 
 register(StateTracking)

@@ -99,9 +99,10 @@ class GlobalBatch:
 
     def _sum_over_ranks(self, values: Tensor, divide: bool = False) -> None:
         """Sum over data, context and pipeline parallel ranks, or average over the first two."""
-        dist.all_reduce(values, group=self.groups.dp_cp)
-        if divide:
-            values /= self.groups.dp_cp.size()
+        if self.groups.dp_cp.size() > 1:
+            dist.all_reduce(values, group=self.groups.dp_cp)
+            if divide:
+                values /= self.groups.dp_cp.size()
         if self.groups.pp.size() > 1:
             dist.all_reduce(values, group=self.groups.pp)
 
@@ -121,7 +122,8 @@ def _totals(batches: Sequence[Batch], groups: ProcessGroupCollection) -> Tensor:
     counts = sum((batch.counts for batch in batches if batch.counts is not None), SampleCounts())
     values = torch.tensor([weight, *astuple(counts)], dtype=torch.float64)
     totals = values.to(local_device(), non_blocking=True)
-    dist.all_reduce(totals, group=groups.dp)
+    if groups.dp.size() > 1:
+        dist.all_reduce(totals, group=groups.dp)
     return totals
 
 

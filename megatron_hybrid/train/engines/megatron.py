@@ -69,7 +69,8 @@ class MegatronEngine:
             self.optimizer.set_fp8_parameters()  # the last step was skipped, but its scales are newer than the cast
         self._update_pending = True
         for chunk in self.wrapped:
-            chunk.train()
+            if not chunk.training:  # the call visits all modules
+                chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self.run(batches)

@@ -8,7 +8,7 @@ import pytest
 from megatron_hybrid.config.generators import generator_kinds
 
 OPTIONS = {
-    "state_tracking": [{}, {"gap": None}, {"gap": 3, "variables": 3}],
+    "state_tracking": [{}, {"gap": None}, {"gap": 3, "variables": 3, "strict_share": 0.5}],
     "recall": [{}, {"questions": 5}],
     "state_based_recall": [{}, {"strict_share": 1.0}, {"gaps": [1, 2], "variables": 2, "strict_share": 0.0}],
 }
