@@ -27,7 +27,7 @@ class SourceConfig(Section):
     path: str = ""
     """A megatron-core prefix (`PREFIX.bin`, `PREFIX.idx`), a `.npy` raw token shard, or a glob of such shards."""
     generator: Generator | None = None
-    """Generator of fresh samples instead of files: `{task: state_tracking, size: 128}` (docs/guides/synthetic-tasks.md)."""
+    """Generator of fresh samples instead of files: `{task: state_tracking, size: 128}` (docs/guides/data.md)."""
     weight: NonNegativeFloat = 1.0
     """Weight of the source in the blend, relative to the other sources. 0: none of its samples, until data.mix_changes gives it a
     weight."""
