@@ -84,5 +84,5 @@ def trained_accuracy(largest_beta: float, steps: int = 500) -> float:
 
 
 def test_training_finds_it():
-    assert trained_accuracy(largest_beta=2.0) >= 0.99
+    assert trained_accuracy(largest_beta=2.0) >= 0.95
     assert trained_accuracy(largest_beta=1.0) <= 0.5
