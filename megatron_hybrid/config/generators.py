@@ -50,6 +50,8 @@ class SampleGenerator(Section, ABC):
     labels: Literal["all", "answers", "last"] = "answers"
     """Labels that count in the loss and the accuracy. all: every token; answers: tokens that follow from those before them; last: the
     final answer."""
+    show_answers: bool = True
+    """False: the model's input has padding in place of every answer, so that an assertion tells it nothing about those that follow."""
 
     @property
     @abstractmethod

@@ -44,7 +44,9 @@ class GeneratedDataset:
         size = self.curriculum.size_at(index) if self.curriculum else None
         random = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 0, index]))
         text = self.generator.generate(size or self.generator.size, random)
-        return pad(text.tokens, self._counted(text.answers, len(text.tokens)), self._lengths[size])
+        counted = self._counted(text.answers, len(text.tokens))
+        hidden = () if self.generator.show_answers else text.answers[:-1]
+        return pad(text.tokens, counted, self._lengths[size], hidden)
 
     def _counted(self, answers: Sequence[int], tokens: int) -> list[int]:
         """Return the places of the tokens that count as labels."""
@@ -74,17 +76,20 @@ def generated_datasets(
     ]
 
 
-def pad(tokens: np.ndarray, counted: list[int], length: int) -> Sample:
+def pad(tokens: np.ndarray, counted: list[int], length: int, hidden: Sequence[int] = ()) -> Sample:
     """Return the sample of a text, padded with token 0.
 
     Args:
         tokens: int64 [at most length + 1].
         counted: places of the tokens whose label counts in the loss.
+        hidden: places of tokens that are labels and not part of the input.
     """
     padded = np.zeros(length + 1, np.int64)
     padded[: len(tokens)] = tokens
+    inputs = padded[:-1].copy()
+    inputs[list(hidden)] = 0
     mask = np.zeros(length, np.float32)
     mask[np.asarray(counted) - 1] = 1.0
     used = len(tokens) - 1
     counts = SampleCounts(length, len(counted), filtered=used - len(counted), padding=length - used)
-    return Sample(padded[:-1], padded[1:], mask, None, counts)
+    return Sample(inputs, padded[1:], mask, None, counts)

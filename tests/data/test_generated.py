@@ -70,6 +70,14 @@ def test_labels_that_count():
     assert counted["last"] == counted["answers"][-1:] == counted["all"][-1:]
 
 
+def test_hidden_answers_are_labels_and_not_inputs():
+    shown, hidden = data(stages=())[0].sample(3), data(stages=(), show_answers=False)[0].sample(3)
+    answers = np.flatnonzero(shown.loss_mask) + 1
+    assert (hidden.labels == shown.labels).all() and (hidden.loss_mask == shown.loss_mask).all()
+    assert len(answers) == 2 and np.flatnonzero(hidden.tokens != shown.tokens).tolist() == [answers[0]]
+    assert hidden.tokens[answers[0]] == 0, "the last answer is no input in either"
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_data_parallel_size_reads_the_same_samples(size):
     def read(ranks: int) -> torch.Tensor:

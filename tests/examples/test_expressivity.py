@@ -32,7 +32,7 @@ def arguments(grid, tmp_path, task: str, **changes) -> SimpleNamespace:
 def test_the_five_models_of_each_task(grid, tmp_path, task):
     runs = {run.model: run.config for run in grid.grid(arguments(grid, tmp_path, task))}
     patterns = {name: "".join(config.model.layers) for name, config in runs.items()}
-    hybrid = "AGG" if task.endswith("small") else "GGGA"
+    hybrid = "GGA" if task.endswith("small") else "GGGA"
     pure = {kind: kind * len(hybrid) for kind in "GA"}
     assert patterns == {
         "transformer": pure["A"], "gdn_negative": pure["G"], "gdn_positive": pure["G"],
