@@ -7,15 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 from pydantic import BeforeValidator, PositiveInt, SerializeAsAny, ValidationError
 
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, UserError, shown
 from megatron_hybrid.base.section import Section
 from megatron_hybrid.config.translate import translate
+
+if TYPE_CHECKING:
+    import numpy as np  # validation alone does without it
 
 BUILT_IN = (
     "megatron_hybrid.data.synthetic.state_tracking",
@@ -31,7 +33,7 @@ LENGTH_MULTIPLE = 64
 class GeneratedTokens:
     """One text and the places of its answers."""
 
-    tokens: np.ndarray
+    tokens: "np.ndarray"
     """int64 [number of tokens]."""
     answers: Sequence[int]
     """Ascending places of the tokens that follow from the tokens before them. The last one answers the whole task."""
@@ -67,7 +69,7 @@ class SampleGenerator(Section, ABC):
         """Return the largest number of tokens of a text of a size."""
 
     @abstractmethod
-    def generate(self, size: int, random: np.random.Generator) -> GeneratedTokens:
+    def generate(self, size: int, random: "np.random.Generator") -> GeneratedTokens:
         """Return one text. Several threads may call this."""
 
 
