@@ -7,6 +7,7 @@ them, and tests/test_documentation.py checks that it is there.
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +181,23 @@ def planner_runs() -> str:
     return table(["layout", "GB, predicted", "measured", "s per step, predicted", "measured"], lines)
 
 
+def expressivity(task: str) -> str:
+    """Accuracies of a task by model and size, of all result files, next to the paper's."""
+    rows, sizes = [], set[int]()
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"expressivity_{task}*-*.json"))]
+    found: dict[tuple[str, str], dict[int, tuple[str, str]]] = {}
+    for result in results:
+        scale = "reduced, CPU" if result["benchmark"].endswith("_small") else result["machine"]
+        for row in result["rows"]:
+            if size := re.fullmatch(r"accuracy at n = (\d+)", row["metric"]):
+                paper = "" if row["peer"] is None else f" ({row['peer']:g})"
+                found.setdefault((scale, row["case"]), {})[int(size[1])] = f"{row['ours']:.3f}", paper
+                sizes.add(int(size[1]))
+    for (scale, model), of_size in found.items():
+        rows.append([scale, model, *("".join(of_size.get(size, ("", ""))) for size in sorted(sizes))])
+    return table(["run", "model", *(f"n = {size}" for size in sorted(sizes))], rows) if rows else "Not run yet.\n"
+
+
 def documents() -> str:
     """Training steps with documents as in web text, against rows without boundaries."""
     rows = []
@@ -239,6 +257,9 @@ TABLES = {
     "documents": documents, "document-attention": document_attention, "long-context": long_context,
     "training": training, "headline": headline, "kernels": kernels, "tiny": tiny, "fp8-loss": fp8_loss,
     "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs,
+    "expressivity-state-tracking": partial(expressivity, "state_tracking"),
+    "expressivity-recall": partial(expressivity, "recall"),
+    "expressivity-state-based-recall": partial(expressivity, "state_based_recall"),
 }  # fmt: skip
 
 

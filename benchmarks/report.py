@@ -52,6 +52,7 @@ def write(
     notes=(),
     printed: int = 0,
     command: str | None = None,
+    out: Path | None = None,
 ) -> None:
     """Write the result file and print its rows.
 
@@ -60,6 +61,7 @@ def write(
         machine: None: this CPU.
         printed: number of rows that were printed before.
         command: None: the running script with its arguments.
+        out: folder of the file; None: the argument --out, or benchmarks/results.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -87,7 +89,8 @@ def write(
     )
     lines = json.dumps(result, indent=1)[:-2]
     lines += ',\n "rows": [\n  ' + ",\n  ".join(json.dumps(r) for r in rows) + "\n ]\n}\n"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"{benchmark}-{short}.json").write_text(lines)
+    folder = out or args.out
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{benchmark}-{short}.json").write_text(lines)
     for r in rows[printed:]:
         print(*(f"{k}={v}" for k, v in r.items() if v is not None), flush=True)

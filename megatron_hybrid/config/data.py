@@ -18,13 +18,16 @@ from pydantic import (
 
 from megatron_hybrid.base.errors import ConfigError, Problems, join, shown
 from megatron_hybrid.base.section import Section
+from megatron_hybrid.config.generators import Generator
 
 
 class SourceConfig(Section):
-    """One dataset of a blend."""
+    """One dataset of a blend: files of tokens (`path`), or a generator of samples."""
 
-    path: str = Field(min_length=1)
+    path: str = ""
     """A megatron-core prefix (`PREFIX.bin`, `PREFIX.idx`), a `.npy` raw token shard, or a glob of such shards."""
+    generator: Generator | None = None
+    """Generator of fresh samples instead of files: `{task: state_tracking, size: 128}` (docs/guides/data.md)."""
     weight: NonNegativeFloat = 1.0
     """Weight of the source in the blend, relative to the other sources. 0: none of its samples, until data.mix_changes gives it a
     weight."""
@@ -34,13 +37,17 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "SourceConfig":
         problems = Problems()
+        if self.generator is not None and self.path:
+            problems.add("generator", f"does not go with path = {self.path}; remove one of them")
+        elif self.generator is None and not self.path:
+            problems.add("path", "is missing; give the prefix or the shards of a dataset, or a generator")
         for ending in (".bin", ".idx"):
             if self.path.endswith(ending):
                 problems.add(
                     "path",
                     f"{self.path} is one file of a pair; give their prefix, {self.path.removesuffix(ending)}",
                 )
-        if self.dtype is not None and not self.path.endswith(".npy"):
+        if self.dtype is not None and not self.path.endswith(".npy") and self.path:
             problems.add(
                 "dtype",
                 f"{self.dtype} is for raw .npy shards, and an indexed dataset stores its type; leave it out, or give a "
@@ -66,6 +73,26 @@ def _name_sets(value: object) -> object:
     if not isinstance(value, Mapping):
         raise ConfigError.at("", f"{shown(value)} is no list of sources; write [{{path: ...}}], or sets by their names")
     return value
+
+
+class CurriculumStageConfig(Section):
+    """A stage of training in which generated samples have one size."""
+
+    size: PositiveInt
+    """Size of the samples, such as the number of swaps."""
+    samples: PositiveInt | None = None
+    """Samples until the next stage, a multiple of train.global_batch_size. None: the last stage."""
+    accuracy: float | None = Field(None, gt=0, le=1)
+    """Accuracy on `validation` from which the next stage begins earlier. None: never earlier."""
+    validation: str | None = None
+    """Validation set that `accuracy` is measured on, every train.eval_interval steps."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CurriculumStageConfig":
+        if (self.accuracy is None) != (self.validation is None):
+            given, missing = ("accuracy", "validation") if self.validation is None else ("validation", "accuracy")
+            raise ConfigError.at(missing, f"is missing, and {given} needs it; give both or none")
+        return self
 
 
 Sources = Annotated[tuple[SourceConfig, ...], Field(min_length=1, strict=False)]
@@ -105,6 +132,8 @@ class DataConfig(Section):
     mix_changes: tuple[MixChangeConfig, ...] = Field((), strict=False)
     """Other weights of the training sources later in the run: `[{after_tokens: 1_000_000_000, weights: [0.5, 0.5]}]`. Each source
     continues with its next sample."""
+    curriculum: tuple[CurriculumStageConfig, ...] = Field((), strict=False)
+    """Sizes of the samples of generators in data.train: `[{size: 8, samples: 16000}, {size: 16}]`. Empty: each generator's own."""
     repeat_warning: PositiveFloat = 4.0
     """Epochs of a source by the last step above which the run prints a warning."""
     sequence_length: PositiveInt
@@ -142,6 +171,10 @@ class DataConfig(Section):
     def _unname(self, value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
         sets = serialize(value)
         return sets.get("", []) if sets.keys() <= {""} else sets
+
+    def files(self) -> dict[str, SourceConfig]:
+        """Return the sources of files by their field, as `sources` does."""
+        return {field: source for field, source in self.sources().items() if source.generator is None}
 
     def sources(self) -> dict[str, SourceConfig]:
         """Return all sources by their field: `data.train.0`, `data.validation.code.1`, or `data.validation.1` without names."""

@@ -46,7 +46,7 @@ def check_data(model: ModelConfig, data: DataConfig, train: TrainConfig, problem
             "train.eval_interval",
             f"{train.eval_interval} has nothing to evaluate on; give data.validation a source, or set it to null",
         )
-    for field, source in data.sources().items():
+    for field, source in data.files().items():
         if source.dtype == "uint16" and model.vocab_size > 2**16:
             problems.add(
                 join(field, "dtype"),

@@ -15,6 +15,7 @@ from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.data_checks import check_data, check_mixes
 from megatron_hybrid.config.debug import DebugConfig, check_debug
 from megatron_hybrid.config.engine_checks import check_engine
+from megatron_hybrid.config.generator_checks import check_generators
 from megatron_hybrid.config.layout_checks import (
     check_context_parallel,
     check_mixers,
@@ -43,8 +44,8 @@ class RunConfig(Section):
     """Folder of everything the run writes: config.yaml, config-<step>.yaml of every start, metrics.jsonl, loss.png, tensorboard/,
     checkpoints/."""
     plugins: tuple[str, ...] = Field((), strict=False)
-    """Modules to import before the configuration is validated, such as `my_package.my_mixer`. They register mixers
-    (docs/development/extending.md)."""
+    """Modules to import before the configuration is validated, such as `my_package.my_mixer`. They register mixers and sample
+    generators (docs/development/extending.md)."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
@@ -95,6 +96,7 @@ class RunConfig(Section):
         check_stages(model, parallel, problems)
         check_data(model, data, train, problems)
         check_mixes(data, problems)
+        check_generators(model, data, train, parallel, problems)
         check_sequence_ramp(model, data, train, parallel, self.layout, problems)
         check_precision(model, train, parallel, precision, problems)
         check_fp8_sizes(model, data, train, parallel, precision, problems)

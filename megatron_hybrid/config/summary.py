@@ -16,7 +16,7 @@ def summary(config: RunConfig, world_size: int, device: str, epochs: Sequence[fl
 
     Args:
         device: name of the ranks' device.
-        epochs: epochs of each training source by the last step.
+        epochs: epochs of each training source by the last step; empty for generators, which have none.
         memory: expected memory per GPU; None: it is not predicted.
     """
     entries = {
@@ -80,7 +80,7 @@ def _steps(config: RunConfig, epochs: Sequence[float]) -> str:
     train = config.train
     tokens = train.samples_after(train.steps) * config.data.sequence_length
     shown = ", ".join(f"{value:.3g} of data.train.{number}" for number, value in enumerate(epochs))
-    return f"{train.steps:,}, {tokens:,} tokens; epochs: {shown}"
+    return f"{train.steps:,}, {tokens:,} tokens" + (f"; epochs: {shown}" if shown else "")
 
 
 def _precision(config: RunConfig) -> str:

@@ -115,6 +115,8 @@ class TrainConfig(Section):
     eval_batches: PositiveInt | None = 8
     """Global batches of each validation set per evaluation, as far as the set reaches without repeats. Every evaluation reads the same
     samples. None: the whole set."""
+    eval_accuracy: bool = False
+    """Evaluate also the share of counted labels that the model gives the highest logit. It computes the logits a second time."""
     start_timeout: PositiveFloat | None = None
     """Seconds like hang_timeout, until the first step has ended: kernels are compiled in it. None: 1800; on CPU, hang_timeout if that
     is set."""

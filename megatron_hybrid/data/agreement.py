@@ -61,7 +61,7 @@ def run_disagreements(model: ModelConfig, data: DataConfig) -> list[Disagreement
 
 def read_summaries(data: DataConfig) -> dict[str, StatedData]:
     """Return the summaries of a run's sources by field. Raises DataError if a summary is damaged."""
-    found = {field: read_summary(source.path) for field, source in data.sources().items()}
+    found = {field: read_summary(source.path) for field, source in data.files().items()}
     return {field: summary for field, summary in found.items() if summary is not None}
 
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from megatron_hybrid.data.dataset import FixedLengthDataset
 from megatron_hybrid.data.document_dataset import DocumentDataset
+from megatron_hybrid.data.generated import ENDLESS, GeneratedDataset
 from megatron_hybrid.data.sample import Sample
 
-Dataset = FixedLengthDataset | DocumentDataset
+Dataset = FixedLengthDataset | DocumentDataset | GeneratedDataset
 _BITS = 53  # precision of a share in integer arithmetic, which is exact for any n
 _Tree = int | tuple[int, "_Tree", "_Tree"]  # a dataset, or (share of the left side in 2^-53, left, right)
 
@@ -112,6 +113,8 @@ class Blend:
             counts = zip(self.counts(num_samples), self.datasets, strict=True)
             return any(count > dataset.samples_per_epoch for count, dataset in counts)
 
+        if all(dataset.samples_per_epoch == ENDLESS for dataset in self.datasets):
+            return ENDLESS
         most = sum(dataset.samples_per_epoch for dataset in self.datasets)
         return bisect_left(range(most + 1), True, key=lambda n: repeats(n + 1))
 

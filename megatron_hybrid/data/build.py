@@ -5,8 +5,10 @@ from pathlib import Path
 
 from megatron_hybrid.config.data import DataConfig, MixChangeConfig, SourceConfig
 from megatron_hybrid.data.blend import Blend, Dataset
+from megatron_hybrid.data.curriculum import Curriculum
 from megatron_hybrid.data.dataset import FixedLengthDataset
 from megatron_hybrid.data.document_dataset import DocumentDataset
+from megatron_hybrid.data.generated import generated_datasets
 from megatron_hybrid.data.permutation import hash_integers
 from megatron_hybrid.data.prepare_documents import DocumentPreparation
 from megatron_hybrid.data.sample_readers import StreamReader
@@ -16,12 +18,12 @@ from megatron_hybrid.data.verdicts import VerdictCache
 
 
 def open_sources(config: DataConfig, vocab_size: int) -> dict[SourceConfig, TokenSource]:
-    """Open the sources of all blends, each once. Weights do not matter to what is opened: the keys have weight 1.
+    """Open the files of all blends, each once. Weights do not matter to what is opened: the keys have weight 1.
 
     Raises:
         DataError: naming the file that is wrong.
     """
-    keys = dict.fromkeys(_without_weight(source) for source in config.sources().values())
+    keys = dict.fromkeys(_without_weight(source) for source in config.files().values())
     return {key: open_source(key, vocab_size) for key in keys}
 
 
@@ -33,6 +35,7 @@ def build_train_and_validation(
     team: Team | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
     documents: DocumentPreparation | None = None,
+    curriculum: Curriculum | None = None,
 ) -> tuple[Blend, dict[str, Blend]]:
     """Return the blend that training reads, and the blend of each validation set by its name.
 
@@ -45,6 +48,7 @@ def build_train_and_validation(
         validate: check indexes and tokens as `data.check` says, beyond what opening the files checks.
         team, report: as `check_sources` takes them.
         documents: of the same configuration, opened; needed unless `data.documents` is keep.
+        curriculum: sizes of the samples that training generates; None: each generator's own.
 
     Raises:
         DataError: naming the file and the offset of what is wrong.
@@ -62,16 +66,21 @@ def build_train_and_validation(
         return FixedLengthDataset(source, config.sequence_length, seed)
 
     def blend(configs: Sequence[SourceConfig], purpose: int, changes: Sequence[MixChangeConfig] = ()) -> Blend:
-        sources = [opened[_without_weight(source_config)] for source_config in configs]
-        seeds = [hash_integers(config.seed, purpose, i) for i in range(len(sources))]
-        datasets = [dataset(source, seed) for source, seed in zip(sources, seeds, strict=True)]
+        seeds = [hash_integers(config.seed, purpose, i) for i in range(len(configs))]
+        generators = [source_config.generator for source_config in configs if source_config.generator is not None]
+        datasets: list[Dataset] = []
+        if generators:
+            datasets += generated_datasets(generators, seeds, None if purpose else curriculum)
+        else:
+            sources = [opened[_without_weight(source_config)] for source_config in configs]
+            datasets += [dataset(source, seed) for source, seed in zip(sources, seeds, strict=True)]
         mixes = [(-(-change.after_tokens // config.sequence_length), change.weights) for change in changes]
         return Blend(datasets, [source_config.weight for source_config in configs], mixes)
 
     train = blend(config.train, 0, config.mix_changes)
     validation = {name: blend(configs, 1) for name, configs in config.validation.items()}
     sources = list(opened.values())
-    mode = choose_mode(config.check, sources) if validate else None
+    mode = choose_mode(config.check, sources) if validate and sources else None
     if mode is not None:
         verdicts = cache if isinstance(cache, VerdictCache) else VerdictCache(cache)
         check_sources(sources, vocab_size, mode, verdicts, team, report)

@@ -30,6 +30,11 @@ class FixedLengthDataset:
         self.samples_per_epoch = count_stream_samples(source, sequence_length)
         self._order = SampleOrder(self.samples_per_epoch, seed, shuffle)
 
+    @property
+    def name(self) -> str:
+        """Name of the source."""
+        return self.source.name
+
     def position(self, index: int) -> tuple[int, int]:
         """Return epoch and position in the stream of a sample. Indexes are endless."""
         return self._order.position(index)

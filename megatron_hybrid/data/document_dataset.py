@@ -28,6 +28,11 @@ class DocumentDataset:
         self._filter = instance_filter
         self._order = SampleOrder(self.samples_per_epoch, seed, shuffle)
 
+    @property
+    def name(self) -> str:
+        """Name of the source."""
+        return self.source.name
+
     def position(self, index: int) -> tuple[int, int]:
         """Return (epoch, place) of the sample with this index, 0, 1, 2, ... without end."""
         return self._order.position(index)

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_hybrid.data.blend import Blend, Dataset
 from megatron_hybrid.data.document_dataset import DocumentDataset
+from megatron_hybrid.data.generated import GeneratedDataset
 from megatron_hybrid.data.sources import TokenSource
 
 PLACES, LENGTH = 256, 256
@@ -39,20 +40,28 @@ def documents_digest(dataset: Dataset) -> str | None:
     return digest.hexdigest()
 
 
+def _source_identity(dataset: Dataset) -> dict[str, Any]:
+    """Return what determines the samples of a dataset, but for their order, which follows from the seed."""
+    if isinstance(dataset, GeneratedDataset):
+        stages = dataset.curriculum.stages if dataset.curriculum else ()
+        curriculum = [stage.model_dump(mode="json") for stage in stages]
+        return {"generator": dataset.generator.model_dump(mode="json"), "curriculum": curriculum}
+    found = {"tokens": dataset.source.num_tokens, "digest": stream_digest(dataset.source)}
+    documents = documents_digest(dataset)
+    return found | ({"documents": documents} if documents else {})
+
+
 def data_identity(blend: Blend, seed: int) -> dict[str, Any]:
     """Return everything that determines the order and the content of a blend's samples, as JSON values.
 
     Returns:
-        `sequence_length` (tokens), `seed`, and `sources`: for each its `tokens`, `digest` and `share` of the samples, and
-        `documents`, a hash, if they are separated. `mix_changes`, if there are any: first sample and shares of each.
+        `sequence_length` (tokens), `seed`, and `sources`: for each its `share` of the samples, its `tokens` and `digest`, and
+        `documents`, a hash, if they are separated. A generator has its options and the stages of the curriculum instead.
+        `mix_changes`, if there are any: first sample and shares of each.
     """
-    sources: list[dict[str, Any]] = [
-        {"tokens": dataset.source.num_tokens, "digest": stream_digest(dataset.source), "share": share}
-        for dataset, share in zip(blend.datasets, blend.shares, strict=True)
+    sources = [
+        {**_source_identity(dataset), "share": share} for dataset, share in zip(blend.datasets, blend.shares, strict=True)
     ]
-    for source, dataset in zip(sources, blend.datasets, strict=True):
-        if documents := documents_digest(dataset):
-            source["documents"] = documents
     identity = {"sequence_length": blend.sequence_length, "seed": seed, "sources": sources}
     if blend.changes:
         identity["mix_changes"] = [[first, list(shares)] for first, shares in blend.changes]
@@ -71,9 +80,13 @@ def identity_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str,
         return changes | {"data.train": f"{len(old)} sources before, {len(new)} now"}
     for index, (one, other) in enumerate(zip(old, new, strict=True)):
         field = f"data.train.{index}"
-        if one["tokens"] != other["tokens"]:
+        if one.get("generator") != other.get("generator"):
+            changes[f"{field}.generator"] = f"{_options(one)} before, {_options(other)} now"
+        elif one.get("curriculum") != other.get("curriculum"):
+            changes["data.curriculum"] = f"{one['curriculum']} before, {other['curriculum']} now"
+        elif one.get("tokens") != other.get("tokens"):
             changes[field] = f"{one['tokens']:,} tokens before, {other['tokens']:,} now"
-        elif one["digest"] != other["digest"]:
+        elif one.get("digest") != other.get("digest"):
             changes[field] = f"other tokens than before ({other['tokens']:,}, as many as before)"
         if one.get("documents") != other.get("documents"):
             changes[f"{field}.documents"] = "other document boundaries, or another data.documents, than before"
@@ -83,3 +96,8 @@ def identity_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str,
     if mixes[0] != mixes[1]:
         changes["data.mix_changes"] = "{} before, {} now (first sample, shares)".format(*mixes)
     return changes
+
+
+def _options(source: dict[str, Any]) -> str:
+    """Return the options of a generator; of files that they are not generated."""
+    return str(source["generator"]) if "generator" in source else "files"

@@ -123,6 +123,10 @@ class BatchLoader:
             batch = batch.with_sources(self.dataset.sources(start, self.micro_batch_size))
         return batch.pin_memory() if self._pin_memory else batch
 
+    def discard_read_ahead(self) -> None:
+        """Discard the micro-batches that were read ahead: samples that were not trained on are no longer what they were."""
+        self._drop()
+
     def _drop(self) -> None:
         for _, future in self._ready:
             future.cancel()

@@ -18,7 +18,8 @@ class SampleCounts:
     crossing: int = 0
     """Tokens whose label would be in another document."""
     filtered: int = 0
-    """Tokens of samples that the instance filter excludes from the loss and that would count otherwise."""
+    """Tokens that would count otherwise: of samples that the instance filter excludes from the loss, and those of generated samples
+    that are not answers."""
     padding: int = 0
     """Slots without a token of the data."""
     filtered_samples: int = 0

@@ -15,6 +15,7 @@ from megatron_hybrid.data.agreement import evaluation_disagreements, refuse, war
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.build import build_train_and_validation
 from megatron_hybrid.data.dataset import FixedLengthDataset
+from megatron_hybrid.data.generated import GeneratedDataset
 from megatron_hybrid.data.text_bytes import TextBytes
 from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.evaluation.validation_set import ValidationSet
@@ -79,7 +80,9 @@ def _open(model: LoadedModel, path: str, dtype: str | None, length: int, check: 
         raise translate(error, DataConfig) from None
     warn(refuse(evaluation_disagreements(model.config, model.run, path)))
     blend, _ = build_train_and_validation(config, model.config.vocab_size)
-    return FixedLengthDataset(blend.datasets[0].source, length, seed=0, shuffle=False)
+    (dataset,) = blend.datasets
+    assert not isinstance(dataset, GeneratedDataset)  # the configuration has a path
+    return FixedLengthDataset(dataset.source, length, seed=0, shuffle=False)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Mean:
 
     loss: float
     weight: float
+    correct: None = None
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Evaluate a model on validation sets: mean loss over all counted tokens, perplexity, and bits per byte."""
+"""Evaluate a model on validation sets: mean loss over all counted tokens, perplexity, bits per byte, and accuracy."""
 
 import math
 from collections.abc import Callable
@@ -29,6 +29,10 @@ class MeanLoss(Protocol):
     def weight(self) -> float:
         """Number of counted tokens."""
 
+    @property
+    def correct(self) -> int | None:
+        """Number of counted tokens whose label has the highest logit; None: not counted."""
+
 
 @dataclass(frozen=True)
 class SetLoss:
@@ -40,6 +44,8 @@ class SetLoss:
     """Counted tokens."""
     text_bytes: float
     """Bytes of text of the counted tokens; NaN if they are unknown."""
+    accuracy: float | None = None
+    """Share of the counted tokens whose label has the highest logit; None: not counted."""
 
     @property
     def perplexity(self) -> float:
@@ -54,11 +60,13 @@ class SetLoss:
         """Return the values to log."""
         bits = self.bits_per_byte
         more = {} if bits is None else {"bits_per_byte": bits}
+        more |= {} if self.accuracy is None else {"accuracy": self.accuracy}
         return {"loss": self.loss, "perplexity": self.perplexity, **more, "tokens": self.tokens}
 
     def __str__(self) -> str:
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
-        return f"loss {self.loss:.4f}, perplexity {self.perplexity:,.4g}{bits}"
+        accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.4f}"
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:,.4g}{bits}{accuracy}"
 
 
 class ValidationSet:
@@ -105,7 +113,7 @@ class ValidationSet:
             evaluate: runs the model on this rank's micro-batches of a global batch.
             report: receives the number of samples that are done, after each global batch.
         """
-        losses, weights, text_bytes = [], [], 0.0
+        losses, weights, correct, text_bytes = [], [], list[int](), 0.0
         for first in range(0, self.num_samples, self._batch_size):
             left = self.num_samples - first
             size = min(self._batch_size, -(-left // self._unit) * self._unit)
@@ -115,11 +123,16 @@ class ValidationSet:
             if mean.weight > 0:
                 losses.append(mean.loss * mean.weight)
                 weights.append(mean.weight)
+            if mean.correct is not None:
+                correct.append(mean.correct)
             report(min(first + size, self.num_samples))
         if self._bytes is None:
             self._bytes = self._sum_over_ranks(text_bytes)
         tokens = math.fsum(weights)
-        return SetLoss(math.fsum(losses) / tokens if tokens else math.nan, round(tokens), self._bytes)
+        loss, accuracy = math.nan, None
+        if tokens:
+            loss, accuracy = math.fsum(losses) / tokens, sum(correct) / tokens if correct else None
+        return SetLoss(loss, round(tokens), self._bytes, accuracy)
 
     def _sum_over_ranks(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=local_device())

@@ -122,13 +122,14 @@ class HybridLanguageModel(HybridModel):
         z_loss: float = 0.0,
         documents: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        count_correct: bool = False,
     ) -> torch.Tensor | TokenLosses:
         """tokens [b, s] -> logits [b, s, vocabulary / tp]; with labels and loss_mask [b, s], the TokenLosses (z_loss is the weight
         of the z-loss), means over these tokens. On a stage that is not the last: hidden states [s, b, h], of this rank's tokens.
         Under context parallelism s is this rank's slice of every sequence (distributed/context_parallel.py).
 
         documents [b, whole length] and cu_seqlens (`Batch`): documents of whole sequences, which do not see each other. None: each
-        sequence is one.
+        sequence is one. count_correct: `TokenLosses` with the number of correct predictions.
 
         megatron-core's own forward has inference and multi-token prediction in it as well, and always makes all logits.
         """
@@ -142,7 +143,7 @@ class HybridLanguageModel(HybridModel):
         if labels is None or loss_mask is None:
             logits, _ = self.output_layer(x_sbh, weight=weight)
             return logits.transpose(0, 1).contiguous()
-        options = dict(true_vocab_size=self.model.vocab_size, z_loss_weight=z_loss)
+        options = dict(true_vocab_size=self.model.vocab_size, z_loss_weight=z_loss, count=count_correct)
         return self.output_layer(x_sbh, weight=weight, labels=labels.t(), loss_mask=loss_mask.t(), **options)
 
     def _documents(self, starts_bs: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> Documents | None:

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
 
 from hybrid_kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_hybrid.distributed.collectives import vocab_parallel
+from megatron_hybrid.model.predictions import count_correct
 
 
 class TokenLosses(NamedTuple):
@@ -24,6 +25,8 @@ class TokenLosses(NamedTuple):
     """Unweighted, detached."""
     per_token: torch.Tensor
     """Cross-entropy of each token times its loss mask, detached: fp32 [s, b]."""
+    correct: torch.Tensor | None
+    """Number of tokens in the loss whose label has the highest logit: fp64 scalar. None: not counted."""
 
 
 class _GradientIsInMainGrad(torch.autograd.Function):
@@ -55,6 +58,7 @@ class OutputLayer(ColumnParallelLinear):
         *,
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
+        count: bool = False,
         **loss_options: Any,
     ) -> tuple[torch.Tensor, None] | TokenLosses:
         """Return logits, or the losses of labels.
@@ -63,6 +67,7 @@ class OutputLayer(ColumnParallelLinear):
             x_sbh: [s, b, h], this rank's tokens under sequence parallelism.
             weight: the embedding's weight if it is shared; None: this layer's own.
             labels, loss_mask: [s, b].
+            count: also count correct predictions.
             loss_options: options of hybrid_kernels.linear_cross_entropy.
 
         Returns:
@@ -80,6 +85,10 @@ class OutputLayer(ColumnParallelLinear):
             buffer = getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None
             if buffer is not None:
                 weight = _GradientIsInMainGrad.apply(weight)
+        correct = None
+        if count:
+            size = loss_options["true_vocab_size"]
+            correct = count_correct(x_sbh, weight, labels, loss_mask, size, vocab_parallel(group))
         per_token = torch.empty(loss_mask.shape, dtype=torch.float32, device=loss_mask.device)
         losses = linear_cross_entropy(
             x_sbh,
@@ -91,4 +100,4 @@ class OutputLayer(ColumnParallelLinear):
             token_losses=per_token,
             **loss_options,
         )
-        return TokenLosses(*losses, per_token)
+        return TokenLosses(*losses, per_token, correct)

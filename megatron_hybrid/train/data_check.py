@@ -17,7 +17,9 @@ from megatron_hybrid.base.heartbeat import heartbeat
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.build import build_train_and_validation, open_sources
+from megatron_hybrid.data.curriculum import Curriculum
 from megatron_hybrid.data.errors import DataError
+from megatron_hybrid.data.generated import GeneratedDataset
 from megatron_hybrid.data.prepare_documents import DocumentPreparation
 from megatron_hybrid.data.verdicts import VerdictCache
 
@@ -77,7 +79,7 @@ class StoreTeam:
             pause = min(2 * pause, _LONGEST_POLL_S)
 
 
-def open_data(config: RunConfig) -> tuple[Blend, dict[str, Blend]]:
+def open_data(config: RunConfig, curriculum: Curriculum | None = None) -> tuple[Blend, dict[str, Blend]]:
     """Open the blends of a run and check their files, on all ranks together. Every rank calls it.
 
     Raises:
@@ -90,7 +92,7 @@ def open_data(config: RunConfig) -> tuple[Blend, dict[str, Blend]]:
 
     def build() -> tuple[Blend, dict[str, Blend]]:
         vocab_size = config.model.vocab_size
-        opened = build_train_and_validation(config.data, vocab_size, cache, True, team, report, documents)
+        opened = build_train_and_validation(config.data, vocab_size, cache, True, team, report, documents, curriculum)
         training, validation = opened
         _check_same_streams({"train": training} | {join("validation", n): b for n, b in validation.items()}, team)
         return opened
@@ -123,6 +125,8 @@ def _check_same_streams(opened: Mapping[str, Blend], team: StoreTeam) -> None:
     """Check that all ranks have opened the same files. Otherwise they would silently train on different samples."""
     for name, blend in opened.items():
         for index, dataset in enumerate(blend.datasets):
+            if isinstance(dataset, GeneratedDataset):
+                continue
             source, field = dataset.source, join("data", name, index)
             mine = f"{len(source.shards)} files with {source.num_tokens:,} tokens"
             if not team.same(field, mine):

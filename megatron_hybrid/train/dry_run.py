@@ -31,7 +31,7 @@ class FileProblems:
     def __init__(self, config: RunConfig, world_size: int) -> None:
         self.config = config
         self.wrong, self.absent, self.unused = Problems(), Problems(), Problems()
-        for field, source in config.data.sources().items():
+        for field, source in config.data.files().items():
             self._look_at_source(join(field, "path"), source)
         self._look_at_tokenizer()
         self._look_at_tasks()

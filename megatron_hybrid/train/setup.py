@@ -56,9 +56,12 @@ def build_validation_sets(
 
 def find_text_bytes(config: RunConfig) -> TextBytes:
     """Return the bytes of text of each token, if validation sets need them. Call it on one rank."""
-    paths = [source.path for sources in config.data.validation.values() for source in sources]
+    sources = [source for sources in config.data.validation.values() for source in sources]
     if config.train.eval_interval is None:
         return TextBytes(None, "there are no evaluations")
+    if any(source.generator is not None for source in sources):
+        return TextBytes(None, "validation sets are generated as tokens")
+    paths = [source.path for source in sources]
     return TextBytes.of(config.data.tokenizer, config.model.vocab_size, paths)
 
 

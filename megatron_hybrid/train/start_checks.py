@@ -63,7 +63,7 @@ def run_preflight(config: RunConfig, launch: Launch) -> None:
     """
 
     def read_data() -> None:
-        for source in config.data.sources().values():
+        for source in config.data.files().values():
             tokens = open_source(source, config.model.vocab_size)
             tokens.read(0, 1)
             tokens.read(tokens.num_tokens - 1, 1)

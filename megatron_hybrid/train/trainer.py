@@ -14,6 +14,7 @@ from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import check_run_dir
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.data.blend import Blend
+from megatron_hybrid.data.curriculum import Curriculum
 from megatron_hybrid.data.fingerprint import data_identity
 from megatron_hybrid.data.vocabulary import vocabulary_identity
 from megatron_hybrid.distributed.process_groups import stop_distributed
@@ -94,7 +95,8 @@ class Trainer:
         self.progress, self.stop = Progress(), False
         self.start = choose_verified_start(config)
         self.batches: list[Batch] = []
-        training, validation = open_data(config)
+        self.curriculum = Curriculum(config.data.curriculum) if config.data.curriculum else None
+        training, validation = open_data(config, self.curriculum)
         self.data_identity, self.vocabulary, self.changes = on_first_rank(lambda: self._compare(training))
         self.engine = build_engine(config, groups)
         self.loader = build_loader(config, groups, training, config.data.num_workers)
@@ -143,14 +145,16 @@ class Trainer:
         """Train on one global batch: compute gradients, then update unless a callback says to skip."""
         config, progress = self.config, self.progress
         batch_size = config.train.batch_size_at(progress.samples)
-        length = config.train.sequence_length_at(progress.samples, config.data.sequence_length)
-        self.batches = [batch.split(length) for batch in self.loader.global_batch(progress.samples, batch_size)]
+        self.batches = list(self.loader.global_batch(progress.samples, batch_size))
+        read_length = self.batches[0].tokens.shape[1]
+        length = config.train.sequence_length_at(progress.samples, read_length)
+        self.batches = [batch.split(length) for batch in self.batches]
         losses = self.engine.forward_backward(self.batches)
         norm = self.engine.gradient_norm()
 
         progress.step += 1
         progress.samples += batch_size
-        progress.tokens += batch_size * config.data.sequence_length
+        progress.tokens += batch_size * read_length
         lr = learning_rate(progress.step, config.train)
         skipped = self._reason_to_skip(losses, norm)
         if skipped is None:

@@ -54,6 +54,7 @@ def plain_mean(model: dict, train: dict, samples: torch.Tensor, masks: torch.Ten
     z = logits.logsumexp(-1).square()
     mean, z_mean = ((masks * x).sum() / masks.sum() for x in (cross_entropy, z))
     (mean + train["z_loss"] * z_mean).backward()
+    correct = int((logits.argmax(-1) == samples[:, 1:])[masks > 0].sum())
     of_batches = (masks * cross_entropy).view(-1, 2 * masks.shape[1]).sum(1) / masks.view(-1, 2 * masks.shape[1]).sum(1)
     gradients = {
         piece.tensor.name: piece.target.narrow(p.main_grad if p.grad is None else p.grad).clone()
@@ -65,6 +66,7 @@ def plain_mean(model: dict, train: dict, samples: torch.Tensor, masks: torch.Ten
         "loss": mean.item(),
         "z_loss": z_mean.item(),
         "by_source": [float(x) for x in by_source],
+        "correct": correct,
         "mean_of_means": of_batches[of_batches.isfinite()].mean().item(),
         "gradients": gradients,
     }

@@ -11,7 +11,7 @@ from testing.layouts import MODEL, SHALLOW, layout
 from tests.train import loss_jobs
 from tests.train.test_trainer import config, metrics  # noqa: F401 - config is a fixture
 
-TRAIN = dict(steps=1, global_batch_size=8, micro_batch_size=2, dtype="fp32", z_loss=1e-2)
+TRAIN = dict(steps=1, global_batch_size=8, micro_batch_size=2, dtype="fp32", z_loss=1e-2, eval_accuracy=True)
 SMALL = MODEL | {"layer_pattern": SHALLOW}
 LAYOUTS = {
     # name: (ranks, layout, DeepSpeed's zero section)
@@ -59,6 +59,7 @@ def test_mean_over_counted_tokens(name, ranks, expected):
             assert losses.by_source[:2] == pytest.approx(expected["by_source"][:2], rel=1e-6)
             assert math.isnan(losses.by_source[2]), "no sequence comes from it"
             assert losses.weight == data()["masks"].sum() and losses.counts.slots == data()["masks"].numel()
+        assert result["evaluated"].correct == expected["correct"] and result["losses"].correct is None
         assert result["norm"] == pytest.approx(norm, rel=1e-5)
         for tensor, source, gradient in result["gradients"]:
             torch.testing.assert_close(

@@ -7,6 +7,7 @@ from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.evaluation.validation_set import ValidationSet
 from megatron_hybrid.train.callbacks.base import Callback
 from megatron_hybrid.train.callbacks.checkpoints import Checkpoints
+from megatron_hybrid.train.callbacks.curriculum_progress import CurriculumProgress
 from megatron_hybrid.train.callbacks.debugging import debugging_callbacks
 from megatron_hybrid.train.callbacks.graceful_shutdown import GracefulShutdown
 from megatron_hybrid.train.callbacks.outlier_skipping import OutlierSkipping
@@ -38,8 +39,11 @@ def default_callbacks(
         OutlierSkipping(config.train.skip_step),
         *debugging_callbacks(config),
     ]
-    if validation:
-        callbacks.append(PeriodicEvaluation(config.train, validation))
+    evaluation = PeriodicEvaluation(config.train, validation) if validation else None
+    if evaluation is not None:
+        callbacks.append(evaluation)
+    if config.data.curriculum:
+        callbacks.append(CurriculumProgress(evaluation))
     if config.tasks.paths:
         callbacks.append(TaskEvaluation(config.tasks))
     if interrupt is not None:

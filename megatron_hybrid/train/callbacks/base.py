@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Protocol
 
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.batch import Batch
+from megatron_hybrid.data.curriculum import Curriculum
+from megatron_hybrid.data.loader import BatchLoader
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.observe import RunLogger
 from megatron_hybrid.train.engines.base import Engine
@@ -31,6 +33,9 @@ class Run(Protocol):
     """Set it to end the run after the current step."""
     batches: list[Batch]
     """This rank's micro-batches of the current step."""
+    loader: BatchLoader
+    curriculum: Curriculum | None
+    """Sizes of generated samples."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the run for a checkpoint: JSON values, the same on every rank."""

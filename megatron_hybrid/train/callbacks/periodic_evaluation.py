@@ -12,12 +12,15 @@ class PeriodicEvaluation(Callback):
     """Evaluates on every set of `data.validation` every `train.eval_interval` steps and after the last step.
 
     Writes loss, perplexity, bits per byte and tokens of each set to the metrics of the step, and a line per set to the console.
+    `train.eval_accuracy` adds the accuracy.
     The loss is the mean over the counted tokens of the set's first `train.eval_batches` global batches, or of the whole set.
     Training waits meanwhile, so do not use it with a short interval and large sets.
     """
 
     def __init__(self, config: TrainConfig, validation: Sequence[ValidationSet]) -> None:
         self.config, self.validation = config, validation
+        self.results: dict[str, SetLoss] = {}
+        """Results of the current step; empty if it is not evaluated."""
 
     def start(self, run: Run) -> None:
         reason = self.validation[0].text_bytes.unknown_reason
@@ -26,8 +29,8 @@ class PeriodicEvaluation(Callback):
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
         step, interval = run.progress.step, self.config.eval_interval
-        if interval and (step % interval == 0 or step == self.config.steps):
-            self.evaluate(run)
+        is_due = interval and (step % interval == 0 or step == self.config.steps)
+        self.results = self.evaluate(run) if is_due else {}
 
     def evaluate(self, run: Run) -> dict[str, SetLoss]:
         """Return and log the losses of all validation sets by their names."""

@@ -9,6 +9,7 @@ import torch
 from megatron_hybrid.base.errors import as_storage_error
 from megatron_hybrid.config.summary import summary
 from megatron_hybrid.data.blend import Blend
+from megatron_hybrid.data.generated import ENDLESS
 from megatron_hybrid.distributed.device import has_cuda
 from megatron_hybrid.planner.memory import expected
 from megatron_hybrid.train.callbacks.base import Callback, Run
@@ -38,6 +39,9 @@ class RunSummary(Callback):
         self._warn_of_repeats(run)
 
     def _epochs(self, run: Run) -> list[float]:
+        """Return the epochs of each source by the last step; none if all are generators, which never repeat a sample."""
+        if all(dataset.samples_per_epoch == ENDLESS for dataset in self.training.datasets):
+            return []
         counts = self.training.counts(run.config.train.samples_after(run.config.train.steps))
         return [n / dataset.samples_per_epoch for n, dataset in zip(counts, self.training.datasets, strict=True)]
 

@@ -24,7 +24,7 @@ class StepMetrics(Callback):
 
     def __init__(self, training: Blend) -> None:
         self._training, self._spikes = training, SpikeScore()
-        self._sources = short_names([dataset.source.name for dataset in training.datasets])
+        self._sources = short_names([dataset.name for dataset in training.datasets])
         packing = packing_statistics(training.datasets)
         self._once = packing.metrics() if packing else {}
 

@@ -57,6 +57,6 @@ class Engine(Protocol):
         """Release GPU memory."""
 
 
-def run_model(model: Callable[..., Any], batch: Batch, z_loss: float) -> Any:
+def run_model(model: Callable[..., Any], batch: Batch, z_loss: float, count_correct: bool = False) -> Any:
     """Run the model on a micro-batch: `TokenLosses` on the last pipeline stage, hidden states on the others."""
-    return model(batch.tokens, batch.labels, batch.loss_mask, z_loss, batch.documents, batch.cu_seqlens)
+    return model(batch.tokens, batch.labels, batch.loss_mask, z_loss, batch.documents, batch.cu_seqlens, count_correct)

@@ -35,6 +35,8 @@ class BatchLosses:
     """What the slots of the global batch hold. None: every token counts."""
     by_source: tuple[float, ...] = ()
     """Loss of each source of the blend, NaN for a source without counted tokens. Empty if batches name no sources."""
+    correct: int | None = None
+    """Number of counted tokens whose label has the highest logit. None: not counted."""
 
 
 class GlobalBatch:
@@ -44,12 +46,16 @@ class GlobalBatch:
 
     Args:
         batches: this rank's micro-batches of whole sequences.
+        count_correct: correct predictions are counted.
     """
 
-    def __init__(self, batches: Sequence[Batch], groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self, batches: Sequence[Batch], groups: ProcessGroupCollection, count_correct: bool = False
+    ) -> None:
         self.groups = groups
         self.slots = groups.dp.size() * sum(batch.labels.numel() for batch in batches)
         self._means: list[Tensor] = []
+        self._correct = torch.zeros(1, dtype=torch.float64, device=local_device()) if count_correct else None
         self._by_source = _source_sums(batches)
         self._totals: Tensor | None = None
         if batches[0].counts is not None:
@@ -68,6 +74,8 @@ class GlobalBatch:
             batch: as `weigh` returned it.
         """
         self._means.append(torch.stack((losses.cross_entropy, losses.z_loss)))
+        if losses.correct is not None and self._correct is not None:
+            self._correct += losses.correct
         if batch.sources is not None and self._by_source is not None:
             per_sequence = (losses.per_token.t(), batch.loss_mask)  # both [b, s]
             sums = torch.stack([values.sum(1, dtype=torch.float64) for values in per_sequence], 1)
@@ -83,13 +91,18 @@ class GlobalBatch:
         if self._by_source is not None:
             self._sum_over_ranks(self._by_source)
             parts.append(self._by_source[:, 0] / self._by_source[:, 1])
-        return self._read(torch.cat(parts).tolist())
+        if self._correct is None:
+            return self._read(torch.cat(parts).tolist())
+        self._sum_over_ranks(self._correct)
+        *values, correct = torch.cat([*parts, self._correct]).tolist()
+        return replace(self._read(values), correct=round(correct))
 
     def _sum_over_ranks(self, values: Tensor, divide: bool = False) -> None:
         """Sum over data, context and pipeline parallel ranks, or average over the first two."""
-        dist.all_reduce(values, group=self.groups.dp_cp)
-        if divide:
-            values /= self.groups.dp_cp.size()
+        if self.groups.dp_cp.size() > 1:
+            dist.all_reduce(values, group=self.groups.dp_cp)
+            if divide:
+                values /= self.groups.dp_cp.size()
         if self.groups.pp.size() > 1:
             dist.all_reduce(values, group=self.groups.pp)
 
@@ -109,7 +122,8 @@ def _totals(batches: Sequence[Batch], groups: ProcessGroupCollection) -> Tensor:
     counts = sum((batch.counts for batch in batches if batch.counts is not None), SampleCounts())
     values = torch.tensor([weight, *astuple(counts)], dtype=torch.float64)
     totals = values.to(local_device(), non_blocking=True)
-    dist.all_reduce(totals, group=groups.dp)
+    if groups.dp.size() > 1:
+        dist.all_reduce(totals, group=groups.dp)
     return totals
 
 

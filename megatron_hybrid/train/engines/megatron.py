@@ -57,7 +57,7 @@ class MegatronEngine:
         self.optimizer = Optimizer(self.wrapped, self.layout, train, parallel, precision)
         self._update_pending = False
         prepare_for_training(self.wrapped, self.optimizer)
-        self.run = BatchRunner(self.wrapped, groups, train.z_loss)
+        self.run = BatchRunner(self.wrapped, groups, train.z_loss, train.eval_accuracy)
 
     def forward_backward(self, batches: list[Batch]) -> BatchLosses:
         """Run forward and backward over this rank's micro-batches and return the mean losses of the global batch.
@@ -69,7 +69,8 @@ class MegatronEngine:
             self.optimizer.set_fp8_parameters()  # the last step was skipped, but its scales are newer than the cast
         self._update_pending = True
         for chunk in self.wrapped:
-            chunk.train()
+            if not chunk.training:  # the call visits all modules
+                chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         return self.run(batches)

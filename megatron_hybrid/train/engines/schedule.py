@@ -26,6 +26,7 @@ class BatchRunner:
     Args:
         chunks: this rank's model chunks, in their data parallel wrappers or bare.
         z_loss: weight of the z-loss in the differentiated loss.
+        accuracy: count correct predictions where only the forward pass is run.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class BatchRunner:
         chunks: Sequence[torch.nn.Module],
         groups: ProcessGroupCollection,
         z_loss: float,
+        accuracy: bool = False,
     ) -> None:
-        self.chunks, self.groups, self.z_loss = chunks, groups, z_loss
+        self.chunks, self.groups, self.z_loss, self.accuracy = chunks, groups, z_loss, accuracy
         self.run_schedule = get_forward_backward_func()
 
     def __call__(self, batches: list[Batch], forward_only: bool = False) -> BatchLosses:
@@ -43,10 +45,11 @@ class BatchRunner:
         Args:
             batches: micro-batches of whole sequences, all of one shape, the same on all context parallel ranks of a replica.
         """
-        several, global_batch = len(self.chunks) > 1, GlobalBatch(batches, self.groups)
+        count_correct = self.accuracy and forward_only
+        several, global_batch = len(self.chunks) > 1, GlobalBatch(batches, self.groups, count_correct)
         iterators = [iter(batches) for _ in self.chunks]
         self.run_schedule(
-            forward_step_func=partial(self.forward_step, global_batch),
+            forward_step_func=partial(self.forward_step, global_batch, count_correct),
             data_iterator=iterators if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
             num_microbatches=len(batches),
@@ -57,14 +60,14 @@ class BatchRunner:
         return global_batch.losses()
 
     def forward_step(
-        self, global_batch: GlobalBatch, batches: Iterator[Batch], model: torch.nn.Module
+        self, global_batch: GlobalBatch, count_correct: bool, batches: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[Any, Callable[..., Any]]:
         """Run the model on the next micro-batch. Returns its output and the function that makes the loss from it."""
         heartbeat.beat()
         context_parallel = self.groups.cp
         batch = next(batches).slice(context_parallel.rank(), context_parallel.size()).to(local_device())
         batch = global_batch.weigh(batch)
-        return run_model(model, batch, self.z_loss), partial(self._loss, global_batch, batch)
+        return run_model(model, batch, self.z_loss, count_correct), partial(self._loss, global_batch, batch)
 
     def _loss(self, global_batch: GlobalBatch, batch: Batch, losses: TokenLosses) -> tuple[Tensor, dict[str, Tensor]]:
         # megatron-core multiplies the loss by the context parallel size (schedules.py, forward_step_calc_loss) and averages

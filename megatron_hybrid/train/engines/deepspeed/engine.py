@@ -54,7 +54,7 @@ class DeepSpeedEngine:
         documents: bool = False,
     ) -> None:
         deepspeed = import_deepspeed(zero)
-        self.groups, self.z_loss = groups, train.z_loss
+        self.groups, self.z_loss, self.accuracy = groups, train.z_loss, train.eval_accuracy
         self.chunks = build_model(model, parallel, precision, train.dtype, sequence_length, groups)
         (chunk,) = self.chunks
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
@@ -103,9 +103,9 @@ class DeepSpeedEngine:
         self.optimizer.scalars.reduce()
         return global_batch.losses()
 
-    def _forward(self, batch: Batch, global_batch: GlobalBatch) -> TokenLosses:
+    def _forward(self, batch: Batch, global_batch: GlobalBatch, count_correct: bool = False) -> TokenLosses:
         batch = global_batch.weigh(batch.to(local_device()))
-        losses: TokenLosses = run_model(self.engine, batch, self.z_loss)
+        losses: TokenLosses = run_model(self.engine, batch, self.z_loss, count_correct)
         global_batch.add(losses, batch)
         return losses
 
@@ -121,9 +121,9 @@ class DeepSpeedEngine:
     def evaluate(self, batches: list[Batch]) -> BatchLosses:
         """Return the mean losses over a global batch, without gradients."""
         self.engine.eval()
-        global_batch = GlobalBatch(batches, self.groups)
+        global_batch = GlobalBatch(batches, self.groups, self.accuracy)
         for batch in batches:
-            self._forward(batch, global_batch)
+            self._forward(batch, global_batch, self.accuracy)
         self.engine.train()
         return global_batch.losses()
 

@@ -1,0 +1,169 @@
+"""Accuracies of the five models on the paper's tasks, from the runs of examples/expressivity: a result file and a figure.
+
+bash examples/expressivity/run.sh calls it. Alone, it reports runs that exist:
+python benchmarks/expressivity.py --task state_tracking
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+
+LABELS = {
+    "transformer": "transformer",
+    "gdn_negative": "GDN, negative",
+    "gdn_positive": "GDN, positive",
+    "hybrid_negative": "hybrid, negative",
+    "hybrid_positive": "hybrid, positive",
+}
+"""Models: negative and positive name the eigenvalues that are allowed."""
+PAPER = {
+    "state_tracking": {4: (0.512, 1, 1, 1, 1), 128: (0.230, 1, 0.223, 1, 0.363)},
+    "recall": {64: (1, 0.832, 0.801, 1, 1), 128: (0.965, 0.676, 0.672, 1, 1)},
+    "state_based_recall": {64: (0.629, 0.781, 0.598, 1, 0.613), 128: (0.543, 0.637, 0.574, 1, 0.570)},
+}
+"""Accuracies of arXiv 2604.03444, section 3.5, by size and in the order of LABELS."""
+GOALS = {"state_tracking": 128, "state_tracking_small": 16}
+"""Size at which models with negative eigenvalues must reach 0.99, unless they are transformers, and others must stay below 0.5."""
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Return the accuracies of a run's last evaluation by size, with its step; None: it has not been evaluated."""
+    from megatron_hybrid.observe.metrics import read_metrics
+
+    path, found = folder / "metrics.jsonl", None
+    records = list(read_metrics(path)) if path.exists() else []
+    for record in records:
+        accuracies = {int(m[1]): v for key, v in record.items() if (m := re.fullmatch(r"eval/n(\d+)/accuracy", key))}
+        if accuracies:
+            found = {"accuracies": accuracies, "step": record["step"]}
+    if found is not None:
+        seconds = sorted(record["seconds"] for record in records[1:] if record.get("seconds"))
+        found["seconds"] = seconds[len(seconds) // 2] if seconds else None
+    return found
+
+
+def best_runs(runs: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
+    """Return the run of each model with the highest accuracy at the largest size, as the paper reports, and the number of runs."""
+    found: dict[str, dict[str, Any]] = {}
+    for model, folder in runs:
+        if (run := read_run(folder)) is None:
+            continue
+        other, size = found.get(model), max(run["accuracies"])
+        count = 1 + (other["runs"] if other else 0)
+        if other is None or run["accuracies"][size] > other["accuracies"][size]:
+            found[model] = run | {"folder": folder.name}
+        found[model]["runs"] = count
+    return {model: found[model] for model in LABELS if model in found}
+
+
+def rows_of(task: str, best: dict[str, dict[str, Any]]) -> list[dict]:
+    """Return the rows of the result file."""
+    from report import row
+
+    rows = []
+    for model, run in best.items():
+        case = LABELS[model]
+        for size, accuracy in sorted(run["accuracies"].items()):
+            paper = PAPER.get(task, {}).get(size)
+            peer = None if paper is None else paper[[*LABELS].index(model)]
+            line = row(
+                case,
+                f"accuracy at n = {size}",
+                "share",
+                accuracy,
+                peer,
+                peer is not None and "paper" or None,
+                None,
+                True,
+            )
+            rows.append(line | _goal(task, model, size, accuracy))
+        for metric, value in (("steps", run["step"]), ("median step", run["seconds"]), ("runs", run["runs"])):
+            rows.append(row(case, metric, "s" if metric == "median step" else "", value))
+    return rows
+
+
+def _goal(task: str, model: str, size: int, accuracy: float) -> dict[str, Any]:
+    """Return goal and verdict where the task has one for this size."""
+    if GOALS.get(task) != size:
+        return {}
+    solves = model.endswith("_negative")
+    return {"goal": 0.99 if solves else 0.5, "met": accuracy >= 0.99 if solves else accuracy < 0.5}
+
+
+def draw(task: str, best: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw accuracy over size, with the paper's values as rings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for number, model in enumerate(LABELS):
+        color = f"C{number}"
+        if model in best:
+            points = sorted(best[model]["accuracies"].items())
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=LABELS[model])
+        paper = [(size, values[number]) for size, values in PAPER.get(task, {}).items()]
+        if paper:
+            axes.plot(*zip(*paper, strict=True), "o", markersize=11, markerfacecolor="none", color=color)
+    axes.set(xlabel="n", ylabel="accuracy of the last token", title=task.replace("_", " "), ylim=(0, 1.05))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.legend()
+    if task in PAPER:
+        figure.text(0.99, 0.005, "rings: the paper", ha="right", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(task: str, runs: Iterable[tuple[str, Path]], out: Path | None = None, command: str | None = None) -> None:
+    """Write the result file and the figure of a task, and print the table.
+
+    Args:
+        runs: model and folder of each run.
+        out: folder of both; None: benchmarks/results and docs/results.
+        command: command to record; None: the running one.
+    """
+    import torch
+    from report import RESULTS, write
+
+    runs = list(runs)
+    best = best_runs(runs)
+    if not best:
+        print("no run has been evaluated yet: there is nothing to report")
+        return
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    notes = [f"best of {run['runs']} runs of {LABELS[model]}: {run['folder']}" for model, run in best.items()]
+    words = " ".join(sys.argv[1:]) if Path(sys.argv[0]).name == "grid.py" else f"--task {task}"
+    write(
+        f"expressivity_{task}",
+        rows_of(task, best),
+        ("torch", "megatron-core"),
+        machine,
+        notes,
+        command=command or f"bash examples/expressivity/run.sh {re.sub(r'/[^ ]+', 'PATH', words)}",
+        out=out or RESULTS,
+    )
+    suffix = "cpu" if machine is None else "gpu"
+    draw(task, best, (out or ROOT / "docs" / "results") / f"expressivity_{task}-{suffix}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="state_tracking")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "expressivity")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    folders = sorted((arguments.runs / arguments.task).glob("*-seed*"))
+    report(arguments.task, [(folder.name.split("-lr")[0], folder) for folder in folders], arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Generators of synthetic tasks that separate architectures by what they can express."""

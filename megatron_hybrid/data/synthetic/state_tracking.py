@@ -1,0 +1,80 @@
+"""State tracking: the value of a variable after `size` swaps, as in a Python program that asserts it.
+
+    a = 2
+    b = 0
+    ...
+    a, c = c, a
+    e, b = b, e
+    assert c == 2
+
+With five variables, this is the word problem of the symmetric group S5 on transpositions.
+"""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, PositiveInt
+
+from megatron_hybrid.config.generators import GeneratedTokens, SampleGenerator, register
+from megatron_hybrid.data.synthetic.swaps import (
+    ASSERT,
+    ASSIGNMENT,
+    EQUAL_TO,
+    LETTERS,
+    MARKS,
+    NEWLINE,
+    SWAP,
+    assignment_lines,
+    draw_swaps,
+    join_lines,
+    states_after,
+    swap_lines,
+)
+
+_CHECK = 5  # tokens of `assert a == 2`
+_ANSWER = 3  # place of the answer in it
+
+
+class StateTracking(SampleGenerator):
+    """Swaps of variables, with assertions at fixed gaps and one after the last swap."""
+
+    task: Literal["state_tracking"] = "state_tracking"
+    variables: int = Field(5, ge=2, le=len(LETTERS))
+    """Number of variables, which hold different values."""
+    gap: PositiveInt | None = 4
+    """Swaps between assertions. None: only the last one."""
+    strict_share: float = Field(0.0, ge=0, le=1)
+    """Share of the samples that have only the last assertion."""
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        return (*MARKS, *LETTERS[: self.variables], *map(str, range(self.variables)))
+
+    def length(self, size: int) -> int:
+        return self.variables * ASSIGNMENT + size * SWAP + len(self._checked(size, self.gap)) * _CHECK - 1
+
+    def generate(self, size: int, random: np.random.Generator) -> GeneratedTokens:
+        names = len(MARKS) + np.arange(self.variables)
+        numbers = names + self.variables
+        values, swaps = random.permutation(self.variables), draw_swaps(random, self.variables, size)
+        is_strict = random.random() < self.strict_share
+        checked = self._checked(size, None if is_strict else self.gap)
+        asked = random.integers(0, self.variables, len(checked))
+        parts, lines, done = [assignment_lines(names, numbers[values])], swap_lines(names, swaps), 0
+        answers: list[int] = []
+        for count, state in enumerate(states_after(values, swaps), 1):
+            if len(answers) < len(checked) and count == checked[len(answers)]:
+                variable = asked[len(answers)]
+                check = np.array([ASSERT, names[variable], EQUAL_TO, numbers[state[variable]], NEWLINE])
+                parts += [lines[done:count], check]
+                answers.append(len(parts) - 1)
+                done = count
+        return join_lines(parts, _ANSWER, answers)
+
+    @staticmethod
+    def _checked(size: int, gap: int | None) -> list[int]:
+        """Return the numbers of swaps after which there is an assertion."""
+        return [*range(gap, size, gap), size] if gap else [size]
+
+
+register(StateTracking)

@@ -1,0 +1,133 @@
+"""The grid of examples/expressivity: its runs, its scheduler, and its report. Runs are replaced by short scripts."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+TASKS = ("state_tracking", "recall", "state_based_recall", "state_tracking_small")
+
+
+@pytest.fixture
+def grid(root):
+    sys.path[:0] = [str(root / "examples" / "expressivity"), str(root / "benchmarks")]
+    try:
+        import grid
+
+        yield grid
+    finally:
+        del sys.path[:2]
+
+
+def arguments(grid, tmp_path, task: str, **changes) -> SimpleNamespace:
+    found = dict(task=task, models=grid.MODELS, seeds=1, lrs=None, schedules=None, runs=str(tmp_path), overrides=[])
+    return SimpleNamespace(**found | changes)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_five_models_of_each_task(grid, tmp_path, task):
+    runs = {run.model: run.config for run in grid.grid(arguments(grid, tmp_path, task))}
+    patterns = {name: "".join(config.model.layers) for name, config in runs.items()}
+    hybrid = "GGA" if task.endswith("small") else "GGGA"
+    pure = {kind: kind * len(hybrid) for kind in "GA"}
+    assert patterns == {
+        "transformer": pure["A"], "gdn_negative": pure["G"], "gdn_positive": pure["G"],
+        "hybrid_negative": hybrid, "hybrid_positive": hybrid,
+    }  # fmt: skip
+    signs = {name: config.model.gdn and config.model.gdn.allow_negative_eigenvalues for name, config in runs.items()}
+    assert signs == {
+        "transformer": None, "gdn_negative": True, "gdn_positive": False, "hybrid_negative": True, "hybrid_positive": False,
+    }  # fmt: skip
+    sizes = {set_[0].generator.size for config in runs.values() for set_ in config.data.validation.values()}
+    assert max(sizes) == (16 if task.endswith("small") else 128)
+
+
+def test_runs_differ_in_rate_schedule_and_seed(grid, tmp_path):
+    chosen = dict(lrs=[1e-4, 3e-4], schedules=["cosine", "constant"], seeds=2, overrides=["train.steps=300"])
+    runs = list(grid.grid(arguments(grid, tmp_path, "state_tracking", **chosen)))
+    assert len(runs) == len({run.folder for run in runs}) == 40
+    assert [run.model for run in runs[:5]] == [*grid.MODELS], "every model begins with the first seed and rate"
+    settings = {
+        (c.train.seed, c.data.seed, c.train.optimizer.lr, c.train.schedule.kind) for c in (r.config for r in runs)
+    }
+    assert len(settings) == 8 and {run.config.train.steps for run in runs} == {300}
+
+
+def script(folder, text: str):
+    """A run that is a script, in which F is its folder."""
+    folder.mkdir()
+    path = folder / "metrics.jsonl"
+    code = f"import json, pathlib, signal, sys, time\nF = pathlib.Path({str(folder)!r})\n{text}"
+
+    class Scripted:
+        model = "transformer"
+
+        @property
+        def is_finished(self) -> bool:
+            return path.exists()
+
+        def start(self, environment):
+            return subprocess.Popen([sys.executable, "-c", code], env=environment)
+
+    found = Scripted()
+    found.folder = folder
+    return found
+
+
+FINISH = "(F / 'metrics.jsonl').write_text('{}')"
+
+
+def test_the_scheduler_fills_its_slots_and_resumes(grid, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    write = "import os\n(F / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    runs = [script(tmp_path / str(number), write + FINISH) for number in range(5)]
+    runs.append(script(tmp_path / "broken", "sys.exit(3)"))
+    first = grid.Scheduler(runs, gpus=2, per_device=2, deadline=time.monotonic() + 60)
+    first.work()
+    assert first.failed == runs[-1:] and sorted(first.slots) == [0, 0, 1, 1]
+    assert {(run.folder / "gpu").read_text() for run in runs[:5]} == {"3", "5"}
+    assert grid.Scheduler(runs, 2, 2, 0.0).waiting == runs[-1:]
+
+
+def test_the_time_limit_stops_all_runs_with_a_request(grid, tmp_path):
+    patient = "signal.signal(signal.SIGTERM, lambda *_: ((F / 'saved').touch(), sys.exit(75)))\n(F / 'ready').touch()\ntime.sleep(60)"
+    runs = [script(tmp_path / str(number), patient) for number in range(3)]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    scheduler = grid.Scheduler(runs, gpus=0, per_device=2, deadline=time.monotonic() + 1.5)
+    try:
+        scheduler.work()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert [run.folder.joinpath("saved").exists() for run in runs] == [True, True, False]
+    assert scheduler.failed == [] and scheduler.waiting == runs[2:]
+
+
+def test_the_report_takes_the_best_run_of_each_model(grid, tmp_path):
+    from expressivity import report
+
+    runs = []
+    for model, accuracies in {"hybrid_negative": (0.4, 1.0), "transformer": (0.3, 0.25)}.items():
+        for seed, accuracy in enumerate(accuracies, 1):
+            folder = tmp_path / f"{model}-lr0.1-cosine-seed{seed}"
+            folder.mkdir()
+            records = [
+                {"step": 1, "seconds": 9.0},
+                {"step": 2, "seconds": 0.5, "eval/n4/accuracy": 0.1, "eval/n128/accuracy": 0.0},
+            ]
+            records.append({"step": 3, "seconds": 0.5, "eval/n4/accuracy": 1.0, "eval/n128/accuracy": accuracy})
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            runs.append((model, folder))
+    report("state_tracking", runs, tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("*.json")
+    rows = {(row["case"], row["metric"]): row for row in json.loads(path.read_text())["rows"]}
+    best = rows["hybrid, negative", "accuracy at n = 128"]
+    assert (best["ours"], best["peer"], best["goal"], best["met"]) == (1.0, 1, 0.99, True)
+    other = rows["transformer", "accuracy at n = 128"]
+    assert (other["ours"], other["peer"], other["goal"], other["met"]) == (0.3, 0.23, 0.5, True)
+    assert rows["transformer", "runs"]["ours"] == 2 and rows["transformer", "steps"]["ours"] == 3
+    assert [*(tmp_path / "out").glob("expressivity_state_tracking-*.png")]
