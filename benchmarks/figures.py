@@ -7,7 +7,10 @@ them, and tests/test_documentation.py checks that it is there.
 import json
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+
+import drope_yarn_page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -183,6 +186,7 @@ def planner_runs() -> str:
 TABLES = {
     "training": training, "headline": headline, "kernels": kernels, "tiny": tiny, "fp8-loss": fp8_loss,
     "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs,
+    "drope-yarn": partial(drope_yarn_page.retrieval, table), "drope-yarn-loss": partial(drope_yarn_page.loss, table),
 }  # fmt: skip
 
 
@@ -197,6 +201,7 @@ def with_figures(text: str) -> str:
 
 
 def write() -> None:
-    """Write the tables into all pages."""
+    """Write the tables into all pages, and draw the plots."""
+    drope_yarn_page.draw()
     for page in pages():
         page.write_text(with_figures(page.read_text()))
