@@ -1,10 +1,10 @@
 """Time of verifying a checkpoint against reading it alone, and cost of a background save for the steps around it.
 
 python benchmarks/checkpoint_verify.py --gigabytes 97 --folder /scratch/verify      a file system with room for the checkpoint
-torchrun --nproc-per-node 2 benchmarks/checkpoint_verify.py --gigabytes 97 --folder /scratch/verify --steps 60
+torchrun --nproc-per-node 2 benchmarks/checkpoint_verify.py --gigabytes 97 --folder /scratch/verify --steps 60 [--rounds 1]
 
-Rank 0 makes `--gigabytes` of files. All ranks then read their shares, and hash them. The files are dropped from the page cache
-before each pass. Background saves are timed with a training loop in place of a model: each rank holds its share of `--save-gigabytes`
+The ranks make `--gigabytes` of files. They then read their shares, and hash them. The files are dropped from the page cache before
+each pass. Background saves are timed with a training loop in place of a model: each rank holds its share of `--save-gigabytes`
 and multiplies matrices on its device.
 """
 
@@ -40,16 +40,23 @@ COLUMNS = 1 << 20
 def make_checkpoint(folder: Path, nbytes: int) -> Path:
     """Write a checkpoint of random bf16 values in files of 4 GiB, or several smaller ones if it is small."""
     saving, target = folder / ".saving-step-00000001", folder / "step-00000001"
-    saving.mkdir(parents=True)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     rows = max(8, nbytes // (2 * COLUMNS))
     each = min(FILE_BYTES // (2 * COLUMNS), -(-rows // 8))
     parts = -(-rows // each)
-    for number in range(parts):
-        count = min(each, rows - number * each)
-        values = torch.randint(0, 256, (count, 2 * COLUMNS), dtype=torch.uint8).view(torch.bfloat16)
-        part = TensorSlice((number * each, 0), (count, COLUMNS))
-        write_rank(saving, number, [SlicedTensor("w", (rows, COLUMNS), part, values)], {})
-    finish(saving, target, Index({}, {}, {}), parts)
+    values = torch.randint(0, 256, (each, 2 * COLUMNS), dtype=torch.uint8).view(torch.bfloat16)  # of every file
+    saving.mkdir(parents=True, exist_ok=True)
+
+    def write(number: int) -> None:
+        part = TensorSlice((number * each, 0), (min(each, rows - number * each), COLUMNS))
+        write_rank(saving, number, [SlicedTensor("w", (rows, COLUMNS), part, values[: part.shape[0]])], {})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(rank, parts, ranks)))
+    dist.barrier()
+    if rank == 0:
+        finish(saving, target, Index({}, {}, {}), parts)
+    dist.barrier()
     return target
 
 
@@ -100,6 +107,13 @@ class Shares:
         return iter([SlicedTensor(t.name, t.tensor_shape, t.slice, t.data) for t in self.tensors])
 
 
+def anywhere(condition: bool) -> bool:
+    """Return whether the condition holds on any rank."""
+    flag = torch.tensor(float(condition), device=local_device())
+    dist.all_reduce(flag)
+    return bool(flag.item())
+
+
 def time_background_save(folder: Path, nbytes: int, steps: int) -> list[dict]:
     """Return rows on a background save: how long the step waits, and how much later steps slow down."""
     manager = CheckpointManager(CheckpointConfig(async_save=True), folder, Shares(nbytes), {}, {})
@@ -118,7 +132,7 @@ def time_background_save(folder: Path, nbytes: int, steps: int) -> list[dict]:
     usual = sorted(seconds(step) for _ in range(steps))[steps // 2]
     stall = seconds(lambda: manager.save(1, {}, {}))
     during, begin = [], time.perf_counter()
-    while manager._writes.in_progress and time.perf_counter() - begin < 600:
+    while anywhere(manager._writes.in_progress) and time.perf_counter() - begin < 600:
         during.append(seconds(step))
     wrote = time.perf_counter() - begin
     manager.close()
@@ -138,17 +152,35 @@ def main() -> None:
     parser.add_argument("--save-gigabytes", type=float, default=1)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3, help="of reading and of verifying")
     a, _ = parser.parse_known_args()
     launch = Launch.from_environment().export()
     start_distributed(launch, ParallelConfig(), seed=0)
     folder = a.folder / "checkpoint-verify"
+    a.folder.mkdir(parents=True, exist_ok=True)
     if launch.rank == 0:
         remove_folder(folder)
-        make_checkpoint(folder, int(a.gigabytes * 1e9))
+        free, needed = shutil.disk_usage(a.folder).free, 1.05e9 * max(a.gigabytes, a.save_gigabytes)
+        if free < needed:
+            raise SystemExit(f"--folder: it has {free / 1e9:.0f} GB of space, and {needed / 1e9:.0f} are needed")
     dist.barrier()
-    target = folder / "step-00000001"
+    target = make_checkpoint(folder, int(a.gigabytes * 1e9))
+    rows = time_verification(target, a.rounds)
+    write(rows)
+    if launch.rank == 0:
+        shutil.rmtree(target)
+    printed = len(rows)
+    rows += time_background_save(folder, int(a.save_gigabytes * 1e9), a.steps)
+    if launch.rank == 0:
+        shutil.rmtree(folder)
+    write(rows, printed)
+    dist.barrier()
+
+
+def time_verification(target: Path, rounds: int) -> list[dict]:
+    """Return rows on verifying a checkpoint against reading it."""
     times: dict[str, list[float]] = {"read": [], "verify": []}
-    for _ in range(3):
+    for _ in range(rounds):
         for name, work in (
             ("read", lambda: read_share(target)),
             ("verify", lambda: find_damage_together(target, "full")),
@@ -157,20 +189,18 @@ def main() -> None:
             times[name].append(seconds(work))
     size = sum(facts["bytes"] for facts in read_index(target).files.values())
     read, verified = min(times["read"]), min(times["verify"])
-    case = f"checkpoint of {size / 1e9:.1f} GB, {launch.world_size} ranks, {os.cpu_count()} cores"
+    case = f"checkpoint of {size / 1e9:.1f} GB, {dist.get_world_size()} ranks, {os.cpu_count()} cores"
     peer, rates = "reading alone", (size / verified / 1e9, size / read / 1e9)
-    rows = [
+    return [
         report.row(case, "verification", "s", verified, peer=read, peer_name=peer),
         report.row(case, "verification", "GB/s", rates[0], peer=rates[1], peer_name=peer, higher_is_better=True),
     ]
-    if launch.rank == 0:
-        shutil.rmtree(target)
-    rows += time_background_save(folder, int(a.save_gigabytes * 1e9), a.steps)
-    if launch.rank == 0:
-        shutil.rmtree(folder)
+
+
+def write(rows: list[dict], printed: int = 0) -> None:
+    if dist.get_rank() == 0:
         machine = torch.cuda.get_device_name() if has_cuda() else None
-        report.write("checkpoint_verify", rows, packages=("torch", "safetensors"), machine=machine)
-    dist.barrier()
+        report.write("checkpoint_verify", rows, ("torch", "safetensors"), machine=machine, printed=printed)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ python benchmarks/document_attention.py
 oracle of values and gradients is fp32 SDPA on each document alone. About two minutes on an H200.
 """
 
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -162,12 +163,10 @@ def measured(way: Callable, tensors: list[torch.Tensor], samples: int = 5) -> tu
     return ms, (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
-def times(groups) -> list[dict]:
-    found: list[dict] = []
+def times(groups) -> Iterator[list[dict]]:
     for shape, (b, s) in SHAPES.items():
         for kind in ("two documents", "web text"):
-            found += times_of(f"{shape}, {kind}", rows_of(kind, b, s), groups)
-    return found
+            yield times_of(f"{shape}, {kind}", rows_of(kind, b, s), groups)
 
 
 def times_of(case: str, rows: list[list[int]], groups) -> list[dict]:
@@ -199,7 +198,6 @@ def times_of(case: str, rows: list[list[int]], groups) -> list[dict]:
             continue
         found.append(row(case, "forward + backward", "ms", ms, theirs, name))
         found.append(row(case, "memory of a call", "GB", memory, bytes_, name))
-        print(found[-2], found[-1], sep="\n", flush=True)
     return found
 
 
@@ -256,10 +254,11 @@ def main() -> None:
     groups = start_distributed(Launch.from_environment(), ParallelConfig(), seed=0, quiet=True)
     fp8 = fp8_takes_documents(groups)
     print(fp8, flush=True)
-    rows = accuracy(groups)
-    rows += times(groups)
     packages = ("torch", "transformer-engine", "nvidia-cudnn-cu13")
-    write("document_attention", rows, packages, machine=torch.cuda.get_device_name(), notes=[fp8])
+    rows: list[dict] = []
+    for found in itertools.chain([accuracy(groups)], times(groups)):
+        printed, rows = len(rows), rows + found
+        write("document_attention", rows, packages, torch.cuda.get_device_name(), notes=[fp8], printed=printed)
     stop_distributed()
 
 

@@ -6,7 +6,7 @@ them, and tests/test_documentation.py checks that it is there.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -183,7 +183,63 @@ def planner_runs() -> str:
     return table(["layout", "GB, predicted", "measured", "s per step, predicted", "measured"], lines)
 
 
+def documents() -> str:
+    """Training steps with documents as in web text, against rows without boundaries."""
+    rows = []
+    for gpus, result in ((1, "documents-H200"), (2, "documents_x2-H200")):
+        for length in ("8,192", "65,536"):
+            cells = [f"CP{gpus}, {length} tokens"]
+            for form in FORMATS:
+                case = f"GGGA, CP{gpus}, {length} tokens, {form}, many documents"
+                with_documents, without = (figure(result, case, "tokens", column) for column in ("ours", "peer"))
+                cells += [f"{with_documents:,.0f}", f"{without:,.0f}", f"{with_documents / without:.2f}"]
+            rows.append(cells)
+    columns = ("documents", "none", "ratio")
+    head = [f"{form}, {columns[0]}" if not i else name for form in ("bf16", "FP8") for i, name in enumerate(columns)]
+    return table(["four layers, tokens/s per GPU", *head], rows)
+
+
+def document_attention() -> str:
+    """Attention on documents as in web text: the THD layout against other ways."""
+    rows, result = [], "document_attention-H200"
+    for shape in ("1 x 8,192", "4 x 8,192", "1 x 65,536"):
+        case, metric = f"{shape}, web text", "forward + backward"
+        others = ("no documents", "FlexAttention", "SDPA, masks of blocks")
+        found = [next(_peers(result, case, metric, name)) for name in others]
+        rows.append([shape, *(f"{x:.2f}" for x in (figure(result, case, metric), *found))])
+    head = ["rows x tokens, ms", "THD", "without documents", "FlexAttention", "SDPA with masks"]
+    return table(head, rows)
+
+
+def _peers(result: str, case: str, metric: str, name: str) -> Iterator[float]:
+    """Yield the figures of a peer."""
+    for row in json.loads((RESULTS / f"{result}.json").read_text())["rows"]:
+        if (row["case"], row["metric"], row["peer_name"]) == (case, metric, name):
+            yield float(row["peer"])
+
+
+def long_context() -> str:
+    """Training steps at 65,536 tokens on two GPUs."""
+    rows = []
+    for label, name in (
+        ("4 layers, one GPU", "GGGA, one GPU (DP2)"),
+        ("8 layers, one GPU", "GGGA*2, one GPU (DP2)"),
+        ("8 layers, CP2", "GGGA*2, CP2"),
+        ("8 layers, TP2", "GGGA*2, TP2"),
+        ("8 layers, TP2, `tp_comm_overlap`", "GGGA*2, TP2, overlapped"),
+        ("whole 7B, CP2, full recompute", "whole, CP2, full recompute"),
+        ("whole 7B, TP2, full recompute", "whole, TP2, full recompute"),
+    ):
+        cells = [label]
+        for metric, text in (("tokens", "{:,.0f}"), ("work", "{:.0f}"), ("peak memory", "{:.0f}")):
+            cells += [_or_dash(text, "long_context_x2-H200", f"{name}, {form}", metric) for form in FORMATS]
+        rows.append(cells)
+    columns = ["tokens/s per GPU, bf16", "FP8", "TFLOP/s per GPU, bf16", "FP8", "GB, bf16", "FP8"]
+    return table(["65,536 tokens, two H200s", *columns], rows)
+
+
 TABLES = {
+    "documents": documents, "document-attention": document_attention, "long-context": long_context,
     "training": training, "headline": headline, "kernels": kernels, "tiny": tiny, "fp8-loss": fp8_loss,
     "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs,
     "drope-yarn": partial(drope_yarn_page.retrieval, table), "drope-yarn-loss": partial(drope_yarn_page.loss, table),

@@ -58,6 +58,7 @@ def train(name: str, seed: int, data: Path, folder: Path, steps: int, sequence: 
         f"train.seed={seed}",
         f"train.steps={steps}",
         "train.eval_interval=null",
+        "tasks.paths=[]",
         "train.global_batch_size=16",
         f"train.micro_batch_size={4 if name == AGAIN else 8}",
         "train.dtype=bf16",

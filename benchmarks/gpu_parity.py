@@ -2,6 +2,7 @@
 layouts from one GPU. Largest relative differences over ten steps.
 
     --layouts [REGEX]    of what runs on one GPU, only what layouts are compared with; of these those whose name it finds
+    --documents          only runs on packed documents; their result file is document_parity
 """
 
 import argparse
@@ -25,8 +26,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--layouts", nargs="?", const="")
+    parser.add_argument("--documents", action="store_true")
     args, _ = parser.parse_known_args()
-    rows: list[dict] = []
+    benchmark, rows = "document_parity" if args.documents else "gpu_parity", []
 
     def compare(case: str, expected: dict, found: dict, goal: float) -> None:
         rows.append(bounded(case, "loss", "relative", jobs.difference(expected, found, "losses"), goal))
@@ -47,7 +49,9 @@ def main() -> None:
     gpus = list(range(torch.cuda.device_count()))
     first, rest = (gpus[:2], gpus[2:4]) if len(gpus) >= 4 else (gpus, [])
     names = {*jobs.IN_FP32, "bf16", *jobs.FP8_FORMATS} if args.layouts is not None else ()
-    only = args.layouts or ""
+    if args.documents:
+        names = {f"{name}{jobs.DOCUMENTS}" for name in ("fp32", "fp32, wide", "bf16", *jobs.DOCUMENT_FORMATS)}
+    only = jobs.DOCUMENTS if args.documents else args.layouts or ""
     pool = ThreadPoolExecutor()
     cpu_part = pool.submit(jobs.on_cpu)
     beside = pool.submit(on_two, rest, only) if rest else None  # on the GPUs that the first part leaves
@@ -55,7 +59,7 @@ def main() -> None:
         gpu = jobs.on_one_gpu(Path(folder), first, names)
     on_four = pool.submit(jobs.on_several, 4, (), only) if rest else None
     cpu = cpu_part.result()
-    for name in jobs.IN_FP32:
+    for name in (name for name in jobs.IN_FP32 if name in gpu):
         compare(f"{name}: a GPU from the CPU", cpu[name], gpu[name], 1e-4)
     for name in ("bf16, local", "bf16"):
         if name in gpu:
@@ -77,7 +81,7 @@ def main() -> None:
             compare(f"{name}: from {base}", gpu[base], gpu[name], 2e-2)
         elif "recompute" in name:
             compare(f"{name}: from bf16", gpu["bf16"], gpu[name], 0.0)
-    write_gpu("gpu_parity", rows)
+    write_gpu(benchmark, rows)
 
     def compare_layouts(found: dict) -> None:
         for name, result in found.items():
@@ -86,13 +90,13 @@ def main() -> None:
 
     if on_four:
         compare_layouts(on_four.result())
-        write_gpu("gpu_parity", rows)
+        write_gpu(benchmark, rows)
     if len(gpus) >= 2:
         layouts, pairs = beside.result() if beside else on_two(gpus[:2], only)
         compare_layouts(layouts)
         for name, (plain, found) in pairs.items():
             compare(f"TP2, overlapped, {name}: from TP2", plain, found, 5e-3)
-        write_gpu("gpu_parity", rows)
+        write_gpu(benchmark, rows)
 
 
 def on_two(gpus: list[int], only: str) -> tuple[dict, dict]:

@@ -39,7 +39,9 @@ def main() -> None:
             bounded(
                 case, "mean loss of the last ten steps", "nats a byte", sum(x["loss"] for x in lines[-10:]) / 10, 2.4
             ),
-            bounded(case, "validation loss at the end", "nats a byte", lines[-1]["eval_loss"], None),
+            bounded(case, "validation loss at the end", "nats a byte", lines[-1]["eval/code/loss"], None),
+            bounded(case, "validation loss of documentation at the end", "nats a byte", lines[-1]["eval/docs/loss"], None),
+            bounded(case, "accuracy of the task http_status at the end", "share", lines[-1]["eval/http_status/acc"], None),
         ]
     write("main_job", rows, ("torch", "megatron-core"))
 

@@ -107,7 +107,7 @@ LAYOUTS = {
 }
 HALF = ", 50% on the host"
 OFFLOADED_LAYOUTS = {2: ("TP2", "DP2, overlapped"), 4: ("PP2, VPP2, DP2, overlapped",)}
-DOCUMENT_LAYOUTS = {2: ("CP2", "PP2, VPP2"), 4: ("CP4", "CP2, TP2")}
+DOCUMENT_LAYOUTS = {2: ("TP2", "PP2, VPP2", "DP2, overlapped", "CP2"), 4: ("CP4", "CP2, TP2")}
 DOCUMENT_FORMATS = ("fp8 delayed", "fp8 tensorwise", "fp8 blockwise")
 """Formats in which documents are trained on. Attention in FP8 does not take them."""
 FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped", "CP2")
@@ -185,7 +185,8 @@ def side_by_side(
     jobs: dict[str, dict], launches: int, ranks: int = 1, device: str = "gpu", gpus: Sequence[int] = ()
 ) -> dict[str, dict]:
     """Jobs shared out over launches that run at once, those of one rank on a GPU each: these models are small, and most of the
-    time is start-up."""
+    time is start-up.
+    """
     names = list(jobs)
     shares = [{name: jobs[name] for name in names[first::launches]} for first in range(launches)]
 

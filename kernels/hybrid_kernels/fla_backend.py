@@ -2,14 +2,15 @@
 
     import hybrid_kernels.fla_backend
 
-From then on, fla and every model built on it run these kernels where they are the fastest choice, among others at head dims 96 and 192
-with negative eigenvalues. Other calls are refused with a reason, which fla logs, and go to fla's own kernels.
-FLA_HYBRID_KERNELS=0 switches it off.
+From then on, fla and every model built on it run these kernels in bf16 and fp16, among others at head dims 96 and 192 with negative
+eigenvalues. Other head dims are padded with zeros, which is exact. Other calls are refused with a reason, which fla logs, and go to
+fla's own kernels. FLA_HYBRID_KERNELS=0 switches it off.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fla.backends import BaseBackend, register
 
 from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
@@ -17,8 +18,9 @@ from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
 FAST = ("cuda", "triton")
 L2_EPS = 1e-6
 """Added inside the square root, as in fla."""
+KEY_DIMS, VALUE_UNIT = (16, 32, 64, 96, 128, 192, 256), 64
+"""Head dims of keys that the kernels take, and the unit of those of values. Others are padded."""
 UNSUPPORTED = {
-    "use_gate_in_kernel": "computes its gate from A_log and dt_bias outside of the rule",
     "cp_context": "does not take fla's context parallelism",
     "transpose_state_layout": "does not take the deprecated transpose_state_layout",
 }
@@ -49,7 +51,11 @@ class HybridKernelsBackend(BaseBackend):  # type: ignore[misc]
             return False, f"hybrid_kernels has chunks of 64 tokens, not {options['chunk_size']}"
         if not q.dtype == k.dtype == v.dtype:
             return False, f"hybrid_kernels needs q, k and v of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
-        choice = explain(q, k, v, g, beta, cu_seqlens=options.get("cu_seqlens"))
+        if k.shape[-1] > KEY_DIMS[-1]:
+            return False, f"hybrid_kernels takes key head dims up to {KEY_DIMS[-1]}, not {k.shape[-1]}"
+        dim_k, dim_v = padded_dims(k.shape[-1], v.shape[-1])
+        padded = _of_width(q, dim_k), _of_width(k, dim_k), _of_width(v, dim_v)
+        choice = explain(*padded, g, beta, cu_seqlens=options.get("cu_seqlens"))
         if choice.backend in FAST:
             return True, None
         return False, "; ".join(f"hybrid_kernels' {name}: {choice.rejected[name]}" for name in FAST)
@@ -70,6 +76,9 @@ class HybridKernelsBackend(BaseBackend):  # type: ignore[misc]
         state_v_first: bool = False,
         cu_seqlens: torch.Tensor | None = None,
         cu_seqlens_cpu: torch.Tensor | None = None,
+        use_gate_in_kernel: bool = False,
+        A_log: torch.Tensor | None = None,
+        dt_bias: torch.Tensor | None = None,
         **checked: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run a call that the verifier accepted. What fla fuses in front of the rule runs in torch.
@@ -78,20 +87,44 @@ class HybridKernelsBackend(BaseBackend):  # type: ignore[misc]
             cu_seqlens_cpu: unused: the kernels read `cu_seqlens` on the device.
             checked: options that the verifier found absent or at their only value.
         """
+        dims = k.shape[-1], v.shape[-1]
+        dim_k, dim_v = padded_dims(*dims)
+        if use_gate_in_kernel:
+            assert A_log is not None, "fla checks it"
+            g = _gate(g, A_log, dt_bias)
         if use_qk_l2norm_in_kernel:
             q, k = (_l2_normalise(x) for x in (q, k))
         if use_beta_sigmoid_in_kernel:
             beta = beta.float().sigmoid() * (2.0 if allow_neg_eigval else 1.0)
         state = initial_state
         if state is not None:
-            state = (state.transpose(-1, -2) if state_v_first else state).float().contiguous()
+            state = (state.transpose(-1, -2) if state_v_first else state).float()
+            state = F.pad(state, (0, dim_v - dims[1], 0, dim_k - dims[0])).contiguous()
+        q, k, padded_v = (F.pad(x, (0, dim - x.shape[-1])) for x, dim in ((q, dim_k), (k, dim_k), (v, dim_v)))
         o, final = gated_delta_rule(
-            q, k, v, g.float(), beta.float(), scale=scale, initial_state=state, output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
+            q, k, padded_v, g.float(), beta.float(), scale=dims[0] ** -0.5 if scale is None else scale,
+            initial_state=state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        if final is not None and state_v_first:
-            final = final.transpose(-1, -2).contiguous()
-        return o, final
+        if final is not None:
+            final = final[..., : dims[0], : dims[1]]
+            final = (final.transpose(-1, -2) if state_v_first else final).contiguous()
+        return o[..., : dims[1]], final
+
+
+def padded_dims(dim_k: int, dim_v: int) -> tuple[int, int]:
+    """Return the smallest head dims of keys and values that the kernels take and that hold the given ones."""
+    return next(dim for dim in KEY_DIMS if dim >= dim_k), -(-dim_v // VALUE_UNIT) * VALUE_UNIT
+
+
+def _of_width(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Return a tensor of another width, of any values, without memory of its own."""
+    return x[..., :1].expand(*x.shape[:-1], width)
+
+
+def _gate(g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor | None) -> torch.Tensor:
+    """Return the log decay, as fla's `naive_gdn_gate` does."""
+    raw = g.float() if dt_bias is None else g.float() + dt_bias.float()
+    return -A_log.float().exp() * F.softplus(raw)
 
 
 def _l2_normalise(x: torch.Tensor) -> torch.Tensor:

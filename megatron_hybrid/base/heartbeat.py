@@ -14,6 +14,7 @@ class Heartbeat:
 
     Attributes:
         activity: current activity, for messages: `running step 12`.
+        section: `setup`, `step`, `checkpointing`, or None between them: names of limits that other monitors have.
         beats: number of signs of progress so far.
         step: last finished step.
         has_trained: True once a step has ended in this process. Before that, kernels are compiled and there is nothing to save.
@@ -24,6 +25,7 @@ class Heartbeat:
 
     def __init__(self) -> None:
         self.activity = "starting"
+        self.section: str | None = "setup"
         self.beats = 0
         self.step = 0
         self.step_began: float | None = None
@@ -43,7 +45,7 @@ class Heartbeat:
 
     def begin_step(self, step: int) -> None:
         """Record that a step begins after `step` steps."""
-        self.step, self.step_began = step, time.monotonic()
+        self.step, self.step_began, self.section = step, time.monotonic(), "step"
         self.beat(f"running step {step + 1}")
 
     def end_step(self, step: int) -> None:
@@ -51,20 +53,22 @@ class Heartbeat:
         assert self.step_began is not None
         seconds = time.monotonic() - self.step_began
         self.longest_step = max(self.longest_step, seconds) if self._steps_ended > 1 else seconds
-        self.step, self.step_began = step, None
+        self.step, self.step_began, self.section = step, None, None
         self._steps_ended += 1
         self.beat()
 
     @contextmanager
-    def doing(self, activity: str, progress: Callable[[], object] | None = None) -> Iterator[None]:
-        """Set the activity, and the source of progress by other processes, inside the context."""
-        before = self.activity, self.progress
-        self.progress = progress
+    def doing(
+        self, activity: str, progress: Callable[[], object] | None = None, section: str | None = None
+    ) -> Iterator[None]:
+        """Set the activity, the section, and the source of progress by other processes, inside the context."""
+        before = self.activity, self.progress, self.section
+        self.progress, self.section = progress, section
         self.beat(activity)
         try:
             yield
         finally:
-            self.activity, self.progress = before
+            self.activity, self.progress, self.section = before
             self.beat()
 
 

@@ -30,14 +30,14 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.precision_checks import check_fp8_sizes, check_precision
 from megatron_hybrid.config.preflight import PreflightConfig
 from megatron_hybrid.config.ramp_checks import check_sequence_ramp
-from megatron_hybrid.config.tasks import TasksConfig, check_tasks
+from megatron_hybrid.config.tasks import TasksConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.config.world_checks import world_problems
 from megatron_hybrid.config.zero import ZeroConfig
 
 
 class RunConfig(Section):
-    """Everything that `tools/pretrain.py` needs."""
+    """Everything that `megatron-hybrid pretrain` needs."""
 
     run_dir: str = Field(min_length=1)
     """Folder of everything the run writes: config.yaml, config-<step>.yaml of every start, metrics.jsonl, loss.png, tensorboard/,
@@ -100,7 +100,6 @@ class RunConfig(Section):
         check_fp8_sizes(model, data, train, parallel, precision, problems)
         check_engine(train, parallel, precision, self.zero, problems)
         check_debug(train, self.debug, problems)
-        problems += check_tasks(self.tasks, model, train, parallel, precision)
         return problems
 
     def check_world(self, world_size: int) -> None:

@@ -16,6 +16,8 @@ from megatron_hybrid.base.lfs import LFS_REMEDY, POINTER_BYTES, is_lfs_pointer
 from megatron_hybrid.data.errors import BadRecord, DataError
 
 _CHUNK = 1 << 16
+_CONTENT = 1 << 20  # bytes of content per call: 64 KiB of input can hold gigabytes
+_ZSTD_INPUT = 1 << 10  # bytes of input per call, which hold at most 32 MiB
 _MAX_WINDOW = 1 << 31  # frames written with `zstd --long=31`
 _MAGIC = {
     "gzip": (b"\x1f\x8b\x08",),
@@ -115,6 +117,46 @@ def _find_codec(path: str | Path, head: bytes) -> str | None:
     return named
 
 
+class _Frame:
+    """Decompressor of one frame or member that returns a bounded part of its content per call."""
+
+    def __init__(self, codec: str) -> None:
+        self._codec = codec
+        self._decompressor = _new_decompressor(codec)
+        self.has_more = False
+        """True if it has content left that needs no further input."""
+
+    @property
+    def ended(self) -> bool:
+        return bool(self._decompressor.eof)
+
+    def decompress(self, data: memoryview) -> tuple[bytes, memoryview]:
+        """Return the next part of the content, and the input that was not used."""
+        decompressor = self._decompressor
+        if self._codec == "zstd":  # its decompressor has no limit, but a block of 4 bytes or more holds at most 128 KiB
+            content, rest = decompressor.decompress(data[:_ZSTD_INPUT]), data[_ZSTD_INPUT:]
+        else:
+            content, rest = decompressor.decompress(data, _CONTENT), memoryview(b"")
+        if decompressor.eof:
+            rest = memoryview(decompressor.unused_data + bytes(rest))
+        elif self._codec == "gzip":
+            rest = memoryview(decompressor.unconsumed_tail)
+        self.has_more = self._codec != "zstd" and not decompressor.eof and len(content) == _CONTENT
+        return content, rest
+
+
+def _new_decompressor(codec: str) -> Any:
+    if codec == "gzip":
+        return zlib.decompressobj(wbits=31)  # with gzip's header and checksum
+    if codec == "bzip2":
+        return bz2.BZ2Decompressor()
+    if codec in ("xz", "lzma"):
+        return lzma.LZMADecompressor()
+    import zstandard
+
+    return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
+
+
 class _Decompressed(io.RawIOBase):
     """Stream of a compressed file with one or more members or frames."""
 
@@ -122,8 +164,8 @@ class _Decompressed(io.RawIOBase):
         self.source = source
         self._path, self._codec = path, codec
         self._ready = memoryview(b"")  # decompressed, not yet handed out
-        self._input = b""  # read, not yet decompressed
-        self._frame: Any = None  # the decompressor inside a frame; None between frames
+        self._input = memoryview(b"")  # read, not yet decompressed
+        self._frame: _Frame | None = None  # None between frames
         self._frames = 0
 
     def readable(self) -> bool:
@@ -135,8 +177,8 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            if not self._input:
-                self._input = self.source.read(_CHUNK)
+            if not self._input and not (self._frame and self._frame.has_more):
+                self._input = memoryview(self.source.read(_CHUNK))
                 if not self._input:
                     if self._frame is not None or self._frames == 0:
                         raise BadRecord(
@@ -152,32 +194,20 @@ class _Decompressed(io.RawIOBase):
         return count
 
     def _decompress(self) -> bytes:
-        """Return the content of what was read, up to the end of the frame at most."""
-        data, self._input = self._input, b""
+        """Return the next part of the content, up to the end of the frame at most."""
+        data = self._input
         if self._frame is None:
             if self._codec in ("gzip", "xz") and self._frames:
-                data = data.lstrip(b"\0")  # both allow zeros after the last member
+                data = self._input = memoryview(bytes(data).lstrip(b"\0"))  # both allow zeros after the last member
                 if not data:
                     return b""
-            self._frame = self._new_frame()
+            self._frame = _Frame(self._codec)
         try:
-            content: bytes = self._frame.decompress(data)
+            content, self._input = self._frame.decompress(data)
         except Exception as error:  # zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError of bz2
             near = self.source.tell() - len(data)
             raise BadRecord(f"{self._path}: corrupt near byte {near}: {error}", "corrupt_file") from error
-        if self._frame.eof:
-            self._input = self._frame.unused_data
+        if self._frame.ended:
             self._frame = None
             self._frames += 1
         return content
-
-    def _new_frame(self) -> Any:
-        if self._codec == "gzip":
-            return zlib.decompressobj(wbits=31)  # with gzip's header and checksum
-        if self._codec == "bzip2":
-            return bz2.BZ2Decompressor()
-        if self._codec in ("xz", "lzma"):
-            return lzma.LZMADecompressor()
-        import zstandard
-
-        return zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()

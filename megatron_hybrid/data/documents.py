@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron_hybrid.data.compressed import open_input
+from megatron_hybrid.data.compressed import InputStream, open_input
 from megatron_hybrid.data.errors import BadRecord, DataError
 from megatron_hybrid.data.formats import detect_format, has_text_name
 from megatron_hybrid.data.outputs import FileId, file_id
@@ -26,6 +26,7 @@ from megatron_hybrid.data.records import (
     parse_row,
     read_checked_text,
     read_text,
+    refuse_large,
 )
 from megatron_hybrid.data.walk import FoundFile, Patterns, refuse_unmatched, walk
 
@@ -180,7 +181,7 @@ def _record_batches(file: InputFile, options: ReadOptions, skipped: Skipped) -> 
     lines: list[bytes | None] = []
     size, count, is_empty = 0, 0, True
     try:
-        for line, consumed in _iterate_records(file, options):
+        for line, consumed in _iterate_records(file, options, skipped):
             count += 1
             lines.append(line)
             size += len(line or b"")
@@ -198,16 +199,35 @@ def _record_batches(file: InputFile, options: ReadOptions, skipped: Skipped) -> 
         yield Batch([file.path], file.content, lines, count - len(lines) + 1, file.size)
 
 
-def _iterate_records(file: InputFile, options: ReadOptions) -> Iterator[tuple[bytes | None, Callable[[], int]]]:
+def _iterate_records(
+    file: InputFile, options: ReadOptions, skipped: Skipped
+) -> Iterator[tuple[bytes | None, Callable[[], int]]]:
     """Yield records, each with a function that returns the bytes on disk read so far."""
     if file.content == "jsonl":
         with open_input(file.path) as stream:
-            for line in stream:
+            for line in _iterate_lines(stream, file.path, options, skipped):
                 yield line, stream.consumed_bytes
         return
     for rows, fraction in iterate_rows(file.path, options.json_key):
         for row in rows:
             yield row, partial(_bytes_read, fraction, file.size)
+
+
+def _iterate_lines(stream: InputStream, path: str, options: ReadOptions, skipped: Skipped) -> Iterator[bytes]:
+    """Yield lines; a blank one in place of each that is too long and left out."""
+    limit, number = options.max_document_bytes, 0
+    while line := stream.readline(limit + 1):
+        number += 1
+        try:
+            refuse_large(line, f"{path}:{number}", options)
+        except BadRecord as error:
+            if not options.skips(error.kind):
+                raise
+            skipped.add(error.kind)
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(limit)
+            line = b"\n"
+        yield line
 
 
 def _bytes_read(fraction: float, size: int) -> int:

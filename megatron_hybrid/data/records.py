@@ -7,16 +7,24 @@
 
 import codecs
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
 
 from megatron_hybrid.data.compressed import open_input
 from megatron_hybrid.data.errors import BadRecord
 from megatron_hybrid.data.formats import refuse_format, refuse_json_lines
 
 _UTF8_KINDS = ("not_utf8", "lone_surrogate")
+_DEFAULT_MIB = 32
+_MOST_VALUES = 1_500_000
+"""Values in a JSON line. Parsed, they take at most about 200 MB, and 20 bytes per byte of the line."""
+_SHORT_LINE = 1 << 20
+"""Bytes of a line whose values need no count."""
+_MANY_VALUES = re.compile(rb'(?:(?:[^",\[{]++|"(?:[^"\\]++|\\.)*+")*+[,\[{]){%d}+' % (_MOST_VALUES + 1), re.DOTALL)
+"""Begin of JSON with so many marks of values outside its strings."""
 FILE_KINDS = frozenset(
     [
         "empty_file",
@@ -44,6 +52,17 @@ class ReadOptions:
     """Reaction to documents that are not UTF-8: stop, leave out, or replace each wrong byte by U+FFFD. None: see `bad_records`."""
     bad_records: Literal["error", "skip"] = "error"
     """Reaction to records and files that cannot be read: stop, or leave out and count."""
+    max_document_mib: int = _DEFAULT_MIB
+    """Most MiB of a document: a decompressed text file, a JSON line, or a value of Parquet. Larger ones are bad records."""
+
+    @classmethod
+    def of(cls, arguments: Any) -> Self:
+        """Return the options among the arguments of a command, which have the names of the fields."""
+        return cls(**{option.name: getattr(arguments, option.name) for option in fields(cls)})
+
+    @property
+    def max_document_bytes(self) -> int:
+        return self.max_document_mib << 20
 
     def skips(self, kind: str) -> bool:
         """Return True if bad records of a kind are left out."""
@@ -75,14 +94,12 @@ def is_blank(line: bytes) -> bool:
 
 def read_text(path: str, where: str, options: ReadOptions) -> str:
     """Return a file as one document."""
-    with open_input(path) as stream:
-        return _decode(stream.read(), where, 0, options)
+    return _decode(_read_whole(path, where, options), where, 0, options)
 
 
 def read_checked_text(path: str, where: str, options: ReadOptions) -> str:
     """Return a file as one document, if its content is text."""
-    with open_input(path) as stream:
-        data = stream.read()
+    data = _read_whole(path, where, options)
     try:
         text = _decode(data, where, 0, options)
     except BadRecord as error:
@@ -96,8 +113,32 @@ def read_checked_text(path: str, where: str, options: ReadOptions) -> str:
     return text
 
 
+def _read_whole(path: str, where: str, options: ReadOptions) -> bytes:
+    with open_input(path) as stream:
+        data = stream.read(options.max_document_bytes + 1)
+    refuse_large(data, where, options)
+    return data
+
+
+def refuse_large(record: bytes, where: str, options: ReadOptions) -> None:
+    """Raise BadRecord if a record is longer than the limit. The record may be cut after the limit."""
+    if len(record) > options.max_document_bytes:
+        raise BadRecord(
+            f"{where}: a document of more than {options.max_document_mib} MiB. If it is no damage or compression bomb: "
+            "raise --max-document-mib",
+            "too_large",
+        )
+
+
+def _refuse_many_values(line: bytes, where: str) -> None:
+    """Raise BadRecord for a JSON line whose values, parsed, take many times its size."""
+    if len(line) > _SHORT_LINE and _MANY_VALUES.match(line):
+        raise BadRecord(f"{where}: a JSON line of more than {_MOST_VALUES:,} values, not a document", "too_large")
+
+
 def parse_line(line: bytes, where: str, options: ReadOptions) -> str:
     """Return the document in a JSON line."""
+    _refuse_many_values(line, where)
     text = _decode(line, where, 1, options)
     try:
         value = json.loads(text)
@@ -144,6 +185,7 @@ def parse_row(value: bytes | None, where: str, options: ReadOptions) -> str:
     """Return the document in a row of a Parquet column."""
     if value is None:
         raise BadRecord(f"{where}: column {options.json_key!r} is null, not a string", "null")
+    refuse_large(value, where, options)
     return _decode(value, where, 0, options)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from jinja2.sandbox import SandboxedEnvironment
 
 from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.data.tokenizer import Tokenizer
 from megatron_hybrid.evaluation.task_files import TaskFile
 from megatron_hybrid.evaluation.task_model import TaskModel, encode_pair
 from megatron_hybrid.inference.sampling import Sampling
@@ -17,6 +18,8 @@ from megatron_hybrid.inference.sampling import Sampling
 MAX_TOKENS = 256
 _TEMPLATES = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 Outcome = dict[str, float]
+LogLikelihoods = Callable[[Sequence[tuple[list[int], list[int]]]], list[float]]
+"""Returns the log-likelihood of each continuation, from pairs of a context and its continuation in tokens."""
 
 
 def evaluate_task(model: TaskModel, task: TaskFile, limit: int | None = None) -> dict[str, float]:
@@ -30,27 +33,50 @@ def evaluate_task(model: TaskModel, task: TaskFile, limit: int | None = None) ->
     group = model.model.network.pg_collection.dp
     documents = task.documents[:limit]
     mine = documents[group.rank() :: group.size()]
-    score = _choices if task.output_type == "multiple_choice" else _generations
-    outcomes = score(model, task, mine) if mine else []
-    sums = {name: sum(outcome[name] for outcome in outcomes) for name in task.metrics}
+    if task.output_type == "multiple_choice":
+        outcomes = _choices(task, mine, model.tokenizer, model.log_likelihoods)
+    else:
+        outcomes = _generations(model, task, mine)
     gathered: list[Any] = [None] * group.size()
-    dist.all_gather_object(gathered, sums, group=group)
-    means = {name: sum(part[name] for part in gathered) / len(documents) for name in task.metrics}
-    return means | {"documents": float(len(documents))}
+    dist.all_gather_object(gathered, _sums(task, outcomes), group=group)
+    return _means(task, gathered, len(documents))
 
 
-def _choices(model: TaskModel, task: TaskFile, documents: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+def evaluate_choices(
+    task: TaskFile, tokenizer: Tokenizer, log_likelihoods: LogLikelihoods, limit: int | None = None
+) -> dict[str, float]:
+    """Return what `evaluate_task` returns, for a multiple choice task.
+
+    Args:
+        log_likelihoods: scores the choices of all documents, and returns the same on all ranks.
+    """
+    documents = task.documents[:limit]
+    return _means(task, [_sums(task, _choices(task, documents, tokenizer, log_likelihoods))], len(documents))
+
+
+def _sums(task: TaskFile, outcomes: Sequence[Outcome]) -> Outcome:
+    return {name: sum(outcome[name] for outcome in outcomes) for name in task.metrics}
+
+
+def _means(task: TaskFile, sums: Sequence[Outcome], documents: int) -> Outcome:
+    means = {name: sum(part[name] for part in sums) / documents for name in task.metrics}
+    return means | {"documents": float(documents)}
+
+
+def _choices(
+    task: TaskFile, documents: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, log_likelihoods: LogLikelihoods
+) -> list[Outcome]:
     delimiter = task.config.get("target_delimiter", " ")
     choices = [_choice_list(task, document) for document in documents]
-    prefix = model.tokenizer.eos_token_id
+    prefix = tokenizer.eos_token_id
     pairs = [
-        encode_pair(model.tokenizer, context, delimiter + choice, prefix)
+        encode_pair(tokenizer, context, delimiter + choice, prefix)
         for context, listed in zip(_contexts(task, documents), choices, strict=True)
         for choice in listed
     ]
-    scores = iter(model.scores(pairs))
+    scores = iter(log_likelihoods(pairs))
     return [
-        _best(task, document, listed, [next(scores).log_likelihood for _ in listed])
+        _best(task, document, listed, [next(scores) for _ in listed])
         for document, listed in zip(documents, choices, strict=True)
     ]
 

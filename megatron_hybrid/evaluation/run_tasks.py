@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.evaluation.local_tasks import evaluate_task
-from megatron_hybrid.evaluation.task_files import read_config, read_task, task_paths
+from megatron_hybrid.evaluation.task_files import read_config, read_tasks, task_paths
 from megatron_hybrid.evaluation.task_model import TaskModel
 
 
@@ -20,9 +20,7 @@ def check_tasks(tasks: Sequence[str], lm_eval: bool) -> None:
     if lm_eval and find_spec("lm_eval") is None:
         raise UserError("--lm-eval: the package lm_eval is not installed; pip install lm_eval")
     if not lm_eval:
-        for name in tasks:
-            for path in task_paths(Path(name)):
-                read_task(path)
+        read_tasks(tasks)
 
 
 def run_tasks(
@@ -30,8 +28,7 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Return the results of each task by its name. lm-eval's are empty on ranks other than the first."""
     if not lm_eval:
-        files = [read_task(path) for name in tasks for path in task_paths(Path(name))]
-        return {task.name: evaluate_task(model, task, limit) for task in files}
+        return {task.name: evaluate_task(model, task, limit) for task in read_tasks(tasks)}
     from megatron_hybrid.evaluation.lm_eval_model import evaluate
 
     given: list[str | dict[str, Any]] = []

@@ -1,11 +1,11 @@
 """Local task files: the subset of lm-eval's YAML format that needs no harness.
 
 Multiple choice, and generation with exact match, from JSON Lines files. A field outside the subset is an error that names it.
-lm-eval runs the same files (`tools/evaluate_tasks.py --lm-eval`) and gives the same numbers.
+lm-eval runs the same files (`megatron-hybrid evaluate-tasks --lm-eval`) and gives the same numbers.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,20 @@ def read_task(path: Path) -> TaskFile:
     if len(examples) < shots:
         raise UserError(f"{path}: num_fewshot: {shots} is more than the {len(examples)} documents of fewshot_split")
     return TaskFile(config["task"], output_type, config, _documents(path, config, split, "test_split"), examples)
+
+
+def read_tasks(paths: Iterable[str]) -> list[TaskFile]:
+    """Read the tasks at paths, each a task file or a folder of them.
+
+    Raises:
+        UserError: as `task_paths` and `read_task`.
+    """
+    return [read_task(path) for name in paths for path in task_paths(Path(name))]
+
+
+def generate_text(tasks: Iterable[TaskFile]) -> bool:
+    """Return whether any of the tasks needs generated text."""
+    return any(task.output_type == "generate_until" for task in tasks)
 
 
 def _check_options(path: Path, config: Mapping[str, Any], output_type: str) -> None:

@@ -75,6 +75,10 @@ class TaskModel:
             results |= zip(batch, self._batch_scores([pairs[i] for i in batch]), strict=True)
         return [results[i] for i in range(len(pairs))]
 
+    def log_likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """Return the log-likelihood of each continuation. See `scores`."""
+        return [score.log_likelihood for score in self.scores(pairs)]
+
     @torch.no_grad()
     def _batch_scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
         whole = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]

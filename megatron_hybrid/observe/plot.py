@@ -1,4 +1,4 @@
-"""loss.png: training loss (raw and smoothed), loss of each validation set, skipped updates, and the learning rate."""
+"""loss.png: training loss (raw and smoothed), loss of each validation set, skipped updates, learning rate, and downstream tasks."""
 
 import math
 from array import array
@@ -7,12 +7,12 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_hybrid.observe.keys import evaluation_losses
+from megatron_hybrid.observe.keys import evaluation_losses, task_results
 from megatron_hybrid.observe.metrics import read_metrics
 
 BLUE, ORANGE, GREY, RED = "#2563eb", "#ea580c", "#9ca3af", "#dc2626"
 SET_COLORS = (ORANGE, "#16a34a", "#9333ea", "#0891b2", "#ca8a04", "#be185d", "#4d7c0f", "#111827")
-"""Colors of validation sets."""
+"""Colors of validation sets, and of tasks."""
 MOST_POINTS = 4000
 """Largest number of plotted points. Longer curves are drawn as means over bins."""
 
@@ -24,6 +24,8 @@ class Curve:
         self.steps, self.losses, self.rates = array("d"), array("d"), array("d")
         self.evaluations: dict[str, tuple[array[float], array[float]]] = {}
         """Steps and losses by the name of the validation set."""
+        self.tasks: dict[str, tuple[array[float], array[float]]] = {}
+        """Steps and results by the name of the task and its metric."""
         self.skipped = array("d")
         self.tokens = 0
 
@@ -44,10 +46,11 @@ class Curve:
             self.tokens = record.get("tokens") or self.tokens
         if record.get("skipped"):
             self.skipped.append(record["step"])
-        for name, loss in evaluation_losses(record).items():
-            steps, losses = self.evaluations.setdefault(name, (array("d"), array("d")))
-            steps.append(record["step"])
-            losses.append(loss)
+        for curves, found in ((self.evaluations, evaluation_losses(record)), (self.tasks, task_results(record))):
+            for name, value in found.items():
+                steps, values = curves.setdefault(name, (array("d"), array("d")))
+                steps.append(record["step"])
+                values.append(value)
 
 
 def smooth(values: Sequence[float], span: float) -> list[float]:
@@ -87,22 +90,31 @@ def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
     from matplotlib.figure import Figure
 
     # Not pyplot: it keeps figures alive and picks a backend for the whole process.
-    figure = Figure(figsize=(9, 5), dpi=140, layout="constrained")
+    figure = Figure(figsize=(9, 6.5 if curve.tasks else 5), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
+    ratios = [3, 1] if curve.tasks else [1]
+    axis, *below = figure.subplots(len(ratios), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    _draw_losses(axis, curve)
+    for task_axis in below:
+        _draw_tasks(task_axis, curve)
+    last = below[-1] if below else axis
+    last.set_xlabel(f"step ({_count(curve.tokens)} tokens)" if curve.tokens else "step")
+    if title:
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    save(figure, Path(image))
+
+
+def _draw_losses(axis: Any, curve: Curve) -> None:
     rate_axis = axis.twinx()
     axis.set_zorder(rate_axis.get_zorder() + 1)  # draw the loss in front of the learning rate
     axis.patch.set_visible(False)
-
     steps, losses, rates = thin([curve.steps, curve.losses, curve.rates])
     smoothed = smooth(losses, max(len(losses) / 100, 1))
     handles = rate_axis.plot(steps, rates, color=GREY, linewidth=1.2, linestyle="--", label="learning rate")
     axis.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8)
     handles = axis.plot(steps, smoothed, color=BLUE, linewidth=1.8, label="training loss") + handles
-    style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2}
-    for (name, (eval_steps, eval_losses)), color in zip(curve.evaluations.items(), cycle(SET_COLORS)):
-        label = f"evaluation loss{f' of {name}' if name else ''}"
-        handles += axis.plot(eval_steps, eval_losses, label=label, color=color, **style)
+    names = {name: f"evaluation loss{f' of {name}' if name else ''}" for name in curve.evaluations}
+    handles += _draw_points(axis, curve.evaluations, names)
     _scale(axis, [*losses, *(loss for _, of_set in curve.evaluations.values() for loss in of_set)])
     if curve.skipped:
         bottom = axis.get_xaxis_transform()  # y in shares of the height
@@ -110,22 +122,40 @@ def draw(curve: Curve, image: Path | str, title: str | None = None) -> None:
         handles += axis.plot(
             curve.skipped, [0.0] * len(curve.skipped), transform=bottom, label=f"{len(curve.skipped)} skipped", **style
         )
-
-    axis.set_xlabel(f"step ({_count(curve.tokens)} tokens)" if curve.tokens else "step")
     axis.set_ylabel("loss (nats per token)")
-    axis.grid(True, which="both", color="#e5e7eb", linewidth=0.6)
     rate_axis.set_ylabel("learning rate", color=GREY)
     rate_axis.tick_params(axis="y", colors=GREY)
     rate_axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rate_axis.set_ylim(bottom=0)
+    _finish(axis, handles)
     for spine in ("top", "left", "right", "bottom"):
         rate_axis.spines[spine].set_visible(False)
-        axis.spines[spine].set_visible(spine in ("left", "bottom"))
-    axis.legend(handles=handles, loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
-    if title:
-        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
 
-    save(figure, Path(image))
+
+def _draw_tasks(axis: Any, curve: Curve) -> None:
+    handles = _draw_points(axis, curve.tasks, {name: name for name in curve.tasks})
+    if all(0 <= value <= 1 for _, values in curve.tasks.values() for value in values):
+        axis.set_ylim(0, 1)
+    axis.set_ylabel("tasks")
+    _finish(axis, handles)
+
+
+def _draw_points(
+    axis: Any, curves: Mapping[str, tuple[array[float], array[float]]], names: Mapping[str, str]
+) -> list[Any]:
+    """Draw curves with few points. Returns their legend entries."""
+    style: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2}
+    handles: list[Any] = []
+    for (name, (steps, values)), color in zip(curves.items(), cycle(SET_COLORS)):
+        handles += axis.plot(steps, values, label=names[name], color=color, **style)
+    return handles
+
+
+def _finish(axis: Any, handles: Sequence[Any]) -> None:
+    axis.grid(True, which="both", color="#e5e7eb", linewidth=0.6)
+    for spine in ("top", "right"):
+        axis.spines[spine].set_visible(False)
+    axis.legend(handles=handles, loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def save(figure: Any, image: Path) -> None:

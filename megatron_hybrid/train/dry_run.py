@@ -1,4 +1,4 @@
-"""Checks the files of a run before it is queued: `tools/pretrain.py CONFIG --dry-run`. Uses no torch and reads no tokens."""
+"""Checks the files of a run before it is queued: `megatron-hybrid pretrain CONFIG --dry-run`. Uses no torch and reads no tokens."""
 
 import os
 import re
@@ -11,9 +11,11 @@ from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.config.data import SourceConfig
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import RunDirError, check_run_dir
+from megatron_hybrid.config.tasks import generation_problems
 from megatron_hybrid.data.boundaries import boundary_origin
 from megatron_hybrid.data.dataset import count_stream_samples
 from megatron_hybrid.data.sources import open_source
+from megatron_hybrid.evaluation.task_files import TaskFile, generate_text, read_tasks
 from megatron_hybrid.train.start import check_start_point, choose_start
 
 
@@ -32,6 +34,7 @@ class FileProblems:
         for field, source in config.data.sources().items():
             self._look_at_source(join(field, "path"), source)
         self._look_at_tokenizer()
+        self._look_at_tasks()
         self._look_at_checkpoints()
         try:
             check_run_dir(config, world_size)
@@ -60,8 +63,20 @@ class FileProblems:
         if name != "byte" and not os.path.isfile(os.path.join(name, "tokenizer.json")):
             self.unused.add(
                 "data.tokenizer",
-                f"{name}: there is no such folder with a tokenizer.json; training does without it, tools/generate.py does not",
+                f"{name}: there is no such folder with a tokenizer.json; training does without it, megatron-hybrid generate does not",
             )
+
+    def _look_at_tasks(self) -> None:
+        """Read the task files, and check that the layout can evaluate them."""
+        config, tasks = self.config, list[TaskFile]()
+        for number, name in enumerate(config.tasks.paths):
+            field = join("tasks.paths", number)
+            if os.path.lexists(name):
+                self._try(field, lambda name=name: tasks.extend(read_tasks([name])))  # type: ignore[misc]
+            else:
+                self.absent.add(field, f"{name}: no such file or folder; make it, or correct the path")
+        if generate_text(tasks):
+            self.wrong += generation_problems(config.model, config.train, config.parallel, config.precision)
 
     def _look_at_checkpoints(self) -> None:
         """Check what the run would start from, as the run itself does, but for its data."""
@@ -93,7 +108,7 @@ def _absent_source(source: SourceConfig) -> str:
     names = [path] if path.endswith(".npy") else [f"{path}.idx", f"{path}.bin"]
     if any(os.path.lexists(name) for name in names):
         return ""
-    return f"{' and '.join(names)}: no such file; make it with tools/preprocess_data.py, or correct the path"
+    return f"{' and '.join(names)}: no such file; make it with megatron-hybrid preprocess, or correct the path"
 
 
 def check_files(config: RunConfig, world_size: int, required: bool) -> list[str]:

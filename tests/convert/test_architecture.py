@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.config.load import load_run
@@ -58,6 +59,18 @@ def test_wrong_sources_are_refused(overrides, reader, message):
 def test_every_spelling_of_no_rotary_embedding_is_read(parameters):
     config = hf_from_model(olmo_hybrid_tiny(), "bfloat16", 1024)
     assert model_from_hf(config | {"rope_parameters": parameters}).rope_theta is None
+
+
+def test_old_layer_types_are_read_and_new_ones_written(tmp_path):
+    config = hf_from_model(olmo_hybrid_tiny(), "bfloat16", 1024)
+    names = {"linear_attention": "mamba", "full_attention": "attention"}
+    old = config | {"layer_types": [names[name] for name in config["layer_types"]]}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert AutoConfig.from_pretrained(tmp_path).layer_types == config["layer_types"], "transformers' own reading"
+    assert model_from_hf(old) == model_from_hf(config)
+    assert hf_from_model(model_from_hf(old), "bfloat16", 1024) == config
+    with pytest.raises(UserError, match="layer_types is not a list"):
+        model_from_hf(config | {"layer_types": ["mamba2"] * 8})
 
 
 def test_a_checkpoint_and_its_export_hold_the_same(tmp_path):

@@ -1,12 +1,18 @@
-"""fla's own tests of chunk_gated_delta_rule with ours in its place.
+"""fla's own tests of the gated delta rule, with our kernels.
 
-    python -m tests.gpu.run_fla_tests FILE [--bf16] [--out RESULT.json] [further arguments of pytest, as -n 8]
+    python -m tests.gpu.run_fla_tests FILE [--bf16 | --registry] [--out RESULT.json] [further arguments of pytest, as -n 8]
 
-FILE is tests/ops/test_gdn.py of a checkout of flash-linear-attention 0.6, which must be installed, too. Its tests of other
-functions are left out, and nothing else about them changes: their inputs, references and tolerances are fla's. They are in
-fp16, which our Triton kernels take (--bf16 hands the same data to the Hopper kernels instead), and in fp32, which the plain
-torch form takes. Under TRITON_INTERPRET=1 all of it runs on a CPU, slowly. What fla fuses around the rule (L2 norm, sigmoid,
-gates) runs in torch in front of ours.
+FILE is tests/ops/test_gdn.py of a checkout of flash-linear-attention 0.6, whose sdist has no tests. The package must be installed as
+well. The inputs, references and tolerances are fla's.
+
+Without --registry, our function takes the place of chunk_gated_delta_rule, and tests of other functions are left out. The tests are in
+fp16, which our Triton kernels take, and in fp32, which the plain torch form takes. --bf16 hands the same data to the Hopper kernels.
+What fla fuses around the rule (L2 norm, sigmoid, gates) runs in torch.
+
+With --registry, all tests of the file run through fla's public functions, with hybrid_kernels registered as a backend of fla.
+FLA_HYBRID_KERNELS=0 then gives the outcomes of fla alone. Each outcome says whether a call of the test ran our kernels.
+
+Under TRITON_INTERPRET=1 everything runs on a CPU, slowly.
 """
 
 import argparse
@@ -24,7 +30,10 @@ from hybrid_kernels.dispatch import triton_interpreted
 from hybrid_kernels.gated_delta_rule import gated_delta_rule
 
 COUNTS = Counter()
-BF16 = "HYBRID_FLA_TESTS_BF16"  # read by pytest-xdist's workers, too
+OUTCOMES: dict[str, tuple[str, bool]] = {}
+"""Outcome of each test by its name, and whether it ran our kernels through fla's registry."""
+CALLS = Counter()
+BF16, REGISTRY = "HYBRID_FLA_TESTS_BF16", "HYBRID_FLA_TESTS_REGISTRY"  # read by pytest-xdist's workers, too
 
 
 def _padded(x: torch.Tensor, multiple: int, sizes=()) -> torch.Tensor:
@@ -67,37 +76,68 @@ def ours(
 
 
 def pytest_configure(config):
-    os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = "1"  # else fla skips what its TileLang kernels cannot do, and ours can
+    if os.environ.get(REGISTRY):
+        _register()
+    os.environ["FLA_DISABLE_BACKEND_DISPATCH"] = (
+        "1"  # else tests skip what fla's TileLang kernels cannot do, and ours can
+    )
     import fla.ops.gated_delta_rule
     import fla.utils
 
-    fla.ops.gated_delta_rule.chunk_gated_delta_rule = ours
+    if not os.environ.get(REGISTRY):
+        fla.ops.gated_delta_rule.chunk_gated_delta_rule = ours
     if triton_interpreted():
         fla.utils.device = "cpu"
 
 
+def _register():
+    """Register our backend and count its calls. fla reads FLA_DISABLE_BACKEND_DISPATCH when fla.backends is imported: here."""
+    from hybrid_kernels.fla_backend import HybridKernelsBackend
+
+    run = HybridKernelsBackend.chunk_gated_delta_rule
+
+    def counted(self, *args, **options):
+        CALLS["ours"] += 1
+        return run(self, *args, **options)
+
+    HybridKernelsBackend.chunk_gated_delta_rule = counted
+
+
 def pytest_collection_modifyitems(items):
-    """Leaves out the tests that never call the function."""
-    items[:] = [x for x in items if "chunk_gated_delta_rule" in inspect.unwrap(x.function).__code__.co_names]
+    """Leave out the tests that never call the function, unless all tests run through the registry."""
+    if not os.environ.get(REGISTRY):
+        items[:] = [x for x in items if "chunk_gated_delta_rule" in inspect.unwrap(x.function).__code__.co_names]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = CALLS["ours"]
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("ours", CALLS["ours"] > before))
 
 
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
         COUNTS[report.outcome] += 1
+        OUTCOMES[report.nodeid.rpartition("::")[2]] = report.outcome, dict(report.user_properties).get("ours", False)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--registry", action="store_true")
     parser.add_argument("--out")
     options, further = parser.parse_known_args()
-    if options.bf16:
-        os.environ[BF16] = "1"
+    for name, chosen in ((BF16, options.bf16), (REGISTRY, options.registry)):
+        if chosen:
+            os.environ[name] = "1"
     sys.modules["tests.gpu.run_fla_tests"] = sys.modules["__main__"]  # one set of counts
     status = pytest.main(["-q", "-p", "tests.gpu.run_fla_tests", "-p", "no:cacheprovider", *further, options.file])
     print(dict(COUNTS))
     if options.out:
         with open(options.out, "w") as out:
-            json.dump(dict(bf16=options.bf16, **COUNTS), out)
+            json.dump(dict(bf16=options.bf16, **COUNTS, tests=OUTCOMES), out)
     sys.exit(status)

@@ -3,14 +3,17 @@
 Each file is read in a forked process, whose address space may grow by 300 MB and no more.
 """
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import pickle
 import resource
 import struct
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,10 +30,12 @@ from megatron_hybrid.convert.hf.reader import open_huggingface
 from megatron_hybrid.convert.olmo_core.saved_tensor import SavedSlice, locate_values
 from megatron_hybrid.convert.olmo_core.torch_checkpoint import METADATA, TorchCheckpoint
 from megatron_hybrid.data.boundaries import find_boundaries
+from megatron_hybrid.data.documents import find_files, iterate_batches, parse_batch
 from megatron_hybrid.data.hf_tokenizer import _read_files
 from megatron_hybrid.data.indexed import MAGIC
 from megatron_hybrid.data.indexed import read_index as read_token_index
 from megatron_hybrid.data.raw_tokens import raw_dtype
+from megatron_hybrid.data.records import ReadOptions
 from megatron_hybrid.data.sources import Shard
 
 ROOM_BYTES, SECONDS = 300 << 20, 1.0
@@ -64,9 +69,9 @@ def outcome(work: Callable[[], object]) -> tuple[str, float]:
     return told, seconds
 
 
-def refused(work: Callable[[], object]) -> None:
-    told, seconds = outcome(work)
-    assert told == "refused" and seconds < SECONDS, f"{told} after {seconds:.1f} s"
+def refused(work: Callable[[], object], seconds: float = SECONDS) -> None:
+    told, took = outcome(work)
+    assert told == "refused" and took < seconds, f"{told} after {took:.1f} s"
 
 
 def test_the_limit_is_in_force():
@@ -181,6 +186,10 @@ PICKLES = {
     "tuples, hashed": b"\x80\x04}" + pickled_tuple(40) + b"K\x01s.",
     "tuples": b"\x80\x04" + pickled_tuple(40) + b".",
     "lists": b"\x80\x04" + b"](" + b"]" * 5_000_000 + b"e.",
+    "lists that hold each other twice": b"\x80\x04]\x94"
+    + b"".join(b"](h%ch%ce\x94" % (i, i) for i in range(40))
+    + b".",
+    "a mark popped": b"\x80\x04" + pickled_tuple(40).replace(b"2", b"K\x01(02") + b".",
     "memo": b"\x80\x02]r\xff\xff\xff\x7f.",
     "bytes": b"\x80\x05\x96" + struct.pack("<Q", 1 << 34) + b".",
     "text": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 34) + b".",
@@ -222,6 +231,53 @@ def test_metadata_of_documents(text, tmp_path):
     with gzip.open(tmp_path / "a.csv.gz", "wb", compresslevel=1) as file:
         file.write(text)
     refused(lambda: find_boundaries(Shard(str(tmp_path / "a.npy"), np.dtype("<u2"), 0, 1000), None))
+
+
+def compressed_bomb(path: Path, codec: str, head: bytes, mebibytes: int = 320) -> None:
+    """Write a file of a few MiB at most that expands to `head` and zeros."""
+    chunk = bytes(1 << 20)
+    if codec == "gz":
+        compressor = zlib.compressobj(1, wbits=31)
+        one = compressor.compress(head) + b"".join(compressor.compress(chunk) for _ in range(mebibytes))
+        path.write_bytes(one + compressor.flush())
+    elif codec == "zst":
+        rle = struct.pack("<I", (128 << 10) << 3 | 2)[:3] + b"0"  # a block of 128 KiB in 4 bytes
+        raw = struct.pack("<I", len(head) << 3)[:3] + head
+        last = struct.pack("<I", 1 | 1 << 3 | 2)[:3] + b"0"
+        path.write_bytes(b"\x28\xb5\x2f\xfd\x00\x58" + raw + rle * (8 * mebibytes) + last)
+    else:
+        module = {"bz2": bz2, "xz": lzma}[codec]
+        path.write_bytes(module.compress(head + bytes(40 << 20), *(() if codec == "bz2" else (lzma.FORMAT_XZ, -1, 0))))
+
+
+@pytest.mark.parametrize("codec", ["gz", "zst", "bz2", "xz"])
+@pytest.mark.parametrize("kind", ["jsonl", "text"])
+def test_compressed_corpora(kind, codec, tmp_path):
+    file = tmp_path / f"a.{'jsonl' if kind == 'jsonl' else 'txt'}.{codec}"
+    compressed_bomb(file, codec, b'{"text": "' if kind == "jsonl" else b"text ")
+    assert file.stat().st_size < 10 << 20
+    refused(lambda: read_corpus(file), seconds=3.0 if codec == "bz2" else SECONDS)  # 20 MB/s at most
+
+
+def read_corpus(file: Path) -> list[str | None]:
+    return [text for batch in iterate_batches(find_files([file])) for _, text in parse_batch(batch, ReadOptions())]
+
+
+LINES = {
+    "endless": b'{"text": "' + b"x" * (64 << 20),
+    "lists": b'{"text": "a", "b": [' + b"[]," * 8_000_000 + b"1]}",
+    "numbers": b'{"text": "a", "b": [' + b"1," * 15_000_000 + b"1]}",
+    "keys": b'{"text": "a"' + b"".join(b',"%d":1' % i for i in range(2_000_000)) + b"}",
+    "nested": b'{"text": ' + b"[" * 20_000_000,
+    "digits": b'{"text": ' + b"9" * 20_000_000 + b"}",
+    "objects in a list": b'{"text": "a", "b": [' + b'{"":{}},' * 1_500_000 + b"1]}",
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_json_lines(case, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES[case] + b"\n")
+    refused(lambda: read_corpus(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("counts", [(1 << 60, 1 << 60), (1 << 40, 2), (2, 1 << 62), ((1 << 64) - 1, 1)])

@@ -73,6 +73,23 @@ def test_draw(tmp_path, monkeypatch, scale, top):
     assert loss_axis.get_xlabel() == "step (4.1 M tokens)"
 
 
+def test_tasks_have_an_axis_of_their_own(tmp_path):
+    results = {"eval/mmlu/acc": 0.25, "eval/mmlu/acc_norm": 0.3, "eval/bpb/bits_per_byte": 0.9, "eval/bpb/documents": 8}
+    items = [
+        {"step": 1, "loss": 2.0, "lr": 1e-3, "tokens": 5},
+        {"step": 1, "eval/code/loss": 3.0, "eval/code/tokens": 4} | results,
+    ]
+    items.append({"step": 2, "eval/mmlu/acc": None, "eval/mmlu/acc_norm": None})
+    curve = curve_of(items)
+    tasks = {name: (list(steps), list(values)) for name, (steps, values) in curve.tasks.items()}
+    assert tasks == {"mmlu acc": ([1], [0.25]), "bpb bits_per_byte": ([1], [0.9])}
+    assert list(curve.evaluations) == ["code"]
+    draw(curve, tmp_path / "loss.png")
+    draw(curve_of(items[:1]), tmp_path / "without.png")
+    heights = [Image.open(tmp_path / name).height for name in ("loss.png", "without.png")]
+    assert heights[0] > heights[1]
+
+
 def test_curves_with_little_to_show(tmp_path):
     skipped = {"step": 1, "loss": None, "skipped": True}
     for items in ([], [{"step": 1, "loss": 2.0}], [skipped], [{"step": 0, "eval_loss": 3.0}]):

@@ -10,9 +10,9 @@ import yaml
 
 from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.checkpoint.reader import CheckpointReader
+from megatron_hybrid.cli.average import main as average
 from testing import jobs
 from tests.slurm.conftest import SCRIPT
-from tools.average_checkpoints import main as average
 
 STEPS, LATER = 150, 3  # the first stage must not end before it is killed
 SECOND = ["data.seed=7", f"train.steps={LATER}"]

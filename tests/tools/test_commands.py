@@ -60,9 +60,9 @@ def test_train_generate_evaluate(root, tmp_path):
     tokens.tofile(tmp_path / "t.npy")
     data = f"{tmp_path}/t.npy"
     overrides = [
-        f"data.train.0.path={data}", f"data.validation.0.path={data}", f"run_dir={tmp_path}/run", "data.sequence_length=64",
+        f"data.train.0.path={data}", f"data.validation=[{{path: {data}}}]", f"run_dir={tmp_path}/run", "data.sequence_length=64",
         "model={base_preset: olmo_hybrid_tiny, layer_pattern: GA}", "parallel={}", "train.steps=40", "train.global_batch_size=4",
-        "train.micro_batch_size=4",
+        "train.micro_batch_size=4", "tasks.paths=[]",
     ]  # fmt: skip
     done = command(root, "tools/pretrain.py", TINY, *overrides)
     assert done.returncode == 0, done.stderr[-3000:]

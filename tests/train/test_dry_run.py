@@ -14,6 +14,7 @@ from megatron_hybrid.checkpoint.format import INDEX, Index
 from megatron_hybrid.config import run_dir
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.config.run_dir import RunDirError, check_run_dir, checkpoint_bytes
+from megatron_hybrid.evaluation.stdlib_tasks import write_stdlib_tasks
 from megatron_hybrid.train.dry_run import check_files
 
 TINY = "examples/configs/pretrain_hybrid_tiny.yaml"
@@ -23,7 +24,8 @@ TINY = "examples/configs/pretrain_hybrid_tiny.yaml"
 def run(tmp_path):
     """`run(*overrides)`: a run whose files are all there."""
     np.arange(2000, dtype=np.uint16).__mod__(257).astype(np.uint16).tofile(tmp_path / "tokens.npy")
-    data = [f"data.{split}.0.path={tmp_path}/tokens.npy" for split in ("train", "validation")]
+    names = ("train", "validation.code", "validation.docs")
+    data = ["tasks.paths=[]", *(f"data.{name}.0.path={tmp_path}/tokens.npy" for name in names)]
     return lambda *overrides: load_run(TINY, [*data, f"run_dir={tmp_path}/run", *overrides])
 
 
@@ -43,8 +45,8 @@ def test_all_is_well_and_nothing_is_made(run, tmp_path):
     [
         ("data.train.0.path=/no/such.npy", "data.train.0.path: /no/such.npy: no such file"),
         (
-            "data.validation.0.path=/no/such/prefix",
-            "data.validation.0.path: /no/such/prefix.idx and /no/such/prefix.bin: no such",
+            "data.validation.code.0.path=/no/such/prefix",
+            "data.validation.code.0.path: /no/such/prefix.idx and /no/such/prefix.bin: no such",
         ),
         ("data.train.0.path=/no/such/*.npy", "data.train.0.path: /no/such/*.npy: no such file: nothing matches"),
         ("checkpoint.resume=/no/such/run", "checkpoint.resume: /no/such/run: there is no such folder"),
@@ -99,13 +101,13 @@ def test_documents_need_boundaries(run, tmp_path, mode):
 def test_every_problem_is_told_at_once(run):
     overrides = [
         "data.train.0.path=/no/a.npy",
-        "data.validation.0.path=/no/b.npy",
+        "data.validation.code.0.path=/no/b.npy",
         "checkpoint.resume=/no/c",
         "run_dir=/proc/run",
     ]
     with pytest.raises(ConfigError) as refused:
         check_files(run(*overrides), 4, required=True)
-    names = ["run_dir", "data.train.0.path", "data.validation.0.path", "checkpoint.resume"]
+    names = ["run_dir", "data.train.0.path", "data.validation.code.0.path", "checkpoint.resume"]
     assert [field for field, _ in refused.value.problems] == names
 
 
@@ -115,15 +117,31 @@ def test_the_checkpoint_that_would_be_resumed_is_of_this_model(run, tmp_path):
         check_files(run(), 4, required=False)
 
 
+def test_tasks_are_read(run, tmp_path):
+    write_stdlib_tasks(tmp_path / "tasks")
+    choices, text = (f"tasks.paths=[{tmp_path}/tasks/{name}.yaml]" for name in ("http_status", "next_month"))
+    assert check_files(run(choices), 4, required=True) == []
+    with pytest.raises(ConfigError, match="generate text do not run with parallel.pipeline_parallel_size = 2"):
+        check_files(run(text), 4, required=False)
+    assert check_files(run(text, "parallel={}"), 4, required=True) == []
+    (line,) = check_files(run("tasks.paths=[/no/task]"), 4, required=False)
+    assert line.startswith("tasks.paths.0: /no/task: no such file or folder")
+    (tmp_path / "tasks" / "http_status.jsonl").unlink()
+    with pytest.raises(ConfigError, match="tasks.paths.0: .*http_status.jsonl: cannot be read"):
+        check_files(run(choices), 4, required=False)
+
+
 def test_no_torch_and_no_token(root, run, tmp_path):
+    write_stdlib_tasks(tmp_path / "tasks")
     code = f"""
 import sys
 from megatron_hybrid.config.load import load_run
 from megatron_hybrid.data.sources import Shard
 from megatron_hybrid.train.dry_run import check_files
 Shard.map = None
-data = [f"data.{{split}}.0.path={tmp_path}/tokens.npy" for split in ("train", "validation")]
-assert check_files(load_run({TINY!r}, [*data, "run_dir={tmp_path}/run"]), 4, True) == []
+data = [f"data.{{name}}.0.path={tmp_path}/tokens.npy" for name in ("train", "validation.code", "validation.docs")]
+task = "tasks.paths=[{tmp_path}/tasks/http_status.yaml]"
+assert check_files(load_run({TINY!r}, [*data, task, "run_dir={tmp_path}/run"]), 4, True) == []
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)

@@ -12,7 +12,7 @@ from megatron_hybrid.base.heartbeat import Heartbeat
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.train.watchdog import collective_timeout, thread
 from megatron_hybrid.train.watchdog.flight_recorder import Collectives, GroupState
-from megatron_hybrid.train.watchdog.nvrx import nvrx_heartbeat
+from megatron_hybrid.train.watchdog.nvrx import RankMonitor
 from megatron_hybrid.train.watchdog.report import Report, read_reports
 from megatron_hybrid.train.watchdog.thread import Limits
 from megatron_hybrid.train.watchdog.verdict import verdict
@@ -136,36 +136,77 @@ def recorded() -> dict:
     return {"entered": state.entered, "operation": state.operation, "ranks": state.ranks}
 
 
-def test_heartbeats_go_to_ft_launcher(monkeypatch, tmp_path):
-    """With a stand-in for NVRx's client: it gets one heartbeat per progress, and a failure of it ends nothing."""
+class MonitorClient:
+    """Stand-in for the RankMonitorClient of NVRx, with the limits of some sections."""
 
-    sent: list[str] = []
+    def __init__(self, sections: tuple[str, ...] = ()) -> None:
+        self.cfg, self.sent = types.SimpleNamespace(rank_section_timeouts=dict.fromkeys(sections, 10.0)), list[str]()
 
-    class Client:
-        def init_workload_monitoring(self) -> None:
-            sent.append("init")
+    def init_workload_monitoring(self) -> None:
+        self.sent.append("init")
 
-        def send_heartbeat(self) -> None:
-            sent.append("beat")
-            if len(sent) > 2:
-                raise RuntimeError("the monitor is gone")
+    def shutdown_workload_monitoring(self) -> None:
+        self.sent.append("shutdown")
 
+    def start_section(self, name: str) -> None:
+        self.sent.append(f"start {name}")
+
+    def end_section(self, name: str) -> None:
+        self.sent.append(f"end {name}")
+
+    def send_heartbeat(self) -> None:
+        self.sent.append("beat")
+
+
+def test_ft_launcher_hears_of_progress(monkeypatch, tmp_path):
+    """The first heartbeat follows the first step, and a failure of the monitor ends nothing."""
+    client, beat = MonitorClient(), Heartbeat()
+    monkeypatch.setattr(thread, "heartbeat", beat)
+    watchdog = thread.Watchdog(tmp_path, Limits(), RankMonitor(client), ends_process=False)
+    watchdog._look(1.0, 600.0)
+    beat.begin_step(0)
+    watchdog._look(2.0, 600.0)
+    assert client.sent == [], "kernels are compiled in the first step"
+    beat.end_step(1)
+    for now in (3.0, 4.0):
+        watchdog._look(now, 600.0)
+    assert client.sent == ["beat"], "there was no progress since then"
+    with beat.doing("saving", progress=lambda: None):
+        watchdog._look(10.0, 600.0)
+        beat.progress = lambda: "a file that grows"
+        watchdog._look(100.0, 600.0)
+    assert client.sent == ["beat"] * 3, "what others write is progress too"
+    monkeypatch.setattr(client, "send_heartbeat", lambda: 1 / 0)
+    beat.beat()
+    watchdog._look(101.0, 600.0)
+
+
+def test_sections_of_ft_launcher(monkeypatch, tmp_path):
+    """A section begins again at every sign of progress. Sections without a limit are not named: NVRx 0.4 fails on them."""
+    client, beat = MonitorClient(("setup", "step")), Heartbeat()
+    monitor = RankMonitor(client)
+    monkeypatch.setattr(thread, "heartbeat", beat)
+    watchdog = thread.Watchdog(tmp_path, Limits(), monitor, ends_process=False)
+    watchdog._look(1.0, 600.0)
+    beat.begin_step(0)
+    watchdog._look(2.0, 600.0)
+    beat.beat()
+    watchdog._look(3.0, 600.0)
+    with beat.doing("saving", section="checkpointing"):
+        watchdog._look(4.0, 600.0)
+    assert client.sent == ["start setup", "end setup", "start step", "end step", "start step", "end step"]
+    monitor.close()
+    assert client.sent[-1] == "shutdown"
+
+
+def test_only_ranks_of_ft_launcher_connect(monkeypatch):
     for name in ("nvidia_resiliency_ext", "nvidia_resiliency_ext.fault_tolerance"):
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(
-        sys.modules["nvidia_resiliency_ext.fault_tolerance"], "RankMonitorClient", Client, raising=False
-    )
-    assert nvrx_heartbeat() is None, "ft_launcher has not started this process"
+    package = sys.modules["nvidia_resiliency_ext.fault_tolerance"]
+    monkeypatch.setattr(package, "RankMonitorClient", MonitorClient, raising=False)
+    assert RankMonitor.connect() is None
     monkeypatch.setenv("FT_RANK_MONITOR_IPC_SOCKET", "socket")
-    beat = Heartbeat()
-    monkeypatch.setattr(thread, "heartbeat", beat)
-    watchdog = thread.Watchdog(tmp_path, Limits(), nvrx_heartbeat(), ends_process=False)
-    for now in (1.0, 2.0):
-        watchdog._look(now, 600.0)
-    assert sent == ["init", "beat"], "there was no progress"
-    for now in (3.0, 4.0):
-        beat.beat()
-        watchdog._look(now, 600.0)
-    assert sent == ["init", "beat", "beat"], "after a failure it waits"
+    monitor = RankMonitor.connect()
+    assert monitor is not None and monitor._client.sent == ["init"]

@@ -12,6 +12,9 @@ from megatron_hybrid.convert.hf.fields import Fields, FieldTable
 from megatron_hybrid.convert.hf.names import LayerNames, TensorNames
 from megatron_hybrid.convert.hf.rope import RopeForms
 
+OLD_LAYER_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
+"""Names in `layer_types` of older files, which transformers still reads, and their present names."""
+
 
 class Architecture(ABC):
     """A decoder of transformers, in both directions: fields of config.json, and names of tensors."""
@@ -43,6 +46,8 @@ class Architecture(ABC):
     def read_layer_types(self, fields: Fields, count: int) -> Any:
         """Return the type of each layer as config.json gives it, or transformers' default. The caller checks it."""
         types = fields.config.get("layer_types")
+        if isinstance(types, list):
+            return [OLD_LAYER_TYPES.get(name, name) if isinstance(name, str) else name for name in types]
         return self.default_layer_types(count) if types is None else types
 
     @abstractmethod

@@ -31,7 +31,7 @@ class PeriodicEvaluation(Callback):
 
     def evaluate(self, run: Run) -> dict[str, SetLoss]:
         """Return and log the losses of all validation sets by their names."""
-        with run.logger.pause(), heartbeat.doing(f"evaluating after step {run.progress.step}"):
+        with run.logger.pause(), heartbeat.doing(f"evaluating after step {run.progress.step}", section="step"):
             losses = {found.name: found.evaluate(run.engine.evaluate) for found in self.validation}
         run.logger.log_evaluation(run.progress.step, losses)
         return losses

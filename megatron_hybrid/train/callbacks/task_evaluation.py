@@ -1,13 +1,14 @@
 """Callback that evaluates downstream tasks during training."""
 
-from pathlib import Path
 from typing import cast
 
 from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.base.heartbeat import heartbeat
-from megatron_hybrid.config.tasks import TasksConfig
-from megatron_hybrid.evaluation.local_tasks import evaluate_task
-from megatron_hybrid.evaluation.task_files import TaskFile, read_task, task_paths
+from megatron_hybrid.config.tasks import TasksConfig, generation_problems, scoring_sizes
+from megatron_hybrid.data.tokenizer import load_tokenizer
+from megatron_hybrid.evaluation.engine_scores import EngineScorer
+from megatron_hybrid.evaluation.local_tasks import evaluate_choices, evaluate_task
+from megatron_hybrid.evaluation.task_files import TaskFile, generate_text, read_tasks
 from megatron_hybrid.evaluation.task_model import TaskModel
 from megatron_hybrid.inference.load import LoadedModel
 from megatron_hybrid.train.callbacks.base import Callback, Run, StepOutcome
@@ -19,6 +20,9 @@ class TaskEvaluation(Callback):
 
     Writes `eval/<task>/<metric>` to the metrics of the step and TensorBoard, and a line per task to the console. Data parallel
     ranks share the documents. Training waits meanwhile, so limit large tasks with `tasks.limit`.
+
+    Choices are scored by the engine's evaluation, as validation sets are, so they run under every layout. Text is generated with
+    caches, which need whole layers and whole sequences on each rank.
     """
 
     def __init__(self, config: TasksConfig) -> None:
@@ -27,15 +31,16 @@ class TaskEvaluation(Callback):
 
     def setup(self, run: Run) -> None:
         """Read all tasks and the tokenizer, so that a wrong file ends the run before its first step."""
+        config = run.config
         try:
-            self.tasks = [read_task(path) for name in self.config.paths for path in task_paths(Path(name))]
+            self.tasks = read_tasks(self.config.paths)
         except UserError as error:
             raise ConfigError.at("tasks.paths", str(error)) from None
-        if run.config.data.tokenizer is None:
-            raise ConfigError.at(
-                "data.tokenizer", "is missing, and tasks need it; name the one that the data was made with"
-            )
-        self.model = self._task_model(run)
+        if generate_text(self.tasks):
+            generation_problems(config.model, config.train, config.parallel, config.precision).raise_if_any()
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        sizes = scoring_sizes(self.config, config.data.sequence_length, config.train, config.parallel)
+        self.scorer = EngineScorer(run.engine.evaluate, run.engine.groups, sizes, config.model.vocab_size)
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
         step = run.progress.step
@@ -44,17 +49,31 @@ class TaskEvaluation(Callback):
 
     def evaluate(self, run: Run) -> dict[str, dict[str, float]]:
         """Return and log the results of all tasks."""
-        engine = cast(MegatronEngine, run.engine)
-        engine.optimizer.gather_parameters()  # a cache reads parameters without the hooks that would gather them
-        network = self.model.model.network.eval()
-        with run.logger.pause(), heartbeat.doing(f"evaluating tasks after step {run.progress.step}"):
-            results = {task.name: evaluate_task(self.model, task, self.config.limit) for task in self.tasks}
-        network.train()
-        run.logger.log_tasks(run.progress.step, results)
-        return results
+        with run.logger.pause(), heartbeat.doing(f"evaluating tasks after step {run.progress.step}", section="step"):
+            results = self._choices() | self._generations(run)
+        ordered = {task.name: results[task.name] for task in self.tasks}
+        run.logger.log_tasks(run.progress.step, ordered)
+        return ordered
 
-    def _task_model(self, run: Run) -> TaskModel:
-        (network,) = cast(MegatronEngine, run.engine).chunks
-        config, tokenizer = run.config.model, run.config.data.tokenizer
-        loaded = LoadedModel(network, config, {}, None, tokenizer)
-        return TaskModel.of(loaded, tokenizer, run.config.data.sequence_length, self.config.batch_size)
+    def _choices(self) -> dict[str, dict[str, float]]:
+        return {
+            task.name: evaluate_choices(task, self.tokenizer, self.scorer.log_likelihoods, self.config.limit)
+            for task in self.tasks
+            if task.output_type == "multiple_choice"
+        }
+
+    def _generations(self, run: Run) -> dict[str, dict[str, float]]:
+        if not generate_text(self.tasks):
+            return {}
+        engine, length = cast(MegatronEngine, run.engine), run.config.data.sequence_length
+        engine.optimizer.gather_parameters()  # a cache reads parameters without the hooks that would gather them
+        (network,) = engine.chunks
+        loaded = LoadedModel(network.eval(), run.config.model, {}, None, run.config.data.tokenizer)
+        model = TaskModel(loaded, self.tokenizer, length, self.config.batch_size)
+        results = {
+            task.name: evaluate_task(model, task, self.config.limit)
+            for task in self.tasks
+            if task.output_type == "generate_until"
+        }
+        network.train()
+        return results

@@ -6,7 +6,7 @@ from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.distributed.device import has_cuda
 from megatron_hybrid.distributed.process_groups import LONGEST_WAIT_MINUTES
 from megatron_hybrid.train.watchdog.flight_recorder import enable_flight_recorder
-from megatron_hybrid.train.watchdog.nvrx import nvrx_heartbeat
+from megatron_hybrid.train.watchdog.nvrx import RankMonitor
 from megatron_hybrid.train.watchdog.thread import START_S, Limits, Watchdog
 
 _SHORTEST_CPU_START_S = 30.0
@@ -15,13 +15,13 @@ _SHORTEST_CPU_START_S = 30.0
 def build_watchdog(run_dir: Path, train: TrainConfig) -> Watchdog:
     """Return the watchdog of a run, not started.
 
-    Under NVRx's ft_launcher, which has its own limits, the watchdog sends it heartbeats and reports hangs, but ends the process
+    Under NVRx's ft_launcher, which has its own limits, the watchdog reports progress to it and prints hangs, but ends the process
     only if `train.hang_timeout` is set. Call it before the process groups are formed.
     """
     enable_flight_recorder()
     limits = Limits(train.hang_timeout, _start_limit(train))
-    forward = nvrx_heartbeat()
-    return Watchdog(run_dir / "hangs", limits, forward, forward is None or train.hang_timeout is not None)
+    monitor = RankMonitor.connect()
+    return Watchdog(run_dir / "hangs", limits, monitor, monitor is None or train.hang_timeout is not None)
 
 
 def collective_timeout(train: TrainConfig) -> float:

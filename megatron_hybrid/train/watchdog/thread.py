@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from megatron_hybrid.base.errors import REQUEUE
 from megatron_hybrid.base.heartbeat import heartbeat
 from megatron_hybrid.observe.outputs import Output
 from megatron_hybrid.train.watchdog.last_resort import ExitTimer
+from megatron_hybrid.train.watchdog.nvrx import RankMonitor
 from megatron_hybrid.train.watchdog.report import Report, read_reports
 from megatron_hybrid.train.watchdog.team import Team
 from megatron_hybrid.train.watchdog.verdict import verdict
@@ -53,19 +53,19 @@ class Watchdog(threading.Thread):
 
     Args:
         folder: folder for reports, `run_dir/hangs`.
-        forward: called after progress: sends a heartbeat to another monitor.
+        monitor: another monitor, told of progress.
         ends_process: False: report a hang, but leave it to the other monitor to end the process.
     """
 
     def __init__(
-        self, folder: Path, limits: Limits, forward: Callable[[], None] | None = None, ends_process: bool = True
+        self, folder: Path, limits: Limits, monitor: RankMonitor | None = None, ends_process: bool = True
     ) -> None:
         super().__init__(name="watchdog", daemon=True)
-        self.folder, self.limits, self.forward, self.ends_process = folder, limits, forward, ends_process
+        self.folder, self.limits, self.monitor, self.ends_process = folder, limits, monitor, ends_process
         self.team = Team.alone()
         self._ended = threading.Event()
         self._timer = ExitTimer(REQUEUE, sys.__stderr__ or sys.stderr) if ends_process else None
-        self._forwarding = Output("the heartbeat to the other monitor", _say, waits=True)
+        self._forwarding = Output("progress for the other monitor", _say, waits=True)
         self._age, self._beats = 0.0, -1
         self._progress: object = None
         self._next_look = 0.0
@@ -83,6 +83,8 @@ class Watchdog(threading.Thread):
         self.join()
         if self._timer is not None:
             self._timer.cancel()
+        if self.monitor is not None:
+            self._forwarding.attempt(self.monitor.close)
 
     def run(self) -> None:
         """Watch until the run ends. Only time in which this thread runs counts: a suspended process has not hung."""
@@ -101,15 +103,21 @@ class Watchdog(threading.Thread):
     def _look(self, now: float, limit: float) -> None:
         """Set the age to zero if the main thread, or the processes that it waits for, have made progress."""
         if heartbeat.beats != self._beats:
-            self._beats, self._age = heartbeat.beats, 0.0
-            if self.forward is not None:
-                self._forwarding.attempt(self.forward)
+            self._beats = heartbeat.beats
+            self._progressed()
         progress = heartbeat.progress
         if progress is not None and now > self._next_look:
             self._next_look = now + min(max(limit / 20, 1.0), 30.0)
             with contextlib.suppress(OSError):  # what cannot be read shows no progress
                 if (seen := progress()) != self._progress:
-                    self._progress, self._age = seen, 0.0
+                    self._progress = seen
+                    self._progressed()
+
+    def _progressed(self) -> None:
+        self._age = 0.0
+        if self.monitor is not None:
+            section, has_trained, report = heartbeat.section, heartbeat.has_trained, self.monitor.report
+            self._forwarding.attempt(lambda: report(section, has_trained))
 
     def _others_report(self) -> bool:
         return self.team.size > 1 and (self.folder / self.team.token).exists()
