@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -59,7 +60,7 @@ SMOKE = Size(
 
 def write_data(folder: Path, size: Size) -> bytes:
     """Write the training data of both lengths, and return the held-out text."""
-    from drope_yarn_data import library_text, write_documents
+    from testing.recall_documents import library_text, write_documents
 
     train, held_out = library_text()
     for seed, (name, length) in enumerate((("short", size.short), ("long", size.long))):
@@ -93,7 +94,7 @@ def retrieved(model, size: Size, text: bytes) -> dict[str, dict[str, float]]:
 
     Every digit must be the model's first choice after the true digits before it, as in greedy decoding.
     """
-    from drope_yarn_data import DIGITS, test_document
+    from testing.recall_documents import DIGITS, test_document
 
     found: dict[str, dict[str, float]] = {}
     for length in size.lengths:
@@ -146,23 +147,25 @@ def measured(folder: Path, stage: str, size: Size, text: bytes) -> dict:
 
 
 def rows_of(results: dict[str, dict]) -> list[dict]:
-    """Return the rows of the result file."""
-    from report import row
+    """Return the rows of the result file.
+
+    The goal of an extension is to miss no more numbers than the model without one, beyond the length of its pretraining.
+    """
+    from report import bounded, row
 
     rows, base = [], results["pretrain"]
     for stage, found in results.items():
         name = NAMES[stage]
-        peer = {} if stage == "pretrain" else {"peer_name": NAMES["pretrain"]}
-        for length, by_depth in found["retrieved"].items():
-            mean, before = (sum(x["retrieved"][length].values()) / len(by_depth) for x in (found, base))
-            better = {"peer": before, "higher_is_better": True} if peer else {}
-            rows.append(row(f"{name}, {length} bytes", "numbers recalled", "share", mean, **better, **peer))
+        for length in found["retrieved"]:
+            missed, before = (1 - mean(x["retrieved"][length].values()) for x in (found, base))
+            goal = None if stage == "pretrain" or int(length) <= WHOLE.short else before
+            rows.append(bounded(f"{name}, {length} bytes", "numbers not recalled", "share", missed, goal))
         for length, by_depth in found["retrieved"].items():
             for depth, share in by_depth.items():
                 rows.append(row(f"{name}, {length} bytes, depth {depth}", "numbers recalled", "share", share))
         for position, loss in found["loss"].items():
-            better = {"peer": base["loss"][position]} if peer else {}
-            rows.append(row(f"{name}, from byte {position}", "loss", "nats per byte", loss, **better, **peer))
+            peer = {} if stage == "pretrain" else {"peer": base["loss"][position], "peer_name": NAMES["pretrain"]}
+            rows.append(row(f"{name}, from byte {position}", "loss", "nats per byte", loss, **peer))
     return rows
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+import drope_yarn_page
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 REGION = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -260,6 +262,7 @@ TABLES = {
     "expressivity-state-tracking": partial(expressivity, "state_tracking"),
     "expressivity-recall": partial(expressivity, "recall"),
     "expressivity-state-based-recall": partial(expressivity, "state_based_recall"),
+    "drope-yarn": partial(drope_yarn_page.retrieval, table), "drope-yarn-loss": partial(drope_yarn_page.loss, table),
 }  # fmt: skip
 
 
@@ -274,6 +277,7 @@ def with_figures(text: str) -> str:
 
 
 def write() -> None:
-    """Write the tables into all pages."""
+    """Write the tables into all pages, and draw the plots."""
+    drope_yarn_page.draw()
     for page in pages():
         page.write_text(with_figures(page.read_text()))

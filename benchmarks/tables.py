@@ -14,6 +14,7 @@ LONG = 60  # rows
 HELPERS = {
     "tables",
     "figures",
+    "drope_yarn_page",
     "report",
     "kernel_timing",
     "planner_memory",

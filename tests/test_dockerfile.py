@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.test_packaging import locked, requirements, tracked_files
+from tests.test_packaging import requirements, tracked_files
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,8 +5,8 @@
 #
 # All stages are checked before the first is submitted; --dry-run stops after that and prints the jobs. FILES=skip where only the
 # compute nodes see the data. Account, partition and time limit: SBATCH_ACCOUNT=..., SBATCH_PARTITION=..., SBATCH_TIMELIMIT=...
-# A job that nears its time limit saves, requeues itself and continues; the stages after it wait. To continue after a failure, cancel
-# what is still in the queue and run the same command again.
+# A job that nears its time limit saves, requeues itself and continues; the stages after it wait. A failed stage cancels the jobs that
+# depend on it. To continue after a failure, run the same command again.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 export HYBRID_EXTRAS=${HYBRID_EXTRAS:-gpu} # with Transformer Engine and fla

@@ -158,7 +158,8 @@ class MixerSpec(ABC):
 
 def block_problems(spec: MixerSpec, block: Block, path: str) -> Problems:
     """Return an error for each field of a block whose value the mixer does not implement. All norm placements are implemented:
-    norms are around the mixer."""
+    norms are around the mixer.
+    """
     problems = Problems()
     for name in ("qk_norm", "output_gate", "partial_rotary_factor", "sliding_window", "mlp"):
         if spec.options.get(name) == ():

@@ -13,6 +13,7 @@ from megatron_hybrid.config.load import load_run
 from megatron_hybrid.convert.architecture import architecture_of
 from megatron_hybrid.data.agreement import refuse, run_disagreements, warn
 from megatron_hybrid.data.build import build_train_and_validation, open_sources
+from megatron_hybrid.data.generated import GeneratedDataset
 from megatron_hybrid.data.prepare_documents import DocumentPreparation, prepare_alone
 
 
@@ -38,7 +39,8 @@ def main() -> int:
             documents=documents,
         )
     datasets = [dataset for blend in (train, *validation.values()) for dataset in blend.datasets]
-    sizes = {dataset.source.name: dataset.source.num_tokens for dataset in datasets}
+    read = [dataset.source for dataset in datasets if not isinstance(dataset, GeneratedDataset)]
+    sizes = {source.name: source.num_tokens for source in read}
     for name, tokens in sizes.items():
         print(f"{name}: {tokens:,} tokens")
     if documents is not None:

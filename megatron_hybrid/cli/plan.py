@@ -22,7 +22,11 @@ def main() -> int:
     add("--model", required=True, help="a preset, a YAML file with a model's fields, or a run's YAML file")
     add("--gpus", type=positive, required=True, help="number of GPUs")
     add("--gpu", default="h100-80gb", help="name of a hardware file in megatron_hybrid/planner/gpus")
-    add("--hardware", metavar="FILE", help="a hardware file of your own, from megatron-hybrid calibrate (default: --gpu)")
+    add(
+        "--hardware",
+        metavar="FILE",
+        help="a hardware file of your own, from megatron-hybrid calibrate (default: --gpu)",
+    )
     add("--gpus-per-node", type=positive, help="GPUs of a node (default: the hardware file's)")
     add("--sequence-length", type=positive, help="tokens per sequence (default: the run's)")
     add("--global-batch-size", type=positive, help="sequences per step (default: the run's)")
@@ -49,7 +53,12 @@ def main() -> int:
         metavar="tp=4,...",
         help="say why such layouts are not best; may be repeated",
     )
-    add("--emit", type=Path, metavar="RUN.yaml", help="write the best layout as a run's configuration (default: not written)")
+    add(
+        "--emit",
+        type=Path,
+        metavar="RUN.yaml",
+        help="write the best layout as a run's configuration (default: not written)",
+    )
     add("--plot", type=Path, metavar="PNG", help="draw memory and step time of the best layouts (default: not drawn)")
     add(
         "--measure",

@@ -4,8 +4,8 @@ megatron-hybrid run-stages examples/stages/tiny/stages.yaml --cpu-ranks 2
 megatron-hybrid run-stages examples/stages/olmo_hybrid_7b/stages.yaml --dry-run --world-size 128
 megatron-hybrid run-stages examples/stages/olmo_hybrid_7b/stages.yaml --slurm      # one job per stage
 
-After an interruption the same command continues: what is done is read from the stages' folders. With --slurm, cancel what is
-still in the queue first. Overrides apply to the runs of all stages.
+After an interruption the same command continues: what is done is read from the stages' folders. With --slurm, a failed stage
+cancels the jobs that depend on it. Cancel other jobs that are still in the queue first. Overrides apply to the runs of all stages.
 Exit codes: 0 done; 75 stopped by a signal with its work saved; 78 wrong input; otherwise the status of the stage that failed.
 """
 

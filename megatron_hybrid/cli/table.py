@@ -42,4 +42,3 @@ def find_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
         if name in COMMANDS:
             return name, list(words[count:])
     return None
-

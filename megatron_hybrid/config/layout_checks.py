@@ -43,7 +43,8 @@ def check_tensor_parallel(model: ModelConfig, data: DataConfig, parallel: Parall
 
 def _head_limits(model: ModelConfig) -> list[tuple[int, str]]:
     """Return the head groups that limit the tensor parallel degree. A rank may hold padding heads alone in some layers, as where
-    attention has fewer key/value heads than ranks, but not in all."""
+    attention has fewer key/value heads than ranks, but not in all.
+    """
     groups = (mixer_spec(block.mixer).head_groups(model, block) for block in model.blocks_by_symbol.values())
     return list(dict.fromkeys((group.count, f"{group.title} ({group.field})") for group in groups))
 

@@ -79,13 +79,22 @@ def newest_checkpoints(run_dir: Path, count: int) -> list[Path]:
     Raises:
         ConversionError: it has fewer.
     """
+    return windows(run_dir, count)[-1]
+
+
+def windows(run_dir: Path, count: int) -> list[list[Path]]:
+    """Return every `count` checkpoints in a row of a run, oldest first.
+
+    Raises:
+        ConversionError: the run has fewer.
+    """
     found = complete_checkpoints(run_dir / "checkpoints") or complete_checkpoints(run_dir)
     if len(found) < count:
         raise ConversionError(
-            f"{run_dir}: {len(found)} complete checkpoints, and --last asks for {count}; give a smaller number, or train with a "
-            "larger checkpoint.keep_last"
+            f"{run_dir}: {len(found)} complete checkpoints, and an average of {count} is asked for; give a smaller number, or "
+            "train with a larger checkpoint.keep_last"
         )
-    return found[-count:]
+    return [found[end - count : end] for end in range(count, len(found) + 1)]
 
 
 def average(

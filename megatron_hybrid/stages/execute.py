@@ -87,7 +87,7 @@ def submission(item: Work, slurm: SlurmConfig, jobs: dict[str, str]) -> tuple[di
         jobs: job number, or a shell variable with it, of each item that is submitted already. Others are done.
     """
     needed = [jobs[name] for name in item.needs if name in jobs]
-    dependency = [f"--dependency=afterok:{':'.join(needed)}"] if needed else []
+    dependency = [f"--dependency=afterok:{':'.join(needed)}", "--kill-on-invalid-dep=yes"] if needed else []
     common = ["sbatch", "--parsable", f"--job-name={item.name}", *dependency]
     if isinstance(item, Training):
         script = [slurm.script, *item.arguments]

@@ -87,6 +87,31 @@ def test_the_newest_of_a_run(three, tmp_path):
     assert main([str(run), "--last", "4", "--out", str(tmp_path / "x"), "--quiet"]) == 78
 
 
+def test_the_moving_average_of_a_run_is_torch_s_bit_for_bit(three, tmp_path, capsys):
+    folders, held = three
+    run, out = folders[0].parent.parent, tmp_path / "averages"
+    options = [str(run), "--moving", "2", "--moments", "--out", str(out), "--quiet"]
+    assert main(options) == 0
+    assert sorted(path.name for path in out.iterdir()) == [folder.name for folder in folders[1:]]
+    for newest, folder in enumerate(folders[1:], 1):
+        pair = held[newest - 1 : newest + 1]
+        for name, value in tensors(out / folder.name).items():
+            values = (
+                [source[name] for source in pair] if "exp_avg" in name else masters(name.rpartition("master/")[2], pair)
+            )
+            assert torch.equal(value, torch.stack(values).mean(0).to(value.dtype)), name
+    shutil.rmtree(out / folders[1].name)
+    kept = (out / folders[2].name / "index.json").stat().st_mtime_ns
+    assert main(options) == 0 and (out / folders[1].name / "index.json").is_file(), "it adds what is missing"
+    assert main(options) == 0 and "has all 2 averages" in capsys.readouterr().out
+    assert (out / folders[2].name / "index.json").stat().st_mtime_ns == kept
+    with pytest.raises(SystemExit) as ended:
+        main([str(run), "--moving", "4", "--out", str(out)])
+    assert (
+        ended.value.code == 78 and "3 complete checkpoints, and an average of 4 is asked for" in capsys.readouterr().err
+    )
+
+
 def test_it_trains_on_and_loads_in_transformers(three, ranks, tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -125,8 +125,11 @@ def test_jobs_depend_on_the_stages_they_start_from(planned, tmp_path):
     assert lines[0].startswith(
         f"job_a=$(CONFIG={tmp_path / 'run.yaml'} sbatch --parsable --job-name=a --gpus-per-node=8 "
     )
-    assert '"--dependency=afterok:$job_a:$job_b" --nodes=1 --ntasks=1 ' in lines[2]
-    assert '"--dependency=afterok:$job_average_a_b_moments" --gpus-per-node=8 --nodes=4 ' in lines[3]
+    assert '"--dependency=afterok:$job_a:$job_b" --kill-on-invalid-dep=yes --nodes=1 --ntasks=1 ' in lines[2]
+    assert (
+        '"--dependency=afterok:$job_average_a_b_moments" --kill-on-invalid-dep=yes --gpus-per-node=8 --nodes=4 '
+        in lines[3]
+    )
     assert subprocess.run(["bash", "-n"], input="\n".join(lines), text=True).returncode == 0
 
 

@@ -73,7 +73,8 @@ def operations(shard: Shard) -> list[Operation]:
 
 def _output_is_shared(shard: Shard) -> bool:
     """True if o_proj saves the tensor that attention saves. It saves a cast under FP8, the gated tensor with an output gate, and
-    a copy in another layout elsewhere."""
+    a copy in another layout elsewhere.
+    """
     in_fp8 = shard.fp8 or shard.fp8_attention
     return not shard.block.output_gate and shard.transformer_engine and not in_fp8 and shard.context_parallel_size == 1
 

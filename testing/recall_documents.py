@@ -1,8 +1,9 @@
 """Data of benchmarks/drope_yarn.py: sources of the standard library with records stored and recalled in them, as bytes.
 
-A document has an exact length. `[store KEY NUMBER]` stands at random places, and `[recall KEY NUMBER]` once somewhere after each.
+A document has an exact length. It has `[store KEY NUMBER]` at random places, and `[recall KEY NUMBER]` several times after each.
 """
 
+import itertools
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ END = 256
 DIGITS = 5
 RECORDS_PER_TOKEN = 8 / 1024
 """Stored records per token of a training document."""
+RECALLS = 2
+"""Times that a training document recalls a record."""
 OTHERS = 7
 """Records in a test besides the one that is recalled."""
 HELD_OUT = 10
@@ -56,12 +59,13 @@ def inserted(text: bytes, places: list[tuple[int, bytes]]) -> bytes:
 
 def training_document(draw: random.Random, text: bytes, length: int) -> bytes:
     """Return a document of `length` - 1 bytes, before its end-of-document token."""
+    placed = list[tuple[int, bytes]]()
     pairs = list(records(draw, round(length * RECORDS_PER_TOKEN)))
-    pieces = [(stored(*pair), b"\n[recall %s %s]\n" % pair) for pair in pairs]
-    room = length - 1 - sum(len(piece) for both in pieces for piece in both)
+    pieces = [[stored(*pair), *[b"\n[recall %s %s]\n" % pair] * RECALLS] for pair in pairs]
+    room = length - 1 - sum(map(len, itertools.chain(*pieces)))
+    for of_record in pieces:
+        placed += zip(sorted(draw.randint(0, room) for _ in of_record), of_record, strict=True)
     start = draw.randrange(len(text) - room)
-    places = [sorted((draw.randint(0, room), draw.randint(0, room))) for _ in pieces]
-    placed = [pair for at, both in zip(places, pieces, strict=True) for pair in zip(at, both, strict=True)]
     return inserted(text[start : start + room], placed)
 
 
