@@ -157,8 +157,12 @@ def main() -> None:
     launch = Launch.from_environment().export()
     start_distributed(launch, ParallelConfig(), seed=0)
     folder = a.folder / "checkpoint-verify"
+    a.folder.mkdir(parents=True, exist_ok=True)
     if launch.rank == 0:
         remove_folder(folder)
+        free, needed = shutil.disk_usage(a.folder).free, 1.05e9 * max(a.gigabytes, a.save_gigabytes)
+        if free < needed:
+            raise SystemExit(f"--folder: it has {free / 1e9:.0f} GB of space, and {needed / 1e9:.0f} are needed")
     dist.barrier()
     target = make_checkpoint(folder, int(a.gigabytes * 1e9))
     rows = time_verification(target, a.rounds)

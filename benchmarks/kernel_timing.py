@@ -12,7 +12,8 @@ _printed: dict[str, int] = {}  # rows already shown, for a benchmark that writes
 
 def gpu_ms(fn: Callable[[], object], samples: int = 20, warmup: int = 3) -> float:
     """Median milliseconds of one call. The calls queue behind a pause, as a trainer's do behind earlier layers, so
-    that what is timed is the GPU's work and the gaps between kernels, not Python."""
+    that what is timed is the GPU's work and the gaps between kernels, not Python.
+    """
     for _ in range(warmup):
         fn()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(samples)]
@@ -63,7 +64,8 @@ def kernels(fn: Callable[[], object], calls: int = 5) -> dict[str, tuple[float, 
 
 def forget() -> None:
     """Give back what a closed engine leaves on the GPU, and what torch has compiled: for the shapes of another case it would get
-    slower kernels, for any shape."""
+    slower kernels, for any shape.
+    """
     gc.collect()
     torch.cuda.empty_cache()
     torch._dynamo.reset()

@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo  # noqa: E402
 
 from megatron_hybrid.base.errors import shown  # noqa: E402
 from megatron_hybrid.base.section import Section  # noqa: E402
+from megatron_hybrid.cli.main import overview  # noqa: E402
+from megatron_hybrid.cli.table import COMMANDS  # noqa: E402
 from megatron_hybrid.config.run import RunConfig  # noqa: E402
 
 SCALARS = {type(None): "null", str: "text", bool: "true or false", int: "integer", float: "number"}
@@ -77,21 +79,35 @@ def configuration() -> str:
 
 
 def commands() -> str:
-    """Return the page of all commands: their `--help`."""
-    pages = [f"{NOTICE}# Commands\n"]
-    tools = sorted(path for path in (ROOT / "tools").glob("*.py"))
+    """Return the page of all commands: the overview and each command's `--help`."""
     running = [
-        subprocess.Popen([sys.executable, str(tool), "--help"], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-        for tool in tools
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_hybrid.cli", *name.split(), "--help"],
+            **{"stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT, "cwd": ROOT},
+        )
+        for name in COMMANDS
     ]
-    for tool, process in zip(tools, running, strict=True):
+    text = " ".join(COMMANDS_INTRODUCTION.split())
+    pages = [f"{NOTICE}# Commands\n\n{text}\n\n```text\n{overview()}\n```\n"]
+    for name, process in zip(COMMANDS, running, strict=True):
         text, _ = process.communicate()
         if process.returncode:
-            raise SystemExit(f"{tool.name} --help ended with status {process.returncode}")
-        pages.append(f"\n## `tools/{tool.name}`\n```text\n{text.strip()}\n```\n")
+            raise SystemExit(f"megatron-hybrid {name} --help ended with status {process.returncode}")
+        pages.append(f"\n## `megatron-hybrid {name}`\n{tool_of(name)}```text\n{text.strip()}\n```\n")
     return "".join(pages)
 
 
+def tool_of(name: str) -> str:
+    """Return the line that names the script in tools/ of a command, if there is one."""
+    imported = f"from megatron_hybrid.cli.{COMMANDS[name].module} import main"
+    tools = [tool for tool in (ROOT / "tools").glob("*.py") if imported in tool.read_text()]
+    return f"In the checkout: `python tools/{tools[0].name}`\n" if tools else ""
+
+
+COMMANDS_INTRODUCTION = """
+`pip install` puts `megatron-hybrid` on the path. In the checkout, the scripts in `tools/` are the same commands. Options and
+`section.key=value` may come in any order.
+"""
 ENVIRONMENT = {"COLUMNS": "100", "PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HOME": "/tmp"}
 PAGES = {"configuration": configuration, "commands": commands}
 

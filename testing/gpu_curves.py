@@ -1,4 +1,4 @@
-"""Run jobs on the ranks of one launch, one after the other: python -m testing.gpu_curves JOBS.json RESULTS.json
+"""Run jobs on the ranks of one launch, one after the other: `python -m testing.gpu_curves JOBS.json RESULTS.json`.
 
 JOBS is {name: arguments of testing.jobs.curve}. RESULTS is {name: {"losses", "norms"}}. Further arguments of a job add results:
 - `resume`, a folder: the job saves halfway and resumes. Adds "resumed" (losses), "same_parameters" and "same_casts"

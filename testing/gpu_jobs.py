@@ -185,7 +185,8 @@ def side_by_side(
     jobs: dict[str, dict], launches: int, ranks: int = 1, device: str = "gpu", gpus: Sequence[int] = ()
 ) -> dict[str, dict]:
     """Jobs shared out over launches that run at once, those of one rank on a GPU each: these models are small, and most of the
-    time is start-up."""
+    time is start-up.
+    """
     names = list(jobs)
     shares = [{name: jobs[name] for name in names[first::launches]} for first in range(launches)]
 

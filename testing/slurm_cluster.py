@@ -48,8 +48,8 @@ ReturnToService=2
 KillWait=30
 MpiDefault=none
 MailProg=/bin/true
-NodeName={nodes[0]} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} State=UNKNOWN
-NodeName={nodes[1]} NodeAddr=127.0.0.2 Port={ports[2]} CPUs={cpus} State=UNKNOWN
+NodeName={nodes[0]} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=1000 State=UNKNOWN
+NodeName={nodes[1]} NodeAddr=127.0.0.2 Port={ports[2]} CPUs={cpus} RealMemory=1000 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 ROOT = Path(__file__).resolve().parent.parent
 BY_FOLDER = ("gpu", "slurm", "distributed")
+NO_CUDA = "no CUDA device here"
 
 
 def _has_cuda() -> bool:
@@ -38,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if folder in BY_FOLDER:
             item.add_marker(folder)
     missing = {
-        "gpu": (_has_cuda, "no CUDA device here"),
+        "gpu": (_has_cuda, NO_CUDA),
         "slurm": (lambda: shutil.which("sbatch") is not None, "no sbatch here"),
     }
     for marker, (is_here, reason) in missing.items():
@@ -46,6 +49,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if marked and not is_here():  # torch is asked for a device only when a test needs one
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def skips_by_reason(reports: Iterable[pytest.TestReport]) -> Counter[str]:
+    """Count skipped tests by the reason, most frequent first."""
+    found: Counter[str] = Counter()
+    for report in reports:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        found[reason.removeprefix("Skipped: ")] += 1
+    return Counter(dict(found.most_common()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the reasons of skipped tests, instead of a line for each of several hundred."""
+    found = skips_by_reason(terminalreporter.stats.get("skipped", []))
+    if found:
+        terminalreporter.section("skipped tests by reason")
+        for reason, count in found.items():
+            terminalreporter.line(f"{count:5}  {reason}")
+        others = sum(count for reason, count in found.items() if reason != NO_CUDA)
+        terminalreporter.line(f"{found[NO_CUDA]} of {found.total()} need a GPU, {others} something else")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ failed=()
 python -m ruff check . || failed+=(ruff)
 mypy_log=$(mktemp)
 trap 'rm -f "$mypy_log"' EXIT
-python -m mypy >"$mypy_log" 2>&1 & # beside pytest: it takes one core for a few seconds
+python -m mypy >"$mypy_log" 2>&1 & # while pytest runs: it takes one core for a few seconds
 mypy_pid=$!
 workers=2
 if nvidia-smi -L >/dev/null 2>&1; then workers=0; fi

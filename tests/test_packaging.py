@@ -1,15 +1,22 @@
-"""setup.py against what is installed, the wheel's contents, and nothing of one machine in the tracked files."""
+"""Requirements against constraints and what is installed, the wheels' contents, and nothing of one machine in the tracked files."""
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from email import message_from_string
+from email.message import Message
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import megatron_hybrid
 
 ROOT = Path(__file__).resolve().parent.parent
 # In pieces, so that this file does not find itself.
@@ -28,13 +35,17 @@ OF_ONE_MACHINE = re.compile(
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """setup.py's requirements by extra; `` for the base. Read, not run."""
-    values = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse((ROOT / "setup.py").read_text()).body
-        if isinstance(node, ast.Assign) and node.targets[0].id in ("REQUIREMENTS", "EXTRAS")
-    }
-    return {k: [Requirement(r) for r in v] for k, v in ({"": values["REQUIREMENTS"]} | values["EXTRAS"]).items()}
+    """Return the requirements in pyproject.toml by extra; `` for the base."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"": project["dependencies"]} | project["optional-dependencies"]
+    return {extra: [Requirement(line) for line in lines] for extra, lines in groups.items()}
+
+
+def locked(name: str) -> dict[str, str]:
+    """Return the versions in a constraints file by canonical name."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    found = [Requirement(line) for line in lines]
+    return {canonicalize_name(one.name): next(iter(one.specifier)).version for one in found}
 
 
 def tracked_files() -> list[Path]:
@@ -44,24 +55,40 @@ def tracked_files() -> list[Path]:
     return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
+LOCKS = {
+    "constraints.txt": set(requirements()) - {"olmo-core"},
+    "constraints-olmo-core.txt": {"", "dev", "olmo-core", "mpi"},
+}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_requirement_is_locked_within_its_range(lock):
+    versions = locked(lock)
+    wanted = [one for extra in LOCKS[lock] for one in requirements()[extra]]
+    wrong = {str(one): versions.get(canonicalize_name(one.name)) for one in wanted
+             if versions.get(canonicalize_name(one.name), "none") not in one.specifier}  # fmt: skip
+    assert wanted and not wrong, "run tools/lock.sh"
+
+
 @pytest.mark.parametrize("extra", requirements())
 def test_pins_agree_with_what_is_installed(extra):
-    wrong = {}
+    wrong, locks = {}, [locked(lock) for lock in LOCKS]
     for requirement in requirements()[extra]:
+        name = canonicalize_name(requirement.name)
         try:
-            installed = version(requirement.name).split("+")[0]
+            installed = version(name).split("+")[0]
         except PackageNotFoundError:
             if extra in ("", "dev"):
-                wrong[requirement.name] = "not installed"
+                wrong[name] = "not installed"
             continue
-        if installed not in requirement.specifier:
-            wrong[requirement.name] = f"{installed} installed, setup.py says {requirement.specifier}"
+        if installed not in (pins := {lock[name] for lock in locks if name in lock}):
+            wrong[name] = f"{installed} installed, constraints: {pins}"
     assert not wrong
 
 
-def test_every_dependency_has_a_pin():
-    loose = [str(r) for r in requirements()[""] if not str(r.specifier).startswith("==")]
-    assert not loose
+def test_every_dependency_has_a_range_or_a_pin():
+    bounds = {str(one): {part.operator for part in one.specifier} for one in requirements()[""]}
+    assert bounds and all({">=", "<"} <= operators or "==" in operators for operators in bounds.values())
 
 
 def test_what_is_imported_is_required():
@@ -84,31 +111,57 @@ def test_what_is_imported_is_required():
                 top = module.split(".")[0]
                 package = names.get(top, top).lower().replace("-", "_")
                 if top not in sys.stdlib_module_names and top not in own and package not in required:
-                    missing.add(f"{path.relative_to(ROOT)} imports {top}, which setup.py does not name")
+                    missing.add(f"{path.relative_to(ROOT)} imports {top}, which pyproject.toml does not name")
     assert not missing
 
 
-def test_the_wheel_holds_both_packages(tmp_path):
-    # From a copy: a build leaves its files beside the sources.
-    source = tmp_path / "source"
-    for path in [ROOT / n for n in ("setup.py", "pyproject.toml", "LICENSE")]:
-        source.mkdir(exist_ok=True)
-        (source / path.name).write_bytes(path.read_bytes())
-    for folder in ("megatron_hybrid", "kernels"):
-        for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                target = source / path.relative_to(ROOT)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"  # as pip calls it
-    done = subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, text=True)
+def build_wheel(source: Path, target: Path) -> zipfile.ZipFile:
+    """Build the wheel of a copy of a folder, as pip does: a build leaves its files next to the sources."""
+    copy = target / "source"
+    unwanted = shutil.ignore_patterns(
+        "__pycache__", ".*", "tests", "benchmarks", "docs", "runs", "data", "build", "*.egg-info"
+    )
+    shutil.copytree(source, copy, ignore=unwanted)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", build, target], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    (wheel,) = tmp_path.glob("*.whl")
-    held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "megatron_hybrid").rglob("*.py")}
-    wanted |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")}
-    assert not wanted - held
+    (wheel,) = target.glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def tracked_below(folder: str) -> set[str]:
+    """Return the tracked files of a package, relative to the folder above it."""
+    start = (ROOT / folder).parent
+    return {str(path.relative_to(start)) for path in tracked_files() if path.is_relative_to(ROOT / folder)}
+
+
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return message_from_string(wheel.read(name).decode())
+
+
+def test_the_wheel_holds_both_packages(tmp_path):
+    wheel = build_wheel(ROOT, tmp_path)
+    held = set(wheel.namelist())
+    wanted = tracked_below("megatron_hybrid") | tracked_below("kernels/hybrid_kernels")
+    assert {name for name in wanted - held if not name.endswith(".md")} == set()
+    assert {"megatron_hybrid/py.typed", "megatron_hybrid/planner/gpus/h200.yaml"} <= held
     assert {name.split("/")[0] for name in held if ".dist-info" not in name} == {"megatron_hybrid", "hybrid_kernels"}
+    assert any(name.endswith("licenses/LICENSE") for name in held)
+    (entry,) = (name for name in held if name.endswith("entry_points.txt"))
+    assert "megatron-hybrid = megatron_hybrid.cli.main:main" in wheel.read(entry).decode()
+    assert "Pretrain hybrid language models" in metadata(wheel).get_payload()
+
+
+def test_the_kernels_are_a_wheel_of_their_own(tmp_path):
+    wheel = build_wheel(ROOT / "kernels", tmp_path)
+    held, about = set(wheel.namelist()), metadata(wheel)
+    assert {name for name in tracked_below("kernels/hybrid_kernels") - held if not name.endswith(".md")} == set()
+    assert {name.split("/")[0] for name in held if ".dist-info" not in name} == {"hybrid_kernels"}
+    assert any(name.endswith(".cu") for name in held) and "hybrid_kernels/py.typed" in held
+    needed = {Requirement(line).name for line in about.get_all("Requires-Dist") if "extra ==" not in line}
+    assert needed == {"torch", "triton"} and "# hybrid-kernels" in about.get_payload()
+    assert about["Version"] == megatron_hybrid.__version__
     assert any(name.endswith("licenses/LICENSE") for name in held)
 
 

@@ -1,21 +1,20 @@
 """Rules of docs/development/style.md that a machine can check, over all source files."""
 
 import ast
-import re
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from statistics import median
 
 import pytest
 
+from testing.prose import QUOTES_BANNED, check, main, offences
+from tests.test_packaging import tracked_files
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("megatron_hybrid", "kernels", "tools", "testing")
 LONGEST_MEDIAN_FILE, LONGEST_MEDIAN_FUNCTION = 110, 7  # lines
-NOT_A_BEGINNING = ("Of", "What", "Whether", "Who", "How", "Where", "By", "Those")
-BANNED = re.compile(
-    r"\b(anew|in vain|for good|whoever|hush(?:es)?|let(?:s|ting)? go of|is told of|goes on|beside|lies)\b",
-    re.IGNORECASE,
-)
+
 
 def packages() -> dict[str, list[Path]]:
     """Source files by package: `megatron_hybrid/config`, `kernels/hybrid_kernels`, `tools`."""
@@ -27,22 +26,11 @@ def packages() -> dict[str, list[Path]]:
     return found
 
 
-def offences(text: str) -> Iterator[tuple[int, str]]:
-    """Line number and offence of each docstring with a wrong beginning and each banned expression in a source text."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            words = (ast.get_docstring(node) or "").split()
-            if words and re.sub(r"\W", "", words[0]) in NOT_A_BEGINNING:
-                yield getattr(node, "lineno", 1), f"docstring begins with {words[0]!r}"
-    for number, line in enumerate(text.splitlines(), 1):
-        for match in BANNED.finditer(line):
-            yield number, f"{match[0]!r}"
-
-
 def of_package(name: str) -> list[str]:
     return [
         f"{path.relative_to(ROOT)}:{line}: {offence}"
         for path in packages()[name]
+        if not str(path).endswith(QUOTES_BANNED)
         for line, offence in offences(path.read_text())
     ]
 
@@ -61,6 +49,35 @@ def test_offences_are_seen():
 @pytest.mark.parametrize("name", sorted(packages()))
 def test_prose_follows_the_style_guide(name):
     assert not of_package(name)
+
+
+def test_pages_and_scripts_follow_the_style_guide():
+    ours = [path for path in tracked_files() if path.suffix in (".md", ".sh", ".yaml", ".yml", ".cff")]
+    found = [
+        line
+        for path in ours
+        if "measurements" not in path.parts and path.name != "CHANGELOG.md"
+        for line in check(path)
+    ]
+    assert not found
+
+
+def test_the_command_ends_with_1_after_an_offence(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("It goes on.\n\n" + "word " * 40 + ".\n")
+    assert main([str(tmp_path / "README.md")]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "README.md:1: 'goes on'" in out and "sentences: median 21.5 words, 90th percentile 40; at most 14 and 25" in out
+    )
+    (tmp_path / "README.md").write_text("It continues.\n")
+    assert main([str(tmp_path / "README.md")]) == 0
+
+
+def test_spelling():
+    """All tracked files, by codespell; pyproject.toml lists the words that it does not know."""
+    command = [sys.executable, "-m", "codespell_lib", *map(str, tracked_files())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_files_and_functions_stay_short():

@@ -1,45 +1,9 @@
 #!/usr/bin/env python
-"""Convert a Hugging Face `olmo_hybrid` or `olmo3` folder (safetensors) to a checkpoint that training loads under any layout.
+"""Run `megatron-hybrid convert from-hf` from the checkout."""
 
-python tools/convert_from_hf.py Olmo-Hybrid-7B checkpoints/olmo-hybrid-7b
-mpirun -n 4 python tools/convert_from_hf.py Olmo-Hybrid-7B checkpoints/olmo-hybrid-7b --dtype bf16
-python tools/pretrain.py config.yaml checkpoint.init_from=checkpoints/olmo-hybrid-7b
-
-Exit codes: 0 done; 1 a file could not be read or written; 78 wrong input; 130 interrupted. After 1 and 130 the same command resumes.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from megatron_hybrid.base.numbers import non_negative
-from megatron_hybrid.config.command_line import CommandLine
-from megatron_hybrid.convert.command import DTYPES, convert
-from megatron_hybrid.convert.hf.importer import from_huggingface
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = CommandLine(__doc__)
-    add = parser.add_argument
-    add("source", type=Path, metavar="HF_DIR", help="folder with config.json and safetensors")
-    add("target", type=Path, metavar="OUT_CKPT", help="folder to create; it must not exist yet")
-    add("--dtype", choices=DTYPES, help="type of the weights (default: as they are); A_log and dt_bias are always fp32")
-    add(
-        "--eos-token-id",
-        type=non_negative,
-        metavar="N",
-        help="token that ends a document, if config.json lists several",
-    )
-    add("--quiet", action="store_true", help="no progress bar")
-    return parser.parse(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return the exit status."""
-    a = parse_arguments(argv)
-    return convert(lambda: from_huggingface(a.source, a.target, DTYPES.get(a.dtype), a.eos_token_id), a.target, a.quiet)
-
+from megatron_hybrid.cli.convert_from_hf import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,44 +1,9 @@
 #!/usr/bin/env python
-"""Convert an OLMo-core checkpoint (`stepN`, or its `model_and_optim`) to a checkpoint that training loads under any layout.
+"""Run `megatron-hybrid convert from-olmo-core` from the checkout."""
 
-python tools/convert_from_olmo_core.py runs/hybrid/step1000 checkpoints/hybrid-1000
-python tools/convert_from_olmo_core.py runs/hybrid/step1000 checkpoints/hybrid-1000 --dtype bf16 --no-optimizer
-
-AdamW's moments and its count of updates are converted, too. OLMo-core need not be installed; no code in the files is run.
-Exit codes: 0 done; 1 a file could not be read or written; 78 wrong input; 130 interrupted. After 1 and 130 the same command resumes.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from megatron_hybrid.base.numbers import non_negative
-from megatron_hybrid.config.command_line import CommandLine
-from megatron_hybrid.convert.command import DTYPES, convert
-from megatron_hybrid.convert.olmo_core.importer import from_olmo_core
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = CommandLine(__doc__)
-    add = parser.add_argument
-    add("source", type=Path, metavar="CKPT", help="folder with config.json and model_and_optim")
-    add("target", type=Path, metavar="OUT_CKPT", help="folder to create; it must not exist yet")
-    add("--dtype", choices=DTYPES, help="type of the weights (default: as they are); A_log and dt_bias are always fp32")
-    add("--no-optimizer", action="store_true", help="convert only the weights")
-    add("--config", type=Path, metavar="FILE", help="the run's config.json, if it is not in the folder")
-    add("--eos-token-id", type=non_negative, metavar="N", help="default: from config.json's dataset.tokenizer")
-    add("--pad-token-id", type=non_negative, metavar="N", help="default: from config.json's dataset.tokenizer")
-    add("--quiet", action="store_true", help="no progress bar")
-    return parser.parse(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return the exit status."""
-    a = parse_arguments(argv)
-    options = (DTYPES.get(a.dtype), not a.no_optimizer, a.eos_token_id, a.pad_token_id, a.config)
-    return convert(lambda: from_olmo_core(a.source, a.target, *options), a.target, a.quiet)
-
+from megatron_hybrid.cli.convert_from_olmo_core import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,52 +1,9 @@
 #!/usr/bin/env python
-"""Convert a checkpoint to a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
+"""Run `megatron-hybrid convert to-hf` from the checkout."""
 
-python tools/convert_to_hf.py run/checkpoints/step-00010000 exported --dtype bf16 --tokenizer tokenizers/olmo
-mpirun -n 4 python tools/convert_to_hf.py run/checkpoints/step-00010000 exported
-
-Exit codes: 0 done; 1 a file could not be read or written; 78 wrong input; 130 interrupted. After 1 and 130 the same command resumes.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from megatron_hybrid.base.numbers import positive
-from megatron_hybrid.config.command_line import CommandLine
-from megatron_hybrid.convert.command import DTYPES, convert, size
-from megatron_hybrid.convert.hf.exporter import MAX_SHARD_BYTES, to_huggingface
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = CommandLine(__doc__)
-    add = parser.add_argument
-    add(
-        "source",
-        type=Path,
-        metavar="CKPT",
-        help="a run (its newest checkpoint) or a checkpoint, such as run/checkpoints/step-00010000",
-    )
-    add("target", type=Path, metavar="OUT_DIR", help="folder to create; it must not exist yet")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="type of the weights (default: as they are; fp32: a bf16 run's masters); A_log and dt_bias keep fp32",
-    )
-    add("--all-dtype", action="store_true", help="A_log and dt_bias in --dtype (or their stored type) too")
-    add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="largest file (default: 5GB)")
-    add("--tokenizer", type=Path, metavar="DIR", help="tokenizer to copy (default: the original model's)")
-    add("--max-position-embeddings", type=positive, metavar="N", help="default: the longest known")
-    add("--quiet", action="store_true", help="no progress bar")
-    return parser.parse(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command and return the exit status."""
-    a = parse_arguments(argv)
-    options = (DTYPES.get(a.dtype), a.all_dtype, a.max_shard_size, a.tokenizer, a.max_position_embeddings)
-    return convert(lambda: to_huggingface(a.source, a.target, *options), a.target, a.quiet)
-
+from megatron_hybrid.cli.convert_to_hf import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,56 +1,9 @@
-"""Continue prompts: `python tools/generate.py runs/tiny --prompt 'def main():'`.
+#!/usr/bin/env python
+"""Run `megatron-hybrid generate` from the checkout."""
 
-With several prompts, all are continued as one batch and printed in order at the end. Under torchrun or mpirun, the ranks share the
-model (tensor parallelism).
-"""
-
-import io
-import os
 import sys
 
-from megatron_hybrid.base.errors import no_traceback
-from megatron_hybrid.base.numbers import non_negative, non_negative_real, positive
-from megatron_hybrid.config.command_line import CommandLine
-
-
-def main() -> None:
-    parser = CommandLine(__doc__)
-    parser.add_argument("model", help="a run (its newest checkpoint), a checkpoint or a Hugging Face folder")
-    parser.add_argument("--prompt", required=True, action="append", help="may be repeated")
-    parser.add_argument("--tokenizer", help="`byte` or a folder (default: the model's)")
-    parser.add_argument("--max-tokens", type=positive, default=300)
-    parser.add_argument("--temperature", type=non_negative_real, default=0.8, help="0: always the most likely token")
-    parser.add_argument("--top-k", type=non_negative, default=50, help="0: no limit")
-    parser.add_argument("--top-p", type=non_negative_real, default=1.0, help="1: no limit")
-    parser.add_argument("--seed", type=non_negative, default=0)
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--eos-token-id", type=non_negative, help="of a Hugging Face folder that lists several")
-    parser.add_argument("--cuda-graph", action="store_true", help="replay decoding steps as a CUDA graph")
-    parser.add_argument(
-        "--plugin", action="append", default=[], metavar="MODULE", help="a module of the run's plugins; may be repeated"
-    )
-    arguments = parser.parse()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
-    with no_traceback():
-        from megatron_hybrid.launch.environment import Launch
-
-        launch = Launch.from_environment().export()
-        if launch.rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-        from megatron_hybrid.distributed.process_groups import stop_distributed
-        from megatron_hybrid.inference.load import load_model
-        from megatron_hybrid.inference.prompt_text import print_continuations
-        from megatron_hybrid.inference.sampling import Sampling
-
-        sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed).check()
-        model = load_model(
-            arguments.model, arguments.dtype, arguments.plugin, launch.world_size, arguments.eos_token_id
-        )
-        options = (arguments.tokenizer, arguments.max_tokens, sampling, arguments.cuda_graph)
-        print_continuations(model, arguments.prompt, *options)
-        stop_distributed()
-
+from megatron_hybrid.cli.generate import main
 
 if __name__ == "__main__":
     sys.exit(main())

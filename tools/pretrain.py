@@ -1,12 +1,5 @@
-"""Train a model: `torchrun --nproc-per-node 4 tools/pretrain.py CONFIG.yaml [section.key=value ...]`.
-
-The ranks may as well be started by tools/launch.py, `mpirun -n 4 python`, `srun python` or `srun --mpi=pmix python`.
-On SIGUSR1, SIGTERM or Ctrl-C every rank saves the same step and stops; the same command resumes from there. Further
-signals change nothing. SIGQUIT prints the stacks of all threads. Options and overrides may come in any order.
-Exit codes: 0 done; 75 to be resumed: stopped by a signal, after a hang, or because ranks differ; 78 wrong command line,
-configuration, data, checkpoint or node. torchrun makes 1 of every status but 0, and gives ranks 30 seconds after SIGTERM;
-tools/launch.py keeps the status, and waits for the ranks.
-"""
+#!/usr/bin/env python
+"""Run `megatron-hybrid pretrain` from the checkout."""
 
 import signal
 
@@ -16,60 +9,7 @@ if __name__ == "__main__":  # keep requests to stop pending until they are handl
 # ruff: noqa: E402
 import sys
 
-from megatron_hybrid.base.output import tolerate_output_errors
-from megatron_hybrid.launch import stop_signals
-
-
-def main() -> None:
-    stop_signals.watch()  # before the imports that take time
-    tolerate_output_errors()
-    from megatron_hybrid.base.errors import REQUEUE, no_traceback
-    from megatron_hybrid.base.heartbeat import heartbeat
-    from megatron_hybrid.base.numbers import positive
-    from megatron_hybrid.config.command_line import RunCommandLine
-    from megatron_hybrid.config.load import load_run
-    from megatron_hybrid.config.run_dir import check_run_dir
-    from megatron_hybrid.convert.architecture import architecture_of
-    from megatron_hybrid.launch.environment import Launch
-
-    parser = RunCommandLine(__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved run, look at its files, and stop")
-    parser.add_argument("--world-size", type=positive, help="with --dry-run: number of ranks (default: the launcher's)")
-    parser.add_argument(
-        "--files",
-        choices=("warn", "require", "skip"),
-        default="warn",
-        help="with --dry-run: files that are not on this machine are reported (the default), are errors, or are not looked for; "
-        "files that are there and wrong are errors unless skipped",
-    )
-    arguments = parser.parse()
-    with no_traceback():
-        launch = Launch.from_environment().export()
-        config = load_run(arguments.config, arguments.overrides, architecture_of)
-        if arguments.dry_run:
-            if launch.rank == 0:
-                dry_run(config, arguments.world_size or launch.world_size, arguments.files)
-            return
-        config.check_world(launch.world_size)
-        check_run_dir(config, launch.world_size)
-        heartbeat.beat("importing torch")
-        from megatron_hybrid.train.trainer import pretrain  # torch and megatron-core only once the config is right
-
-        progress = pretrain(config, launch)
-        sys.exit(0 if progress.step >= config.train.steps else REQUEUE)
-
-
-def dry_run(config, world_size: int, files: str) -> None:
-    """Print the resolved run; what is said of its files goes to stderr."""
-    from megatron_hybrid.config.describe import describe
-    from megatron_hybrid.train.dry_run import check_files
-    from megatron_hybrid.train.dry_run_documents import look_at_documents
-
-    text = describe(config, world_size, look_at_documents(config) if files != "skip" else None)
-    for line in check_files(config, world_size, files == "require") if files != "skip" else ():
-        print(f"pretrain: {line}", file=sys.stderr)
-    print(text)
-
+from megatron_hybrid.cli.pretrain import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

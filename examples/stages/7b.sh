@@ -9,7 +9,7 @@
 # what is still in the queue and run the same command again.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
-export HYBRID_EXTRAS=${HYBRID_EXTRAS:-dev,gpu} # with Transformer Engine and fla
+export HYBRID_EXTRAS=${HYBRID_EXTRAS:-gpu} # with Transformer Engine and fla
 source tools/env.sh
 recipe=examples/stages/${1:?olmo_hybrid_7b or olmo3_7b}/stages.yaml
 shift

@@ -159,6 +159,11 @@ class CheckpointManager:
         if self._writes.in_progress and self._votes is not None and self._votes.unanimous(self._writes.ended):
             self._wait()
 
+    @property
+    def in_progress(self) -> bool:
+        """True while a checkpoint is written in the background, until `check` has seen its end."""
+        return self._writes.in_progress
+
     def _wait(self) -> None:
         """Wait for the write in progress, on all ranks alike."""
         if self._votes is not None:

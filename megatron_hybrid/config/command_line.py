@@ -1,4 +1,4 @@
-"""Command lines of the tools: options and overrides in any order; errors name the nearest option and end with status 78."""
+"""Command lines of all commands: options and overrides in any order; errors name the nearest option and end with status 78."""
 
 import argparse
 import re
@@ -12,9 +12,19 @@ from megatron_hybrid.base.errors import BAD_INPUT, ConfigError
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.translate import fields_called
 
-_OVERRIDE = re.compile(rf"--(?:\w+\.[\w.]+|{'|'.join(RunConfig.model_fields)})=", re.ASCII)
-"""An override written as an option: `--section.key=value`."""
+_OVERRIDE = re.compile(rf"--((?:\w+\.[\w.]+|{'|'.join(RunConfig.model_fields)}))(=|\Z)", re.ASCII)
+"""An override written as an option: `--section.key=value`, or `--section.key` before its value."""
 _ASSIGNMENT = re.compile(r"[\w.-]+=", re.ASCII)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Formatter that adds an option's default to its help text, unless the text mentions one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, value = action.help, action.default
+        if not action.option_strings or value is None or value is False or value == [] or value == argparse.SUPPRESS:
+            return text
+        return text if text is None or "default" in text else f"{text} (default: %(default)s)"
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -25,9 +35,7 @@ class CommandLine(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line, with options and positional arguments in any order."""
@@ -46,7 +54,7 @@ class CommandLine(argparse.ArgumentParser):
 
 
 class RunCommandLine(CommandLine):
-    """The command line of a tool that takes a run: a YAML file and overrides."""
+    """Command line of a command that takes a run: a YAML file and overrides."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description)
@@ -56,13 +64,12 @@ class RunCommandLine(CommandLine):
             nargs="*",
             default=[],
             metavar="section.key=value",
-            help="replace fields of the file; --section.key=value is the same",
+            help="replace fields of the file; --section.key=value and --section.key value are the same",
         )
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse the command line; `--section.key=value` becomes `section.key=value`, and overrides may precede the file."""
-        words = sys.argv[1:] if argv is None else argv
-        found = super().parse([word.removeprefix("--") if _OVERRIDE.match(word) else word for word in words])
+        """Parse the command line. Overrides may be written as options, and may precede the file."""
+        found = super().parse(self._as_assignments(sys.argv[1:] if argv is None else argv))
         given = [found.config, *found.overrides]
         found.config = next(
             (word for word in given if not _ASSIGNMENT.match(word) or Path(word).is_file()), found.config
@@ -70,6 +77,25 @@ class RunCommandLine(CommandLine):
         given.remove(found.config)
         found.overrides = given
         return found
+
+    def _as_assignments(self, words: Sequence[str]) -> list[str]:
+        """Return the words with `--section.key=value` and `--section.key value` as `section.key=value`."""
+        result, remaining = list[str](), iter(words)
+        for word in remaining:
+            found = _OVERRIDE.match(word)
+            if found is None:
+                result.append(word)
+            elif found[2]:
+                result.append(word.removeprefix("--"))
+            else:
+                result.append(f"{found[1]}={self._value(found[1], next(remaining, None))}")
+        return result
+
+    def _value(self, field: str, word: str | None) -> str:
+        """Return the word after `--section.key`, unless it is an option or an override itself."""
+        if word is None or word.startswith("--") or _ASSIGNMENT.match(word):
+            self.error(f"--{field} has no value; give it as --{field}=value")
+        return word
 
     def hint(self, unknown: str) -> str:
         """Return a suggestion for an unknown option, which may be a configuration field."""

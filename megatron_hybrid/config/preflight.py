@@ -8,7 +8,7 @@ from megatron_hybrid.base.section import Section
 
 
 class PreflightConfig(Section):
-    """Checks of all nodes before the first step. `python tools/preflight.py` runs them alone."""
+    """Checks of all nodes before the first step. `megatron-hybrid preflight` runs them alone."""
 
     enabled: bool | None = None
     """None: on if the run has more than one rank."""

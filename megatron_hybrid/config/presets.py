@@ -180,7 +180,7 @@ def _trained(model: dict[str, Any], architecture_of: ArchitectureOf | None) -> d
     if architecture_of is None:
         raise ConfigError.at(
             "model.from",
-            "is not read by this command; write the model's fields, as tools/pretrain.py --dry-run prints them",
+            "is not read by this command; write the model's fields, as megatron-hybrid pretrain --dry-run prints them",
         )
     return _overlay(architecture_of(path), {key: value for key, value in model.items() if key != "from"})
 

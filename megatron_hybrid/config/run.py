@@ -37,7 +37,7 @@ from megatron_hybrid.config.zero import ZeroConfig
 
 
 class RunConfig(Section):
-    """Everything that `tools/pretrain.py` needs."""
+    """Everything that `megatron-hybrid pretrain` needs."""
 
     run_dir: str = Field(min_length=1)
     """Folder of everything the run writes: config.yaml, config-<step>.yaml of every start, metrics.jsonl, loss.png, tensorboard/,

@@ -96,7 +96,7 @@ def generation_problems(
         if found:
             problems.add(
                 "tasks.paths",
-                f"tasks that generate text do not run with {what}; evaluate checkpoints with tools/evaluate_tasks.py instead",
+                f"tasks that generate text do not run with {what}; evaluate checkpoints with megatron-hybrid evaluate-tasks instead",
             )
     for symbol, block in model.blocks_by_symbol.items():
         if not mixer_spec(block.mixer).has_cache:

@@ -59,7 +59,7 @@ class AveragedSource(TensorSource):
             mean = self._mean(readers, total[:count], product[:count])
             if not bool(torch.isfinite(mean).all()):
                 raise ConversionError(
-                    f"{self.name}: the average holds infinities or NaN; tools/verify_checkpoint.py finds the checkpoint at fault"
+                    f"{self.name}: the average holds infinities or NaN; megatron-hybrid verify finds the checkpoint at fault"
                 )
             yield memoryview(mean.view(torch.uint8).numpy()).cast("B")
 

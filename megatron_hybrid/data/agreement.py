@@ -53,7 +53,7 @@ def run_disagreements(model: ModelConfig, data: DataConfig) -> list[Disagreement
     try:
         tokenizer = load_tokenizer(data.tokenizer)
     except DataError as error:
-        text = f"not compared with data and model: {error}. Training does not need it; tools/generate.py does"
+        text = f"not compared with data and model: {error}. Training does not need it; megatron-hybrid generate does"
         return [*found, Disagreement("data.tokenizer", text, fatal=False), *_between_sources(stated)]
     found += tokenizer_disagreements(model, tokenizer, "data.tokenizer", data.tokenizer)
     return found + made_with_another(stated, tokenizer, "data.tokenizer", data.tokenizer)
@@ -146,7 +146,7 @@ def _default_tokenizer(stated: Mapping[str, StatedData]) -> list[Disagreement]:
         if summary.tokenizer != DEFAULT_TOKENIZER:
             text = (
                 f"{DEFAULT_TOKENIZER}, but {field} was made with {summary.tokenizer} ({summary.path}); set it, for "
-                "tools/generate.py"
+                "megatron-hybrid generate"
             )
             return [Disagreement("data.tokenizer", text, fatal=False)]
     return []

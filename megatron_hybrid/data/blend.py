@@ -156,7 +156,8 @@ def _left_count(n: int, share: int) -> int:
 
 def _build(members: list[int], weights: Sequence[float]) -> _Tree:
     """Return the tree over datasets by descending weight. Both sides of a node have about the same weight, which minimizes the
-    sum of errors."""
+    sum of errors.
+    """
     if len(members) == 1:
         return members[0]
     sides: tuple[list[int], list[int]] = ([], [])

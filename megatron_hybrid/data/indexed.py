@@ -1,8 +1,8 @@
-"""megatron-core's indexed dataset: `PREFIX.bin` holds tokens, `PREFIX.idx` holds the offsets of sequences.
+r"""megatron-core's indexed dataset: `PREFIX.bin` holds tokens, `PREFIX.idx` holds the offsets of sequences.
 
 Layout of an .idx, little-endian (read off megatron-core 0.19.2, `core/datasets/indexed_dataset.py`):
 
-    byte 0   9 bytes   b"MMIDIDX\\0\\0"
+    byte 0   9 bytes   b"MMIDIDX\0\0"
     byte 9   uint64    version, 1
     byte 17  uint8     code of the tokens' type
     byte 18  uint64    number of sequences, n

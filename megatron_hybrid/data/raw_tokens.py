@@ -101,7 +101,7 @@ def contradiction(tokens: np.ndarray, vocab_size: int) -> str | None:
         return None
     window = np.ascontiguousarray(tokens[: PROBE_BYTES // tokens.dtype.itemsize])
     if np.isin(window.view(np.uint8), _TEXT).all():
-        return "the file holds text, not tokens: tokenize it with tools/preprocess_data.py"
+        return "the file holds text, not tokens: tokenize it with megatron-hybrid preprocess"
     name = tokens.dtype.name
     words = np.ascontiguousarray(window, window.dtype.newbyteorder("<")).view("<u2")
     high = (vocab_size - 1) >> 16  # upper half of the largest token

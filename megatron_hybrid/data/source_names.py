@@ -7,7 +7,8 @@ from pathlib import PurePath
 
 def short_names(paths: Sequence[str]) -> list[str]:
     """Return a name for each path: the parts in which the paths differ, such as `web` and `code` for `data/web/*.npy` and
-    `data/code/*.npy`. Paths that occur twice get a number."""
+    `data/code/*.npy`. Paths that occur twice get a number.
+    """
     parts = [PurePath(path).parts for path in paths]
     shortest = min(map(len, parts))
     before = _common(parts, shortest - 1)

@@ -175,7 +175,7 @@ def _open_indexed(prefix: str) -> Shard:
         if not os.path.isfile(file):
             raise DataError(
                 f"{file}: no such file. A source is a prefix (PREFIX.bin and PREFIX.idx, as of "
-                "tools/preprocess_data.py), a .npy shard, or a glob of such shards"
+                "megatron-hybrid preprocess), a .npy shard, or a glob of such shards"
             )
     refuse_lfs_pointer(bin_path, DataError)
     try:

@@ -1,4 +1,4 @@
-"""Summary of a tokenized dataset: `PREFIX.json`, which tools/preprocess_data.py writes with `PREFIX.bin`."""
+"""Summary of a tokenized dataset: `PREFIX.json`, which megatron-hybrid preprocess writes with `PREFIX.bin`."""
 
 import json
 from dataclasses import dataclass, fields

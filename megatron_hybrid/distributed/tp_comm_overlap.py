@@ -20,6 +20,7 @@ from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.distributed.device import node_name
 from megatron_hybrid.distributed.process_groups import LONGEST_WAIT_MINUTES
+from megatron_hybrid.distributed.quiet import without_user_buffer_banners
 
 FIELD = "parallel.tp_comm_overlap"
 WORDS = "chunked, overlapped with the GEMMs of projections and MLP"
@@ -34,7 +35,8 @@ GRADIENT_METHODS = {"qkv_dgrad": _COPIES, "fc1_dgrad": _COPIES}
 
 def scatters_gradients(parallel: ParallelConfig, precision: PrecisionConfig) -> bool:
     """Return True if column-parallel linears overlap the reduce-scatter of their input gradient. In FP8 they do not, because
-    Transformer Engine cannot create the buffers if some layers are in bf16."""
+    Transformer Engine cannot create the buffers if some layers are in bf16.
+    """
     return parallel.tp_comm_overlap and not precision.fp8
 
 
@@ -65,14 +67,15 @@ def start_overlap(
     if precision.num_layers_at_start_in_bf16 or precision.num_layers_at_end_in_bf16:
         modes.append(mode.NONE)
     methods = METHODS if precision.fp8 else METHODS | GRADIENT_METHODS
-    base.initialize_ub(
-        shape=[tokens, hidden_size],
-        tp_size=group.size(),
-        quantization_modes=modes,
-        dtype=torch.bfloat16,
-        ub_cfgs=methods,
-        bootstrap_backend="nccl",  # already in use; gloo would need a route between the nodes as well
-    )
+    with without_user_buffer_banners():
+        base.initialize_ub(
+            shape=[tokens, hidden_size],
+            tp_size=group.size(),
+            quantization_modes=modes,
+            dtype=torch.bfloat16,
+            ub_cfgs=methods,
+            bootstrap_backend="nccl",  # already in use; gloo would need a route between the nodes as well
+        )
 
 
 def stop_overlap() -> None:

@@ -1,7 +1,7 @@
 """Local task files: the subset of lm-eval's YAML format that needs no harness.
 
 Multiple choice, and generation with exact match, from JSON Lines files. A field outside the subset is an error that names it.
-lm-eval runs the same files (`tools/evaluate_tasks.py --lm-eval`) and gives the same numbers.
+lm-eval runs the same files (`megatron-hybrid evaluate-tasks --lm-eval`) and gives the same numbers.
 """
 
 import json

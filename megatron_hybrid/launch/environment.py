@@ -113,7 +113,7 @@ def _from_node_ranks(env: Mapping[str, str]) -> Launch:
     if env.get(name, "").isdecimal() and number(env, name) > 1:
         raise LaunchError(
             f"{name}={env[name]} asks for several ranks on this node, and this process is one of them only if LOCAL_RANK is set; "
-            "start them with tools/launch.py or torchrun"
+            "start them with megatron-hybrid launch or torchrun"
         )
     return Launch(number(env, "RANK"), number(env, "LOCAL_RANK") if "LOCAL_RANK" in env else 0,
                   number(env, "WORLD_SIZE"), None, "torchrun")  # fmt: skip
@@ -128,7 +128,8 @@ def _check_single(env: Mapping[str, str]) -> None:
     for name in ("NNODES", "PET_NNODES"):
         if env.get(name, "").isdecimal() and number(env, name) > 1:
             raise LaunchError(
-                f"{name}={env[name]} implies other nodes, and this process has no RANK; start it with tools/launch.py or torchrun"
+                f"{name}={env[name]} implies other nodes, and this process has no RANK; start it with "
+                "megatron-hybrid launch or torchrun"
             )
 
 

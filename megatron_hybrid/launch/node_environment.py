@@ -21,7 +21,7 @@ from megatron_hybrid.launch.variables import (
 _NODE_RANKS = ("PET_NODE_RANK", "NODE_RANK")
 _NODES = ("PET_NNODES", "NNODES")
 _RANKS_PER_NODE = ("PET_NPROC_PER_NODE", "NPROC_PER_NODE")
-_ONCE = "start tools/launch.py once on each node"
+_ONCE = "start megatron-hybrid launch once on each node"
 
 
 def node_from_environment(env: Mapping[str, str] = os.environ) -> Launch:
@@ -73,14 +73,15 @@ def _check_only_one_here(env: Mapping[str, str]) -> None:
     for name in ("LOCAL_RANK", *LOCAL_RANKS):
         if name in env and number(env, name) > 0:
             raise LaunchError(
-                f"{name}={env[name]}: tools/launch.py runs several times on this node, and each would start all its ranks; {_ONCE} "
+                f"{name}={env[name]}: megatron-hybrid launch runs several times on this node, and each would start all its "
+                f"ranks; {_ONCE} "
                 f"(srun --ntasks-per-node=1), or unset {name}"
             )
     sizes = LOCAL_SIZES + (("LOCAL_WORLD_SIZE",) if "LOCAL_RANK" in env else ())
     for name in sizes:
         if name in env and number(env, name) > 1:
             raise LaunchError(
-                f"{name}={env[name]}: tools/launch.py runs several times on this node; {_ONCE}, or start the training "
+                f"{name}={env[name]}: megatron-hybrid launch runs several times on this node; {_ONCE}, or start the training "
                 "script itself that way"
             )
 

@@ -6,6 +6,7 @@ verdict. Broken nodes stop the run; slow nodes are reported.
 
 import contextlib
 import statistics
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -224,22 +225,21 @@ def outliers(values: dict[str, float], slow_below: float) -> dict[str, float]:
 
 
 def table(reports: Sequence[RankReport], seconds: float) -> str:
-    """Return the table that rank 0 prints, one line per node."""
+    """Return the table that rank 0 prints, one line per node. A single node without GPUs needs no table."""
     inside, between = _slowest(reports, "inside_gb_s"), _slowest(reports, "between_gb_s")
     nodes = list(dict.fromkeys(r.node for r in reports))
     width = max(len("node"), *(len(node) for node in nodes))
-    lines = [
-        f"preflight: {len(nodes)} node{'s' * (len(nodes) > 1)}, {len(reports)} ranks, {seconds:.1f} s",
-        f"  {'node':<{width}}  ranks  GiB free of   TFLOP/s  all-reduce GB/s inside  between  disk free  device",
-    ]
-    for node in nodes:
+    lines = [f"preflight: {len(nodes)} node{'s' * (len(nodes) > 1)}, {len(reports)} ranks, {seconds:.1f} s"]
+    if len(nodes) > 1 or any(r.visible for r in reports):
+        lines.append(f"  {'node':<{width}}  ranks  free GiB of   TFLOP/s  GB/s inside  between  disk free  device")
+    for node in nodes if len(lines) > 1 else ():
         mine = [r for r in reports if r.node == node]
         free, total = min(r.free_gib for r in mine), mine[0].total_gib
         disk = next((node_checks.format_bytes(r.disk_free) for r in mine if r.disk_free is not None), "-")
         rates = [f"{rate[node]:.3g}" if node in rate else "-" for rate in (inside, between)]
         lines.append(
             f"  {node:<{width}}  {len(mine):>5}  {free:>5.1f} {total:>5.1f}   {min(r.tflops for r in mine):>7.3g}  "
-            f"{rates[0]:>22}  {rates[1]:>7}  {disk:>9}  {mine[0].device}"
+            f"{rates[0]:>11}  {rates[1]:>7}  {disk:>9}  {mine[0].device}"
         )
     shown = ", ".join(f"{name} {value}" for name, value in reports[0].versions.items() if value != "none")
-    return "\n".join([*lines, f"  {shown}"])
+    return "\n".join([*lines, *textwrap.wrap(shown, 80, initial_indent="  ", subsequent_indent="  ")])

@@ -68,7 +68,7 @@ def _rendezvous(launch: Launch) -> tuple[str, str]:
             raise LaunchError(
                 f"{name} is not set, and {launch.world_size} ranks need a rendezvous; set MASTER_ADDR to the host of "
                 "rank 0 and MASTER_PORT "
-                "to a free port of it, or start with tools/launch.py, torchrun, mpirun or srun"
+                "to a free port of it, or start with megatron-hybrid launch, torchrun, mpirun or srun"
             )
     if os.environ["MASTER_PORT"] != "0":
         port_number(os.environ, "MASTER_PORT")

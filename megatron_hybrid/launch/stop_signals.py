@@ -64,7 +64,7 @@ class StopWatcher(threading.Thread):
             signal.signal(signum, _nothing)
         signal.set_wakeup_fd(end, warn_on_full_buffer=False)
         unblock_stop_signals()
-        # tools/launch.py asks for the stacks of ranks that do not end. This handler needs no lock of Python.
+        # megatron-hybrid launch asks for the stacks of ranks that do not end. This handler needs no lock of Python.
         with contextlib.suppress(ValueError, AttributeError, OSError):  # stderr has no descriptor
             faulthandler.register(signal.SIGQUIT, all_threads=True)
 
@@ -128,7 +128,7 @@ def watch() -> None:
 
 
 def unblock_stop_signals() -> None:
-    """Receive the signals that the command and tools/launch.py block until there is a handler for them."""
+    """Receive the signals that the command and megatron-hybrid launch block until there is a handler for them."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 
 

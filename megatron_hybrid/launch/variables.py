@@ -15,7 +15,7 @@ LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 """Variables that MPI processes have."""
 LAUNCH_RESTARTS = "LAUNCH_RESTARTS"
-"""Number of times that tools/launch.py has restarted the ranks."""
+"""Number of times that megatron-hybrid launch has restarted the ranks."""
 _RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", LAUNCH_RESTARTS)
 PORTS = range(20000, 32000)
 """Ports for the rendezvous. Linux assigns ports from 32768 on to connections."""
@@ -52,7 +52,7 @@ def contradiction(env: Environment, *names: str, why: str) -> LaunchError:
 
 
 def restart_count(env: Environment) -> int:
-    """Return how often SLURM, torchrun and tools/launch.py have restarted this run by themselves."""
+    """Return how often SLURM, torchrun and megatron-hybrid launch have restarted this run by themselves."""
     return sum(number(env, name) for name in _RESTARTS if env.get(name))
 
 

@@ -95,7 +95,8 @@ class HybridLanguageModel(HybridModel):
 
     def rotary_angles(self, length: int, documents: Documents | None) -> torch.Tensor | None:
         """Return the angles of this rank's `length` tokens: [s, 1, 1, d], with documents [s, b, 1, d]. With rope_scaling plain and
-        scaled ones are stacked: [2, s, ...]."""
+        scaled ones are stacked: [2, s, ...].
+        """
         if self.position_embedding_type != "rope":
             return None
         cp = self.pg_collection.cp

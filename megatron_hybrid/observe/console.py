@@ -1,4 +1,4 @@
-"""Console output of rank 0: a progress bar on a terminal, otherwise plain lines."""
+"""Console output of rank 0: a progress bar on a terminal, otherwise plain lines of at most 80 columns."""
 
 import sys
 import time
@@ -11,6 +11,9 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 
 from megatron_hybrid.base.output import TolerantStream
+
+_COLUMNS = 80
+_SHORTEST_BAR = 8
 
 
 class Console(Protocol):
@@ -51,23 +54,36 @@ class Eta:
         return str(timedelta(seconds=round(seconds)))
 
 
-def describe(record: Mapping[str, Any]) -> str:
-    """Return the main values of a step as one line. Missing values are left out."""
-    formats = {
-        "loss": "loss {:.4f}",
-        "grad_norm": "grad norm {:.3f}",
-        "lr": "lr {:.2e}",
-        "tokens_per_s": "{:,.0f} tok/s",
-        "mfu": "MFU {:.1%}",
-        "memory_gb": "{:.1f} GB",
-    }
-    parts = [text.format(record[key]) for key, text in formats.items() if record.get(key) is not None]
-    return "  ".join(parts)
+_PARTS = {
+    "loss": "loss {:.4f}",
+    "grad_norm": "norm {:.3g}",
+    "tokens_per_s": "{:,.0f} tok/s",
+    "mfu": "MFU {:.0%}",
+    "lr": "lr {:.1e}",
+    "memory_gb": "{:.3g} GB",
+    "tflops": "{:.3g} TFLOP/s",
+    "power_w": "{:.0f} W",
+}
+"""Values of a step, the most important first."""
+
+
+def describe(record: Mapping[str, Any], width: int = 80) -> str:
+    """Return the main values of a step as one line of at most `width` columns. Missing values are left out."""
+    line = ""
+    for key, text in _PARTS.items():
+        if record.get(key) is None:
+            continue
+        longer = f"{line}  {text.format(record[key])}".lstrip()
+        if len(longer) > width:
+            break
+        line = longer
+    return line
 
 
 class PlainConsole:
     """Console with a line for the first and last step, every `every` steps, after `patience` seconds without output, and for
-    every skipped update."""
+    every skipped update.
+    """
 
     def __init__(
         self, total_steps: int, start_step: int, stream: TextIO, every: int = 10, patience: float = 30.0
@@ -82,7 +98,8 @@ class PlainConsole:
         due = step in (self._first, self._total) or step % self._every == 0
         if due or record.get("skipped") or time.monotonic() - self._last_line > self._patience:
             self._last_line = time.monotonic()
-            self.info(f"step {step}/{self._total}  {describe(record)}  ETA {eta}{_skipped(record)}")
+            begin, end = f"step {step}/{self._total}  ", f"  ETA {eta}"
+            self.info(f"{begin}{describe(record, _COLUMNS - len(begin) - len(end))}{end}{_skipped(record)}")
 
     def info(self, message: str) -> None:
         print(message, file=self._stream, flush=True)
@@ -95,7 +112,7 @@ class ProgressConsole:
     """Progress bar with messages above it."""
 
     def __init__(self, total_steps: int, start_step: int, stream: TextIO) -> None:
-        self._eta = Eta(total_steps)
+        self._eta, self._total = Eta(total_steps), total_steps
         self._console = RichConsole(file=stream, highlight=False)
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
@@ -109,12 +126,15 @@ class ProgressConsole:
         self._progress.start()
 
     def step(self, step: int, record: Mapping[str, Any]) -> None:
-        self._progress.update(self._task, completed=step, values=describe(record), eta=self._eta(step))
+        eta = self._eta(step)
+        taken = len(f"step {step}/{self._total}   ETA {eta}") + _SHORTEST_BAR + 2
+        values = describe(record, self._console.width - taken)
+        self._progress.update(self._task, completed=step, values=values, eta=eta)
         if record.get("skipped"):
             self.info(f"step {step}{_skipped(record)}")
 
     def info(self, message: str) -> None:
-        self._console.print(message, markup=False)
+        self._console.print(message, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()

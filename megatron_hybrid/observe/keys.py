@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-_PERFORMANCE = {"seconds", "tokens_per_s", "tflops", "mfu", "memory_gb"}
+_PERFORMANCE = {
+    "seconds", "tokens_per_s", "tflops", "mfu", "format_mfu", "goodput", "goodput_tokens_per_s", "memory_gb",
+    "sm_clock_mhz", "power_w", "temperature_c",
+}  # fmt: skip
 
 
 class Evaluation(Protocol):

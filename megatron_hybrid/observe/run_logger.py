@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from megatron_hybrid.config.logging import LoggingConfig
 from megatron_hybrid.observe.console import make_console
+from megatron_hybrid.observe.gpu_state import GpuState
 from megatron_hybrid.observe.keys import Evaluation, evaluation_key, tag
 from megatron_hybrid.observe.metrics import MetricsWriter, plain
 from megatron_hybrid.observe.outputs import Output, RetriedSink
@@ -35,11 +36,12 @@ class RunLogger:
         flops_per_token: FLOPs of the model, forward and backward. None: neither TFLOP/s nor MFU.
         num_devices: world size.
         device_name: result of `torch.cuda.get_device_name`. None: the ranks run on CPU.
+        format_speedup: peak of the linears' format over that of bf16 (observe/throughput.py).
         settings: resolved configuration, for W&B.
         console_every: steps between lines if stdout is not a terminal.
 
     Raises:
-        UserError: on every rank, if W&B or TensorBoard is enabled but not installed.
+        UserError: W&B or TensorBoard is enabled and cannot write (observe/sinks.py).
     """
 
     def __init__(
@@ -55,16 +57,16 @@ class RunLogger:
         flops_per_token: float | None = None,
         num_devices: int = 1,
         device_name: str | None = None,
+        format_speedup: float | None = None,
         settings: Mapping[str, Any] | None = None,
         console_every: int = 10,
     ) -> None:
-        check_sinks(config)
-        self.config, self.run_dir = config, Path(run_dir)
-        self.writes = rank == 0
+        self.config, self.run_dir, self.writes = config, Path(run_dir), rank == 0
+        check_sinks(config, self.run_dir, self.writes)
         self._clock = StepClock()
-        self._total_steps, self._tokens = total_steps, start_tokens
+        self._total_steps, self._tokens, self._start_tokens = total_steps, start_tokens, start_tokens
         self._flops_per_token, self._num_devices, self._cuda = flops_per_token, num_devices, device_name is not None
-        self._peak = config.peak_tflops or peak_tflops(device_name)
+        self._peak, self._format_speedup = config.peak_tflops or peak_tflops(device_name), format_speedup
         if not self.writes:
             return
         self._console = make_console(total_steps, start_step, every=console_every)
@@ -76,6 +78,8 @@ class RunLogger:
         makers = sink_makers(config, self.run_dir, settings, continues)
         self._sinks = [RetriedSink(name, make, start_step, self.info) for name, make in makers.items()]
         self._record: dict[str, Any] = {"step": start_step}
+        self._gpu = GpuState(self.info) if self._cuda else None
+        self._trained = 0.0
         if self._cuda and flops_per_token is not None and self._peak is None:
             self.info(f"no MFU: the peak of {device_name!r} is not known; set logging.peak_tflops (dense bf16 TFLOP/s)")
 
@@ -94,29 +98,45 @@ class RunLogger:
         Args:
             step: number of the update; the first is 1.
             values: loss, z_loss, grad_norm, lr and other numbers, also of torch or numpy. `tokens`: all tokens that the run has
-            trained
-                on, this step included. `skipped`: the reason why the update was skipped, or None. Given values take precedence over
-                values measured here, such as `memory_gb`.
+                trained on, this step included. `skipped`: the reason why the update was skipped, or None. Given values take precedence
+                over values measured here, such as `memory_gb`.
         """
         if not self.writes:
             return
         seconds = self._clock.lap()
+        self._trained += seconds
         record = {"step": step} | {key: plain(value) for key, value in values.items() if key != "skipped"}
         measured: dict[str, Any] = {"seconds": seconds, "memory_gb": memory_gb(self._cuda), "time": time.time()}
         if "tokens" in record:
             step_tokens, self._tokens = record["tokens"] - self._tokens, record["tokens"]
-            measured |= rates(step_tokens, seconds, self._num_devices, self._flops_per_token, self._peak)
+            measured |= rates(
+                step_tokens, seconds, self._num_devices, self._flops_per_token, self._peak, self._format_speedup
+            )
+            measured |= self._goodput()
         measured["skipped"] = values.get("skipped") is not None
         if measured["skipped"]:
             measured["skip_reason"] = str(values["skipped"])
         record |= {key: value for key, value in measured.items() if key not in record}
+        if self._gpu is not None:
+            self._gpu.read()
+        written = step % self.config.interval == 0 or step in (1, self._total_steps) or record["skipped"]
+        if written and self._gpu is not None:
+            record |= self._gpu.means()
         self._record = record
         self._console.step(step, record)
-        if step % self.config.interval == 0 or step in (1, self._total_steps) or record["skipped"]:
+        if written:
             self._write(record)
         if self.config.plot_interval and step % self.config.plot_interval == 0:
             with self.pause():
                 self._draw()
+
+    def _goodput(self) -> dict[str, float]:
+        """Return tokens/s since this process began to train, pauses included, and the share of that time spent in steps."""
+        elapsed = self._clock.elapsed
+        return {
+            "goodput_tokens_per_s": (self._tokens - self._start_tokens) / elapsed,
+            "goodput": self._trained / elapsed,
+        }
 
     def log_evaluation(self, step: int, sets: Mapping[str, Evaluation]) -> None:
         """Log evaluations after update `step`, on the step's line if it is not written yet.

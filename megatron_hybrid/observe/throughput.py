@@ -1,7 +1,7 @@
-"""Throughput: tokens/s, TFLOP/s, MFU and memory.
+"""Throughput: tokens/s, TFLOP/s, MFU, goodput and memory.
 
 Tokens/s are of all devices; TFLOP/s and MFU are per device. FLOPs are those of the model, forward and backward without recompute,
-so that MFU compares layouts. Evaluation and checkpoints do not count as time.
+so that MFU compares layouts. Evaluation and checkpoints count as time only in the goodput.
 """
 
 import time
@@ -23,6 +23,9 @@ PEAK_BF16_TFLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("L40S",), 362.0),
 )
 
+FP8_SPEEDUP = 2.0
+"""Peak of dense FP8 GEMMs over that of bf16, on every GPU that has FP8."""
+
 
 def peak_tflops(device_name: str | None) -> float | None:
     """Return the peak dense bf16 TFLOP/s of a device by its name in `torch.cuda.get_device_name`. None: unknown."""
@@ -41,7 +44,7 @@ class StepClock:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
-        self._start = now()
+        self._start = self._begin = now()
         self._paused = 0.0
         self._depth = 0
 
@@ -63,17 +66,35 @@ class StepClock:
         self._start, self._paused = now, 0.0
         return max(seconds, 1e-6)
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the clock was made, pauses included, at least one microsecond."""
+        return max(self._now() - self._begin, 1e-6)
+
 
 def rates(
-    tokens: int, seconds: float, num_devices: int, flops_per_token: float | None, peak: float | None
+    tokens: int,
+    seconds: float,
+    num_devices: int,
+    flops_per_token: float | None,
+    peak: float | None,
+    format_speedup: float | None = None,
 ) -> dict[str, float]:
-    """Return `tokens_per_s`, and if known `tflops` (per device) and `mfu` (0 to 1)."""
+    """Return `tokens_per_s`, and if known `tflops` (per device), `mfu` (0 to 1) and `format_mfu`.
+
+    Args:
+        peak: dense bf16 TFLOP/s, against which `mfu` is taken.
+        format_speedup: peak of the linears' format over that of bf16: FP8_SPEEDUP in FP8. None: unknown, no
+            `format_mfu`, which is taken against it.
+    """
     per_second = tokens / seconds
     result = {"tokens_per_s": per_second}
     if flops_per_token is not None:
         result["tflops"] = per_second * flops_per_token / num_devices / 1e12
         if peak is not None:
             result["mfu"] = result["tflops"] / peak
+            if format_speedup is not None:
+                result["format_mfu"] = result["mfu"] / format_speedup
     return result
 
 

@@ -9,5 +9,5 @@ layer_time      time of a layer by part, from the work of mixers/*/costs.py and 
 timing          time of a step by part;  schedule: the pipeline, event by event
 job, layouts, search    a job, its layouts, and their ranking
 measure, calibration, fit       measured steps, and the factors fitted to them
-command, emit, query, report, plot      tools/tune_parallelism.py
+command, emit, query, report, plot      megatron-hybrid plan
 """

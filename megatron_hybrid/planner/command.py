@@ -1,4 +1,4 @@
-"""Command of tools/tune_parallelism.py: search, measure, and write or print the result."""
+"""Command of megatron-hybrid plan: search, measure, and write or print the result."""
 
 import json
 from collections.abc import Sequence

@@ -122,7 +122,7 @@ def comment(name_or_path: str) -> str:
         if names
         else ""
     )
-    return f"# Layout by tools/tune_parallelism.py for {name_or_path}.\n{text}"
+    return f"# Layout by megatron-hybrid plan for {name_or_path}.\n{text}"
 
 
 _RECIPES = {"bf16": "null", "fp8": RECOMMENDED.name}

@@ -1,4 +1,4 @@
-"""Measured rates of a GPU and its network, as gpus/*.yaml hold them (tools/calibrate.py writes such files)."""
+"""Measured rates of a GPU and its network, as gpus/*.yaml hold them (megatron-hybrid calibrate writes such files)."""
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -141,7 +141,7 @@ def load(name_or_path: str) -> Hardware:
         raise ConfigError.at(
             "gpu",
             f"{name_or_path} has no hardware file; the nearest of {', '.join(known)} is {nearest.word(name_or_path, known)}, or "
-            "measure one with tools/calibrate.py",
+            "measure one with megatron-hybrid calibrate",
         )
     data = read_yaml("gpu", path)
     try:

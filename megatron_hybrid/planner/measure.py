@@ -37,7 +37,7 @@ def check_local_devices(hardware: Hardware, gpus: int) -> None:
         raise ConfigError.at(
             "measure",
             f"this machine has {here}, and the question is about {hardware.name}: its steps would calibrate the wrong device; "
-            "measure on such a machine, or give --gpu or --hardware of this one (tools/calibrate.py makes it)",
+            "measure on such a machine, or give --gpu or --hardware of this one (megatron-hybrid calibrate makes it)",
         )
     if devices != ["cpu"] and int(count) < gpus:
         raise ConfigError.at(

@@ -56,16 +56,16 @@ class Memory:
         return {name: size for name, size in named.items() if size}
 
     def line(self) -> str:
-        """Return the line that a run prints at its start.
+        """Return the text that a run prints at its start.
 
-        `expected memory: at most 57.8 GB of tensors per GPU (weights 14.9, gradients 29.7, ...)`
+        `at most 57.8 GB of tensors per GPU (weights 14.9, gradients 29.7, ...)`
         """
         short = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer + self.fp8_weights}
         short["activations"] = sum(self.activations.values()) + self.ends
         short["logits and backward"] = self.logits + self.transient
         parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in short.items())
         host = f", and at least {self.host / GB:.1f} GB of host memory per GPU" if self.host else ""
-        return f"expected memory: at most {self.total / GB:.1f} GB of tensors per GPU ({parts}){host}"
+        return f"at most {self.total / GB:.1f} GB of tensors per GPU ({parts}){host}"
 
 
 def expected(config: RunConfig, world_size: int) -> Memory:

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from megatron_hybrid.base.command import process_arguments
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.stages.config import SlurmConfig
 from megatron_hybrid.stages.plan import Average, Training, Work
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The project's folder, with tools/ and examples/."""
+"""Folder of the checkout, with examples/; of no use where the package is installed without it."""
 
 
 class StagesError(UserError):
@@ -26,12 +27,11 @@ def local_command(item: Work, launcher: Sequence[str]) -> list[str]:
     """Return the command of a run or an average on this machine.
 
     Args:
-        launcher: options of tools/launch.py, such as `--cpu-ranks 2`.
+        launcher: options of `megatron-hybrid launch`, such as `--cpu-ranks 2`.
     """
     if isinstance(item, Average):
-        return [sys.executable, str(ROOT / "tools/average_checkpoints.py"), *item.arguments]
-    pretrain = [str(ROOT / "tools/pretrain.py"), str(item.config_file), *item.arguments]
-    return [sys.executable, str(ROOT / "tools/launch.py"), *launcher, *pretrain]
+        return process_arguments(["average", *item.arguments])
+    return process_arguments(["launch", *launcher, "pretrain", str(item.config_file), *item.arguments])
 
 
 def run_all(work: Sequence[Work], launcher: Sequence[str], after: Callable[[], None]) -> int:
@@ -99,8 +99,13 @@ def submit_all(work: Sequence[Work], slurm: SlurmConfig) -> None:
     """Submit what is not done yet, each job after those that it needs, and print the job numbers.
 
     Raises:
-        StagesError: sbatch refused a job. Jobs that were submitted before it stay in the queue.
+        StagesError: there is no batch script, or sbatch refused a job. Jobs that were submitted before it stay in the queue.
     """
+    if not (ROOT / slurm.script).is_file():
+        raise StagesError(
+            f"slurm.script: {ROOT / slurm.script} does not exist; give the path of a batch script, such as a copy of "
+            "examples/pretrain_hybrid_7b.sh from the source"
+        )
     jobs: dict[str, str] = {}
     for item in work:
         if item.done:

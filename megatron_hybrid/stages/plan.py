@@ -36,7 +36,7 @@ class Average:
 
     @property
     def arguments(self) -> list[str]:
-        """Arguments of tools/average_checkpoints.py."""
+        """Arguments of megatron-hybrid average."""
         moments = ["--moments"] if self.moments else []
         return [*map(str, self.sources), "--out", str(self.folder), "--quiet", *moments]
 
@@ -82,7 +82,7 @@ class Training:
 
     @property
     def arguments(self) -> list[str]:
-        """Overrides of tools/pretrain.py."""
+        """Overrides of megatron-hybrid pretrain."""
         return [*self.overrides, *self.start]
 
 

@@ -1,4 +1,4 @@
-"""Checks the files of a run before it is queued: `tools/pretrain.py CONFIG --dry-run`. Uses no torch and reads no tokens."""
+"""Checks the files of a run before it is queued: `megatron-hybrid pretrain CONFIG --dry-run`. Uses no torch and reads no tokens."""
 
 import os
 import re
@@ -63,7 +63,7 @@ class FileProblems:
         if name != "byte" and not os.path.isfile(os.path.join(name, "tokenizer.json")):
             self.unused.add(
                 "data.tokenizer",
-                f"{name}: there is no such folder with a tokenizer.json; training does without it, tools/generate.py does not",
+                f"{name}: there is no such folder with a tokenizer.json; training does without it, megatron-hybrid generate does not",
             )
 
     def _look_at_tasks(self) -> None:
@@ -108,7 +108,7 @@ def _absent_source(source: SourceConfig) -> str:
     names = [path] if path.endswith(".npy") else [f"{path}.idx", f"{path}.bin"]
     if any(os.path.lexists(name) for name in names):
         return ""
-    return f"{' and '.join(names)}: no such file; make it with tools/preprocess_data.py, or correct the path"
+    return f"{' and '.join(names)}: no such file; make it with megatron-hybrid preprocess, or correct the path"
 
 
 def check_files(config: RunConfig, world_size: int, required: bool) -> list[str]:

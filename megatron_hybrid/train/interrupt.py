@@ -84,7 +84,7 @@ class Interrupt:
 def check_restarts(run_dir: Path, step: int, env: Mapping[str, str] = os.environ) -> None:
     """Count how often this job has restarted without a new step; `step` is where it starts from now.
 
-    Only restarts by SLURM, torchrun and tools/launch.py count; starts by hand are not limited. Call it on one rank. The record
+    Only restarts by SLURM, torchrun and megatron-hybrid launch count; starts by hand are not limited. Call it on one rank. The record
     is a file in run_dir. A record that cannot be written is reported, and does not end the run.
 
     Raises:

@@ -18,6 +18,7 @@ from megatron_hybrid.distributed.device import has_cuda
 from megatron_hybrid.evaluation.validation_set import ValidationSet
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.observe import RunLogger
+from megatron_hybrid.observe.throughput import FP8_SPEEDUP
 from megatron_hybrid.train.progress import Progress
 
 
@@ -79,9 +80,17 @@ def build_logger(config: RunConfig, launch: Launch, training: Blend, progress: P
         flops_per_token=training_flops_per_token(config.model, max(1, round(blend_attended_length(training)))),
         num_devices=launch.world_size,
         device_name=torch.cuda.get_device_name() if has_cuda() else None,
+        format_speedup=_format_speedup(config),
         settings=config.model_dump(mode="json"),
         continues=continues,
     )
+
+
+def _format_speedup(config: RunConfig) -> float | None:
+    """Return the peak of the linears' format over that of bf16. None: unknown."""
+    if config.precision.fp8:
+        return FP8_SPEEDUP
+    return 1.0 if config.train.dtype == "bf16" else None
 
 
 def write_config(config: RunConfig, step: int) -> None:

@@ -72,7 +72,7 @@ def run_preflight(config: RunConfig, launch: Launch) -> None:
 
 
 def preflight_alone(config: RunConfig, launch: Launch) -> None:
-    """Join the other ranks, run the preflight, and leave: the work of tools/preflight.py.
+    """Join the other ranks, run the preflight, and leave: the work of megatron-hybrid preflight.
 
     Raises:
         ConfigError: degrees or batch sizes that do not fit the number of ranks.

@@ -58,8 +58,8 @@ def pretrain(config: RunConfig, launch: Launch) -> Progress:
     """
     config.check_world(launch.world_size)
     check_run_dir(config, launch.world_size)
-    check_sinks(config.logging)
     run_dir = Path(config.run_dir)
+    check_sinks(config.logging, run_dir, writes=launch.rank == 0)
     with Interrupt(lambda: newest_step(run_dir)) as interrupt, build_watchdog(run_dir, config.train) as watchdog:
         groups = start_distributed(launch, config.parallel, config.train.seed, collective_timeout(config.train))
         try:
@@ -105,8 +105,6 @@ class Trainer:
             callback.setup(self)
         on_first_rank(lambda: write_config(config, self.progress.step))
         self.logger = build_logger(config, launch, training, self.progress, continues=self.start.kind == "resume")
-        for line in self.engine.backends(config.train.micro_batch_size):
-            self.logger.info(line)
         for callback in self.callbacks:
             callback.start(self)
 

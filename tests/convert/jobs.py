@@ -14,7 +14,8 @@ _TRAIN = {"steps": 1, "global_batch_size": 1, "dtype": "fp32"}
 
 def logits(checkpoint: str, tokens: torch.Tensor, new_tokens: int = 0, parallel: dict | None = None) -> dict:
     """A checkpoint's logits [b, s, vocabulary or this rank's share of it], of this rank's slice of the tokens, and a greedy
-    continuation of them."""
+    continuation of them.
+    """
     with CheckpointReader(checkpoint) as reader:
         model = reader.index.model
         engine = make_engine(model, parallel or {}, _TRAIN, tokens.shape[1])

@@ -41,7 +41,8 @@ def _convolution(x, weight, bias, activation, **_):
 @pytest.fixture
 def olmo_core(monkeypatch):
     """OLMo-core itself. Where fla is missing, or there is no GPU for it, the three pieces of fla that it uses are plain torch;
-    its delta rule is then transformers'."""
+    its delta rule is then transformers'.
+    """
     package = pytest.importorskip(
         "olmo_core", reason="ai2-olmo-core is not installed: pip install ai2-olmo-core==3.0.0"
     )

@@ -36,7 +36,8 @@ def delta_rule(
 
 def conv(inputs: list, given: list, bounds: list[int], positions: torch.Tensor | None, **options) -> list[torch.Tensor]:
     """Return q, k, v, g, beta [b, s of this rank, ...], the gate and the gradient of packed [s of this rank, b, ...], and three
-    gradients summed over all ranks."""
+    gradients summed over all ranks.
+    """
     options = walking(options)
     mine = slice(*bounds[dist.get_rank() : dist.get_rank() + 2])
     packed, *weights = inputs

@@ -99,6 +99,10 @@ def test_a_slow_connection_and_a_busy_gpu():
     assert slow == ["n2: all-reduce with other nodes at 30 GB/s, 33% of the median 90"]
     assert broken == ["n3: local rank 1 (H100) has 50.0 of 79.0 GiB free; end the other processes on it (nvidia-smi)"]
     assert table(reports, 1.0).splitlines()[4].split()[:7] == ["n2", "2", "78.0", "79.0", "700", "400", "30"]
+    reports[0].versions = {f"package {n}": "1.2.3" for n in range(12)}
+    assert all(len(line) <= 80 for line in table(reports, 1.0).splitlines())
+    cpu = [report(0, "vm", device="CPU", visible=0)]
+    assert len(table(cpu, 1.0).splitlines()) == 1, "a node without GPUs has no peers to compare with"
 
 
 def test_a_node_that_lost_a_gpu():

@@ -9,11 +9,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.config.logging import LoggingConfig
 from megatron_hybrid.evaluation.validation_set import SetLoss
-from megatron_hybrid.observe import RunLogger
+from megatron_hybrid.observe import RunLogger, gpu_state
 from megatron_hybrid.observe import run_logger as module
 from megatron_hybrid.observe.metrics import read_metrics
+from megatron_hybrid.observe.sinks import check_sinks
 
 QUIET = LoggingConfig(tensorboard=False, plot_interval=0)
 
@@ -47,6 +49,7 @@ def test_a_run(tmp_path, capsys):
     assert one["tokens_per_s"] == pytest.approx(1000 / one["seconds"])
     assert one["tflops"] == pytest.approx(one["tokens_per_s"] * 1e9 / 4 / 1e12)
     assert one["mfu"] == pytest.approx(one["tflops"] / 100)
+    assert 0 < one["goodput"] < 1 and one["goodput_tokens_per_s"] < 10_000 / sum(r["seconds"] for r in records.values())
     assert records[3]["skipped"] is True and records[3]["skip_reason"] == "loss is nan"
     assert one["eval/code/loss"] == 3 and one["eval/code/perplexity"] == pytest.approx(math.e**3)
     assert one["eval/code/bits_per_byte"] == pytest.approx(3 / math.log(2) / 2)
@@ -158,9 +161,18 @@ def test_wandb(tmp_path, monkeypatch):
 
     fake = types.ModuleType("wandb")
     fake.init = lambda **k: (calls.append(("init", k)), Run())[1]
+    fake.login = lambda prompt, verify: not prompt and not verify
+    fake.Error = Exception
     fake.__spec__ = types.SimpleNamespace(name="wandb")
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    config = LoggingConfig(tensorboard=False, plot_interval=0, wandb_project="mine")
+    config = LoggingConfig(
+        tensorboard=False,
+        plot_interval=0,
+        wandb_project="mine",
+        wandb_entity="team",
+        wandb_name="run 7",
+        wandb_tags=("a", "b"),
+    )
     for start, continues in ((0, False), (2, True), (1, False)):
         common = dict(total_steps=4, start_step=start, settings={"a": 1}, continues=continues)
         with RunLogger(config, tmp_path, 0, **common) as logger:
@@ -169,12 +181,91 @@ def test_wandb(tmp_path, monkeypatch):
     assert [i["id"] for i in inits] == [None, "abc123", None], (
         "a run that is new or rewound does not join the one before"
     )
-    assert inits[0]["project"] == "mine"
+    assert [inits[0][k] for k in ("entity", "project", "name", "tags", "mode")] == [
+        "team",
+        "mine",
+        "run 7",
+        ("a", "b"),
+        None,
+    ]
     assert inits[0]["config"] == {"a": 1} and inits[0]["resume"] == "allow"
     logs = [c[1] for c in calls if c[0] == "log"]
     assert [values["step"] for values in logs] == [1, 2, 3, 4, 3, 4, 2, 3, 4]
     assert all(isinstance(v, int | float) for v in logs[0].values())
     assert [c for c in calls if c[0] == "finish"] == [("finish",)] * 3
+
+
+def test_the_gpu_s_state_is_logged_as_means_of_the_interval(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "memory_gb", lambda cuda: 1.0)
+    now, watts = [0.0], iter([700.0, 500.0, 600.0])
+
+    def read():
+        return {"power_w": next(watts), "sm_clock_mhz": 1470.0}
+
+    monkeypatch.setattr(gpu_state, "_read", read)
+    config = QUIET.model_copy(update={"interval": 2})
+    with RunLogger(config, tmp_path, 0, total_steps=4, device_name="NVIDIA H200") as logger:
+        logger._gpu._now = lambda: now[0]
+        for step in range(1, 5):
+            now[0] += 1.5 if step < 4 else 0.5  # less than a second after the last reading
+            train(logger, step, step)
+    assert [r.get("power_w") for r in logged(tmp_path).values()] == [700.0, 500.0, 600.0, None]
+
+
+def test_a_gpu_that_does_not_tell_its_state_is_reported_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "memory_gb", lambda cuda: 1.0)
+    calls = []
+
+    def read():
+        calls.append(1)
+        raise ModuleNotFoundError("no pynvml")
+
+    monkeypatch.setattr(gpu_state, "_read", read)
+    with RunLogger(QUIET, tmp_path, 0, total_steps=4, device_name="NVIDIA H200") as logger:
+        train(logger, 1, 4)
+    assert len(calls) == 1 and len(logged(tmp_path)) == 4
+    assert capsys.readouterr().out.count("nvidia-ml-py is not installed: pip install nvidia-ml-py") == 1
+
+
+def with_wandb(monkeypatch, login):
+    fake = types.ModuleType("wandb")
+    fake.login, fake.Error = login, KeyError
+    fake.__spec__ = types.SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+
+def test_missing_credentials_are_an_error_before_the_run(tmp_path, monkeypatch):
+    config = LoggingConfig(tensorboard=False, wandb_project="mine")
+    with_wandb(monkeypatch, lambda prompt, verify: False)
+    with pytest.raises(
+        UserError, match="logging.wandb_project: no usable credentials .* set WANDB_API_KEY, or set logging.wandb_off"
+    ):
+        check_sinks(config, tmp_path)
+    check_sinks(config, tmp_path, writes=False)
+    check_sinks(config.model_copy(update={"wandb_offline": True}), tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_sinks(config, tmp_path)
+
+
+def test_wrong_credentials_are_an_error_before_the_run(tmp_path, monkeypatch):
+    def login(prompt, verify):
+        raise KeyError("API key must have 40+ characters")
+
+    with_wandb(monkeypatch, login)
+    with pytest.raises(UserError, match="40\\+ characters"):
+        check_sinks(LoggingConfig(tensorboard=False, wandb_project="mine"), tmp_path)
+
+
+def test_a_file_in_the_place_of_a_sink_s_folder_is_an_error(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(UserError, match="logging.tensorboard: .*/tensorboard is a file"):
+        check_sinks(LoggingConfig(), tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [("entity", "team"), ("name", "a"), ("tags", ["a"]), ("offline", True)])
+def test_fields_of_wandb_need_a_project(field, value):
+    with pytest.raises(ValueError, match=f"wandb_{field}: has no effect without wandb_project"):
+        LoggingConfig(**{f"wandb_{field}": value})
 
 
 def test_the_file_is_json_to_anyone(tmp_path):

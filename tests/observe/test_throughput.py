@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_hybrid.observe.throughput import StepClock, memory_gb, peak_tflops, rates
+from megatron_hybrid.observe.throughput import FP8_SPEEDUP, StepClock, memory_gb, peak_tflops, rates
 
 
 def test_rates_of_olmo_hybrid_7b():
@@ -13,9 +13,15 @@ def test_rates_of_olmo_hybrid_7b():
     assert result["mfu"] == pytest.approx(0.3121, abs=1e-4)
 
 
+def test_the_share_of_the_format_s_own_peak():
+    result = rates(1000, 1.0, 1, 700e9, 989.0, format_speedup=FP8_SPEEDUP)
+    assert result["mfu"] == pytest.approx(0.7078, abs=1e-4) and result["format_mfu"] == pytest.approx(0.3539, abs=1e-4)
+
+
 def test_what_is_not_known_is_left_out():
     assert set(rates(10, 1.0, 1, None, 989.0)) == {"tokens_per_s"}
     assert set(rates(10, 1.0, 1, 1e9, None)) == {"tokens_per_s", "tflops"}
+    assert set(rates(10, 1.0, 1, 1e9, 989.0)) == {"tokens_per_s", "tflops", "mfu"}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +66,7 @@ def test_the_clock_leaves_pauses_out():
         wait(7)
         raise RuntimeError
     assert clock.lap() == pytest.approx(1e-6), "never zero"
+    assert clock.elapsed == pytest.approx(2 + 50 + 5 + 1 + 4 + 7), "pauses included"
 
 
 def test_memory_of_this_process():

@@ -35,7 +35,7 @@ class Example:
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(self.config))
         ours = {"CONFIG": str(path), "CPU_RANKS": "2", "NODES": "2", "SBATCH_TIMELIMIT": "10"}
-        return ours | {"SBATCH_OUTPUT": str(self.folder / "job.log")} | more
+        return ours | {"SBATCH_OUTPUT": str(self.folder / "job.log"), "LOG_DIR": str(self.folder / "logs")} | more
 
     def submit(self, *overrides: str, **more: str) -> CompletedProcess:
         """`bash examples/pretrain_hybrid_7b.sh` on the login node."""
@@ -50,8 +50,9 @@ class Example:
         return self.wait_for_end(done.stdout.strip(), 150)
 
     def log(self) -> str:
-        path = self.folder / "job.log"
-        return path.read_text() if path.exists() else ""
+        """What the job and its nodes have written."""
+        logs = [self.folder / "job.log", *sorted((self.folder / "logs").glob("*"))]
+        return "".join(path.read_text() for path in logs if path.exists())
 
     def metrics(self, run_dir: Path | None = None) -> list[dict]:
         path = (run_dir or self.run_dir) / "metrics.jsonl"

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import subprocess
+from ctypes import CDLL
 
 import pytest
 
@@ -171,6 +172,10 @@ def test_a_cluster_without_usable_nodes(example, cluster):
 @pytest.mark.slow
 def test_srun_starts_ranks_without_a_launcher(example, cluster):
     """`srun python tools/pretrain.py`, and `srun --mpi=pmix`: ranks and meeting point from SLURM."""
+    try:
+        CDLL("libpmix.so")  # SLURM opens this name, which is in the development package
+    except OSError:
+        pytest.skip("no libpmix.so here (apt-get install libpmix-dev)")
     environment = example.variables()
     for mpi, nodes in (("none", 2), ("pmix", 1)):
         command = [
@@ -188,3 +193,41 @@ def test_srun_starts_ranks_without_a_launcher(example, cluster):
         assert done.returncode == 0, done.stdout + done.stderr
     one, other = (example.metrics(example.folder / mpi) for mpi in ("none", "pmix"))
     assert len(one) == 4 and curve(one) == curve(other)
+
+
+@pytest.mark.slow
+def test_an_array_of_containers_from_the_caller_s_folder(example, cluster):
+    """Relative paths, a dependency, one log per node, and a container runtime that stands in for apptainer and records its words."""
+    caller, binaries = example.folder, example.folder / "bin"
+    binaries.mkdir()
+    (binaries / "apptainer").write_text(
+        '#!/bin/bash\necho "$@" >>"$RECORD"\nshift 6\nexec "$@"\n'
+    )  # exec, two options, image
+    (binaries / "apptainer").chmod(0o755)
+    image = caller / "image.sif"
+    image.touch()
+    example.config["data"]["train"][0]["path"] = "tokens.npy"
+    example.config["parallel"] = {}
+    first = cluster.output("sbatch", "--parsable", "--nodes=1", "--output=/dev/null", "--wrap=true")
+    more = {"NODES": "1", "CPU_RANKS": "1", "RUN_DIR": "runs/{task}", "ARRAY": "0-1", "DEPENDENCY": f"afterok:{first}"}
+    more |= {
+        "CONTAINER": "image.sif",
+        "CONTAINER_RUNTIME": "apptainer",
+        "RECORD": str(caller / "record"),
+        "LOG_DIR": "logs",
+    }
+    more |= {"PATH": f"{binaries}:{os.environ['PATH']}", "EXCLUSIVE": "yes", "MEM": "100", "HYBRID_EXTRAS": "dev"}
+    command = ["env", f"--chdir={caller}", "bash", example.root / SCRIPT, "train.seed=1{task}"]
+    submitted = cluster.run(*command, **example.variables(**more))
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split()[-1]
+    for task in (0, 1):
+        ended = example.wait_for_end(f"{job}_{task}", 120)
+        assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), example.log()
+        assert len(example.metrics(caller / "runs" / str(task))) == 4
+        (log,) = (caller / "logs").glob(f"hybrid-7b-{job}_{task}-node0-*.log")
+        assert "done: 4 steps" in log.read_text()
+    assert ended["OverSubscribe"] == "NO" and ended["MinMemoryNode"] == "100M"
+    words = (caller / "record").read_text().splitlines()
+    bound = ",".join(f"{folder}:{folder}" for folder in (example.root, caller, caller / "logs"))
+    assert len(words) == 2 and f"exec --bind {bound} --pwd {caller} {image} python " in words[0]

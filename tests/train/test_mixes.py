@@ -1,6 +1,7 @@
 """Data mixes that change during a run, and the report of epochs."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -30,7 +31,12 @@ def mixed(tmp_path):
 
 def test_the_mix_changes_at_the_token_and_does_not_depend_on_ranks_or_restarts(ranks, mixed, tmp_path):
     (out,) = ranks.run(jobs.printed_run, 1, config=mixed)
-    assert "epochs by the last step: data.train.0 0.016, data.train.1 0.452" in out
+    assert "epochs: 0.016 of data.train.0, 0.452 of data.train.1" in out
+    assert re.search(r"\nsaved step 6 in \d+\.\d s\n", out)
+    assert re.search(
+        r"\ndone: 6 steps, 768 tokens in 0:00:\d\d, [\d,]+ tokens/s with saves", out.replace("\n ", " ")
+    ), out
+    assert (tmp_path / "run" / "formats.txt").read_text().startswith("layers ") and "why" not in out
     assert "warning: data.train.1 repeats 0.452 times, more than data.repeat_warning = 0.4; give it more tokens" in out
     parts = mixed | {"run_dir": str(tmp_path / "parts")}
     half = parts | {"train": mixed["train"] | {"steps": 3, "schedule": {"warmup_steps": 2, "decay_steps": 6}}}

@@ -138,7 +138,6 @@ def recorded() -> dict:
 
 def test_heartbeats_go_to_ft_launcher(monkeypatch, tmp_path):
     """With a stand-in for NVRx's client: it gets one heartbeat per progress, and a failure of it ends nothing."""
-
     sent: list[str] = []
 
     class Client:

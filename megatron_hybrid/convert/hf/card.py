@@ -34,7 +34,7 @@ vllm serve PATH{flags}
 |---|---|
 {table}
 
-Exported by megatron_hybrid's `tools/convert_to_hf.py`. Fill in what the weights were trained on, their licence and their
+Exported by megatron_hybrid's `megatron-hybrid convert to-hf`. Fill in what the weights were trained on, their licence and their
 limits before publishing them.
 """
 

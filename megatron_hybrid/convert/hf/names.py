@@ -20,7 +20,7 @@ OUTSIDE_LAYERS = {
 
 
 def each(letters: Iterable[str], ours: str, theirs: str) -> dict[str, str]:
-    """Return names by name, with `{}` replaced: each("qk", "a.{}_norm", "b.{}_norm") has two entries."""
+    """Return names by name, with `{}` replaced by each letter: "qk" gives two entries."""
     return {ours.format(letter): theirs.format(letter) for letter in letters}
 
 

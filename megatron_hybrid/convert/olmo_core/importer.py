@@ -78,9 +78,8 @@ class _Weights:
     """The tensors of a checkpoint, matched with the true tensors of its model."""
 
     def __init__(self, stored: TorchCheckpoint, model: ModelConfig) -> None:
-        """
-        Raises:
-            ConversionError: tensors are missing, unknown or of a wrong shape, or tied copies differ.
+        """Raises:
+        ConversionError: tensors are missing, unknown or of a wrong shape, or tied copies differ.
         """
         self.stored, self.model, self.specs = stored, model, model_tensors(model)
         self.keys = self._find_keys()

@@ -45,9 +45,8 @@ class TorchCheckpoint:
     """A folder that torch.distributed.checkpoint, or OLMo-core's variant of it, wrote."""
 
     def __init__(self, folder: Path) -> None:
-        """
-        Raises:
-            ConversionError: not such a folder, or its directory is damaged, unsafe or incomplete.
+        """Raises:
+        ConversionError: not such a folder, or its directory is damaged, unsafe or incomplete.
         """
         self.folder = folder
         path = folder / METADATA

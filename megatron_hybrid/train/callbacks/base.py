@@ -71,7 +71,8 @@ class Callback:
 
     def reason_to_skip(self, loss: float, grad_norm: float) -> str | None:
         """Return why the update of this step must be skipped; None: update. Called once per step whose batch has
-        tokens that count."""
+        tokens that count.
+        """
         return None
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:

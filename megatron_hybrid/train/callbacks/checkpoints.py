@@ -1,5 +1,6 @@
 """Callback that loads the checkpoint a run starts from and saves its checkpoints."""
 
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class Checkpoints(Callback):
 
     def __init__(self) -> None:
         self._set_aside: Path | None = None
+        self._saving: tuple[int, float] | None = None
+        """Step that is being saved, and when its save began."""
 
     def setup(self, run: Run) -> None:
         config, run_dir = run.config, Path(run.config.run_dir)
@@ -72,15 +75,27 @@ class Checkpoints(Callback):
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
         if saves_now(run):
             step = run.progress.step
+            began = time.monotonic()
             with run.logger.pause(), heartbeat.doing(f"saving step {step}", self._progress):
                 self.manager.save(step, run.state_dict(), get_random_state())
+            self._report_save(run)  # of the step before, for which this save has waited
+            self._saving = step, began
         self.manager.check()
+        if not self.manager.in_progress:
+            self._report_save(run)
+
+    def _report_save(self, run: Run) -> None:
+        if self._saving is not None:
+            step, began = self._saving
+            run.logger.info(f"saved step {step} in {time.monotonic() - began:.1f} s")
+            self._saving = None
 
     def finish(self, run: Run) -> None:
+        self.close()
+        self._report_save(run)
         step, steps = run.progress.step, run.config.train.steps
         if run.stop and step < steps:
-            self.close()
-            run.logger.info(f"asked to stop: saved step {step} of {steps}; run it again to go on")
+            run.logger.info(f"asked to stop: saved step {step} of {steps}; to resume, run the same command again")
 
     def close(self) -> None:
         with heartbeat.doing("waiting for the checkpoint that is being written", self._progress):

@@ -126,7 +126,8 @@ def scan_options(key_dim: int) -> dict[str, Any]:
 
 def gradients_options() -> dict[str, Any]:
     """Avoid num_stages=1: Triton 3.6 then computes wrong dk and dg on Hopper and reads out of bounds. A loop over a single tile
-    of values, which it unrolls, has the same defect."""
+    of values, which it unrolls, has the same defect.
+    """
     return dict(num_warps=4, num_stages=3)
 
 
