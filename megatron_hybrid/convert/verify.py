@@ -48,8 +48,8 @@ def verify(folder: Path, against: Path | None = None, progress: Progress = lambd
     """
     ours = CheckpointSource(folder, verify="sizes")
     verdict = Verdict(files=len(ours.index.all_files()))
-    verdict.problems += find_damage(folder, ours.index, progress=progress).values()
-    warn_unchecked(folder, ours.index)
+    verdict.problems += find_damage(ours.folder, ours.index, progress=progress).values()
+    warn_unchecked(ours.folder, ours.index)
     theirs = open_huggingface(against, ours.model.eos_token_id) if against else None
     with OpenFiles(ConversionError) as files:
         for name in model_tensors(ours.model):

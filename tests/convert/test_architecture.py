@@ -15,6 +15,7 @@ from megatron_hybrid.convert.checkpoint_source import CheckpointSource
 from megatron_hybrid.convert.hf.config import hf_from_model, model_from_hf
 from megatron_hybrid.convert.hf.original_files import kept_files
 from megatron_hybrid.convert.model_folder import open_model
+from megatron_hybrid.convert.verify import verify
 from testing.task_parity import make_models
 
 REST = [
@@ -89,6 +90,7 @@ def test_a_checkpoint_and_its_export_hold_the_same(tmp_path):
     assert architecture_of(str(tmp_path / "run")) == architecture_of(str(export))
     source = CheckpointSource(tmp_path / "run")
     assert source.folder.name == "step-00000001" and kept_files(source.folder)
+    assert verify(tmp_path / "run").problems == []
 
 
 def test_reading_an_architecture_needs_no_torch(folder, root):
