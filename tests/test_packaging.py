@@ -118,10 +118,10 @@ def test_what_is_imported_is_required():
 def build_wheel(source: Path, target: Path) -> zipfile.ZipFile:
     """Build the wheel of a copy of a folder, as pip does: a build leaves its files next to the sources."""
     copy = target / "source"
-    unwanted = shutil.ignore_patterns(
-        "__pycache__", ".*", "tests", "benchmarks", "docs", "runs", "data", "build", "*.egg-info"
-    )
-    shutil.copytree(source, copy, ignore=unwanted)
+    tops = {path.name for path in source.iterdir()} - {"megatron_hybrid", "kernels", "hybrid_kernels"}
+    unwanted = {name for name in tops if (source / name).is_dir()}
+    caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(source, copy, ignore=lambda path, names: unwanted if Path(path) == source else caches(path, names))
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", build, target], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -24,7 +24,7 @@ _MOST_VALUES = 1_500_000
 _SHORT_LINE = 1 << 20
 """Bytes of a line whose values need no count."""
 _MANY_VALUES = re.compile(rb'(?:(?:[^",\[{]++|"(?:[^"\\]++|\\.)*+")*+[,\[{]){%d}+' % (_MOST_VALUES + 1), re.DOTALL)
-"""Begin of JSON with so many marks of values outside its strings."""
+"""Begin of JSON with more marks of values outside its strings than that."""
 FILE_KINDS = frozenset(
     [
         "empty_file",

@@ -17,7 +17,7 @@ STAGES = "data.curriculum=[{size: 4, samples: 800%s}, {size: 16}]"
     [
         (["data.train=[{weight: 1}]"], "data.train.0.path", "is missing", "or a generator"),
         (["data.train=[{path: a, generator: {task: recall, size: 8}}]"], "data.train.0.generator", "path = a", "remove one"),
-        (["data.train=[{generator: {task: recal, size: 8}}]"], "data.train.0.generator.task", "recal", "the nearest is recall"),
+        (["data.train=[{generator: {task: recalls, size: 8}}]"], "data.train.0.generator.task", "recalls", "the nearest is recall"),
         (["data.train=[{generator: {task: recall}}]"], "data.train.0.generator.size", "missing", ""),
         (["data.train=[{generator: {task: recall, size: 8, sizes: 1}}]"], "data.train.0.generator.sizes", "", "size"),
         (["data.train=[{generator: {task: recall, size: 129}}]"], "data.train.0.generator.size", "129 exceeds", "at most 128"),
