@@ -42,17 +42,22 @@ def module_and_arguments(command: str, root: Path) -> tuple[str, list[str]] | No
     return imported[1], words[2:]
 
 
-def run_documented(folder: str, config: dict, calls: list[tuple[str, list[str]]]) -> list[tuple[int, str]]:
-    """Train a run in `folder`, copy it to the places that the pages name, and run commands there: (status, output) of each."""
+def run_documented(
+    folder: str, byte_run: dict, word_run: dict, calls: list[tuple[str, list[str]]]
+) -> list[tuple[int, str]]:
+    """Train two runs in `folder`, copy checkpoints to the places that the pages name, and run commands: (status, output) of each."""
     from megatron_hybrid.cli import convert_to_hf
     from megatron_hybrid.distributed import process_groups
+    from megatron_hybrid.distributed.process_groups import leave_groups
 
     with contextlib.chdir(folder):
-        jobs.pretrain_run(config)
-        (checkpoint,) = Path(config["run_dir"], "checkpoints").glob("step-*")
+        jobs.pretrain_run(byte_run)
+        leave_groups()
+        jobs.pretrain_run(word_run)
+        (checkpoint,) = Path(word_run["run_dir"], "checkpoints").glob("step-*")
         for run, step in (("runs/a", "00010000"), ("runs/a", "00002400"), ("runs/b", "00002400")):
             shutil.copytree(checkpoint, Path(run, "checkpoints", f"step-{step}"))
-        convert_to_hf.main([config["run_dir"], "allenai-olmo-hybrid-7b", "--quiet"])
+        convert_to_hf.main([byte_run["run_dir"], "allenai-olmo-hybrid-7b", "--quiet"])
         stop, process_groups.stop_distributed = process_groups.stop_distributed, lambda: None
         try:
             return [_call(*call) for call in calls]

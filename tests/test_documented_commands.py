@@ -20,6 +20,7 @@ NEEDS_GPUS = (
     "python tools/pretrain.py examples/configs/pretrain_hybrid_7b.yaml parallel.tensor_parallel_size=4 run_dir=/runs/a",
     "python tools/pretrain.py $ONE ",
     "--measure 3",
+    "ft_launcher ",
 )
 """Beginnings of commands that need GPUs."""
 ELSEWHERE = {
@@ -71,6 +72,8 @@ def folder(tmp_path_factory):
     save_tokenizer(folder / "tokenizer", [*(f"w{n}" for n in range(256)), "<eos>"], "<eos>")
     (folder / "code.txt").write_text("def read_file(path): return path\n" * 40)
     in_process(["preprocess", "code.txt", "--output", "data/tiny_validation", "--workers", "1"], folder)
+    words = ["--output", "data/words", "--tokenizer", "tokenizer", "--workers", "1"]
+    in_process(["preprocess", "corpus/a.jsonl.zst", *words], folder)
     return folder
 
 
@@ -109,13 +112,14 @@ def test_commands_without_torch_run(command, folder):
 
 
 def test_commands_on_a_run(ranks, folder):
-    run = dict(
+    byte_run = dict(
         run_dir="runs/tiny",
         model=hybrid("GA", 32, 2, 8, vocab_size=257, eos_token_id=256, pad_token_id=256),
         data=dict(train=[{"path": "data/tiny_validation"}], sequence_length=16),
         train=dict(steps=1, global_batch_size=2, micro_batch_size=2, dtype="fp32"),
         logging=dict(plot_interval=0, tensorboard=False),
     )
+    word_run = byte_run | dict(run_dir="runs/words", data=dict(train=[{"path": "data/words"}], sequence_length=16))
     found = {command: module_and_arguments(command, ROOT) for command in HERE}
     shown = [command for command, call in found.items() if call and call[0] not in TORCH_FREE]
     calls, targets = [], {}
@@ -127,7 +131,7 @@ def test_commands_on_a_run(ranks, folder):
                 words[number] = f"{word.rstrip('/')}-{targets[word]}"  # several pages write to it
         last = "2" if "--last" in words else None  # the run of the guide has four checkpoints, this one two
         calls.append((module, [last if last and word == "4" else word for word in words]))
-    (results,) = ranks.run(run_documented, 1, folder=str(folder), config=run, calls=calls)
+    (results,) = ranks.run(run_documented, 1, folder=str(folder), byte_run=byte_run, word_run=word_run, calls=calls)
     wrong = {command: output[-1500:] for command, (status, output) in zip(shown, results, strict=True) if status}
     assert len(shown) >= 8 and not wrong
 

@@ -50,7 +50,6 @@ def test_a_file_whose_name_looks_like_an_override(parser, tmp_path, monkeypatch)
         (["c", "--steps=4"], "fields are set by section.key=value: train.steps=..."),
         (["c", "--global-batch-size", "4"], "fields are set by section.key=value: train.global_batch_size=..."),
         (["c", "--lr=1"], "fields are set by section.key=value: train.optimizer.lr=..."),
-        (["c", "--train.steps", "4"], "fields are set by section.key=value: train.steps=..."),
         (["c", "--zzz"], "options are listed by"),
         (["c", "--world-size", "0"], "argument --world-size: 0 is out of range; give at least 1"),
         (["c", "--world-size", "-3"], "argument --world-size: -3 is out of range"),

@@ -26,7 +26,7 @@ WRONG: list[Case] = [
     (["run_dir=null"], "run_dir", "null is not text", "Folder of everything the run writes"),
     (["train=null"], "train", "null is not a section", "its fields are steps, global_batch_size"),
     (["data={train: [{path: a}], validation: [{path: b}]}"], "data.sequence_length", "is missing", "Tokens per sample"),
-    (["data.train=[{weight: 1.0}]"], "data.train.0.path", "is missing", "A megatron-core prefix"),
+    (["data.train=[{weight: 1.0}]"], "data.train.0.path", "is missing", "give the prefix or the shards of a dataset"),
     (["data.train=[]"], "data.train", "has 0 entries", "give at least 1"),
     # of another type
     (["train.steps=1.5"], "train.steps", "1.5 is not a whole number", "the nearest is 2"),
@@ -41,7 +41,7 @@ WRONG: list[Case] = [
     (["run_dir=2024"], "run_dir", "2024 is not text", 'write "2024", in quotes'),
     (['run_dir=""'], "run_dir", "is empty", "give it: Folder"),
     (["data.train=data/train"], "data.train", "is not a list", "write [data/train]"),
-    (["data.train=[data/train]"], "data.train.0", "is not a section", "its fields are path, weight, dtype"),
+    (["data.train=[data/train]"], "data.train.0", "is not a section", "its fields are path, generator, weight, dtype"),
     (["train.optimizer.betas=[0.9]"], "train.optimizer.betas", "too few entries", "give 2, such as [0.9, 0.95]"),
     (["train.optimizer.betas=[0.9, 0.9, 0.9]"], "train.optimizer.betas", "2 are wanted", "[0.9, 0.95]"),
     # choices

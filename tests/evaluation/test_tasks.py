@@ -20,7 +20,7 @@ LIMIT = 8
 
 def test_the_evaluators_agree(ranks, tmp_path):
     """The package's own evaluator on one rank and on two; lm-eval with our model, and with its `hf` backend on the export."""
-    harness = importlib.util.find_spec("lm_eval") is not None
+    harness = all(importlib.util.find_spec(name) for name in ("lm_eval", "accelerate"))
     (found,) = ranks.run(task_jobs.results_of_evaluators, 1, folder=str(tmp_path), limit=LIMIT, harness=harness)
     assert {task for task, _ in found["own"]} == {"http_status", "html_entity", "next_month"}
     assert len(found["own"]) == 7 and any(0 < value < 1 for value in found["own"].values())

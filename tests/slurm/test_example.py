@@ -138,7 +138,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_its_own_status(example, small_dis
     example.config["train"]["steps"] = 200
     example.config["checkpoint"] = {"interval": 1, "keep_last": None}
     job = example.sbatch(CPU_RANKS="1")
-    assert job["ExitCode"] == "1:0", example.log()
+    assert job["ExitCode"] == "78:0", example.log()
     assert "No space left on device" in example.log()
     assert re.search(r"launch: rank \d on \S+ ended with status 1", example.log())
     assert complete_checkpoints(example.run_dir / "checkpoints"), "those before it stay"

@@ -44,7 +44,7 @@ def config(folder) -> dict:
 
 
 def lines(path) -> list[dict]:
-    timing = ("seconds", "time", "tokens_per_s", "tflops", "memory_gb")
+    timing = ("seconds", "time", "tokens_per_s", "tflops", "memory_gb", "goodput", "goodput_tokens_per_s")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in record.items() if key not in timing} for record in records]
 

@@ -15,9 +15,6 @@ from megatron_hybrid.convert.hf.fields import Fields, FieldTable
 from megatron_hybrid.convert.hf.names import PREFIX, LayerNames, TensorNames
 from megatron_hybrid.convert.hf.rope import RopeForms
 
-OLD_LAYER_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
-"""Names in `layer_types` of older files, which transformers still reads, and their present names."""
-
 
 class Architecture(ABC):
     """A decoder of transformers, in both directions: fields of config.json, and names of tensors."""
@@ -28,6 +25,8 @@ class Architecture(ABC):
     """The only entry of `architectures` in config.json."""
     layer_types: ClassVar[Mapping[str, str]]
     """Entry of `layer_types` in config.json -> symbol in ModelConfig.layer_pattern."""
+    old_layer_types: ClassVar[Mapping[str, str]] = {}
+    """Entries of older files, which transformers still reads -> present entries."""
     fields: ClassVar[FieldTable]
     """Fields of config.json that only this architecture has, and defaults."""
     rope: ClassVar[RopeForms]
@@ -95,7 +94,7 @@ class Architecture(ABC):
         """Return the type of each layer as config.json gives it, or transformers' default. The caller checks it."""
         types = fields.config.get("layer_types")
         if isinstance(types, list):
-            return [OLD_LAYER_TYPES.get(name, name) if isinstance(name, str) else name for name in types]
+            return [self.old_layer_types.get(name, name) if isinstance(name, str) else name for name in types]
         return self.default_layer_types(count) if types is None else types
 
     @abstractmethod

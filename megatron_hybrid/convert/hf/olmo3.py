@@ -27,6 +27,7 @@ class Olmo3(Architecture):
     model_type = "olmo3"
     class_name = "Olmo3ForCausalLM"
     layer_types = {SLIDING: "W", FULL: "A"}
+    old_layer_types = {"attention": FULL}
     fields = FieldTable(
         converted={"sliding_window": "sliding_window"},
         defaults={

@@ -89,6 +89,7 @@ class OlmoHybrid(Architecture):
     model_type = "olmo_hybrid"
     class_name = "OlmoHybridForCausalLM"
     layer_types = {LINEAR: "G", FULL: "A"}
+    old_layer_types = {"mamba": LINEAR, "attention": FULL}
     fields = FieldTable(
         converted={
             _INDICES: "layer_pattern",

@@ -69,6 +69,7 @@ class Qwen35Text(Architecture):
     model_type = "qwen3_5_text"
     class_name = "Qwen3_5ForCausalLM"
     layer_types = {LINEAR: "G", FULL: "A"}
+    old_layer_types = {"mamba": LINEAR, "attention": FULL}
     fields = FieldTable(
         converted={
             INTERVAL: "layer_pattern",
