@@ -129,7 +129,7 @@ def test_commands_on_a_run(ranks, folder):
             if word.rstrip("/") in ("out", "averaged") and module != "verify":
                 targets[word] = targets.get(word, 0) + 1
                 words[number] = f"{word.rstrip('/')}-{targets[word]}"  # several pages write to it
-        last = "2" if "--last" in words else None  # the run of the guide has four checkpoints, this one two
+        last = "2" if {"--last", "--moving"} & set(words) else None  # the run of the guide has four checkpoints, this one two
         calls.append((module, [last if last and word == "4" else word for word in words]))
     (results,) = ranks.run(run_documented, 1, folder=str(folder), byte_run=byte_run, word_run=word_run, calls=calls)
     wrong = {command: output[-1500:] for command, (status, output) in zip(shown, results, strict=True) if status}
