@@ -11,12 +11,13 @@ from pathlib import Path
 from megatron_hybrid.base.errors import UserError, no_traceback
 from megatron_hybrid.base.numbers import positive
 from megatron_hybrid.config.command_line import CommandLine
+from megatron_hybrid.config.command_options import add_checkpoint, add_plugins
 
 
 def main() -> int:
     """Run the command and return the exit status."""
     parser = CommandLine(__doc__)
-    parser.add_argument("checkpoint", help="a run (its newest checkpoint), a checkpoint or a Hugging Face folder")
+    add_checkpoint(parser, "checkpoint")
     parser.add_argument(
         "data", nargs="+", metavar="[NAME=]PREFIX", help="PREFIX of PREFIX.bin and .idx, or .npy shards"
     )
@@ -33,13 +34,7 @@ def main() -> int:
     parser.add_argument("--sequence-length", type=positive, help="tokens per sample (default: the run's)")
     parser.add_argument("--batch-size", type=positive, default=8, help="sequences per forward pass on a rank")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import a module of the run's plugins first; may be repeated",
-    )
+    add_plugins(parser)
     arguments = parser.parse()
     with no_traceback():
         from megatron_hybrid.launch.environment import Launch

@@ -9,12 +9,13 @@ import json
 from megatron_hybrid.base.errors import no_traceback
 from megatron_hybrid.base.numbers import non_negative, positive
 from megatron_hybrid.config.command_line import CommandLine
+from megatron_hybrid.config.command_options import add_checkpoint, add_eos_token_id, add_plugins
 
 
 def main() -> int:
     """Run the command and return the exit status."""
     parser = CommandLine(__doc__)
-    parser.add_argument("model", help="a run (its newest checkpoint), a checkpoint or a Hugging Face folder")
+    add_checkpoint(parser, "model")
     parser.add_argument(
         "--tasks", required=True, nargs="+", metavar="TASK", help="task files, folders of them, or names"
     )
@@ -28,18 +29,8 @@ def main() -> int:
     parser.add_argument("--batch-size", type=positive, default=8, help="sequences per forward pass")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="precision of the model")
     parser.add_argument("--tensor-parallel-size", type=positive, default=1, help="ranks that share a model")
-    parser.add_argument(
-        "--eos-token-id",
-        type=non_negative,
-        help="token that ends a document (default: config.json's)",
-    )
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import a module of the run's plugins first; may be repeated",
-    )
+    add_eos_token_id(parser)
+    add_plugins(parser)
     arguments = parser.parse()
     with no_traceback():
         from megatron_hybrid.launch.environment import Launch

@@ -11,12 +11,13 @@ import sys
 from megatron_hybrid.base.errors import no_traceback
 from megatron_hybrid.base.numbers import non_negative, non_negative_real, positive
 from megatron_hybrid.config.command_line import CommandLine
+from megatron_hybrid.config.command_options import add_checkpoint, add_eos_token_id, add_plugins
 
 
 def main() -> int:
     """Run the command and return the exit status."""
     parser = CommandLine(__doc__)
-    parser.add_argument("model", help="a run (its newest checkpoint), a checkpoint or a Hugging Face folder")
+    add_checkpoint(parser, "model")
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be repeated")
     parser.add_argument("--tokenizer", help="`byte` or a folder (default: the model's)")
     parser.add_argument("--max-tokens", type=positive, default=300, help="longest continuation")
@@ -37,19 +38,9 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=non_negative, default=0, help="seed of the sampling")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="precision of the model")
-    parser.add_argument(
-        "--eos-token-id",
-        type=non_negative,
-        help="token that ends a document (default: config.json's)",
-    )
+    add_eos_token_id(parser)
     parser.add_argument("--cuda-graph", action="store_true", help="replay decoding steps as a CUDA graph")
-    parser.add_argument(
-        "--plugin",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import a module of the run's plugins first; may be repeated",
-    )
+    add_plugins(parser)
     arguments = parser.parse()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
