@@ -24,9 +24,9 @@ from megatron_hybrid.data.synthetic.swaps import (
     SWAP,
     assignment_lines,
     draw_swaps,
-    join_lines,
     states_after,
     swap_lines,
+    with_assertions,
 )
 
 
@@ -69,15 +69,13 @@ class StateBasedRecall(SampleGenerator):
         bits, values = random.integers(0, 2, size), random.permutation(size)[: self.variables]
         swaps, checked = draw_swaps(random, self.variables, size), self._checked(size, random)
         asked = random.integers(0, self.variables, size)
-        parts, lines, done = [array_line(bits), assignment_lines(names, INDEX + values)], swap_lines(names, swaps), 0
-        answers = []
-        for count, state in enumerate(states_after(values, swaps), 1):
-            if count in checked:
-                variable = asked[count - 1]
-                parts += [lines[done:count], check_line(names[variable], int(bits[state[variable]]))]
-                answers.append(len(parts) - 1)
-                done = count
-        return join_lines(parts, ANSWER, answers)
+
+        def check(number: int, count: int, state: list[int]) -> np.ndarray:
+            variable = asked[count - 1]
+            return check_line(names[variable], int(bits[state[variable]]))
+
+        before, states = [array_line(bits), assignment_lines(names, INDEX + values)], states_after(values, swaps)
+        return with_assertions(before, swap_lines(names, swaps), states, checked, check, ANSWER)
 
     def _checked(self, size: int, random: np.random.Generator) -> set[int]:
         """Return the numbers of swaps after which there is an assertion."""

@@ -26,9 +26,9 @@ from megatron_hybrid.data.synthetic.swaps import (
     SWAP,
     assignment_lines,
     draw_swaps,
-    join_lines,
     states_after,
     swap_lines,
+    with_assertions,
 )
 
 _CHECK = 5  # tokens of `assert a == 2`
@@ -60,16 +60,13 @@ class StateTracking(SampleGenerator):
         is_strict = random.random() < self.strict_share
         checked = self._checked(size, None if is_strict else self.gap)
         asked = random.integers(0, self.variables, len(checked))
-        parts, lines, done = [assignment_lines(names, numbers[values])], swap_lines(names, swaps), 0
-        answers: list[int] = []
-        for count, state in enumerate(states_after(values, swaps), 1):
-            if len(answers) < len(checked) and count == checked[len(answers)]:
-                variable = asked[len(answers)]
-                check = np.array([ASSERT, names[variable], EQUAL_TO, numbers[state[variable]], NEWLINE])
-                parts += [lines[done:count], check]
-                answers.append(len(parts) - 1)
-                done = count
-        return join_lines(parts, _ANSWER, answers)
+
+        def check(number: int, count: int, state: list[int]) -> np.ndarray:
+            variable = asked[number]
+            return np.array([ASSERT, names[variable], EQUAL_TO, numbers[state[variable]], NEWLINE])
+
+        before, states = [assignment_lines(names, numbers[values])], states_after(values, swaps)
+        return with_assertions(before, swap_lines(names, swaps), states, {*checked}, check, _ANSWER)
 
     @staticmethod
     def _checked(size: int, gap: int | None) -> list[int]:

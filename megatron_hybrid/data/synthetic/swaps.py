@@ -1,6 +1,6 @@
 """Programs that swap variables: shared by the tasks that track state."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -44,6 +44,33 @@ def states_after(values: np.ndarray, swaps: np.ndarray) -> Iterator[list[int]]:
     for i, j in swaps.tolist():
         state[i], state[j] = state[j], state[i]
         yield state
+
+
+def with_assertions(
+    before: Sequence[np.ndarray],
+    lines: np.ndarray,
+    states: Iterable[list[int]],
+    checked: Collection[int],
+    check_line: Callable[[int, int, list[int]], np.ndarray],
+    answer_offset: int,
+) -> GeneratedTokens:
+    """Return the text of swaps with assertions among them.
+
+    Args:
+        before: parts of the text before the swaps.
+        lines: tokens of each swap: [swaps, SWAP].
+        states: values of all variables after each swap.
+        checked: numbers of swaps after which there is an assertion. The last swap is one of them.
+        check_line: from the number of the assertion, of swaps before it, and the state, to its tokens.
+        answer_offset: place of the answer in an assertion.
+    """
+    parts, answers, done = [*before], list[int](), 0
+    for count, state in enumerate(states, 1):
+        if count in checked:
+            parts += [lines[done:count], check_line(len(answers), count, state)]
+            answers.append(len(parts) - 1)
+            done = count
+    return join_lines(parts, answer_offset, answers)
 
 
 def join_lines(parts: list[np.ndarray], answer_offset: int, answer_parts: list[int]) -> GeneratedTokens:
