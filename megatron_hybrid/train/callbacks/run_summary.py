@@ -1,6 +1,7 @@
 """Callback that describes the run when it starts and when it is done. The only file of `train` that imports the planner."""
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,10 +34,11 @@ class RunSummary(Callback):
         self._began, self._first_step, self._first_tokens = time.monotonic(), run.progress.step, run.progress.tokens
         if run.launch.rank > 0:
             return
-        for line in summary(run.config, run.launch.world_size, _device(), self._epochs(run), _memory(run)):
+        epochs = self._epochs(run)
+        for line in summary(run.config, run.launch.world_size, _device(), epochs, _memory(run)):
             run.logger.info(line)
         self._report_formats(run, table)
-        self._warn_of_repeats(run)
+        _warn_of_repeats(run, epochs)
 
     def _epochs(self, run: Run) -> list[float]:
         """Return the epochs of each source by the last step; none if all are generators, which never repeat a sample."""
@@ -44,15 +46,6 @@ class RunSummary(Callback):
             return []
         counts = self.training.counts(run.config.train.samples_after(run.config.train.steps))
         return [n / dataset.samples_per_epoch for n, dataset in zip(counts, self.training.datasets, strict=True)]
-
-    def _warn_of_repeats(self, run: Run) -> None:
-        limit = run.config.data.repeat_warning
-        for number, value in enumerate(self._epochs(run)):
-            if value > limit:
-                run.logger.info(
-                    f"warning: data.train.{number} repeats {value:.3g} times, more than data.repeat_warning = {limit:g}; give it more "
-                    "tokens or a lower weight"
-                )
 
     def _report_formats(self, run: Run, table: list[str]) -> None:
         """Print the kernels without the reasons, which take up to 250 columns, and write the whole table to a file."""
@@ -74,6 +67,16 @@ class RunSummary(Callback):
             run.logger.info(
                 f"done: {steps:,} steps, {tokens:,} tokens in {timedelta(seconds=round(seconds))}, {tokens / seconds:,.0f} tokens/s "
                 f"with saves and evaluation"
+            )
+
+
+def _warn_of_repeats(run: Run, epochs: Sequence[float]) -> None:
+    limit = run.config.data.repeat_warning
+    for number, value in enumerate(epochs):
+        if value > limit:
+            run.logger.info(
+                f"warning: data.train.{number} repeats {value:.3g} times, more than data.repeat_warning = {limit:g}; give it more "
+                "tokens or a lower weight"
             )
 
 
