@@ -1,4 +1,4 @@
-"""Qwen3.5 2B on one GPU: training steps in bf16 and FP8 beside transformers with fla in the same process, and errors of logits.
+"""Qwen3.5 2B on one GPU: training steps in bf16 and FP8 next to transformers with fla in the same process, and errors of logits.
 
 python benchmarks/qwen.py                             one H200, the whole model at sequence 8192: under 3 minutes
     --layers GGGA*3   fewer layers      --sequence N   --sequences N   of a step      --micro N   of a micro-batch

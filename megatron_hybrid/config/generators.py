@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, PositiveInt, SerializeAsAny, ValidationError
 
+from megatron_hybrid.arch.packing import round_up
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, UserError, shown
 from megatron_hybrid.base.section import Section
@@ -123,4 +124,4 @@ def sample_length(generators: Sequence[SampleGenerator], size: int | None = None
         size: None: each generator's own.
     """
     longest = max(generator.length(size or generator.size) - 1 for generator in generators)
-    return -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return round_up(longest, LENGTH_MULTIPLE)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pydantic import Field, PositiveInt
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.packing import round_up
 from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.base.section import Section
@@ -51,7 +52,11 @@ class ScoringSizes:
 
     def length(self, longest: int) -> int:
         """Return the length to which sequences of up to `longest` tokens are padded."""
-        return min(-(-longest // self.length_unit) * self.length_unit, self.max_length)
+        return min(round_up(longest, self.length_unit), self.max_length)
+
+    def slots(self, samples: int, micro_batch_samples: int) -> int:
+        """Return the number of samples in whole micro-batches of all data parallel ranks together, padding included."""
+        return round_up(samples, micro_batch_samples * self.micro_batch_unit)
 
     def rows(self, length: int) -> int:
         """Return the number of sequences of a length per micro-batch."""

@@ -81,8 +81,7 @@ class EngineScorer:
     def _global_batch(self, samples: Sequence[Sample], rows: int) -> list[float]:
         """Return the log-likelihood of each sample, in micro-batches of `rows` samples."""
         ranks, length = self.groups.dp.size(), len(samples[0].tokens)
-        unit = rows * ranks * self.sizes.micro_batch_unit
-        slots = -(-len(samples) // unit) * unit
+        slots = self.sizes.slots(len(samples), rows * ranks)
         filled = [*samples, *[Sample.empty(length, separated=False)] * (slots - len(samples))]
         sources = np.eye(slots, len(samples), dtype=np.float32)
         mine = np.arange(slots).reshape(-1, ranks, rows)[:, self.groups.dp.rank()]
