@@ -25,7 +25,9 @@ wheel=$(ls "$work"/wheels/megatron_hybrid-*.whl)
 
 echo "install $(basename "$wheel") $*"
 if [ -n "${RESOLUTION:-}" ]; then
-    uv pip install --quiet --python "$work/venv/bin/python" --resolution "$RESOLUTION" "$wheel" "$@"
+    # From pyproject.toml: of the wheel, only the wheel itself would be a direct requirement.
+    uv pip install --quiet --python "$work/venv/bin/python" --resolution "$RESOLUTION" -r "$root/pyproject.toml" "$@"
+    "${pip[@]}" install --no-deps "$wheel"
 elif [ $# -gt 0 ]; then
     "${pip[@]}" install "$wheel" "$@"
 else
