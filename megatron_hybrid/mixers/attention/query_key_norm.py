@@ -34,6 +34,7 @@ class QueryKeyNorm:
         self.sizes, self.heads, self.groups = sizes, heads, groups
         self.group, self.sequence_parallel = group, sequence_parallel
         self.per_head = sizes.qk_norm == "per_head"
+        self._all_reduce = all_reduce_sum(group)
 
     def mark(self, *weights: torch.nn.Parameter) -> None:
         """Mark weights that serve every rank's heads: their gradients are summed over the ranks together with the norms'."""
@@ -72,7 +73,7 @@ class QueryKeyNorm:
             head_dim=sizes.head_dim,
             true_widths=(sizes.heads * sizes.head_dim, sizes.groups * sizes.head_dim),
             eps=sizes.norm_eps,
-            all_reduce=all_reduce_sum(self.group),
+            all_reduce=self._all_reduce,
         )
         return q, k, v, gate
 
