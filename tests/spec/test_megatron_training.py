@@ -24,7 +24,8 @@ def figures(ranks: int, *arguments: str) -> dict[int, tuple[float, float]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(PROGRAM)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([*command, *ARGUMENTS.split(), *arguments], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    cause = run.stderr[max(0, run.stderr.find("Traceback")) :]  # the first rank that failed, not those that lost it
+    assert run.returncode == 0, cause[:6000]
     found = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+).*?grad norm: (\S+)", run.stdout)
     return {int(step): (float(loss), float(norm)) for step, loss, norm in found}
 
