@@ -6,6 +6,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,18 @@ BY_FOLDER = ("gpu", "slurm", "distributed")
 NO_CUDA = "no CUDA device here"
 
 
+@cache
 def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _has_sbatch() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+NEEDS = {"gpu": (_has_cuda, NO_CUDA), "slurm": (_has_sbatch, "no sbatch here")}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,15 +49,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in BY_FOLDER:
             item.add_marker(folder)
-    missing = {
-        "gpu": (_has_cuda, NO_CUDA),
-        "slurm": (lambda: shutil.which("sbatch") is not None, "no sbatch here"),
-    }
-    for marker, (is_here, reason) in missing.items():
-        marked = [item for item in items if item.get_closest_marker(marker)]
-        if marked and not is_here():  # torch is asked for a device only when a test needs one
-            for item in marked:
-                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests whose hardware is missing before pytest looks at what else they lack, such as Transformer Engine."""
+    for marker, (is_here, reason) in NEEDS.items():
+        if item.get_closest_marker(marker) and not is_here():  # torch is asked for a device only when a test needs one
+            pytest.skip(reason)
 
 
 def skips_by_reason(reports: Iterable[pytest.TestReport]) -> Counter[str]:
