@@ -3,9 +3,10 @@
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
-from types import UnionType
+from types import ModuleType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,12 +105,61 @@ def tool_of(name: str) -> str:
     return f"In the checkout: `python tools/{tools[0].name}`\n" if tools else ""
 
 
+def functions(module: str, names: Sequence[str]) -> Iterator[str]:
+    """Yield the Markdown of a module: its functions and classes with signature and docstring."""
+    imported = import_module(module)
+    yield f"\n## `{module}`\n\n{first_sentence(imported)}\n"
+    for name in names:
+        what = getattr(imported, name)
+        text = inspect.getdoc(what)
+        yield f"\n### `{name}`\n\n```python\n{signature(name, what)}\n```\n```text\n{text}\n```\n"
+
+
+def first_sentence(module: ModuleType) -> str:
+    """Return the first paragraph of a module's docstring, without the legend of tensor names."""
+    return " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split())
+
+
+def signature(name: str, what: Any) -> str:
+    """Return a signature with one argument per line."""
+    if isinstance(what, type) and issubclass(what, Section):
+        fields = (f"    {field}: {type_name(one.annotation)}" for field, one in what.model_fields.items())
+        return "\n".join((f"class {name}:", *fields))
+    found = inspect.signature(what)
+    lines = [f"    {argument}," for argument in map(str, found.parameters.values())]
+    if star := next((i for i, one in enumerate(found.parameters.values()) if one.kind is one.KEYWORD_ONLY), None):
+        lines.insert(star, "    *,")
+    returns = "" if found.return_annotation is found.empty else f" -> {inspect.formatannotation(found.return_annotation)}"
+    return "\n".join((f"{name}(", *lines, f"){returns}"))
+
+
+def python_api() -> str:
+    """Return the page of what other programs may import."""
+    text = " ".join(API_INTRODUCTION.split())
+    return f"{NOTICE}# Python API\n\n{text}\n{''.join(part for module in API for part in functions(module, API[module]))}"
+
+
+API_INTRODUCTION = """
+Names on this page keep their meaning within a minor version. Everything else is internal. `hybrid_kernels` needs torch and Triton only.
+With fla, importing `hybrid_kernels.fla_backend` registers them as a backend of fla's `chunk_gated_delta_rule`.
+"""
+OPERATIONS = ("conv_gates", "gated_delta_rule", "gated_delta_step", "gated_rmsnorm", "head_norm_rope", "qk_norm_rope", "sigmoid_gate")
+API: dict[str, Sequence[str]] = {
+    "megatron_hybrid.spec": (
+        *("GatedDeltaNetConfig", "gated_delta_net_layer_spec", "olmo_hybrid_stack_spec", "optimizer_config_overrides"),
+        "enable_cpu_backend",
+    ),
+    "megatron_hybrid.config.load": ("load_run",),
+    "megatron_hybrid.checkpoint.index_file": ("read_index",),
+    "megatron_hybrid.observe.metrics": ("read_metrics",),
+    **{f"hybrid_kernels.{name}": (name,) for name in (*OPERATIONS, "linear_cross_entropy")},
+}
 COMMANDS_INTRODUCTION = """
 `pip install` puts `megatron-hybrid` on the path. In the checkout, the scripts in `tools/` are the same commands. Options and
 `section.key=value` may come in any order.
 """
 ENVIRONMENT = {"COLUMNS": "100", "PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HOME": "/tmp"}
-PAGES = {"configuration": configuration, "commands": commands}
+PAGES = {"configuration": configuration, "commands": commands, "python-api": python_api}
 
 
 if __name__ == "__main__":

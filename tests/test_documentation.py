@@ -12,7 +12,9 @@ from testing.prose import too_long
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "guides").glob("*.md"))]
-PAGES = [*GUIDES, *sorted((ROOT / "docs" / "development").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+CONCEPTS = sorted((ROOT / "docs" / "concepts").glob("*.md"))
+REFERENCE = [ROOT / "docs" / "reference" / name for name in ("exit-status.md", "file-formats.md")]
+PAGES = [*GUIDES, *CONCEPTS, *REFERENCE, *sorted((ROOT / "docs" / "development").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 FIGURE = re.compile(r"\d[\d,.]*\s*(?:tokens/s|TFLOP/s|ms\b|nats|GiB\b|minutes)|\bMFU of \d")
 NOT_MEASURED = ("989 TFLOP/s", "128 GiB", "42 GiB")
 """Figures in pages that are no measurements: a peak, the size of a machine, arithmetic."""
@@ -67,7 +69,7 @@ def generate():
         sys.path.pop(0)
 
 
-@pytest.mark.parametrize("page", ["configuration", "commands"])
+@pytest.mark.parametrize("page", ["configuration", "commands", "python-api"])
 def test_the_reference_is_that_of_the_code(generate, page):
     if page == "commands" and sys.version_info[:2] != (3, 12):
         pytest.skip("argparse formats help differently in other versions of Python than 3.12")
@@ -91,9 +93,18 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=name)
+@pytest.mark.parametrize("page", [*GUIDES, *CONCEPTS, *REFERENCE], ids=name)
 def test_sentences_are_short(page):
     assert not too_long(page.read_text())
+
+
+def test_the_api_page_has_every_public_name(generate):
+    """Names of megatron_hybrid.spec, and an operation of each folder of hybrid_kernels."""
+    import megatron_hybrid.spec
+
+    assert set(generate.API["megatron_hybrid.spec"]) == set(megatron_hybrid.spec.__all__)
+    folders = {path.parent.name for path in (ROOT / "kernels" / "hybrid_kernels").glob("*/reference.py")}
+    assert {name.split(".")[1] for name in generate.API if name.startswith("hybrid_kernels.")} == folders
 
 
 def test_every_field_is_described(generate):
