@@ -119,6 +119,22 @@ def tiny() -> str:
     return table(["tiny run on two CPU cores", ""], rows)
 
 
+def test_suite() -> str:
+    """Time and counts of `.ci/run`."""
+    case, result = ".ci/run, empty clone", "test_suite-cpu"
+    rows = [
+        [label, text.format(figure(result, case, metric))]
+        for label, metric, text in (
+            ("set-up and tests", "wall time", "{:.1f} minutes"),
+            ("of that, tests", "of that, tests", "{:.1f} minutes"),
+            ("passed", "passed", "{:,.0f}"),
+            ("skipped, because they need a GPU", "skipped: no GPU", "{:,.0f}"),
+            ("skipped for other reasons", "skipped: other reasons", "{:,.0f}"),
+        )
+    ]
+    return table(["`.ci/run` from an empty clone on two CPU cores", ""], rows)
+
+
 def fp8_loss() -> str:
     """Loss with FP8 against bf16."""
     names = {
@@ -258,6 +274,7 @@ def long_context() -> str:
 TABLES = {
     "documents": documents, "document-attention": document_attention, "long-context": long_context,
     "training": training, "headline": headline, "kernels": kernels, "tiny": tiny, "fp8-loss": fp8_loss,
+    "test-suite": test_suite,
     "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs,
     "expressivity-state-tracking": partial(expressivity, "state_tracking"),
     "expressivity-recall": partial(expressivity, "recall"),

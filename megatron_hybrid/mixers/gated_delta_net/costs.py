@@ -20,7 +20,7 @@ CHUNK = 64
 """Tokens per chunk of the delta rule."""
 SLICE_SCAN = {"forward": 0.75, "backward": 0.3}
 """Time of a context parallel slice's first scan, as a share of the delta rule's. Measured with 15 heads in two segments: 192 us
-of 255 us forward, of 647 us backward (hybrid_kernels/NOTES.md)."""
+of 255 us forward, of 647 us backward (docs/development/lab-notes.md)."""
 
 
 @dataclass(frozen=True)
