@@ -3,6 +3,8 @@
 True sizes: dummy heads and vocabulary padding, which a layout may add, are not counted.
 """
 
+from functools import lru_cache
+
 from megatron_hybrid.arch.layer import layer_parameters, outer_parameters
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.registry import mixer_spec
@@ -68,6 +70,7 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     return sum(training_flops_by_part(model, sequence_length).values())
 
 
+@lru_cache(maxsize=64)
 def output_in_layers(model: ModelConfig, fp8: bool) -> float:
     """Return the time of output layer and loss in units of a layer's, estimated from the sizes of their GEMMs.
 
