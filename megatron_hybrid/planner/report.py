@@ -73,7 +73,10 @@ def format_candidate(candidate: Candidate, job: Job) -> str:
     def size_line(name: str, size: float, of: str = "GB") -> str:
         return f"    {name:<42} {size / GB:8.2f} {of}"
 
-    lines = [candidate.plan.label, f"  memory of the fullest GPU (pipeline rank {memory.pipeline_rank})"]
+    lines = [candidate.plan.label]
+    if split := candidate.plan.parallel.pipeline_split:
+        lines.append(f"  pipeline_split {list(split)}: layers of each virtual stage")
+    lines.append(f"  memory of the fullest GPU (pipeline rank {memory.pipeline_rank})")
     lines += [size_line(name, size) for name, size in memory.parts().items()]
     lines.append(size_line("peak of all tensors", memory.total))
     if memory.padding:

@@ -1,6 +1,6 @@
 """Search over every layout of a job: legal ones ranked by predicted speed, others rejected with the reason."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_hybrid.planner.hardware import Hardware
@@ -8,11 +8,14 @@ from megatron_hybrid.planner.job import Job
 from megatron_hybrid.planner.layouts import layouts
 from megatron_hybrid.planner.memory import Memory, fullest
 from megatron_hybrid.planner.plan import Plan
+from megatron_hybrid.planner.splits import faster_split
 from megatron_hybrid.planner.timing import StepPredictor, StepTime
 
 GB = 1e9
 SIMULATED = 40
 """Number of best candidates whose pipeline schedule is simulated event by event."""
+SPLIT = 4
+"""Number of best candidates whose pipeline split is searched."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,27 @@ def search(job: Job) -> SearchResult:
             continue
         found.append(Candidate(outcome, memory, predictor.step(outcome), need))
     found.sort(key=_slowness)
-    top = [replace(c, step=predictor.step(c.plan, simulated=True)) for c in found[:SIMULATED]]
-    return SearchResult(job, tuple(sorted(top, key=_slowness) + found[SIMULATED:]), tuple(rejected))
+    top = sorted((_candidate(c.plan, job, predictor) for c in found[:SIMULATED]), key=_slowness)
+    top = sorted([*(_with_faster_split(c, job, predictor) for c in top[:SPLIT]), *top[SPLIT:]], key=_slowness)
+    return SearchResult(job, (*top, *found[SIMULATED:]), tuple(rejected))
+
+
+def _candidate(plan: Plan, job: Job, predictor: StepPredictor) -> Candidate:
+    """Return the candidate of a plan, with its schedule simulated."""
+    memory = fullest(plan)
+    return Candidate(plan, memory, predictor.step(plan, simulated=True), device_bytes(memory, job.hardware))
+
+
+def _with_faster_split(candidate: Candidate, job: Job, predictor: StepPredictor) -> Candidate:
+    if candidate.plan.pp == 1:
+        return candidate
+    plan = faster_split(
+        candidate.plan,
+        lambda plan: predictor.step(plan).seconds,
+        lambda plan: predictor.step(plan, simulated=True).seconds,
+        lambda plan: device_bytes(fullest(plan), job.hardware) <= job.hardware.memory_bytes,
+    )
+    return candidate if plan is candidate.plan else _candidate(plan, job, predictor)
 
 
 def device_bytes(memory: Memory, hardware: Hardware) -> float:
