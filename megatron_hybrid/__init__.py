@@ -2,6 +2,6 @@
 
 from megatron_hybrid.base.nvrx_conflict import hide_old_async_checkpoints
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 hide_old_async_checkpoints()  # before any module imports megatron-core

@@ -165,6 +165,15 @@ def test_the_kernels_are_a_wheel_of_their_own(tmp_path):
     assert any(name.endswith("licenses/LICENSE") for name in held)
 
 
+def test_the_version_is_released():
+    """pyproject.toml of the kernels, CITATION.cff, CHANGELOG.md and the release notes name the version of the package."""
+    version = megatron_hybrid.__version__
+    assert f'version = "{version}"' in (ROOT / "kernels" / "pyproject.toml").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## \[{version}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert f"\n## {version}\n" in (ROOT / "docs" / "release-notes.md").read_text()
+
+
 def test_every_folder_with_code_is_a_package():
     roots = ("megatron_hybrid", "kernels/hybrid_kernels")
     folders = {path.parent for root in roots for path in (ROOT / root).rglob("*.py")}
