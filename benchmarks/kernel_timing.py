@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from report import write
@@ -30,6 +31,14 @@ def gpu_ms(fn: Callable[[], object], samples: int = 20, warmup: int = 3) -> floa
         after.record()
     torch.cuda.synchronize()
     return sorted(before.elapsed_time(after) for before, after in events)[samples // 2]
+
+
+@cache
+def copy_tb_s() -> float:
+    """TB/s that a copy of 1 GiB reads and writes on this GPU: the rate that memory-bound kernels are compared with."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / gpu_ms(lambda: target.copy_(source)) / 1e9
 
 
 def cpu_ms(fn: Callable[[], object], samples: int = 20) -> float:
