@@ -82,7 +82,7 @@ def their_stack(model, parallel, precision, groups, symbol: str):
 
 
 def runs(stack, angles, tensor_parallel_size: int) -> dict[str, Callable]:
-    """What is measured of a stack, run once, so that its kernels are compiled."""
+    """Return the functions to measure of a stack. They have run once, so that their kernels are compiled."""
     for parameter in stack.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -1,5 +1,5 @@
-"""How far training on documents is from one rank's under every layout: losses, gradient norms and the trained tensors, in fp32 on CPU
-ranks over gloo. And how far packed rows are from each document alone.
+"""Difference of training on documents under every layout from one rank: losses, gradient norms and the trained tensors, in fp32
+on CPU ranks over gloo. Also the difference of packed rows from each document alone.
 
 python benchmarks/document_layouts.py
 """

@@ -36,12 +36,12 @@ SHARE = {SMALL: 0.9, REAL: 0.1}
 
 @dataclass
 class Found:
-    """What the patterns of one size have shown so far."""
+    """Results of the patterns of one size so far."""
 
     patterns: int = 0
     with_boundary: int = 0
     across_slices: int = 0
-    """Patterns in which a document lies in several of four slices."""
+    """Patterns in which a document is in several of four slices."""
     of_rows: dict[int, float] = field(default_factory=lambda: dict.fromkeys(SIZES, 0.0))
     """Largest error of o and of the projection's gradient, by the number of ranks."""
     of_weights: dict[int, float] = field(default_factory=lambda: dict.fromkeys(SIZES, 0.0))

@@ -1,5 +1,5 @@
-"""How far our model's logits and gradients lie from transformers', same weights, fp32 on the CPU; and from one rank's under
-tensor parallelism with padded heads.
+"""Difference of our model's logits and gradients from transformers' with the same weights, in fp32 on the CPU, and from one rank
+under tensor parallelism with padded heads.
 
 python benchmarks/fidelity.py
 """

@@ -1,4 +1,4 @@
-"""How far FP8 training falls behind bf16 from the same start: 300 steps of a small hybrid on real text, the same batches.
+"""Loss of FP8 training against bf16 from the same start: 300 steps of a small hybrid on real text, the same batches.
 
 The text is the Python standard library's sources, byte by byte. Runs go through tools/pretrain.py.
 
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def rows_of(formats: list[str], losses: dict[tuple[str, int], list[float]], args) -> list[dict]:
-    """Of each format: its loss, and how far it is from bf16 at the same seed, on average."""
+    """Return the loss of each format, and its mean difference from bf16 at the same seed."""
     from report import bounded
 
     last = {job: fmean(values[-LAST:]) for job, values in losses.items()}

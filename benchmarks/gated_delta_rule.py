@@ -51,7 +51,7 @@ def results(inputs, backend, initial=None, **options):
 
 
 def errors(only: str) -> list[dict]:
-    """Every case on both backends: whether two runs agree, and the error that is worst beside fla's on the same data."""
+    """Run every case on both backends: do two runs agree, and which error is worst relative to fla's on the same data?"""
     rows, heads = [], dict(key_heads=30, heads=30)
     cases = [(name, dict(length=1024, **heads, **hard), {}) for name, hard in HARD_CASES.items()]
     # of one token 64 batch rows: fewer gradients of beta would be too few to compare errors by
@@ -71,17 +71,17 @@ def errors(only: str) -> list[dict]:
             ours = results(inputs, backend, **options)
             same = all(torch.equal(x, y) for x, y in zip(ours, results(inputs, backend, **options)))
             rows.append(dict(row(f"{name}, {backend}", "bitwise the same twice", "bool", same), goal=True, met=same))
-            beside = []
+            compared = []
             for what, x, y, z in zip(NAMES, ours, peer, exact):
                 # dg under strong decay is noise against what it is the difference of: a floor to what counts
                 mine, theirs = relative_error(x, z, 1e-3), relative_error(y, z, 1e-3)
                 finite = bool(torch.isfinite(x).all())
-                beside.append(
+                compared.append(
                     (mine / theirs if finite and theirs else float(mine > 0 or not finite), what, mine, theirs)
                 )
-            print(name, backend, *(f"{what} {mine:.2e}/{theirs:.2e}" for _, what, mine, theirs in beside), flush=True)
-            _, what, mine, theirs = max(beside)
-            metric = f"error of {what}, the worst beside fla's"
+            print(name, backend, *(f"{what} {mine:.2e}/{theirs:.2e}" for _, what, mine, theirs in compared), flush=True)
+            _, what, mine, theirs = max(compared)
+            metric = f"error of {what}, the worst relative to fla's"
             rows.append(row(f"{name}, {backend}", metric, "relative RMS", mine, theirs, "fla 0.6", round(1 / 1.2, 3)))
     return rows
 
@@ -137,7 +137,7 @@ def times(name, batch, length, heads, bounds=None) -> list[dict]:
             ("forward + backward, sum of the kernels", "ms", "sum"),
             ("launch time, forward + backward", "ms", "cpu"),
             ("kernels, forward + backward", "launches", "kernels"),
-            ("saved for the backward beside the inputs", "bytes a token", "saved"),
+            ("saved for the backward pass besides the inputs", "bytes a token", "saved"),
         ):
             rows.append(row(case, metric, unit, ours[key], peer[key], "fla 0.6"))
         # every input read once and every result written once, each way

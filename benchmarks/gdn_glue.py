@@ -141,7 +141,7 @@ if __name__ == "__main__":
     cases = {
         "conv_gates": (conv_gates_rows,),
         "gated_rmsnorm, batch 1": (gated_rmsnorm_rows, 1, True),
-        "gated_rmsnorm, batch 1, gate as it lies in the projection": (gated_rmsnorm_rows, 1, False),
+        "gated_rmsnorm, batch 1, gate as a slice of the projection": (gated_rmsnorm_rows, 1, False),
         "gated_rmsnorm, batch 4": (gated_rmsnorm_rows, 4, True),
     }
     rows: list[dict] = []

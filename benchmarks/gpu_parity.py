@@ -1,4 +1,4 @@
-"""How far training on GPUs lies from its oracle, as tests/gpu/test_training.py checks it: one GPU from the CPU, FP8 from bf16,
+"""Difference of training on GPUs from its oracle, as tests/gpu/test_training.py checks it: one GPU from the CPU, FP8 from bf16,
 layouts from one GPU. Largest relative differences over ten steps.
 
     --layouts [REGEX]    of what runs on one GPU, only what layouts are compared with; of these those whose name it finds
@@ -54,7 +54,7 @@ def main() -> None:
     only = jobs.DOCUMENTS if args.documents else args.layouts or ""
     pool = ThreadPoolExecutor()
     cpu_part = pool.submit(jobs.on_cpu)
-    beside = pool.submit(on_two, rest, only) if rest else None  # on the GPUs that the first part leaves
+    second = pool.submit(on_two, rest, only) if rest else None  # on the GPUs that the first part leaves
     with tempfile.TemporaryDirectory() as folder:
         gpu = jobs.on_one_gpu(Path(folder), first, names)
     on_four = pool.submit(jobs.on_several, 4, (), only) if rest else None
@@ -92,7 +92,7 @@ def main() -> None:
         compare_layouts(on_four.result())
         write_gpu(benchmark, rows)
     if len(gpus) >= 2:
-        layouts, pairs = beside.result() if beside else on_two(gpus[:2], only)
+        layouts, pairs = second.result() if second else on_two(gpus[:2], only)
         compare_layouts(layouts)
         for name, (plain, found) in pairs.items():
             compare(f"TP2, overlapped, {name}: from TP2", plain, found, 5e-3)
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def on_two(gpus: list[int], only: str) -> tuple[dict, dict]:
-    """What two GPUs find: layouts, and pairs without and with overlapped exchanges where Transformer Engine is there."""
+    """Return the results of two GPUs: layouts, and pairs without and with overlapped exchanges if Transformer Engine is there."""
     from testing import gpu_jobs as jobs
 
     pairs = jobs.overlapped(gpus) if find_spec("transformer_engine") and re.search(only, "TP2, overlapped") else {}

@@ -1,4 +1,4 @@
-"""What the kernel benchmarks share: GPU time by events with the CPU running ahead, launches by the profiler."""
+"""Shared parts of the kernel benchmarks: GPU time by events with the CPU running ahead, launches by the profiler."""
 
 import gc
 import time

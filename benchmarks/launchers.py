@@ -1,4 +1,4 @@
-"""Whether every launcher gives the same curve, bit for bit: 20 steps of a tiny hybrid at TP2, fp32, two CPU ranks.
+"""Curves of every launcher, compared bit for bit: 20 steps of a tiny hybrid at TP2, fp32, two CPU ranks.
 
 python benchmarks/launchers.py        torchrun, tools/launch.py, mpirun; srun on a cluster of its own where SLURM is installed
 """

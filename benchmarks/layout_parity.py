@@ -1,4 +1,4 @@
-"""How far the loss and gradient-norm curves of every layout lie from one rank's: 20 steps, fp32, on CPU ranks over gloo.
+"""Difference of the loss and gradient-norm curves of every layout from one rank: 20 steps, fp32, on CPU ranks over gloo.
 
 python benchmarks/layout_parity.py [--model qwen]
 """

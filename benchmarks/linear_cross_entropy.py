@@ -104,7 +104,7 @@ def errors(peers: dict) -> list[dict]:
 
 
 def measure(fn, inputs) -> dict:
-    """Milliseconds and peak GiB, beside the inputs, of one forward and backward pass; milliseconds of a forward alone."""
+    """Milliseconds and peak GiB, besides the inputs, of one forward and backward pass; milliseconds of a forward alone."""
 
     def both():
         loss = fn(*inputs)
@@ -123,7 +123,7 @@ def measure(fn, inputs) -> dict:
 
 
 def floors(case, fn, inputs, ms, width) -> list[dict]:
-    """How far from what the products alone need, and the kernel between them from the bytes that it must move."""
+    """Return the ratio to the time of the GEMMs alone, and of the kernel between them to the time of its bytes."""
     launched = kernels(lambda: torch.autograd.grad(fn(*inputs), inputs[:2]), calls=2)
     print(case, {name: (n, round(us)) for name, (n, us) in launched.items() if us > 50}, flush=True)
     between = sum(us for name, (_, us) in launched.items() if "losses_kernel" in name or "statistics" in name) / 1e3

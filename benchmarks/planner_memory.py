@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "measured")
     parser.add_argument("--seconds", type=float, default=210, help="no case starts later than this")
     parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="cases of so many GPUs")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="cases of these numbers of GPUs")
     parser.add_argument("--commit", help="where git is not at hand")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)

@@ -60,7 +60,7 @@ PLANTED = ("TP2 x PP2, tied embeddings", "TP2 x PP2, VPP2, tied embeddings")
 
 
 def rows_of(name: str, repetitions: int, results: list[dict], one) -> list[dict]:
-    """What a case's repetitions showed."""
+    """Return the rows of a case's repetitions."""
     from report import bounded
 
     from testing.repetitions import difference_of_curves, difference_of_parameters
@@ -134,7 +134,7 @@ class Runs:
 
 
 def notes_of(runs: Runs) -> list[str]:
-    """How the machine was disturbed, and what is compared."""
+    """Return notes on how the machine was disturbed and what is compared."""
     return [
         f"Four steps of a GAGA model in fp32, evaluated every two. Ranks were stopped {runs.stops} times for 5 to 150 ms; 2%, 20% or "
         "50% of a rank's waits, sends and receives were delayed, by 2 ms on average and receives by 50 ms; and as many busy "

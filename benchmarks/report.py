@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def row(case, metric, unit, ours, peer=None, peer_name=None, goal=None, higher_is_better=False) -> dict:
-    """A figure of ours beside a peer's; `ratio` above 1 means ours is better, and `goal` is for the ratio."""
+    """Return a figure of ours next to a baseline's. `ratio` above 1 means that ours is better; `goal` is for the ratio."""
     ratio = None
     if peer is not None and ours:
         ratio = round(ours / peer if higher_is_better else peer / ours, 3)

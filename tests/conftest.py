@@ -1,4 +1,4 @@
-"""What every test shares: one thread a process, markers by folder, and skips where the hardware is missing."""
+"""Settings of all tests: one thread per process, markers by folder, and skips where the hardware is missing."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-""".ci/run: it installs what tests need where it may, goes on where it may not, and calls the README's command."""
+""".ci/run: it installs what tests need where it may, continues where it may not, and calls the README's command."""
 
 import os
 import re

@@ -35,7 +35,7 @@ def shell_commands() -> list[str]:
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore leaves a path out; its patterns here are plain, or begin with **/."""
+    """Return True if .dockerignore leaves a path out. Its patterns here are plain, or begin with **/."""
     parts = Path(path).parts
     prefixes = ["/".join(parts[: n + 1]) for n in range(len(parts))]
     for pattern in (ROOT / ".dockerignore").read_text().split():

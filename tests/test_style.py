@@ -12,7 +12,7 @@ from testing.prose import QUOTES_BANNED, check, main, offences
 from tests.test_packaging import tracked_files
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("megatron_hybrid", "kernels", "tools", "testing")
+FOLDERS = ("megatron_hybrid", "kernels", "tools", "testing", "tests", "benchmarks", "examples", "docs", "docker")
 LONGEST_MEDIAN_FILE, LONGEST_MEDIAN_FUNCTION = 110, 7  # lines
 
 

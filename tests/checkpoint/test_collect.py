@@ -77,7 +77,7 @@ def test_the_ranks_pieces_tile_each_tensor_once(preset, tp):
         for rank in range(tp):
             parameter = torch.empty(shape, device="meta")
             for piece in ParamLayout(model, rank, tp).slices(name, 0):
-                assert piece.target.narrow(parameter).shape == piece.source.shape, "the piece lies inside the parameter"
+                assert piece.target.narrow(parameter).shape == piece.source.shape, "the piece is inside the parameter"
                 assert all(
                     o + n <= total
                     for o, n, total in zip(piece.source.offset, piece.source.shape, piece.tensor.shape, strict=True)

@@ -1,4 +1,4 @@
-"""Whether slices cover a tensor exactly, compared with counting how often each element is stored."""
+"""Coverage of a tensor by slices, compared with counting how often each element is stored."""
 
 import random
 

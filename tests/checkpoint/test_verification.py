@@ -1,4 +1,4 @@
-"""What is resumed is what was saved: changed files are found, by one process and by the ranks of a run together."""
+"""Verification on resume: changed files are found, by one process and by the ranks of a run together."""
 
 import json
 import random

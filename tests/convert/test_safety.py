@@ -45,7 +45,7 @@ DAMAGED = {
     "a number of 10,000 digits": safetensors(b'{"a":{"dtype":"F32","shape":[' + b"9" * 10_000 + b'],"data_offsets":[0,4]}}', bytes(4)),
     "key twice": safetensors(b'{"a":%s,"a":%s}' % (ONE, ONE), bytes(4)),
     "unknown dtype": safetensors({"a": entry(0, 4, [1], "F31")}, bytes(4)),
-    "size lies": safetensors({"a": entry(0, 4, [2])}, bytes(4)),
+    "wrong size": safetensors({"a": entry(0, 4, [2])}, bytes(4)),
     "size overflows": safetensors({"a": entry(0, 4, [1 << 40, 1 << 40, 1 << 40])}, bytes(4)),
     "negative offset": safetensors({"a": entry(-4, 0, [1])}, bytes(4)),
     "behind the end": safetensors({"a": entry(0, 8, [2])}, bytes(4)),

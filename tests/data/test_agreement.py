@@ -39,7 +39,7 @@ def data(*paths: str, tokenizer: str = "byte") -> DataConfig:
 
 
 def found(*arguments) -> dict[str, bool]:
-    """Whether each disagreement is fatal, by field."""
+    """Return, by field, True if a disagreement is fatal."""
     return {told.field: told.fatal for told in run_disagreements(*arguments)}
 
 

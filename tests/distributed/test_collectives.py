@@ -1,4 +1,4 @@
-"""What tensor parallel ranks send for each micro-batch, counted: nothing twice that is needed once."""
+"""Collectives of tensor parallel ranks per micro-batch, counted: nothing is sent twice."""
 
 from collections import Counter
 

@@ -19,7 +19,7 @@ FIELD = "parallel.tp_comm_overlap"
 
 
 def refusal(on_nodes: bool) -> list[tuple[str, str]]:
-    """What an engine that is asked for it says on CPU ranks; or, were there parts for it, on ranks of several nodes."""
+    """Return the error of an engine that is asked for it on CPU ranks, or, with stand-ins for its parts, on ranks of several nodes."""
     if on_nodes:
         os.environ["SLURMD_NODENAME"] = f"node{os.environ['RANK']}"
         engine.require_transformer_engine = lambda *_: None

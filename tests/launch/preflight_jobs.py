@@ -1,4 +1,4 @@
-"""What the tests of preflight run on ranks: several nodes on one machine, by the names that SLURM would give them."""
+"""Functions that the tests of preflight run on ranks: several nodes on one machine, by the names that SLURM would give them."""
 
 import contextlib
 import io

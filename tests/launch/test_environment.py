@@ -1,4 +1,4 @@
-"""Who am I: what each launcher leaves, and launchers that start the same run."""
+"""Detection of rank and world size from each launcher's variables, and launchers that start the same run."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from testing.launchers import MPIRUN, curve, launchers, write_run
 
 @pytest.fixture(autouse=True)
 def without_mpi4py(monkeypatch):
-    """What the environment alone tells; mpi4py's part is tested under a real mpirun."""
+    """Hide mpi4py, which is tested under a real mpirun."""
     monkeypatch.setitem(sys.modules, "mpi4py", None)
 
 

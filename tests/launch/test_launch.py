@@ -1,4 +1,4 @@
-"""Parallel groups: formed, left, and formed anew with other degrees by the same ranks."""
+"""Parallel groups: made, destroyed, and made again with other degrees by the same ranks."""
 
 from testing import jobs
 

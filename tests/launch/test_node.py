@@ -16,7 +16,7 @@ from megatron_hybrid.launch.node import ranks_of_node, visible_gpus
 PROLOGUE = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
-def say(line): os.write(1, f"{line}\\n".encode())  # whole, whoever else writes
+def say(line): os.write(1, f"{line}\\n".encode())  # whole, also if others write
 """
 
 

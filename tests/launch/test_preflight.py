@@ -85,7 +85,7 @@ def test_every_node_meets_both_neighbours_and_none_twice_at_once(nodes):
 
 
 def report(rank: int, node: str, **values) -> RankReport:
-    """Of a healthy H100."""
+    """Return the report of a healthy H100."""
     healthy = RankReport(rank, node, rank % 2, "H100", 2, 78.0, 79.0, 700.0, inside_gb_s=400.0, between_gb_s=90.0)
     return dataclasses.replace(healthy, **values)
 

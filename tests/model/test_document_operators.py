@@ -1,4 +1,4 @@
-"""What a step runs does not depend on the number of documents, and no value of the boundaries is read on the host."""
+"""Operators of a step on documents: they do not depend on the number of documents, and the host reads no boundary."""
 
 from collections import Counter
 

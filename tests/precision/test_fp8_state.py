@@ -1,4 +1,4 @@
-"""What delayed scaling carries from step to step, through modules that keep it as Transformer Engine's do."""
+"""State of delayed scaling from step to step, in modules that keep it as Transformer Engine's do."""
 
 from types import SimpleNamespace
 

@@ -50,7 +50,7 @@ class Example:
         return self.wait_for_end(done.stdout.strip(), 150)
 
     def log(self) -> str:
-        """What the job and its nodes have written."""
+        """Return the output of the job and its nodes."""
         logs = [self.folder / "job.log", *sorted((self.folder / "logs").glob("*"))]
         return "".join(path.read_text() for path in logs if path.exists())
 

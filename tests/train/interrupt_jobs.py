@@ -1,4 +1,4 @@
-"""What the tests of interruptions run on ranks."""
+"""Functions that the tests of interruptions run on ranks."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What `--dry-run` says of documents: from an earlier packing, from indexes, or assumed; and what training counts."""
+"""Documents in `--dry-run`: from an earlier packing, from indexes, or assumed, compared with what training counts."""
 
 import subprocess
 import sys

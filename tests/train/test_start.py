@@ -1,4 +1,4 @@
-"""Where runs start: fresh, resumed, rewound or from another run, and what may have changed since."""
+"""Starts of runs: fresh, resumed, rewound or from another run, and changes since then."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What every step logs: losses and tokens of sources, shares of masked tokens, spikes."""
+"""Metrics of every step: losses and tokens of sources, shares of masked tokens, spikes."""
 
 import math
 import random

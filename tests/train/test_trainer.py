@@ -107,7 +107,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(ranks, value, parallel):
         for what in ("parameters", "moments"):
             assert all(torch.equal(before[what][name], bad[what][name]) for name in before[what]), "bit-unchanged"
             assert any(not torch.equal(bad[what][name], after[what][name]) for name in after[what]), (
-                "and then it goes on"
+                "the next step trains"
             )
 
 
