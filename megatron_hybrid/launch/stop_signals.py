@@ -10,6 +10,7 @@ Before the first step is finished there is nothing to save, and the process ends
 A rank that torchrun has started treats the end of torchrun as a request to stop: torchrun ends at a SIGUSR1 without telling its ranks.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -28,6 +29,7 @@ from megatron_hybrid.base.heartbeat import heartbeat
 PATIENCE_S = 60.0
 """Seconds that a step may take after a request, or PATIENCE_STEPS times the longest step, if that is longer."""
 PATIENCE_STEPS = 10
+_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _TICK_S = 0.5
 _LAUNCHER_TICK_S = 1.0
 STARTED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
@@ -73,7 +75,7 @@ class StopWatcher(threading.Thread):
         while True:
             ready, _, _ = select.select([self._numbers], [], [], self._tick())
             for number in os.read(self._numbers, 64) if ready else b"":
-                if number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                if number in _STOP_SIGNALS:
                     self._react(signal.Signals(number))
             self._end_hanging_step()
             self._watch_launcher()
@@ -128,8 +130,17 @@ def watch() -> None:
 
 
 def unblock_stop_signals() -> None:
-    """Receive the signals that the command and megatron-hybrid launch block until there is a handler for them."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+    """Receive the signals that the command and megatron-hybrid launch block until there is a handler for them.
+
+    They are ignored while the process exits. Python would restore their default action, and a second signal would replace the status.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    atexit.register(_ignore_stop_signals)
+
+
+def _ignore_stop_signals() -> None:
+    for signum in _STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _nothing(signum: int, frame: FrameType | None) -> None:

@@ -150,3 +150,27 @@ def test_the_launcher_forwards_ctrl_c_as_often_as_it_comes(rank):
         second.send_signal(signal.SIGINT)
         time.sleep(0.7)
     assert second.poll() is None, "the ranks save first"
+
+
+SIGNAL_AT_EXIT = """
+import os, signal, sys
+from megatron_hybrid.launch.stop_signals import unblock_stop_signals
+
+class SignalsItself:
+    kill, pid, number = staticmethod(os.kill), os.getpid(), int(sys.argv[1])
+
+    def __del__(self):
+        self.kill(self.pid, self.number)
+
+for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    signal.signal(signum, lambda *_: None)
+unblock_stop_signals()
+module = SignalsItself()  # deleted with the module, when Python has given up its handlers
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_process_exits_keeps_its_status(signum):
+    done = subprocess.run([sys.executable, "-c", SIGNAL_AT_EXIT, str(int(signum))], capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
