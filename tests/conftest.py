@@ -16,6 +16,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+# Scripts that tests start use the environment in which the tests run, and make no other one.
+os.environ.setdefault("HYBRID_EXTRAS", "dev")
 # More ranks than cores: a process that is woken waits for its turn, where by default it would interrupt the rank whose
 # message woke it. All that tests start inherits it. Four ranks on two cores gather in 1.0 ms, and not in 3.1.
 with suppress(OSError):  # a sandbox may not have it

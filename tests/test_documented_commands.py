@@ -139,7 +139,7 @@ def test_commands_on_a_run(ranks, folder):
 @pytest.mark.parametrize("command", [command for command in HERE if command.startswith("bash ")])
 def test_dry_runs_of_scripts_run(command):
     assert command.endswith("--dry-run")
-    variables = {"HYBRID_EXTRAS": "dev", "FILES": "skip"}
+    variables = {"FILES": "skip"}
     done = subprocess.run(
         command.split(), cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=200
     )

@@ -32,8 +32,7 @@ def login_node(root, tmp_path):
 
     def run(*overrides: str, **variables: str) -> subprocess.CompletedProcess:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
-        # HYBRID_EXTRAS: nothing is to be installed for this
-        env = kept | {"PATH": f"{tmp_path}:{kept['PATH']}", "HYBRID_EXTRAS": "dev"} | there | variables
+        env = kept | {"PATH": f"{tmp_path}:{kept['PATH']}"} | there | variables
         command = ["bash", root / SCRIPT, *overrides]
         return subprocess.run(command, cwd=tmp_path / "caller", env=env, capture_output=True, text=True, timeout=200)
 
@@ -126,7 +125,7 @@ def allocation(root, tmp_path):
 
     def run(*overrides: str, **variables: str) -> list[str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "NCCL_", "GLOO_"))}
-        job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "hybrid", "HYBRID_EXTRAS": "dev"}
+        job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "hybrid"}
         env = kept | job | {"PATH": f"{tmp_path}:{kept['PATH']}"} | variables
         done = subprocess.run(
             ["bash", root / SCRIPT, *overrides],

@@ -216,7 +216,7 @@ def test_an_array_of_containers_from_the_caller_s_folder(example, cluster):
         "RECORD": str(caller / "record"),
         "LOG_DIR": "logs",
     }
-    more |= {"PATH": f"{binaries}:{os.environ['PATH']}", "EXCLUSIVE": "yes", "MEM": "100", "HYBRID_EXTRAS": "dev"}
+    more |= {"PATH": f"{binaries}:{os.environ['PATH']}", "EXCLUSIVE": "yes", "MEM": "100"}
     command = ["env", f"--chdir={caller}", "bash", example.root / SCRIPT, "train.seed=1{task}"]
     submitted = cluster.run(*command, **example.variables(**more))
     assert submitted.returncode == 0, submitted.stderr
