@@ -108,6 +108,32 @@ def test_text_alone_round_trips(tmp_path):
     assert model_from_hf(mine) == model_from_hf(theirs)
 
 
+def test_types_of_published_files_come_back(tmp_path, ranks):
+    """Published checkpoints are BF16, with A_log and the norm of the delta rule in F32, and dt_bias in BF16."""
+    folder = tmp_path / "hf"
+    transformers_model(ModelConfig(**MODEL)).save_pretrained(folder)
+    edit_json(folder / "config.json", **text_config())
+    fp32 = ("linear_attn.A_log", "linear_attn.norm.weight")
+    stored = {
+        name: tensor if name.endswith(fp32) else tensor.bfloat16()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(stored, folder / "model.safetensors")
+    assert to_ours(folder, tmp_path / "ours") == 0
+    assert to_theirs(tmp_path / "ours", tmp_path / "export") == 0
+    exported = load_file(tmp_path / "export/model.safetensors")
+    assert equal(stored, exported)
+    assert {name: tensor.dtype for name, tensor in exported.items()} == {n: t.dtype for n, t in stored.items()}
+
+    arguments = dict(checkpoint=str(tmp_path / "ours"), folder=str(tmp_path / "run"), train={"dtype": "bf16"})
+    saved = ranks.run(load_and_save, 1, parallel={}, **arguments)[0]["path"]  # as training does
+    assert to_theirs(saved, tmp_path / "trained") == 0
+    trained = load_file(tmp_path / "trained/model.safetensors")
+    assert {name for name, tensor in trained.items() if tensor.dtype == torch.float32} == {
+        name for name in trained if name.endswith(("A_log", "dt_bias"))
+    }
+
+
 def test_a_vision_tower_is_kept_through_training(tmp_path, ranks, caplog):
     import transformers
 
