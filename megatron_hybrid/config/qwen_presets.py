@@ -1,7 +1,6 @@
 """Presets of Qwen3.5's dense language models (transformers' `qwen3_5_text`): three Gated DeltaNet layers, then gated attention.
 
-Sizes are those of the model cards ("Model Overview"). Those of 0.8B and 27B were compared with copies of config.json as well, and
-those of 9B with transformers' defaults.
+Sources of the sizes: published config.json files for 0.8B and 27B, model cards for 2B and 4B, transformers' defaults for 9B.
 """
 
 from collections.abc import Callable, Mapping
