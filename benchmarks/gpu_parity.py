@@ -64,9 +64,10 @@ def main() -> None:
     for name in ("bf16, local", "bf16"):
         if name in gpu:
             compare(f"{name}: a GPU from the CPU in fp32", cpu["fp32"], gpu[name], 1e-2)
-    packed = f"bf16{jobs.DOCUMENTS}"
-    if packed in gpu:
-        compare(f"{packed}: a GPU from the CPU in fp32", cpu[f"fp32{jobs.DOCUMENTS}"], gpu[packed], 1e-2)
+    kinds = (jobs.DOCUMENTS, jobs.SUITE)
+    for kind in kinds:
+        if f"bf16{kind}" in gpu:
+            compare(f"bf16{kind}: a GPU from the CPU in fp32", cpu[f"fp32{kind}"], gpu[f"bf16{kind}"], 1e-2)
     for name, without in {**jobs.HELD, **jobs.SKIPPED}.items():
         if name in gpu:
             compare(f"{name}: from {without}", gpu[without], gpu[name], 2e-3)
@@ -77,7 +78,7 @@ def main() -> None:
         if name in jobs.OFFLOADED:
             continue
         if name.startswith("fp8") and name not in jobs.HELD:
-            base = packed if name.endswith(jobs.DOCUMENTS) else "bf16"
+            base = next((f"bf16{kind}" for kind in kinds if name.endswith(kind)), "bf16")
             compare(f"{name}: from {base}", gpu[base], gpu[name], 2e-2)
         elif "recompute" in name:
             compare(f"{name}: from bf16", gpu["bf16"], gpu[name], 0.0)

@@ -1,6 +1,7 @@
-"""Difference of the loss and gradient-norm curves of every layout from one rank: 20 steps, fp32, on CPU ranks over gloo.
+"""Difference of the loss and gradient-norm curves of every layout from one rank, fp32, on CPU ranks over gloo: 20 steps, or 4 of
+peri-norm blocks.
 
-python benchmarks/layout_parity.py [--model qwen]
+python benchmarks/layout_parity.py [--model qwen|small]
 """
 
 import argparse
@@ -16,21 +17,37 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
-        "--model", default="hybrid", choices=["hybrid", "qwen"], help="blocks of OLMo Hybrid, or of Qwen3.5"
+        "--model",
+        default="hybrid",
+        choices=["hybrid", "qwen", "small"],
+        help="blocks of OLMo Hybrid, of Qwen3.5, or of AI2's small suite",
     )
     of = parser.parse_args().model
     from report import bounded, write
 
     from testing import jobs
-    from testing.layouts import DEEP, LAYOUTS, MODEL, QWEN, SHALLOW, TOLERANCE, TRAIN, layout, relative_difference
+    from testing.layouts import (
+        DEEP,
+        LAYOUTS,
+        MODEL,
+        PERI_NORM,
+        PERI_NORM_LR,
+        PERI_NORM_STEPS,
+        QWEN,
+        SHALLOW,
+        TOLERANCE,
+        TRAIN,
+        layout,
+        relative_difference,
+    )
     from testing.ranks import RankPool
 
-    pool, model = RankPool(), QWEN if of == "qwen" else MODEL
+    pool, model = RankPool(), {"hybrid": MODEL, "qwen": QWEN, "small": PERI_NORM}[of]
+    length = dict(steps=PERI_NORM_STEPS, lr=PERI_NORM_LR) if of == "small" else dict(steps=20)
 
     def curve(count, pattern, parallel):
-        return pool.run(
-            jobs.curve, count, model=model | {"layer_pattern": pattern}, parallel=parallel, train=TRAIN, steps=20
-        )[0]
+        changed = model | {"layer_pattern": pattern}
+        return pool.run(jobs.curve, count, model=changed, parallel=parallel, train=TRAIN, **length)[0]
 
     one = {pattern: curve(1, pattern, layout()) for pattern in (SHALLOW, DEEP)}
     rows = []

@@ -4,11 +4,12 @@ import torch
 
 from megatron_hybrid.arch.model import ModelConfig
 from testing import jobs
-from testing.models import hybrid, qwen
+from testing.models import hybrid, qwen, small
 from testing.peers import transformers_model, true_tensors_of
 
 BASE = hybrid("GGGA", 48, 4, 12)
 GDN = BASE["gdn"]
+SMALL = small("GGGGA", 48, 6, 3, 16)
 QWEN = qwen("GGGA", 48, 6, 3, 16, 3)
 YARN = dict(factor=8.0, original_max_position_embeddings=16)
 CASES = {
@@ -24,6 +25,8 @@ CASES = {
     "sliding window": BASE | dict(layer_pattern="WWWA", gdn=None, sliding_window=16),
     "qwen": QWEN,
     "qwen, untied, all heads": QWEN | dict(tie_embeddings=False, num_key_value_heads=None, layer_pattern="AGA"),
+    "small suite": SMALL,
+    "small suite, tied, all heads": SMALL | dict(tie_embeddings=True, num_key_value_heads=None, layer_pattern="AGA"),
     "yarn": BASE | dict(rope_scaling=YARN),
     "yarn and sliding windows": BASE
     | dict(

@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
+from testing.models import small
+
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = dict(
     layer_pattern="GGGA",
@@ -109,7 +111,7 @@ HALF = ", 50% on the host"
 OFFLOADED_LAYOUTS = {2: ("TP2", "DP2, overlapped"), 4: ("PP2, VPP2, DP2, overlapped",)}
 DOCUMENT_LAYOUTS = {2: ("TP2", "PP2, VPP2", "DP2, overlapped", "CP2"), 4: ("CP4", "CP2, TP2")}
 DOCUMENT_FORMATS = ("fp8 delayed", "fp8 tensorwise", "fp8 blockwise")
-"""Formats in which documents are trained on. Attention in FP8 does not take them."""
+"""Formats in which documents and the small suite's blocks are trained. Attention in FP8 does not take documents."""
 FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped", "CP2")
 DEEP_LAYOUTS = ("PP4, VPP2",)
 OVERLAPPED = {  # name: (parallel, precision), at TP2
@@ -130,6 +132,9 @@ FP8_FORMATS = (
 
 
 YARN = dict(model=dict(rope_scaling=dict(factor=8.0, original_max_position_embeddings=32)))
+SMALL = dict(model=small("GGA", 256, 2, 1, 128, vocab_size=257, init_std=0.06), lr=1e-3)
+"""Blocks of AI2's small suite, at a rate at which rounding does not grow (testing/layouts.py)."""
+SUITE = ", small suite"
 PACKED = dict(documents="pack")
 DOCUMENTS = ", documents"
 IN_FP32 = {
@@ -137,6 +142,7 @@ IN_FP32 = {
     "fp32, wide": job(**WIDE),
     "fp32, deep": job(**DEEP),
     "fp32, YaRN": job(**YARN),
+    f"fp32{SUITE}": job(**SMALL),
     f"fp32{DOCUMENTS}": job(**PACKED),
     f"fp32, wide{DOCUMENTS}": job(**WIDE, **PACKED),
 }
@@ -218,6 +224,8 @@ def on_one_gpu(folder: Path, gpus: Sequence[int] = (), names: Collection[str] = 
             jobs[f"{name}, full recompute"] = job(recompute, "bf16", FORMATS[name])
         jobs["bf16, selective recompute"] = job(layout(recompute_granularity="selective"), "bf16")
         jobs["bf16, YaRN"] = job(dtype="bf16", **YARN)
+        for name in ("bf16", *DOCUMENT_FORMATS):
+            jobs[f"{name}{SUITE}"] = job(dtype="bf16", precision=FORMATS.get(name, {}), **SMALL)
         for name in ("bf16", *DOCUMENT_FORMATS):
             jobs[f"{name}{DOCUMENTS}"] = job(dtype="bf16", precision=FORMATS.get(name, {}), **PACKED)
     for name, (base, share) in OFFLOADED.items():

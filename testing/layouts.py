@@ -1,12 +1,14 @@
 """The layouts under which training must give one curve, and the model and settings it is compared with."""
 
 from testing import jobs
-from testing.models import hybrid, qwen
+from testing.models import hybrid, qwen, small
 
 SHALLOW, DEEP = "GGGA", "GGGA*2"  # gloo is slow: the deep model only where the pipeline needs its layers
 MODEL = hybrid(SHALLOW, 48, 6, 8, key_heads=3, num_key_value_heads=3, head_dim=8)
 QWEN = qwen(SHALLOW, 48, 4, 2, 16, 3)
 """Two key/value heads: at TP4 two ranks attend with dummies alone. Three key heads: one rank has no Gated DeltaNet."""
+PERI_NORM = small(SHALLOW, 48, 6, 3, 8, init_std=0.1)
+"""Blocks of AI2's small hybrid suite: norms around mixers and MLPs, gated attention, a scale and a norm behind the embedding."""
 TRAIN = dict(
     steps=20,
     global_batch_size=8,
@@ -18,6 +20,10 @@ TRAIN = dict(
 TOLERANCE = 1e-5
 STEPS, SAVED, LR = 8, 4, 1e-2
 """How long a curve is, after which step those that go on elsewhere are saved, and a rate at which so few steps tell."""
+PERI_NORM_STEPS, PERI_NORM_LR = 4, 1e-3
+"""Those of PERI_NORM. A norm behind a sublayer undoes the scale of its weights, so rounding grows faster: a rate like LR is
+chaotic. A rate that is wrong by a hundredth changes the gradient norm by several times the tolerance.
+"""
 
 
 def layout(tp=1, pp=1, vpp=1, cp=1, **more) -> dict:

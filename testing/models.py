@@ -36,6 +36,16 @@ def qwen(layer_pattern: str, hidden_size: int, heads: int, groups: int, head_dim
     )
 
 
+def small(layer_pattern: str, hidden_size: int, heads: int, groups: int, head_dim: int, **more) -> dict:
+    """A model of the blocks of AI2's small hybrid suite; `more`: other fields."""
+    gdn = dict(num_key_heads=heads, num_value_heads=heads, key_head_dim=head_dim, value_head_dim=2 * head_dim)
+    attention = dict(norm="peri", qk_norm="per_head", output_gate=True)
+    model = dict(layer_pattern=layer_pattern, hidden_size=hidden_size, num_attention_heads=heads, gdn=gdn)
+    model |= dict(num_key_value_heads=groups, head_dim=head_dim, blocks={"G": dict(norm="peri"), "A": attention})
+    model |= dict(rope_theta=None, embed_scale=hidden_size**0.5, embedding_norm=True)
+    return model | dict(ffn_hidden_size=2 * hidden_size, vocab_size=131) | more
+
+
 SMALL = hybrid("GGA", 64, 4, 16, vocab_size=257)
 """A model of both kinds of layers, for tests that need any."""
 

@@ -6,11 +6,15 @@ from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.convert.hf.config import hf_from_model
 from megatron_hybrid.convert.hf.registry import architecture_for
+from testing.small_peer import SmallHybrid
 
 
 def transformers_model(model: ModelConfig, seed: int = 0):
-    """transformers' model of the same architecture in fp32, every weight random."""
-    peer = qwen_model(model) if model.zero_centered_norm else olmo_model(model)
+    """transformers' model of the same architecture in fp32, every weight random. For AI2's small suite, which transformers lacks,
+    it is built from parts of transformers and torch.
+    """
+    make = qwen_model if model.zero_centered_norm else SmallHybrid if model.embedding_norm else olmo_model
+    peer = make(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():

@@ -5,7 +5,7 @@ True sizes: dummy heads and vocabulary padding, which a layout may add, are not 
 
 from functools import lru_cache
 
-from megatron_hybrid.arch.layer import layer_parameters, outer_parameters
+from megatron_hybrid.arch.layer import BEFORE_LAYERS, layer_parameters, outer_parameters
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.registry import mixer_spec
 
@@ -23,14 +23,14 @@ def layer_size(model: ModelConfig, symbol: str) -> int:
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
-    """Return the parameters of each part: `embedding`, symbols of blocks, `final_norm`, `output`.
+    """Return the parameters of each part: `embedding`, `embedding_norm` if there is one, symbols of blocks, `final_norm`, `output`.
 
     Tied embeddings are counted once, as the embedding.
     """
     outer = {name: parameter.numel for name, parameter in outer_parameters(model).items()}
     layers = {symbol: model.layers.count(symbol) * layer_size(model, symbol) for symbol in model.blocks_by_symbol}
     return {
-        "embedding": outer["embedding"],
+        **{name: count for name, count in outer.items() if name in BEFORE_LAYERS},
         **layers,
         "final_norm": outer["final_norm"],
         "output": outer.get("output", 0),

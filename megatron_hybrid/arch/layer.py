@@ -10,6 +10,8 @@ from megatron_hybrid.arch.packing import FP8_ALIGNMENT, PackedParameter, TensorS
 from megatron_hybrid.arch.registry import mixer_spec
 
 MLP_INPUT, MLP_OUTPUT = "linear_fc1", "linear_fc2"
+BEFORE_LAYERS = ("embedding", "embedding_norm")
+"""Those of `outer_parameters` that the first pipeline stage holds. The last one holds the others."""
 _MODULES = ("input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp")
 """megatron-core's names of a layer's modules, in the order of its constructor."""
 
@@ -81,7 +83,9 @@ def _norm(tensor: str, model: ModelFields) -> TensorSpec:
 
 
 def outer_parameters(model: ModelFields) -> dict[str, PackedParameter]:
-    """Return the parameters outside the layers: `embedding`, `final_norm` and, unless embeddings are tied, `output`."""
+    """Return the parameters outside the layers in their order: `embedding`, `embedding_norm` if there is one, `final_norm` and,
+    unless embeddings are tied, `output`.
+    """
     shape = (model.vocab_size, model.hidden_size)
 
     def table(name: str, tensor: str) -> PackedParameter:
@@ -89,8 +93,8 @@ def outer_parameters(model: ModelFields) -> dict[str, PackedParameter]:
             name, (TensorSpec(f"{tensor}.weight", shape, decay_group=tensor),), "rows", shape[0], FP8_ALIGNMENT
         )
 
-    found = {
-        "embedding": table("embedding.word_embeddings.weight", "embedding"),
-        "final_norm": PackedParameter("decoder.final_norm.weight", (_norm("final_norm", model),)),
-    }
+    found = {"embedding": table("embedding.word_embeddings.weight", "embedding")}
+    if model.embedding_norm:
+        found["embedding_norm"] = PackedParameter("embedding.norm.weight", (_norm("embedding_norm", model),))
+    found["final_norm"] = PackedParameter("decoder.final_norm.weight", (_norm("final_norm", model),))
     return found if model.tie_embeddings else found | {"output": table("output_layer.weight", "output")}

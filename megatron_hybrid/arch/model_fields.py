@@ -77,8 +77,12 @@ class ModelFields(Section):
     """Added to the mean square in RMSNorm."""
     zero_centered_norm: bool = False
     """Norms multiply by 1 + weight."""
+    embed_scale: PositiveFloat = 1.0
+    """Factor of the embeddings. AI2's small hybrids have the square root of hidden_size."""
+    embedding_norm: bool = False
+    """Normalise the embeddings, after embed_scale and before the first layer."""
     tie_embeddings: bool = False
-    """Use the embedding's weight in the output layer."""
+    """Use the embedding's weight in the output layer, without embed_scale and embedding_norm."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights."""
     eos_token_id: int | None = Field(None, ge=0)

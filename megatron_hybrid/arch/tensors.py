@@ -6,7 +6,7 @@ Initial weights, checkpoints, converters and parameter counts use these names.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_hybrid.arch.layer import layer_parameters, outer_parameters
+from megatron_hybrid.arch.layer import BEFORE_LAYERS, layer_parameters, outer_parameters
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.packing import TensorSpec
 
@@ -22,6 +22,8 @@ def layer_tensors(model: ModelConfig, index: int) -> Iterator[TensorSpec]:
 
 def model_tensors(model: ModelConfig) -> dict[str, TensorSpec]:
     """Return every tensor of the model by name, first layer to last. Tied embeddings have no `output.weight`."""
-    first, *last = (tensor for parameter in outer_parameters(model).values() for tensor in parameter.tensors)
+    outer = {name: parameter.tensors for name, parameter in outer_parameters(model).items()}
+    first = (tensor for name, tensors in outer.items() if name in BEFORE_LAYERS for tensor in tensors)
     layers = (tensor for index in range(model.num_layers) for tensor in layer_tensors(model, index))
-    return {tensor.name: tensor for tensor in (first, *layers, *last)}
+    last = (tensor for name, tensors in outer.items() if name not in BEFORE_LAYERS for tensor in tensors)
+    return {tensor.name: tensor for tensor in (*first, *layers, *last)}

@@ -29,7 +29,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dtype",
         choices=DTYPES,
-        help="type of the weights (default: as they are; fp32: a bf16 run's masters); A_log and dt_bias keep fp32",
+        help="type of the weights (default: as they are; fp32: a bf16 run's masters); A_log and dt_bias keep fp32, by default those "
+        "of a converted model that was not trained the original's type",
     )
     add("--all-dtype", action="store_true", help="A_log and dt_bias in --dtype (or their stored type) too")
     add("--max-shard-size", type=size, default=MAX_SHARD_BYTES, metavar="SIZE", help="largest file (default: 5GB)")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_hybrid.arch import flops
 from megatron_hybrid.arch.documents import ASSUMED_LENGTH, AttendedLength, assumed_attended_length
+from megatron_hybrid.arch.layer import BEFORE_LAYERS
 from megatron_hybrid.arch.model import fold_pattern
 from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.config.data import DataConfig
@@ -29,7 +30,12 @@ class Documents:
         return cls(assumed_attended_length(mean_length or ASSUMED_LENGTH, data.sequence_length, packed))
 
 
-_PART_NAMES = {"embedding": "embedding", "final_norm": "final norm", "output": "output"}
+_PART_NAMES = {
+    "embedding": "embedding",
+    "embedding_norm": "embedding norm",
+    "final_norm": "final norm",
+    "output": "output",
+}
 
 
 def describe(config: RunConfig, world_size: int, documents: Documents | None = None) -> str:
@@ -115,7 +121,7 @@ def _stages(config: RunConfig) -> list[str]:
         kinds = model.layers[first : first + count]
         size = sum(flops.layer_size(model, kind) for kind in kinds)
         if stage == 0:
-            size += outside["embedding"]
+            size += sum(outside.get(name, 0) for name in BEFORE_LAYERS)
         if stage == parallel.num_stages - 1:
             size += outside["final_norm"] + (outside["embedding"] if model.tie_embeddings else outside["output"])
         chunk, rank = divmod(stage, parallel.pipeline_parallel_size)

@@ -7,6 +7,7 @@ from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, shown
 from megatron_hybrid.config.qwen_presets import QWEN
+from megatron_hybrid.config.small_presets import SMALL
 
 ArchitectureOf = Callable[[str], dict[str, Any]]
 """Returns the fields of the model in a folder (convert/architecture.py)."""
@@ -91,6 +92,7 @@ SIZED: Mapping[str, Callable[[], ModelConfig]] = {
     "olmo_hybrid_7b": olmo_hybrid_7b,
     "olmo_hybrid_tiny": olmo_hybrid_tiny,
     "olmo3_7b": olmo3_7b,
+    **SMALL,
     **QWEN,
 }
 """Presets with a size."""

@@ -17,6 +17,7 @@ from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.mixers.backend import Backend
 from megatron_hybrid.mixers.documents import Documents
 from megatron_hybrid.model.backends.choose import choose_backend
+from megatron_hybrid.model.embedding import scale_and_normalise
 from megatron_hybrid.model.hybrid_stack import HybridStackWithNorm, one_slot
 from megatron_hybrid.model.layer_specs import layer_specs
 from megatron_hybrid.model.megatron_config import hybrid_layer_pattern, transformer_config
@@ -72,6 +73,8 @@ class HybridLanguageModel(HybridModel):
             vp_stage=vp_stage,
         )
         self.scaled_rotary_pos_emb = self._scaled_rotary_embedding()
+        if self.pre_process:
+            scale_and_normalise(self.embedding, model, backend.norm)
         if self.post_process:
             self.output_layer.__class__ = OutputLayer  # megatron-core has no slot for it
 

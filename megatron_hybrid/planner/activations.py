@@ -81,6 +81,13 @@ def _selective(operations: list[Operation]) -> list[Operation]:
     return joined
 
 
+def embedding_bytes(plan: Plan) -> float:
+    """Return the bytes of a micro-batch that the embedding's norm saves. Without a norm only token ids are saved."""
+    if not plan.model.embedding_norm:
+        return 0.0
+    return norm(plan.shards[plan.model.layers[0]], "embedding norm").saved * plan.tokens
+
+
 @dataclass(frozen=True)
 class HeadBytes:
     """Memory of the last stage's final norm, output layer and losses, in bytes of a micro-batch."""

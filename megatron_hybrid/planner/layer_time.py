@@ -167,11 +167,17 @@ class LayerTimes:
         parts[TP_HIDDEN] += min(gather, column / 2) + min(scatter, column / 2)
 
     def embedding(self, direction: Direction) -> Parts:
-        """Return the time of the look-up, or of its gradient: whole, then added to the fp32 buffer."""
+        """Return the time of the look-up, or of its gradient (whole, then added to the fp32 buffer), with scale and norm."""
         plan, h = self.plan, self.plan.model.hidden_size
         size, table = plan.element * plan.tokens * h, plan.vocab * h
         moved = 2 * size if direction == "forward" else 2 * size + table * (3 * plan.element + 8)
-        return Parts({MEMORY_BOUND: self._move(moved), TP: self._collective("all_reduce", size) / 2})
+        parts = Parts({MEMORY_BOUND: self._move(moved), TP: self._collective("all_reduce", size) / 2})
+        shard = plan.shards[plan.model.layers[0]]
+        if plan.model.embed_scale != 1:
+            parts[MEMORY_BOUND] += self._move(2 * size * shard.stream_share)
+        if plan.model.embedding_norm:
+            parts[MEMORY_BOUND] += self.seconds(norm_work(shard, direction), direction)
+        return parts
 
     def head(self, direction: Direction) -> Parts:
         """Return the time of final norm, output layer and losses. All three GEMMs are in the forward pass, chunk by chunk."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from megatron_hybrid.arch.costs import Shard
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.planner.activations import LayerBytes, head_bytes, layer_bytes
+from megatron_hybrid.planner.activations import LayerBytes, embedding_bytes, head_bytes, layer_bytes
 from megatron_hybrid.planner.parameters import gemm_weights, padding_parameters
 from megatron_hybrid.planner.plan import Chunk, Plan
 from megatron_hybrid.planner.schedule import chunks_in_flight
@@ -92,6 +92,8 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
     for chunk, count in zip(chunks, flying, strict=True):
         if chunk.embedding or chunk.head:
             ends += BATCH_BYTES * plan.tokens * count
+        if chunk.embedding:
+            ends += embedding_bytes(plan) * count
         ends += _document_bytes(plan) * plan.tokens * count
         during = _backward(plan, chunk)
         if chunk.head:

@@ -59,6 +59,8 @@ def chunk_parameters(layout: ChunkLayout) -> tuple[Parameter, ...]:
     found: list[Parameter] = []
     if layout.embedding:
         found.append(Parameter("embedding", outer["embedding"], own_bucket=tied and layout.pipeline))
+        if "embedding_norm" in outer:
+            found.append(Parameter("embedding_norm", outer["embedding_norm"]))
     for symbol, in_fp8 in zip(layout.symbols, layout.fp8 or (False,) * len(layout.symbols), strict=True):
         found += rank_layer_parameters(model, blocks[symbol], tp, in_fp8)
     if layout.head:

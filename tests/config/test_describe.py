@@ -48,8 +48,11 @@ def test_slices_of_sequences() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_stages_hold_all_parameters(tied: bool) -> None:
-    overrides = [f"model.tie_embeddings={str(tied).lower()}", "parallel.pipeline_split=[3, 5]"]
+@pytest.mark.parametrize("normalised", [False, True])
+def test_stages_hold_all_parameters(tied: bool, normalised: bool) -> None:
+    fields = {"tie_embeddings": tied, "embedding_norm": normalised}
+    overrides = [f"model.{name}={str(value).lower()}" for name, value in fields.items()]
+    overrides.append("parallel.pipeline_split=[3, 5]")
     run = load_run(TINY, overrides)
     text = describe(run, 4)
     table = text.split("Pipeline stages")[1].split("#\n")[0].splitlines()[2:]
@@ -57,6 +60,7 @@ def test_stages_hold_all_parameters(tied: bool) -> None:
     total = int(next(line for line in lines_of(text) if line.startswith("all 8 ")).split()[2].replace(",", ""))
     shared = run.model.vocab_size * run.model.hidden_size if tied else 0  # the last stage holds a copy
     assert sum(stages) == total + shared
+    assert ("embedding norm 128 0" in lines_of(text)) == normalised
 
 
 def test_one_rank_has_no_tables_of_ranks() -> None:

@@ -58,6 +58,22 @@ def test_olmo3_7b() -> None:
     assert count_parameters(model) == pytest.approx(7.3e9, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("olmo_hybrid_small_275m", 275_493_760),
+        ("olmo_hybrid_small_810m", 810_354_816),
+        ("olmo_hybrid_small_1.4b", 1_422_110_720),
+    ],
+)
+def test_small_suite_has_the_parameters_that_olmo_core_states(name: str, parameters: int) -> None:
+    model = presets.SMALL[name]()
+    assert count_parameters(model) == sum(tensor.numel for tensor in model_tensors(model).values()) == parameters
+    assert parameters_by_part(model)["embedding_norm"] == model.hidden_size
+    assert list(model_tensors(model))[:2] == ["embedding.weight", "embedding_norm.weight"]
+    assert model.embed_scale**2 == pytest.approx(model.hidden_size) and model.kv_heads == 8
+
+
 @pytest.mark.slow  # transformers takes seconds to import
 @pytest.mark.parametrize(
     "model",

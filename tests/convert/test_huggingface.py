@@ -106,7 +106,9 @@ def test_sharded_and_bf16(tmp_path):
         assert ours[name].dtype == (torch.float32 if spec.always_fp32 else torch.bfloat16)
 
     assert to_theirs(tmp_path / "ours", tmp_path / "export") == 0
-    exported = weights(tmp_path / "export")
+    assert {t.dtype for t in weights(tmp_path / "export").values()} == {torch.bfloat16}, "as in the folder"
+    assert to_theirs(tmp_path / "ours", tmp_path / "plain", "--dtype", "bf16") == 0
+    exported = weights(tmp_path / "plain")
     assert {n for n, t in exported.items() if t.dtype == torch.float32} == {
         n for n in exported if n.endswith(("A_log", "dt_bias"))
     }

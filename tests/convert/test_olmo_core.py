@@ -16,7 +16,7 @@ from megatron_hybrid.convert.verify import verify
 from testing.peers import transformers_model, true_tensors_of
 from tests.convert import jobs as convert_jobs
 from tests.convert.folders import BASE, MODELS, OLMO3, weights
-from tests.convert.olmo_core_files import olmo_core_config, olmo_core_state, save, to_ours
+from tests.convert.olmo_core_files import NORM, olmo_core_config, olmo_core_state, save, to_ours
 
 CASES = {
     **{name: (fields, False) for name, fields in MODELS.items()},
@@ -105,10 +105,11 @@ def test_sharded_over_ranks(tmp_path, ranks):
     ("change", "told"),
     [
         (lambda m: m.update(mystery=1), "unknown field 'mystery'"),
-        (lambda m: m["block"]["gdn"].update(name="reordered_norm"), "block with its norms before"),
-        (lambda m: m["block"]["attn"].update(name="default"), "block with its norms after"),
+        (lambda m: m["block"]["gdn"].update(name="normalized"), "'normalized' is none of default, reordered_norm"),
+        (lambda m: m.update(block_pattern=["gdn", "gdn", "other", "attn"]), "layers differ in norm placement"),
+        (lambda m: m.update(embedding_norm=NORM | {"eps": 1e-5}), "different eps"),
         (lambda m: m["block"]["attn"]["sequence_mixer"].pop("bias"), "bias = None"),
-        (lambda m: m["block"]["attn"]["sequence_mixer"].update(gate={}), "gate = {}"),
+        (lambda m: m["block"]["attn"]["sequence_mixer"].update(gate={}), "gate.granularity = None"),
         (lambda m: m["block"]["attn"]["sequence_mixer"].update(qk_norm=None), "qk_norm is None"),
         (lambda m: m["block"]["attn"]["sequence_mixer"]["rope"].update(scaling={"factor": 2}), "rope.scaling"),
         (lambda m: m["block"]["attn"]["layer_norm"].update(eps=1e-5), "different eps"),
@@ -120,6 +121,8 @@ def test_sharded_over_ranks(tmp_path, ranks):
 )
 def test_wrong_configs_are_named(change, told, tmp_path, capsys):
     config = json.loads(json.dumps(olmo_core_config(ModelConfig(**BASE))))
+    blocks = config["model"]["block"]
+    blocks["other"] = blocks["gdn"] | {"name": "peri_norm"}
     change(config["model"])
     folder = save(tmp_path / "step1", config, olmo_core_state(ModelConfig(**BASE)))
     assert to_ours(folder, tmp_path / "ours") == BAD_INPUT

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.config.qwen_presets import QWEN
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf.config import hf_from_model, model_from_hf
 from megatron_hybrid.convert.hf.registry import architecture_for
@@ -29,6 +30,46 @@ def text_config(**changes) -> dict:
     config["rope_parameters"] |= MROPE
     config |= dict(attn_output_gate=True, full_attention_interval=4, mtp_num_hidden_layers=1, mamba_ssm_dtype="float32")
     return config | changes
+
+
+PUBLISHED = {
+    "qwen3_5_0.8b": dict(
+        hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=2,
+        linear_num_value_heads=16, tie_word_embeddings=True,
+    ),
+    "qwen3_5_27b": dict(
+        hidden_size=5120, intermediate_size=17408, num_hidden_layers=64, num_attention_heads=24, num_key_value_heads=4,
+        linear_num_value_heads=48, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+"""Sizes in the text_config of published models."""
+COMMON = dict(
+    model_type="qwen3_5_text", attention_bias=False, attention_dropout=0.0, attn_output_gate=True, bos_token_id=None,
+    eos_token_id=248044, full_attention_interval=4, head_dim=256, hidden_act="silu", initializer_range=0.02,
+    linear_conv_kernel_dim=4, linear_key_head_dim=128, linear_num_key_heads=16, linear_value_head_dim=128, mamba_ssm_dtype="float32",
+    max_position_embeddings=262144, mlp_only_layers=[], mtp_num_hidden_layers=1, mtp_use_dedicated_embeddings=False,
+    pad_token_id=None, partial_rotary_factor=0.25, rms_norm_eps=1e-6, use_cache=True, vocab_size=248320,
+    rope_parameters=dict(
+        mrope_interleaved=True, mrope_section=[11, 11, 10], partial_rotary_factor=0.25, rope_theta=10000000, rope_type="default"
+    ),
+)  # fmt: skip
+"""Fields that all of them share."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_are_the_published_models(name):
+    text = COMMON | PUBLISHED[name]
+    whole = dict(
+        model_type="qwen3_5", architectures=["Qwen3_5ForConditionalGeneration"], text_config=text, vision_config=VISION,
+        tie_word_embeddings=text["tie_word_embeddings"], image_token_id=248056, video_token_id=248057, vision_start_token_id=248053,
+        vision_end_token_id=248054, transformers_version="4.57.0",
+    )  # fmt: skip
+    preset = QWEN[name]()
+    for config in (text, whole):
+        found = model_from_hf(config)
+        assert found.model_dump() | {"layer_pattern": found.layers} == preset.model_dump() | {
+            "layer_pattern": preset.layers
+        }
 
 
 def write_multimodal(folder):
@@ -65,6 +106,32 @@ def test_text_alone_round_trips(tmp_path):
     theirs, mine = config_of(tmp_path / "hf"), config_of(tmp_path / "export")
     assert {n for n in theirs if theirs[n] != mine.get(n)} <= {"transformers_version", "full_attention_interval"}
     assert model_from_hf(mine) == model_from_hf(theirs)
+
+
+def test_types_of_published_files_come_back(tmp_path, ranks):
+    """Published checkpoints are BF16, with A_log and the norm of the delta rule in F32, and dt_bias in BF16."""
+    folder = tmp_path / "hf"
+    transformers_model(ModelConfig(**MODEL)).save_pretrained(folder)
+    edit_json(folder / "config.json", **text_config())
+    fp32 = ("linear_attn.A_log", "linear_attn.norm.weight")
+    stored = {
+        name: tensor if name.endswith(fp32) else tensor.bfloat16()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(stored, folder / "model.safetensors")
+    assert to_ours(folder, tmp_path / "ours") == 0
+    assert to_theirs(tmp_path / "ours", tmp_path / "export") == 0
+    exported = load_file(tmp_path / "export/model.safetensors")
+    assert equal(stored, exported)
+    assert {name: tensor.dtype for name, tensor in exported.items()} == {n: t.dtype for n, t in stored.items()}
+
+    arguments = dict(checkpoint=str(tmp_path / "ours"), folder=str(tmp_path / "run"), train={"dtype": "bf16"})
+    saved = ranks.run(load_and_save, 1, parallel={}, **arguments)[0]["path"]  # as training does
+    assert to_theirs(saved, tmp_path / "trained") == 0
+    trained = load_file(tmp_path / "trained/model.safetensors")
+    assert {name for name, tensor in trained.items() if tensor.dtype == torch.float32} == {
+        name for name in trained if name.endswith(("A_log", "dt_bias"))
+    }
 
 
 def test_a_vision_tower_is_kept_through_training(tmp_path, ranks, caplog):

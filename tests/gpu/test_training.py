@@ -48,7 +48,7 @@ def test_same_curve_as_the_cpu(name, tolerance, on_cpu, on_one_gpu):
 
 
 @needs_te
-@pytest.mark.parametrize("more", ["", ", YaRN", jobs.DOCUMENTS])
+@pytest.mark.parametrize("more", ["", ", YaRN", jobs.SUITE, jobs.DOCUMENTS])
 def test_transformer_engine_parts_have_the_same_curve(more, on_cpu, on_one_gpu):
     check(on_cpu[f"fp32{more}"], on_one_gpu[f"bf16{more}"], 1e-2)
 
@@ -62,9 +62,10 @@ def test_fp8_stays_near_bf16(name, on_one_gpu):
 
 
 @needs_te
+@pytest.mark.parametrize("more", [jobs.DOCUMENTS, jobs.SUITE])
 @pytest.mark.parametrize("name", jobs.DOCUMENT_FORMATS)
-def test_fp8_stays_near_bf16_on_documents(name, on_one_gpu):
-    check(on_one_gpu[f"bf16{jobs.DOCUMENTS}"], on_one_gpu[f"{name}{jobs.DOCUMENTS}"], 2e-2)
+def test_fp8_stays_near_bf16_with_more(name, more, on_one_gpu):
+    check(on_one_gpu[f"bf16{more}"], on_one_gpu[f"{name}{more}"], 2e-2)
 
 
 @pytest.mark.parametrize(

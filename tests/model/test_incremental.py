@@ -2,7 +2,7 @@
 
 import pytest
 
-from testing.models import SMALL, hybrid, qwen
+from testing.models import SMALL, hybrid, qwen, small
 from tests.model import incremental_jobs
 
 LENGTHS = [150, 1, 65, 128]
@@ -12,6 +12,7 @@ WINDOWED = dict(
 )  # fmt: skip
 SCALED = WINDOWED | dict(rope_scaling=dict(factor=4.0, original_max_position_embeddings=64))
 QWEN = qwen("GAG", 48, 6, 3, 16, 3)
+PERI_NORM = small("GAG", 48, 6, 3, 16)
 GROUPED = hybrid("GAG", 48, 4, 8, key_heads=2, rope_theta=None, tie_embeddings=True, num_key_value_heads=2)
 
 
@@ -25,6 +26,7 @@ GROUPED = hybrid("GAG", 48, 4, 8, key_heads=2, rope_theta=None, tie_embeddings=T
         (WINDOWED, 64, 2),
         (SCALED, 200, 1),
         (QWEN, 72, 2),
+        (PERI_NORM, 72, 2),
     ],
 )
 def test_every_position_agrees_with_the_full_forward(ranks, model, chunk, ranks_of_tensor):

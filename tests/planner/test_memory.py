@@ -8,7 +8,7 @@ import torch
 from megatron_hybrid.arch.costs import Operation
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
-from megatron_hybrid.config.presets import olmo3_7b, olmo_hybrid_7b
+from megatron_hybrid.config.presets import SMALL, olmo3_7b, olmo_hybrid_7b
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.mixers.attention.costs import Widths
 from megatron_hybrid.planner.activations import backward_peak, layer_bytes, layer_operations
@@ -134,6 +134,16 @@ def test_pipelines_hold_more_micro_batches_on_their_first_rank():
     assert first.activations["Gated DeltaNet"] == pytest.approx(4 * last.activations["Gated DeltaNet"])
     interleaved = rank_memory(plan(pp=4, vpp=2, pipeline_split=(4,) * 8), 0)
     assert interleaved.activations["Gated DeltaNet"] / first.activations["Gated DeltaNet"] == pytest.approx(1 + 3 / 8)
+
+
+def test_the_embedding_norm_is_kept_on_the_first_stage():
+    model = SMALL["olmo_hybrid_small_1.4b"]()
+    without = model.model_copy(update={"embedding_norm": False})
+    first, last = ([rank_memory(plan(pp=2, model=one), rank).ends for one in (model, without)] for rank in (0, 1))
+    assert first[0] - first[1] == pytest.approx(2 * 8192 * (2 * 1280 + 4)), (
+        "bf16 input and statistics of two micro-batches"
+    )
+    assert last[0] == last[1]
 
 
 def test_dummy_heads_are_told():

@@ -42,6 +42,8 @@ class Architecture(ABC):
     """Names of tensors that are no part of the language model. A checkpoint keeps them, and an export has them unchanged."""
     zero_centered_norm: ClassVar[bool] = False
     """Its norms multiply by 1 + weight."""
+    embedding_norm: ClassVar[bool] = False
+    """Its embeddings are multiplied by embed_scale and normalised."""
 
     vllm_flags: ClassVar[str] = ""
     """Options without which vLLM computes something else."""
@@ -55,7 +57,7 @@ class Architecture(ABC):
         return {symbol: block for symbol, block in default_blocks().items() if symbol in self.layers}
 
     def other_block_reason(self, model: ModelConfig) -> str | None:
-        """Return which block or norm of a model is not this architecture's, or None if all are."""
+        """Return which block, norm or embedding of a model is not this architecture's, or None if all are."""
         blocks = self.blocks(model)
         for symbol, block in model.blocks_by_symbol.items():
             mine = blocks.get(symbol)
@@ -63,7 +65,16 @@ class Architecture(ABC):
                 return f"model.blocks.{symbol} is not the block of this class"
         if model.zero_centered_norm != self.zero_centered_norm:
             return f"model.zero_centered_norm is {str(model.zero_centered_norm).lower()}, and this class has the other kind of norms"
+        if model.embedding_norm != self.embedding_norm:
+            return (
+                f"model.embedding_norm is {str(model.embedding_norm).lower()}, and this class has {self._embedding()}"
+            )
+        if model.embed_scale != 1 and not self.embedding_norm:
+            return f"model.embed_scale is {model.embed_scale:g}, and this class has {self._embedding()}"
         return None
+
+    def _embedding(self) -> str:
+        return "scaled and normalised embeddings" if self.embedding_norm else "plain embeddings"
 
     def keeps(self, tensor: str) -> bool:
         """Return whether a tensor of a file is kept for exports."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_hybrid.arch.tensors import TensorSpec, model_tensors
+from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.checkpoint.format import Index
 from megatron_hybrid.checkpoint.origin import longest_sequence
 from megatron_hybrid.convert.checkpoint_source import CheckpointSource
 from megatron_hybrid.convert.hf.card import model_card
@@ -38,7 +39,8 @@ def to_huggingface(
     Args:
         dtype: type of the weights by its name in safetensors (F32, BF16); None: as they are. F32 takes the optimizer's fp32
             masters if the checkpoint has them, because the weights of a bf16 run are rounded copies.
-        all_dtype: store A_log and dt_bias in `dtype`, too; by default they stay fp32.
+        all_dtype: store A_log and dt_bias in `dtype`, too; by default they stay fp32. Without `dtype`, those of a converted model
+            that was not trained have the type of the folder that they come from.
         tokenizer: folder whose tokenizer files are copied; None: those of the model that was converted, if any.
         positions: max_position_embeddings; None: the longest of the runs' sequence lengths and the original model's.
 
@@ -52,7 +54,9 @@ def to_huggingface(
     architecture = architecture_for(model, whole_origin.get("model_type"))
     origin = language_fields(whole_origin)
     find, specs = source.precise_tensor if dtype == "F32" else source.tensor, model_tensors(model)
-    tensors = [_output(theirs, find, specs, dtype, all_dtype) for theirs in architecture.names(model).all()]
+    types = {name: "F32" for name, spec in specs.items() if spec.always_fp32 and not all_dtype}
+    types |= {name: "BF16" for name in _in_bf16(source.index, dtype) if name in types}
+    tensors = [_output(theirs, find, types, dtype) for theirs in architecture.names(model).all()]
     weights_dtype = TORCH_NAMES[max(tensors, key=lambda t: t.nbytes).dtype]
     chosen, notes = (positions, []) if positions else _positions(run, origin)
     config = hf_from_model(model, weights_dtype, chosen, whole_origin, architecture)
@@ -100,17 +104,20 @@ def _weight_map(files: Mapping[str, list[OutputTensor]]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
+def _in_bf16(index: Index, dtype: str | None) -> list[str]:
+    """Return the tensors that were BF16 in the folder of which the checkpoint is a conversion. None if it was trained since."""
+    origin = index.run.get("converted_from")
+    names = origin.get("bf16") if isinstance(origin, dict) and not index.state and dtype is None else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def _output(
-    theirs: TheirTensor,
-    find: Callable[[str], TensorSource],
-    specs: Mapping[str, TensorSpec],
-    dtype: str | None,
-    all_dtype: bool,
+    theirs: TheirTensor, find: Callable[[str], TensorSource], types: Mapping[str, str], dtype: str | None
 ) -> OutputTensor:
-    keep = any(specs[rows.ours].always_fp32 for rows in theirs.rows) and not all_dtype
+    fixed = next((types[rows.ours] for rows in theirs.rows if rows.ours in types), None)
     sources = {rows.ours: find(rows.ours) for rows in theirs.rows}
     source = composed(theirs.name, theirs.shape, [(sources[r.ours], r.first, r.count) for r in theirs.rows])
-    return OutputTensor(theirs.name, "F32" if keep else dtype or source.dtype, theirs.shape, lambda: source)
+    return OutputTensor(theirs.name, fixed or dtype or source.dtype, theirs.shape, lambda: source)
 
 
 def _original_config(run: Mapping[str, Any]) -> dict[str, Any]:

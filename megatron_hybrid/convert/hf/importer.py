@@ -41,7 +41,7 @@ def from_huggingface(
     source = open_huggingface(folder, eos_token_id)
     outputs = list(_outputs(source.sources, model_tensors(source.model), dtype))
     files = split_into_files(outputs, max_file_bytes)
-    origin = {"format": "huggingface", "config": source.config}
+    origin = {"format": "huggingface", "config": source.config, "bf16": [] if dtype else _widened(source)}
     originals = original_files(folder)
 
     def finish(written: Path, facts: Facts) -> None:
@@ -52,6 +52,12 @@ def from_huggingface(
     notes = [*source.notes, *_notes(folder, source, originals)]
     read = [*source.files, *originals.values()]
     return Conversion(target, files, read, with_hash=True, finish=finish, notes=notes)
+
+
+def _widened(source: HuggingFaceFolder) -> list[str]:
+    """Return the tensors that are BF16 in the folder and that a checkpoint keeps in F32. An export has their type again."""
+    specs = model_tensors(source.model)
+    return [name for name, tensor in source.sources.items() if specs[name].always_fp32 and tensor.dtype == "BF16"]
 
 
 def _notes(folder: Path, source: HuggingFaceFolder, originals: dict[str, Path]) -> Iterator[str]:

@@ -13,7 +13,11 @@ from megatron_hybrid.arch.tensors import model_tensors
 _OUR_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _THEIR_LAYER = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 PREFIX = "model."
-OUTSIDE_LAYERS = {"embedding.weight": "embed_tokens.weight", "final_norm.weight": "norm.weight"}
+OUTSIDE_LAYERS = {
+    "embedding.weight": "embed_tokens.weight",
+    "embedding_norm.weight": "embed_norm.weight",
+    "final_norm.weight": "norm.weight",
+}
 """Our name -> their name below the prefix."""
 OUTPUT = {"output.weight": "lm_head.weight"}
 

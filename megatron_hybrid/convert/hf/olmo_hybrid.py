@@ -1,7 +1,7 @@
 """OLMo Hybrid: pre-norm Gated DeltaNet layers and post-norm attention layers (`OlmoHybridForCausalLM`)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.convert.hf.base import Architecture
@@ -106,6 +106,8 @@ class OlmoHybrid(Architecture):
     vllm_flags = "--enforce-eager --disable-cascade-attn"
     rope = RopeForms(optional=True, per_layer_type=False)
     layers = {"G": _LINEAR_LAYER, "A": _FULL_LAYER}
+    gated_delta_net: ClassVar[tuple[Mapped, ...]] = _GATED_DELTA_NET
+    """Fields of config.json with sizes and options of Gated DeltaNet."""
 
     def unsupported_reason(self, model: ModelConfig) -> str | None:
         """Return why this architecture cannot compute a model, or None if it can."""
@@ -143,14 +145,14 @@ class OlmoHybrid(Architecture):
         """Return the section of the Gated DeltaNet layers."""
         if LINEAR not in layer_types:
             return {}
-        section = {entry.ours: entry.read(fields) for entry in (*_GATED_DELTA_NET, _FLOOR)}
+        section = {entry.ours: entry.read(fields) for entry in (*self.gated_delta_net, _FLOOR)}
         section |= {low.ours: [low.read(fields), high.read(fields)] for low, high in _RANGES}
         return {"gdn": section | {"norm_eps": OUTPUT_NORM_EPS}}
 
     def write(self, model: ModelConfig, positions: int) -> dict[str, Any]:
         """Return the fields of the Gated DeltaNet layers."""
         gdn = sizes(model)
-        fields = {entry.theirs: getattr(gdn, entry.ours) for entry in _GATED_DELTA_NET}
+        fields = {entry.theirs: getattr(gdn, entry.ours) for entry in self.gated_delta_net}
         for low, high in _RANGES:
             fields[low.theirs], fields[high.theirs] = getattr(gdn, low.ours)
         return fields | {_FLOOR.theirs: gdn.dt_init_floor}

@@ -5,10 +5,11 @@ from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.hf.base import Architecture
 from megatron_hybrid.convert.hf.olmo3 import Olmo3
 from megatron_hybrid.convert.hf.olmo_hybrid import OlmoHybrid
+from megatron_hybrid.convert.hf.olmo_hybrid_small import OlmoHybridSmall
 from megatron_hybrid.convert.hf.qwen3_5 import Qwen35, Qwen35Text
 
 ARCHITECTURES: dict[str, Architecture] = {
-    found.model_type: found for found in (OlmoHybrid(), Olmo3(), Qwen35Text(), Qwen35())
+    found.model_type: found for found in (OlmoHybrid(), Olmo3(), Qwen35Text(), Qwen35(), OlmoHybridSmall())
 }
 """Architecture by model_type. If several can compute a model, an export is of the one it was converted from, or of the first."""
 

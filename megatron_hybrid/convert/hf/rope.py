@@ -38,6 +38,8 @@ class RopeForms:
     """Full and sliding attention have separate parameters, and older files have `rope_theta` and `rope_scaling`."""
     partial: bool = False
     """`partial_rotary_factor` may have any value. The architecture reads it."""
+    never: bool = False
+    """The architecture has no rotary embedding and ignores the fields."""
     kept: frozenset[str] = frozenset()
     """Parameters without effect on text, which an export contains again."""
 
@@ -52,6 +54,8 @@ def read_rope(fields: Fields, layer_types: Sequence[str], forms: RopeForms) -> R
         layer_types: types of the model's layers. Parameters of other types are ignored.
     """
     config = fields.config
+    if forms.never:
+        return None, None
     if not config.keys() & {"rope_parameters", "rope_theta"} and not config.get("rope_scaling"):
         fields.problems.append(
             "neither rope_parameters nor rope_theta is there; add rope_parameters (null: no rotary embedding)"
@@ -202,6 +206,8 @@ def write_rope(model: ModelConfig, forms: RopeForms, origin: Mapping[str, Any]) 
     Args:
         origin: the language model's fields in the config.json that the model was converted from.
     """
+    if forms.never:
+        return {"rope_parameters": None}
     plain: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     plain |= {name: value for name, value in (origin.get("rope_parameters") or {}).items() if name in forms.kept}
     if forms.partial:

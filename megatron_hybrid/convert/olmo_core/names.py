@@ -3,10 +3,14 @@
 import re
 
 HEAD = "lm_head.w_out.weight"
-_OUTSIDE = {"embedding.weight": "embeddings.weight", "final_norm.weight": "lm_head.norm.weight", "output.weight": HEAD}
+_OUTSIDE = {
+    "embedding.weight": "embeddings.weight", "embedding_norm.weight": "embedding_norm.weight",
+    "final_norm.weight": "lm_head.norm.weight", "output.weight": HEAD,
+}  # fmt: skip
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _BLOCK = {
-    "mixer_norm": "attention_norm", "mlp_norm": "feed_forward_norm", "mlp.gate_proj": "feed_forward.w1",
+    "mixer_norm": "attention_norm", "mlp_norm": "feed_forward_norm",
+    "post_mixer_norm": "post_attention_norm", "post_mlp_norm": "post_feed_forward_norm", "mlp.gate_proj": "feed_forward.w1",
     "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3",
 }  # fmt: skip
 _MIXER = {

@@ -14,7 +14,6 @@ _NORM = {
 _FIELDS: dict[str, dict[str, Any]] = {
     "model": {
         "name": ("default",), "dtype": _ANY, "init_method": _ANY, "init_seed": _ANY, "embedding_init_std": _ANY, "freeze_params": _ANY,
-        "embedding_norm": (None,), "embed_scale": (None, 1),
     },
     "block": {
         "dropout": (None, 0), "attention_residual_alpha": (None, 1), "feed_forward_residual_alpha": (None, 1),
@@ -24,11 +23,11 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "feed_forward": {"name": ("default",), "bias": (False,), "dtype": _ANY, "activation": ("silu", None)},
     "lm_head": {"name": ("default",), "bias": (False,), "dtype": _ANY, "loss_implementation": _ANY},
     "attention": {
-        "name": ("default", "fused", None), "type": ("attention", None), "bias": (False,), "gate": (None,), "clip_qkv": (None,),
-        "dropout": (None, 0), "use_flash": _ANY, "backend": _ANY, "dtype": _ANY, "use_head_qk_norm": (None, False),
-        "scalable_softmax": (None, False), "qk_norm_per_head_gains": (None, False), "attention_sinks": (None, False),
-        "use_recompute_qkv_prep": _ANY,
+        "name": ("default", "fused", None), "type": ("attention", None), "bias": (False,), "clip_qkv": (None,),
+        "dropout": (None, 0), "use_flash": _ANY, "backend": _ANY, "dtype": _ANY, "scalable_softmax": (None, False),
+        "qk_norm_per_head_gains": (None, False), "attention_sinks": (None, False), "use_recompute_qkv_prep": _ANY,
     },
+    "gate": {"granularity": ("elementwise",), "full_precision": (True, None)},
     "gated_delta_net": {"type": ("gated_delta_net",), "conv_bias": (False, None), "dtype": _ANY},
     "rope": {
         "name": ("default", "fused"), "full_precision": _ANY, "no_global_rope": (None, False),
@@ -40,8 +39,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "fla_layer_kwargs": {"use_gate": (True,), "use_short_conv": (True,), "mode": _ANY, "conv_bias": (False,)},
 }  # fmt: skip
 """Fields whose values do not matter, or must be one of these."""
-_NO_DEFAULT = {"bias"}
-"""Fields that must be there, because their defaults differ between versions."""
+_NO_DEFAULT = {"bias", "granularity"}
+"""Fields that must be there, because their defaults differ between versions or cannot be represented."""
 
 
 class Section:
