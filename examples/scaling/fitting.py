@@ -4,8 +4,9 @@
 - `bootstrap`: laws of resampled points, from which `interval` takes quantiles.
 - `minimize`: BFGS on a batch of small problems at once. With five unknowns it keeps the whole matrix that L-BFGS approximates.
 
-Shapes: s problems, p points, 5 unknowns (log E, log A', alpha, log B', beta). A' and B' are the terms A / N^alpha and B / D^beta at the
-geometric means of N and D. This makes the unknowns less correlated than A and B.
+Shapes: s problems, p points, 5 unknowns (log E, log A', u, log B', v). A' and B' are the terms A / N^alpha and B / D^beta at the
+geometric means of N and D, which are less correlated with the exponents than A and B. The exponents are 2 sigmoid(u) and
+2 sigmoid(v), so they stay between 0 and 2.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ RESAMPLES = 1000
 SEED = 0
 _STARTS = {"floor": (0.3, 0.6, 0.9), "term": (0.03, 0.12, 0.4), "exponent": (0.1, 0.25, 0.5)}
 """Starts of E as a share of the lowest loss, of A' and B' as shares of the mean loss, and of both exponents."""
+LARGEST_EXPONENT = 2.0
 _MOST_STEPS, _MOST_HALVINGS = 400, 40
 
 Array = np.ndarray
@@ -88,10 +90,9 @@ def bootstrap(
     random = np.random.default_rng(seed)
     weights = np.stack([_draw(points, random) for _ in range(resamples)])
     grid = _starts(points, exponents)
-    _, values = found = _minimize_points(points, np.ones((len(grid), len(points.loss))), grid, exponents)
-    starts = found[0][np.argsort(values)[:1]]
-    others = grid[:: max(1, len(grid) // 4)][:4]  # in case a draw has its minimum elsewhere
-    starts = np.concatenate([starts, others])
+    solutions, values = _minimize_points(points, np.ones((len(grid), len(points.loss))), grid, exponents)
+    others = grid[:: max(1, len(grid) // 3)][:3]  # in case a draw has its minimum elsewhere
+    starts = np.concatenate([solutions[[values.argmin()]], others])
     tiled = np.tile(starts, (resamples, 1))
     solutions, values = _minimize_points(points, np.repeat(weights, len(starts), 0), tiled, exponents)
     best = values.reshape(resamples, -1).argmin(1) + np.arange(resamples) * len(starts)
@@ -176,20 +177,24 @@ def _minimize_points(
     """
     log_n, log_d = _centered(points)
     log_loss = np.log(points.loss)
-    free = np.array([1.0, 1.0, exponents is None, 1.0, exponents is None])
+    is_free = exponents is None
 
     def objective(x: Array, numbers: Array) -> tuple[Array, Array]:
+        alpha, beta = (_exponent(x[:, column, None]) for column in (2, 4))
         floor = np.exp(x[:, 0, None])
-        by_size = np.exp(x[:, 1, None] - x[:, 2, None] * log_n)
-        by_tokens = np.exp(x[:, 3, None] - x[:, 4, None] * log_d)
+        by_size = np.exp(x[:, 1, None] - alpha * log_n)
+        by_tokens = np.exp(x[:, 3, None] - beta * log_d)
         fitted = floor + by_size + by_tokens
         residual = (np.log(fitted) - log_loss) / DELTA
         inside = np.abs(residual) <= 1
         huber = np.where(inside, residual**2 / 2, np.abs(residual) - 0.5)
         w = weights[numbers]
         outer = w * np.clip(residual, -1, 1) / (DELTA * fitted)
-        parts = (outer * floor, outer * by_size, -outer * by_size * log_n, outer * by_tokens, -outer * by_tokens * log_d)
-        return (w * huber).sum(1), np.stack([part.sum(1) for part in parts], 1) * free
+        size, tokens = outer * by_size, outer * by_tokens
+        slopes = (is_free * e * (1 - e / LARGEST_EXPONENT) for e in (alpha, beta))  # of the exponents by u and v
+        of_alpha, of_beta = (-term * log * e for term, log, e in zip((size, tokens), (log_n, log_d), slopes))
+        parts = (outer * floor, size, of_alpha, tokens, of_beta)
+        return (w * huber).sum(1), np.stack([part.sum(1) for part in parts], 1)
 
     return minimize(objective, starts)
 
@@ -200,7 +205,15 @@ def _starts(points: Points, exponents: tuple[float, float] | None) -> Array:
     alphas = betas = _STARTS["exponent"]
     if exponents is not None:
         alphas, betas = (exponents[0],), (exponents[1],)
-    return np.array(list(product(floors, terms, alphas, terms, betas)))
+    return np.array(list(product(floors, terms, map(_unknown, alphas), terms, map(_unknown, betas))))
+
+
+def _exponent(unknown: Array) -> Array:
+    return LARGEST_EXPONENT / (1 + np.exp(-np.clip(unknown, -50, 50)))
+
+
+def _unknown(exponent: float) -> float:
+    return float(np.log(exponent / (LARGEST_EXPONENT - exponent)))
 
 
 def _centered(points: Points) -> tuple[Array, Array]:
@@ -209,7 +222,8 @@ def _centered(points: Points) -> tuple[Array, Array]:
 
 
 def _law(x: Array, points: Points) -> Law:
-    e, a, alpha, b, beta = map(float, x)
+    e, a, b = map(float, x[[0, 1, 3]])
+    alpha, beta = map(float, _exponent(x[[2, 4]]))
     mean_n, mean_d = (float(np.log(v).mean()) for v in (points.parameters, points.tokens))
     return Law(*map(float, (np.exp(e), np.exp(a + alpha * mean_n), alpha, np.exp(b + beta * mean_d), beta)))
 

@@ -13,6 +13,8 @@ CHINCHILLA = 20
 """Training tokens per parameter of one Chinchilla budget."""
 FLOPS_PER_PARAMETER_AND_TOKEN = 6
 """Of C = 6 N D, the cost that `compute_optimal` minimizes, as in the paper."""
+_LARGEST_EXPONENT = 700.0
+"""Of e, in fp64."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class Law:
     def tokens_for(self, parameters: float, loss: float) -> float:
         """Return the tokens after which a model has the loss; infinity if it never has."""
         left = loss - self.E - self.A / parameters**self.alpha
-        return (self.B / left) ** (1 / self.beta) if left > 0 else math.inf
+        exponent = math.log(self.B / left) / self.beta if left > 0 else math.inf
+        return math.exp(exponent) if exponent < _LARGEST_EXPONENT else math.inf
 
     def compute_optimal(self, flops: float) -> tuple[float, float, float]:
-        """Return parameters, tokens and loss of the model with the lowest loss for C = 6 N D."""
+        """Return parameters, tokens and loss of the model with the lowest loss for C = 6 N D. Both are at least 1."""
         product = flops / FLOPS_PER_PARAMETER_AND_TOKEN
-        ratio = self.alpha * self.A / (self.beta * self.B)
-        parameters = (ratio * product**self.beta) ** (1 / (self.alpha + self.beta))
+        ratio = math.log(self.alpha * self.A / (self.beta * self.B))
+        best = (ratio + self.beta * math.log(product)) / (self.alpha + self.beta)
+        parameters = math.exp(min(max(best, 0.0), math.log(product)))
         tokens = product / parameters
         return parameters, tokens, float(self.loss(parameters, tokens))
 
