@@ -56,7 +56,8 @@ def points(table: MakeTable) -> str:
     head = [f"d/heads/layers, budget; {found['machine']}", "N", "tokens", "epochs"]
     rows = []
     for name, first in next(iter(by_architecture.values())).items():
-        cells = [name, f"{first['parameters'] / 1e6:.1f}M", f"{first['tokens'] / 1e6:,.0f}M", _number(first["epochs"], ".1f")]
+        sizes = (f"{first[metric] / 1e6:,.1f}M" for metric in ("parameters", "tokens"))
+        cells = [name, *sizes, _number(first["epochs"], ".1f")]
         for own in by_architecture.values():
             point = own.get(name, {})
             cells += [_number(point.get("loss"), ".4f"), _number(point.get("bits per byte"), ".4f")]
@@ -98,14 +99,16 @@ def savings(table: MakeTable) -> str:
     """Token savings against the transformer by size, next to the paper's."""
     if (found := result()) is None:
         return NOT_RUN
-    values, rows, sizes = values_of(found), [], list[int]()
-    for kind in (FREE, FIXED):
-        for architecture in ("hybrid", "gdn"):
-            metrics = values.get(f"{architecture}, {kind}", {})
-            names = [name for name in metrics if SAVING.fullmatch(name)]
-            if names:
-                sizes = [int(match[1]) for name in names if (match := SAVING.fullmatch(name))]
-                rows.append([LABELS[architecture], kind, *(_with_interval(metrics, name, ".2f") for name in names)])
+    values = values_of(found)
+    kinds = [(architecture, kind) for kind in (FREE, FIXED) for architecture in ("hybrid", "gdn")]
+    by_kind = {key: values.get(", ".join(key), {}) for key in kinds}
+    names = {name for metrics in by_kind.values() for name in metrics}
+    sizes = sorted(int(match[1]) for name in names if (match := SAVING.fullmatch(name)))
+    rows = [
+        [LABELS[architecture], kind, *(_with_interval(metrics, f"token saving at N = {size}", ".2f") for size in sizes)]
+        for (architecture, kind), metrics in by_kind.items()
+        if metrics
+    ]
     return table(["tokens saved", "fit", *(f"N = {_millions(size)}" for size in sizes)], rows)
 
 
@@ -158,9 +161,9 @@ def _draw_losses(axis, values: Values) -> None:
         sizes = list(dict.fromkeys(name.split(", ")[0] for name in own))
         for number, size in enumerate(sizes):
             line = [(point["training"], point["loss"]) for name, point in own.items() if name.startswith(f"{size}, ")]
-            label = LABELS[architecture] if number == 0 else None
-            marker = MARKERS[number % len(MARKERS)]
-            axis.plot(*zip(*line, strict=True), color=COLORS[architecture], marker=marker, markersize=4, linewidth=1, label=label)
+            label, marker = None if number else LABELS[architecture], MARKERS[number % len(MARKERS)]
+            style = dict(color=COLORS[architecture], marker=marker, markersize=4, linewidth=1, label=label)
+            axis.plot(*zip(*line, strict=True), **style)
         metrics = values.get(f"{architecture}, {FREE}", {})
         optimal = [(float(m[1]), row["ours"]) for name, row in metrics.items() if (m := OPTIMAL.fullmatch(name))]
         if optimal:
@@ -183,7 +186,8 @@ def _draw_savings(axis, values: Values) -> None:
             axis.fill_between(sizes, low, high, color=COLORS[architecture], alpha=0.12)
             paper = [(size, metrics[name]["peer"]) for size, name in names if metrics[name]["peer"] is not None]
             if kind == FREE and paper:
-                axis.plot(*zip(*paper, strict=True), "o", markersize=9, markerfacecolor="none", color="#111827", label="the paper's hybrid")
+                style = dict(markersize=9, markerfacecolor="none", color="#111827", label="the paper's hybrid")
+                axis.plot(*zip(*paper, strict=True), "o", **style)
     axis.axhline(1, color="#9ca3af", linewidth=1)
     low, high = axis.get_ylim()
     axis.set(xlabel="parameters without embeddings", ylabel="tokens saved (x)", xscale="log")

@@ -110,7 +110,9 @@ def train_tokenizer(source: Path, folder: Path, vocab_size: int, most_bytes: int
     )
     tokenizer.train_from_iterator(texts(source, most_bytes), trainer)
     if (found := tokenizer.get_vocab_size()) != vocab_size:
-        raise UserError(f"--vocab-size: {vocab_size}: the text has only {found} tokens; give at most that, or more packages")
+        raise UserError(
+            f"--vocab-size: {vocab_size}: the text has only {found} tokens; give at most that, or more packages"
+        )
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -126,9 +128,9 @@ def tokenize(folder: Path, name: str, workers: int) -> None:
     Raises:
         UserError: the command failed.
     """
-    words = [str(folder / "text" / f"{name}.jsonl"), "--output", str(folder / name), "--tokenizer", str(folder / "tokenizer")]
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *words, "--workers", str(workers), "--sha256"]
-    if subprocess.run([*command, "--overwrite"], cwd=ROOT).returncode:
+    text, output, tokenizer = (str(folder.resolve() / part) for part in (f"text/{name}.jsonl", name, "tokenizer"))
+    command = [sys.executable, "tools/preprocess_data.py", text, "--output", output, "--tokenizer", tokenizer]
+    if subprocess.run([*command, "--workers", str(workers), "--sha256", "--overwrite"], cwd=ROOT).returncode:
         raise UserError(f"{name}: the preprocess command failed; its message is above")
 
 
@@ -165,7 +167,9 @@ def build(
 def _claim(path: Path, identity: dict[str, Any]) -> None:
     """Record the list and options of a folder, or compare them with those recorded before."""
     if path.exists() and json.loads(path.read_text()) != identity:
-        raise UserError(f"{path.parent}: holds a corpus of other packages or another vocabulary; give another --output, or remove it")
+        raise UserError(
+            f"{path.parent}: holds a corpus of other packages or another vocabulary; give another --output, or remove it"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_json(path, identity)
 
@@ -184,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=ROOT / "data" / "scaling", help="folder of the corpus (default: %(default)s)")
     add("--wheels", type=Path, help="folder of the downloads (default: wheels in the folder of the corpus)")
     add("--vocab-size", type=positive, default=16384, help="tokens, with the end of documents (default: 16384)")
-    add("--workers", type=positive, default=len(os.sched_getaffinity(0)), help="processes (default: the cores there are)")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=positive, default=cores, help="processes (default: the cores there are)")
     arguments = parser.parse(argv)
     with no_traceback():
         packages = read_list(arguments.list)

@@ -70,8 +70,8 @@ def fit_all(points: Sequence[Point], exponents: tuple[float, float] | None, resa
         residual = np.abs(laws.fits[architecture].residuals(found))
         one = laws.fits[architecture]
         laws.notes.append(
-            f"fit of the {architecture} with {kind}: {len(own)} points, residuals of log L up to {residual.max():.2%}, the same minimum "
-            f"from {one.agreeing} of {one.starts} starts"
+            f"fit of the {architecture} with {kind}: {len(own)} points, residuals of log L up to {residual.max():.2%}, "
+            f"the same minimum from {one.agreeing} of {one.starts} starts"
         )
     return laws
 
@@ -97,12 +97,16 @@ def law_rows(laws: Laws) -> Iterator[dict]:
         for name in CONSTANTS:
             if laws.exponents is not None and name in ("alpha", "beta"):
                 continue
-            values = [getattr(law, name) for law in draws]
-            yield from with_interval(case, name, "", getattr(found.law, name), values, _paper_constant(laws, architecture, name))
+            values, paper = [getattr(law, name) for law in draws], _paper_constant(laws, architecture, name)
+            yield from with_interval(case, name, "", getattr(found.law, name), values, paper)
         for flops in FLOPS if laws.exponents is None else ():
             values = [law.compute_optimal(flops)[2] for law in draws]
-            metric, value = f"compute-optimal loss at {flops:.0e} FLOPs".replace("e+", "e"), found.law.compute_optimal(flops)[2]
-            yield from with_interval(case, metric, "nats per token", value, values, PAPER_OPTIMAL[architecture].get(flops))
+            metric, paper = (
+                f"compute-optimal loss at 1e{round(math.log10(flops))} FLOPs",
+                PAPER_OPTIMAL[architecture].get(flops),
+            )
+            value = found.law.compute_optimal(flops)[2]
+            yield from with_interval(case, metric, "nats per token", value, values, paper)
 
 
 def _paper_constant(laws: Laws, architecture: str, name: str) -> float | None:
@@ -123,10 +127,13 @@ def saving_rows(laws: Laws, sizes: Iterable[float]) -> Iterator[dict]:
             pairs = zip(laws.draws[base], laws.draws[architecture], strict=True)
             values = [token_savings(one, other, size, tokens) for one, other in pairs]
             paper = PAPER_SAVINGS.get(size) if architecture == "hybrid" else None
-            yield from with_interval(f"{architecture}, {laws.kind}", f"token saving at N = {size:.0f}", "x", value, values, paper)
+            metric = f"token saving at N = {size:.0f}"
+            yield from with_interval(f"{architecture}, {laws.kind}", metric, "x", value, values, paper)
 
 
-def with_interval(case: str, metric: str, unit: str, value: float, draws: Sequence[float], paper: float | None) -> Iterator[dict]:
+def with_interval(
+    case: str, metric: str, unit: str, value: float, draws: Sequence[float], paper: float | None
+) -> Iterator[dict]:
     """Yield a value, next to the paper's, and the ends of its interval."""
     yield figure(case, metric, unit, value, paper)
     for end, bound in zip(("low", "high"), interval(draws), strict=True):
@@ -150,10 +157,13 @@ def analyse(points: Sequence[Point], resamples: int) -> tuple[list[dict], list[s
     inside = {float(f"{size:.2g}") for size in np.geomspace(smallest, largest, 5)}
     for exponents in (None, FIXED):
         laws = fit_all(points, exponents, resamples)
-        rows += [*law_rows(laws), *saving_rows(laws, sorted(inside | PAPER_SAVINGS.keys()))]
+        beyond = PAPER_SAVINGS.keys() if exponents is None else set[float]()
+        rows += [*law_rows(laws), *saving_rows(laws, sorted(inside | beyond))]
         notes += laws.notes
     if repeats := [point.epochs for point in points if point.epochs and point.epochs > 4]:
-        notes.append(f"{len(repeats)} of {len(points)} points have read the training data more than 4 times, up to {max(repeats):.1f}")
+        notes.append(
+            f"{len(repeats)} of {len(points)} points have read the training data more than 4 times, up to {max(repeats):.1f}"
+        )
     return rows, notes
 
 
@@ -161,7 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
     parser = CommandLine(__doc__)
     add = parser.add_argument
-    add("--runs", type=Path, default=ROOT / "runs" / "scaling", help="folder of the ladder's runs (default: %(default)s)")
+    add(
+        "--runs",
+        type=Path,
+        default=ROOT / "runs" / "scaling",
+        help="folder of the ladder's runs (default: %(default)s)",
+    )
     add("--resamples", type=positive, default=RESAMPLES, help="of the bootstrap (default: 1000)")
     add("--out", type=Path, help="folder of the result file and the figure (default: the project's)")
     arguments = parser.parse(argv)
@@ -170,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--runs: {arguments.runs} has no points; run ladder.py, which writes */points.json")
         machines = {point.machine for point in points}
         if len(machines) > 1:
-            raise UserError(f"--runs: {arguments.runs} has runs of several machines ({', '.join(sorted(machines))}); keep them apart")
+            raise UserError(
+                f"--runs: {arguments.runs} has runs of several machines ({', '.join(sorted(machines))}); keep them apart"
+            )
         write(points, machines.pop(), arguments.resamples, arguments.out)
     return 0
 

@@ -164,7 +164,9 @@ def _updated(inverse: Array, s: Array, y: Array) -> Array:
     good = curvature > 1e-14 * np.sqrt((s**2).sum(1) * (y**2).sum(1))
     rho = np.where(good, 1 / np.where(good, curvature, 1.0), 0.0)[:, None, None]
     left = np.eye(s.shape[1]) - rho * s[:, :, None] * y[:, None, :]
-    return np.where(good[:, None, None], left @ inverse @ left.transpose(0, 2, 1) + rho * s[:, :, None] * s[:, None, :], inverse)
+    return np.where(
+        good[:, None, None], left @ inverse @ left.transpose(0, 2, 1) + rho * s[:, :, None] * s[:, None, :], inverse
+    )
 
 
 def _minimize_points(

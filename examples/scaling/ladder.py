@@ -1,11 +1,11 @@
 """Train the ladder of a scaling law: one run per size and architecture, with an endpoint per token budget, several runs per GPU.
 
 Every run is a WSD-S schedule: the learning rate falls to 0 over the last 5% of the steps before each endpoint, where the model is
-evaluated, and returns to its peak. All architectures of a size read the same tokens in the same order. `points.json` in the folder of a
-run holds its endpoints; fit.py reads them.
+evaluated, and returns to its peak. All architectures of a size read the same tokens in the same order. fit.py reads the endpoints from
+`points.json` in the folder of each run.
 
-To resume, call it again: finished runs stay, and the others continue from their newest checkpoint. Larger budgets extend finished runs.
-SIGTERM and Ctrl-C stop all runs with a checkpoint. Exit codes: 0 all runs are finished; 75 stopped before; 1 a run failed;
+To resume, call it again: finished runs stay, and the others continue from their newest checkpoint. Larger budgets extend finished
+runs. SIGTERM and Ctrl-C stop all runs with a checkpoint. Exit codes: 0 all runs are finished; 75 stopped before; 1 a run failed;
 78 wrong arguments.
 """
 
@@ -206,15 +206,32 @@ def parser() -> CommandLine:
     add = found.add_argument
     add("--sizes", nargs="+", default=[*map(str, SIZES)], metavar="D/HEADS/LAYERS", help="default: %(default)s")
     add("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    add("--budgets", nargs="+", type=float, default=BUDGETS, help="multiples of 20 tokens per parameter (default: 0.5 1 2)")
-    add("--data", type=Path, default=ROOT / "data" / "scaling", help="folder that corpus.py wrote (default: %(default)s)")
+    add(
+        "--budgets",
+        nargs="+",
+        type=float,
+        default=BUDGETS,
+        help="multiples of 20 tokens per parameter (default: 0.5 1 2)",
+    )
+    add(
+        "--data",
+        type=Path,
+        default=ROOT / "data" / "scaling",
+        help="folder that corpus.py wrote (default: %(default)s)",
+    )
     add("--runs", type=Path, default=ROOT / "runs" / "scaling", help="folder of the runs (default: %(default)s)")
     add("--list", action="store_true", help="print all runs with their parameters, tokens, FLOPs and hours, and stop")
     add("--tflops", type=float, default=100.0, help="with --list: TFLOP/s of a GPU, over all runs on it (default: 100)")
     add("--gpus", type=int, default=0, help="GPUs to use (default: 0, on CPU)")
     add("--runs-per-gpu", type=positive, help="runs side by side on a GPU (default: 4), or on the CPU (default: 1)")
     add("--time-limit", type=float, default=float("inf"), metavar="S", help="stop after S seconds, with checkpoints")
-    add("overrides", nargs="*", default=[], metavar="section.key=value", help="fields of all runs: data.sequence_length=512")
+    add(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="fields of all runs: data.sequence_length=512",
+    )
     return found
 
 

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from megatron_hybrid.base.errors import UserError
 
-SUFFIXES = frozenset(".py .pyi .pyx .pxd .pxi .c .cc .cpp .h .hpp .cu .cuh .rst .md".split())
+SUFFIXES = (".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".rst", ".md")
 LARGEST, SMALLEST = 1 << 20, 64
 """Bytes of the files that are taken."""
 LONGEST_LINE = 1000
@@ -26,6 +26,7 @@ MOST_FILES = 100_000
 """Members of a wheel."""
 PYTHON = "3.12"
 """Version for which the list has wheels that are not for all versions."""
+_OPTIONS = ("--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes", "--only-binary", ":all:")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def read_list(path: Path) -> list[Package]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         parts = line.split()
         if len(parts) != 2 or len(parts[0]) != 64 or not _is_wheel(parts[1]):
-            raise UserError(f"{path}, line {number}: is no SHA-256 followed by the name of a wheel; write them as sha256sum does")
+            raise UserError(
+                f"{path}, line {number}: is no SHA-256 followed by the name of a wheel; write them as sha256sum does"
+            )
         packages.append(Package(*parts))
     names = [package.name for package in packages]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -90,14 +93,16 @@ def download(package: Package, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as name:
         requirements = Path(name, "requirements.txt")
         requirements.write_text(package.requirement)
-        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes", "--only-binary", ":all:"]
-        command = [sys.executable, "-m", "pip", "download", *options, *package.tags, "--dest", name, "-r", str(requirements)]
+        command = [sys.executable, "-m", "pip", "download", *_OPTIONS, *package.tags, "--dest", name]
+        command += ["-r", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{package.file}: pip cannot download it: {_last_error(done.stderr)}")
         (found,) = Path(name).glob("*.whl")
         if (digest := file_sha256(found)) != package.sha256:
-            raise UserError(f"{package.file}: its SHA-256 is {digest}, and the list has {package.sha256}; do not use it")
+            raise UserError(
+                f"{package.file}: its SHA-256 is {digest}, and the list has {package.sha256}; do not use it"
+            )
         os.replace(found, target)
     return target
 
@@ -126,7 +131,9 @@ def text_files(wheel: Path) -> Iterator[tuple[str, str]]:
         with zipfile.ZipFile(wheel) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.filename)
             if len(members) > MOST_FILES:
-                raise UserError(f"{wheel}: has {len(members)} files, and at most {MOST_FILES} are read; remove it from the list")
+                raise UserError(
+                    f"{wheel}: has {len(members)} files, and at most {MOST_FILES} are read; remove it from the list"
+                )
             for member in filter(_is_source, members):
                 with archive.open(member) as file:
                     data = file.read(LARGEST + 1)  # the size in the header may be wrong

@@ -135,7 +135,9 @@ def make_plan(parameters: int, budgets: tuple[float, ...], sequence_length: int)
     warmup = max(1, round(parameters / tokens))
     endpoints = tuple(max(1, round(budget * CHINCHILLA * parameters / tokens)) for budget in sorted(budgets))
     if endpoints[0] <= warmup / (1 - DECAY):
-        raise UserError(f"--budgets: {min(budgets)} ends after {endpoints[0]} steps, in the warm-up of {warmup}; give at least 0.1")
+        raise UserError(
+            f"--budgets: {min(budgets)} ends after {endpoints[0]} steps, in the warm-up of {warmup}; give at least 0.1"
+        )
     return Plan(batch, _micro_batch(batch), REFERENCE_RATE * share ** (-1 / 3), warmup, endpoints, sequence_length)
 
 
