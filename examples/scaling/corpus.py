@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(HERE)]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(HERE)]
 
 from packages import Package, download, read_list, text_files  # noqa: E402
 
@@ -190,14 +190,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--vocab-size", type=positive, default=16384, help="tokens, with the end of documents (default: 16384)")
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=positive, default=cores, help="processes (default: the cores there are)")
+    add("--record", action="store_true", help="write files, bytes and tokens to benchmarks/results")
     arguments = parser.parse(argv)
     with no_traceback():
         packages = read_list(arguments.list)
         report = build(packages, arguments.output, arguments.vocab_size, arguments.workers, print, arguments.wheels)
     for name in SETS:
-        values = (report["files"].get(name, 0), report["bytes"].get(name, 0), report["tokens"][name])
-        print("{}: {:,} files, {:,} bytes, {:,} tokens".format(name, *values))
+        print("{}: {:,} files, {:,} bytes, {:,} tokens".format(name, *(value for _, value in counts_of(report, name))))
+    if arguments.record:
+        record(report)
     return 0
+
+
+def counts_of(report: dict[str, Any], name: str) -> list[tuple[str, int]]:
+    """Return files, bytes and tokens of a set."""
+    return [(kind, report[kind].get(name, 0)) for kind in ("files", "bytes", "tokens")]
+
+
+def record(report: dict[str, Any]) -> None:
+    """Write the result file from which docs/results/paper.md shows the corpus."""
+    from report import row, write
+
+    rows = [row(name, kind, "", value) for name in SETS for kind, value in counts_of(report, name)]
+    rows += [row(name, "sha256", "", report["sha256"][name]) for name in SETS]
+    notes = [f"{len(report['bytes_of_packages'])} packages; the SHA-256 is that of the file of tokens"]
+    write("scaling_corpus", rows, ("tokenizers",), None, notes, command="python examples/scaling/corpus.py --record")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_hybrid.arch.flops import count_parameters
 from megatron_hybrid.base.errors import REQUEUE, UserError
+from megatron_hybrid.train.schedules import learning_rate
 from tests.data.files import write_indexed
 
 
@@ -73,6 +74,18 @@ def test_runs_of_a_size_differ_in_the_model_alone(ladder, tmp_path):
     last = runs[1].plan.endpoints[-1]
     assert runs[1].tokens_at(last) == pytest.approx(2 * 20 * runs[0].parameters, rel=1e-3)
     assert runs[1].flops_at(last) > 6 * runs[1].parameters * runs[1].tokens_at(last)
+
+
+def test_larger_budgets_extend_a_finished_run(ladder, tmp_path):
+    """Up to its end, a run has the learning rates and endpoints that it has with larger budgets."""
+    size = [ladder.Size.parse("256/4/4")]
+    short, long = (
+        next(ladder.ladder(size, ["gdn"], budgets, tmp_path, tmp_path)) for budgets in ((0.5, 1), (0.5, 1, 2))
+    )
+    assert short.folder == long.folder and long.plan.endpoints[:2] == short.plan.endpoints
+    steps = range(1, short.plan.endpoints[-1] + 1)
+    rates = [[learning_rate(step, run.config.train) for step in steps] for run in (short, long)]
+    assert rates[0] == rates[1] and rates[0][-1] == 0
 
 
 def test_the_list_shows_all_runs(ladder, tmp_path, capsys):
@@ -213,6 +226,7 @@ def wait_for_steps(folder, steps: int, timeout: float = 200) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it takes a minute of CPU time in six processes that start one after the other
 def test_a_small_ladder_is_interrupted_resumed_and_fitted(ladder, root, tiny, tmp_path):
     command = [sys.executable, root / "examples" / "scaling" / "ladder.py", *tiny]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
