@@ -32,10 +32,10 @@ class Law:
         return self.E + self.A / np.power(parameters, self.alpha) + self.B / np.power(tokens, self.beta)
 
     def tokens_for(self, parameters: float, loss: float) -> float:
-        """Return the tokens after which a model has the loss; infinity if it never has."""
+        """Return the tokens after which a model has the loss, at least 1; infinity if it never has."""
         left = loss - self.E - self.A / parameters**self.alpha
         exponent = math.log(self.B / left) / self.beta if left > 0 else math.inf
-        return math.exp(exponent) if exponent < _LARGEST_EXPONENT else math.inf
+        return math.exp(max(exponent, 0.0)) if exponent < _LARGEST_EXPONENT else math.inf
 
     def compute_optimal(self, flops: float) -> tuple[float, float, float]:
         """Return parameters, tokens and loss of the model with the lowest loss for C = 6 N D. Both are at least 1."""

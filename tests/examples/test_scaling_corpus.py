@@ -111,16 +111,17 @@ def build(corpus, tmp_path, wheels, output: str, **changes):
 def test_a_corpus_is_the_same_again_and_after_an_interruption(corpus, tmp_path, wheels, monkeypatch):
     monkeypatch.setattr(corpus, "FILE_SHARE", 0.1)
     monkeypatch.setattr(corpus, "PACKAGE_SHARE", 0.2)
-    report = build(corpus, tmp_path, wheels, "one")
     with monkeypatch.context() as broken:
         broken.setattr(corpus, "tokenize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            build(corpus, tmp_path, wheels, "two")
-    before = (tmp_path / "two" / "tokenizer" / "tokenizer.json").stat().st_mtime_ns
-    assert build(corpus, tmp_path, wheels, "two") == report
-    assert (tmp_path / "two" / "tokenizer" / "tokenizer.json").stat().st_mtime_ns == before, "finished parts stay"
-    for name in ("tokenizer/tokenizer.json", "train.bin", "files.idx", "packages.bin", "text/train.jsonl"):
+        for output in ("one", "two"):
+            with pytest.raises(KeyboardInterrupt):
+                build(corpus, tmp_path, wheels, output)
+    for name in ("tokenizer/tokenizer.json", "text/train.jsonl", "text/files.jsonl", "text/packages.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    before = (tmp_path / "one" / "tokenizer" / "tokenizer.json").stat().st_mtime_ns
+    report = build(corpus, tmp_path, wheels, "one")
+    assert (tmp_path / "one" / "tokenizer" / "tokenizer.json").stat().st_mtime_ns == before, "finished parts stay"
+    assert build(corpus, tmp_path, wheels, "one") == report
     _check_sets(corpus, tmp_path / "one", report)
     with pytest.raises(UserError, match="another vocabulary; give another --output"):
         build(corpus, tmp_path, wheels, "one", vocab_size=301)

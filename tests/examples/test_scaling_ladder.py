@@ -164,7 +164,7 @@ def test_the_report_holds_the_laws_and_draws_the_figure(ladder, tmp_path):
     import law
     import scaling_page
 
-    fit.write(list(paper_points(1e-4)), "2 CPU cores", 50, tmp_path)
+    fit.write(list(paper_points(1e-4)), "2 CPU cores", 20, tmp_path)
     found = json.loads((tmp_path / "scaling-cpu.json").read_text())
     values = scaling_page.values_of(found)
     beta = values["hybrid, fitted exponents"]
@@ -178,6 +178,16 @@ def test_the_report_holds_the_laws_and_draws_the_figure(ladder, tmp_path):
     again = (tmp_path / "scaling.svg").read_bytes()
     scaling_page.draw(found, tmp_path)
     assert (tmp_path / "scaling.svg").read_bytes() == again
+
+
+def test_points_that_follow_no_law_have_wide_intervals_and_no_infinite_values(ladder):
+    import fit
+
+    rows, _ = fit.analyse(list(paper_points(0.5)), 10)
+    values = {(row["case"], row["metric"]): row["ours"] for row in rows if row["metric"] != "bits per byte"}
+    assert all(value is not None and np.isfinite(value) for value in values.values())
+    case = "hybrid, fitted exponents"
+    assert values[case, "E, high"] > 1.5 * values[case, "E, low"]
 
 
 def test_the_page_says_what_was_not_run_and_shows_what_was(ladder, tmp_path, monkeypatch):
