@@ -201,7 +201,9 @@ def write(points: Sequence[Point], machine: str, resamples: int, out: Path | Non
     rows, notes = analyse(points, resamples)
     is_cpu = machine.endswith("CPU cores")
     shown = sum(1 for _ in point_rows(points))
-    command = "bash examples/scaling/run.sh"
+    sizes = " ".join(dict.fromkeys(point.size for point in sorted(points, key=lambda point: point.parameters)))
+    budgets = " ".join(f"{budget:g}" for budget in sorted({point.budget for point in points}))
+    command = f"bash examples/scaling/run.sh --sizes {sizes} --budgets {budgets}"
     packages = ("torch", "megatron-core", "tokenizers")
     path = write_result("scaling", rows, packages, None if is_cpu else machine, notes, shown, command, out or RESULTS)
     scaling_page.draw(json.loads(path.read_text()), out or scaling_page.PAGE)

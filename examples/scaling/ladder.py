@@ -111,6 +111,7 @@ def ladder(
     Raises:
         UserError: budgets, sizes or overrides that do not fit.
     """
+    data = data.resolve()
     sources = [f"data.train=[{{path: {data / 'train'}}}]", f"data.tokenizer={data / 'tokenizer'}"]
     sources += [f"data.validation.{name}=[{{path: {data / name}}}]" for name in ("files", "packages")]
     base = load_run(str(BASE), [*sources, *overrides])

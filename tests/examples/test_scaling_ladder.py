@@ -166,6 +166,9 @@ def test_the_report_holds_the_laws_and_draws_the_figure(ladder, tmp_path):
 
     fit.write(list(paper_points(1e-4)), "2 CPU cores", 20, tmp_path)
     found = json.loads((tmp_path / "scaling-cpu.json").read_text())
+    assert found["command"].endswith(
+        "run.sh --sizes 256/4/4 320/5/4 384/6/4 384/6/8 512/8/8 640/10/8 --budgets 0.5 1 2 4"
+    )
     values = scaling_page.values_of(found)
     beta = values["hybrid, fitted exponents"]
     assert beta["beta"]["ours"] == pytest.approx(0.219, rel=0.05) and beta["beta"]["peer"] == 0.219
