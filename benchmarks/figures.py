@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import drope_yarn_page
+import scaling_page
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -284,6 +285,9 @@ TABLES = {
     "expressivity-state-tracking": partial(expressivity, "state_tracking"),
     "expressivity-recall": partial(expressivity, "recall"),
     "expressivity-state-based-recall": partial(expressivity, "state_based_recall"),
+    "scaling-corpus": partial(scaling_page.corpus, table), "scaling-points": partial(scaling_page.points, table),
+    "scaling-laws": partial(scaling_page.laws, table), "scaling-optimal": partial(scaling_page.optimal, table),
+    "scaling-savings": partial(scaling_page.savings, table),
     "drope-yarn": partial(drope_yarn_page.retrieval, table), "drope-yarn-loss": partial(drope_yarn_page.loss, table),
 }  # fmt: skip
 
@@ -301,5 +305,6 @@ def with_figures(text: str) -> str:
 def write() -> None:
     """Write the tables into all pages, and draw the plots."""
     drope_yarn_page.draw()
+    scaling_page.write()
     for page in pages():
         page.write_text(with_figures(page.read_text()))

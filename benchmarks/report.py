@@ -53,8 +53,8 @@ def write(
     printed: int = 0,
     command: str | None = None,
     out: Path | None = None,
-) -> None:
-    """Write the result file and print its rows.
+) -> Path:
+    """Write the result file, print its rows, and return its path.
 
     Args:
         packages: packages whose versions are recorded.
@@ -91,6 +91,8 @@ def write(
     lines += ',\n "rows": [\n  ' + ",\n  ".join(json.dumps(r) for r in rows) + "\n ]\n}\n"
     folder = out or args.out
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{benchmark}-{short}.json").write_text(lines)
+    path = folder / f"{benchmark}-{short}.json"
+    path.write_text(lines)
     for r in rows[printed:]:
         print(*(f"{k}={v}" for k, v in r.items() if v is not None), flush=True)
+    return path

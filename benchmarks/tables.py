@@ -15,6 +15,7 @@ HELPERS = {
     "tables",
     "figures",
     "drope_yarn_page",
+    "scaling_page",
     "report",
     "kernel_timing",
     "planner_memory",

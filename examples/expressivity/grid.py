@@ -6,55 +6,23 @@ with a checkpoint. Exit codes: 0 all runs are finished; 75 stopped before; 1 a r
 
 import argparse
 import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(HERE.parent)]
+
+from concurrent_runs import STOPPING_S, Run, Scheduler  # noqa: E402
 
 from megatron_hybrid.base.errors import REQUEUE, no_traceback  # noqa: E402
 from megatron_hybrid.config.load import load_run  # noqa: E402
-from megatron_hybrid.config.run import RunConfig  # noqa: E402
-from megatron_hybrid.observe.metrics import read_metrics  # noqa: E402
 
 MODELS = ("hybrid_negative", "gdn_negative", "transformer", "gdn_positive", "hybrid_positive")
 TASKS = ("state_tracking", "recall", "state_based_recall", "state_tracking_small")
-STOPPING_S = 20.0
-"""Seconds before the time limit at which runs are asked to save and stop."""
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One run of the grid."""
-
-    model: str
-    overrides: tuple[str, ...]
-    config: RunConfig
-    task: Path
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.run_dir)
-
-    @property
-    def is_finished(self) -> bool:
-        path = self.folder / "metrics.jsonl"
-        steps = [record["step"] for record in read_metrics(path)] if path.exists() else []
-        return bool(steps) and steps[-1] >= self.config.train.steps
-
-    def start(self, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start the run. Its output goes to log.txt in its folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "tools/pretrain.py", str(self.task), *self.overrides]
-        with open(self.folder / "log.txt", "ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def model_overrides(name: str, hybrid_pattern: str) -> list[str]:
@@ -79,58 +47,6 @@ def grid(arguments: argparse.Namespace) -> Iterator[Run]:
         own += [f"train.schedule.kind={kind}", *model_overrides(model, base.model.layer_pattern)]
         overrides = (*own, *arguments.overrides)
         yield Run(model, overrides, load_run(str(task), list(overrides)), task)
-
-
-class Scheduler:
-    """Keeps every slot of the GPUs, or of the CPU, busy with a run."""
-
-    def __init__(self, runs: Sequence[Run], gpus: int, per_device: int, deadline: float) -> None:
-        self.waiting = [run for run in runs if not run.is_finished]
-        self.slots = [number % max(gpus, 1) for number in range(max(gpus, 1) * per_device)]
-        self.gpus, self.deadline, self.stopping = gpus, deadline, False
-        self.running: dict[Run, tuple[subprocess.Popen[bytes], int]] = {}
-        self.failed: list[Run] = []
-
-    def work(self) -> None:
-        """Train until all runs are finished, or until the deadline or a signal. All runs have ended on return."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.stop())
-        while self.running or (self.waiting and not self.stopping):
-            while self.waiting and self.slots and not self.stopping:
-                self._start(self.waiting.pop(0), self.slots.pop(0))
-            time.sleep(0.5)
-            if time.monotonic() > self.deadline:
-                self.stop()
-            for run, (process, slot) in list(self.running.items()):
-                if process.poll() is not None:
-                    self._end(run, process.returncode, slot)
-
-    def stop(self) -> None:
-        """Ask all runs to save and stop, once."""
-        if not self.stopping:
-            self.stopping = True
-            for process, _ in self.running.values():
-                process.send_signal(signal.SIGTERM)
-
-    def _start(self, run: Run, slot: int) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = _visible_gpus()[slot]
-        self.running[run] = run.start(environment), slot
-
-    def _end(self, run: Run, status: int, slot: int) -> None:
-        del self.running[run]
-        self.slots.append(slot)
-        if status == 0:
-            print(f"{run.folder.name}: finished", flush=True)
-        elif not (self.stopping and status in (REQUEUE, -signal.SIGTERM)):
-            self.failed.append(run)
-            print(f"{run.folder.name}: failed with status {status}; see {run.folder / 'log.txt'}", flush=True)
-
-
-def _visible_gpus() -> list[str]:
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(64)]
 
 
 def parse() -> argparse.Namespace:

@@ -34,7 +34,7 @@ class ScheduleConfig(Section):
     decay_fraction: float = Field(0.1, gt=0, le=1)
     """wsd, wsd_s: steps of a decay as a share of the steps up to its endpoint, where decay_steps is null."""
     endpoints: tuple[PositiveInt, ...] = Field((), strict=False)
-    """wsd_s: steps at which a decay ends, besides train.steps. Their checkpoints are those of finished shorter runs."""
+    """wsd_s: steps at which a decay ends, besides train.steps. The model is then that of a finished shorter run, and is evaluated."""
     phases: tuple[PhaseConfig, ...] = Field((), strict=False)
     """phases: one after the other from step 1 on. A run that is extended beyond them keeps the last learning rate."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)

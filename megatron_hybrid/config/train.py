@@ -111,7 +111,8 @@ class TrainConfig(Section):
     sequence_ramp: SequenceRampConfig | None = None
     skip_step: SkipStepConfig = SkipStepConfig()
     eval_interval: PositiveInt | None = None
-    """Steps between evaluations on data.validation. None: never evaluate."""
+    """Steps between evaluations on data.validation. Endpoints of a wsd_s schedule and the last step are evaluated too. None: never
+    evaluate."""
     eval_batches: PositiveInt | None = 8
     """Global batches of each validation set per evaluation, as far as the set reaches without repeats. Every evaluation reads the same
     samples. None: the whole set."""

@@ -36,3 +36,17 @@ def test_a_callback_skips_an_update(ranks, config):  # noqa: F811
 def test_a_callback_stops_the_run_with_a_checkpoint(ranks, config, tmp_path):  # noqa: F811
     assert run(ranks, config, stop_at=1)["progress"]["step"] == 1
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_endpoints_of_a_ladder_are_evaluated_and_a_stop_between_them_changes_nothing(ranks, config, tmp_path):  # noqa: F811
+    schedule = dict(kind="wsd_s", warmup_steps=1, decay_steps=1, endpoints=[2, 4], min_lr_ratio=0.0)
+    config["train"] |= {"eval_interval": 5, "schedule": schedule, "batch_ramp": None}
+    straight = config | {"run_dir": str(tmp_path / "straight")}
+    ranks.run(callback_jobs.recorded, 1, config=straight)
+    for stop_at in (3, None):
+        ranks.run(callback_jobs.recorded, 1, config=config, stop_at=stop_at)
+    expected, found = metrics(straight), metrics(config)
+    assert [line["step"] for line in expected if "eval_loss" in line] == [2, 4, 5, 6]
+    assert [line["lr"] for line in expected] == [3e-3, 0, 3e-3, 0, 3e-3, 0]
+    for key in ("step", "loss", "grad_norm", "lr", "eval_loss"):
+        assert [line.get(key) for line in found] == [line.get(key) for line in expected], key

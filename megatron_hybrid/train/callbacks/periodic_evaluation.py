@@ -9,7 +9,7 @@ from megatron_hybrid.train.callbacks.base import Callback, Run, StepOutcome
 
 
 class PeriodicEvaluation(Callback):
-    """Evaluates on every set of `data.validation` every `train.eval_interval` steps and after the last step.
+    """Evaluates on every set of `data.validation` every `train.eval_interval` steps, at endpoints of a wsd_s schedule and at the end.
 
     Writes loss, perplexity, bits per byte and tokens of each set to the metrics of the step, and a line per set to the console.
     `train.eval_accuracy` adds the accuracy.
@@ -28,9 +28,11 @@ class PeriodicEvaluation(Callback):
             run.logger.info(f"evaluation without bits per byte: {reason}")
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
-        step, interval = run.progress.step, self.config.eval_interval
-        is_due = interval and (step % interval == 0 or step == self.config.steps)
-        self.results = self.evaluate(run) if is_due else {}
+        self.results = self.evaluate(run) if self._is_due(run.progress.step) else {}
+
+    def _is_due(self, step: int) -> bool:
+        interval, ends = self.config.eval_interval, (*self.config.schedule.endpoints, self.config.steps)
+        return interval is not None and (step % interval == 0 or step in ends)
 
     def evaluate(self, run: Run) -> dict[str, SetLoss]:
         """Return and log the losses of all validation sets by their names."""

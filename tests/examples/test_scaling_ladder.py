@@ -1,0 +1,281 @@
+"""The ladder of examples/scaling: its models and hyperparameters, its points, its report, and a whole small ladder on the CPU."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+
+import numpy as np
+import pytest
+
+from megatron_hybrid.arch.flops import count_parameters
+from megatron_hybrid.base.errors import REQUEUE, UserError
+from megatron_hybrid.train.schedules import learning_rate
+from tests.data.files import write_indexed
+
+
+@pytest.fixture
+def ladder(root):
+    folders = [str(root / "examples" / "scaling"), str(root / "examples"), str(root / "benchmarks")]
+    sys.path[:0] = folders
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        import ladder
+
+        yield ladder
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        del sys.path[: len(folders)]
+
+
+def test_architectures_of_a_size_have_equal_parameters(ladder):
+    import shapes
+
+    counts = []
+    for size in shapes.SIZES:
+        models = {name: shapes.make_model(size, name, 16384) for name in shapes.ARCHITECTURES}
+        bodies = {name: shapes.body_parameters(model) for name, model in models.items()}
+        goal = bodies["transformer"]
+        assert all(abs(body / goal - 1) <= shapes.TOLERANCE for body in bodies.values()), (str(size), bodies)
+        ends = {count_parameters(models[name]) - bodies[name] for name in models}
+        assert ends == {2 * 16384 * size.hidden}, "N leaves out the embedding and the output layer"
+        assert {model.num_layers for model in models.values()} == {size.layers}
+        assert models["hybrid"].layers == ("G", "G", "G", "A") * (size.layers // 4)
+        assert set(models["gdn"].layers) == {"G"} and set(models["transformer"].layers) == {"A"}
+        gdn = models["hybrid"].gdn
+        assert (gdn.key_head_dim, gdn.value_head_dim) == (64, 128), "sizes for which there are kernels"
+        counts.append(goal)
+    assert counts == sorted(counts) and counts[0] > 3e6 and counts[-1] < 60e6 and len(counts) >= 4
+
+
+def test_hyperparameters_follow_the_papers_formulas(ladder):
+    import shapes
+
+    plan = shapes.make_plan(108_000_000, (2.0, 0.5, 1.0), 2048)
+    assert (plan.batch, plan.learning_rate, plan.tokens_per_step) == (160, 0.00235, 327_680)
+    assert plan.warmup_steps == 330 and plan.endpoints == (3296, 6592, 13184), "N and 10 N, 20 N, 40 N tokens"
+    small = shapes.make_plan(13_500_000, (1.0,), 2048)  # an eighth of the size: a quarter of the batch, twice the rate
+    assert small.batch == 40 and small.learning_rate == pytest.approx(0.0047)
+    assert plan.batch % plan.micro_batch == 0 and plan.micro_batch == 40 and small.micro_batch == 40
+
+
+def test_runs_of_a_size_differ_in_the_model_alone(ladder, tmp_path):
+    size, budgets = ladder.Size.parse("384/6/8"), (0.5, 1, 2)
+    runs = list(ladder.ladder([size], ladder.ARCHITECTURES, budgets, tmp_path, tmp_path / "runs"))
+    configs = [run.config.model_dump(exclude={"model", "run_dir"}) for run in runs]
+    assert configs[0] == configs[1] == configs[2]
+    train = runs[0].config.train
+    assert train.schedule.kind == "wsd_s" and (*train.schedule.endpoints, train.steps) == runs[0].plan.endpoints
+    assert (train.schedule.decay_fraction, train.schedule.min_lr_ratio, train.eval_batches) == (0.05, 0.0, None)
+    last = runs[1].plan.endpoints[-1]
+    assert runs[1].tokens_at(last) == pytest.approx(2 * 20 * runs[0].parameters, rel=1e-3)
+    assert runs[1].flops_at(last) > 6 * runs[1].parameters * runs[1].tokens_at(last)
+
+
+def test_larger_budgets_extend_a_finished_run(ladder, tmp_path):
+    """Up to its end, a run has the learning rates and endpoints that it has with larger budgets."""
+    size = [ladder.Size.parse("256/4/4")]
+    short, long = (
+        next(ladder.ladder(size, ["gdn"], budgets, tmp_path, tmp_path)) for budgets in ((0.5, 1), (0.5, 1, 2))
+    )
+    assert short.folder == long.folder and long.plan.endpoints[:2] == short.plan.endpoints
+    steps = range(1, short.plan.endpoints[-1] + 1)
+    rates = [[learning_rate(step, run.config.train) for step in steps] for run in (short, long)]
+    assert rates[0] == rates[1] and rates[0][-1] == 0
+
+
+def test_the_list_shows_all_runs(ladder, tmp_path, capsys):
+    words = ["--budgets", "1", "--sizes", "384/6/8", "256/4/4", "--tflops", "50"]
+    assert ladder.main(["--list", "--data", str(tmp_path), *words]) == 0
+    head, *lines, total = capsys.readouterr().out.splitlines()
+    smallest = [f"{name}-256-4-4" for name in ("transformer", "hybrid", "gdn")]
+    assert [line.split()[0] for line in lines[:3]] == smallest
+    assert len(lines) == 6 and "epochs" in head
+    flops, hours = (sum(float(line.split()[column]) for line in lines) for column in (-2, -1))
+    assert total.startswith("6 runs") and hours == pytest.approx(flops / 50e12 / 3600, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--sizes", "384-6-8"], "--sizes: 384-6-8 is not hidden size, heads and layers; write 384/6/8"),
+        (["--sizes", "384/6/6"], "the hybrid needs a multiple of 4 layers"),
+        (["--sizes", "384/5/8"], "384 does not divide into 5 heads"),
+        (["--budgets", "1", "1"], "--budgets: .*give distinct positive multiples"),
+        (["--budgets", "0.01"], "--budgets: 0.01 ends after .* steps, in the warm-up"),
+    ],
+)
+def test_wrong_arguments_name_the_option(ladder, tmp_path, capsys, words, error):
+    with pytest.raises(SystemExit) as raised:
+        ladder.main(["--list", "--data", str(tmp_path), *words])
+    assert raised.value.code == 78
+    assert re.search(error, capsys.readouterr().err)
+
+
+def test_points_are_the_endpoints_that_were_evaluated(ladder, tmp_path):
+    import points
+
+    files = {"eval/files/loss": 3.0, "eval/files/bits_per_byte": 1.0}
+    packages = {"eval/packages/loss": 4.0, "eval/packages/bits_per_byte": 2.0}
+    lines = [
+        {"step": 1, "loss": 9.0},
+        {"step": 5, **files, **packages},
+        {"step": 7, "eval/files/loss": 2.0},
+        {"step": 10, "loss": 1.0},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = points.read_endpoints(path, (5, 10))
+    assert found == {5: {"losses": {"files": 3.0, "packages": 4.0}, "bits_per_byte": {"files": 1.0, "packages": 2.0}}}
+    common = dict(size="8/1/4", budget=1.0, parameters=1, tokens=2, flops=3, epochs=None, machine="one")
+    point = points.Point(architecture="gdn", **common, **found[5])
+    assert point.loss == 3.5 and point.mean_bits_per_byte == 1.5
+    (tmp_path / "run").mkdir()
+    points.write_points(tmp_path / "run" / "points.json", [point])
+    assert points.read_points(tmp_path) == [point]
+    (tmp_path / "run" / "points.json").write_text('[{"size": 1}]')
+    with pytest.raises(UserError, match="is no list of points .*; run ladder.py again"):
+        points.read_points(tmp_path)
+
+
+def paper_points(noise: float):
+    """Points of a ladder whose losses are those of the paper's laws."""
+    import law
+    import points
+    import shapes
+
+    random = np.random.default_rng(0)
+    for name in shapes.ARCHITECTURES:
+        for size in shapes.SIZES:
+            n = shapes.body_parameters(shapes.make_model(size, name, 16384))
+            for budget in (0.5, 1.0, 2.0, 4.0):
+                loss = float(law.PAPER[name].loss(n, 20 * n * budget) * np.exp(noise * random.standard_normal()))
+                common = dict(epochs=5.0, machine="2 CPU cores", losses={"files": loss}, bits_per_byte={})
+                tokens = round(20 * n * budget)
+                yield points.Point(name, str(size), budget, n, tokens, flops=6 * n * tokens, **common)
+
+
+def test_the_report_holds_the_laws_and_draws_the_figure(ladder, tmp_path):
+    import fit
+    import law
+    import scaling_page
+
+    fit.write(list(paper_points(1e-4)), "2 CPU cores", 20, tmp_path)
+    found = json.loads((tmp_path / "scaling-cpu.json").read_text())
+    assert found["command"].endswith(
+        "run.sh --sizes 256/4/4 320/5/4 384/6/4 384/6/8 512/8/8 640/10/8 --budgets 0.5 1 2 4"
+    )
+    values = scaling_page.values_of(found)
+    beta = values["hybrid, fitted exponents"]
+    assert beta["beta"]["ours"] == pytest.approx(0.219, rel=0.05) and beta["beta"]["peer"] == 0.219
+    assert beta["beta, low"]["ours"] < beta["beta"]["ours"] < beta["beta, high"]["ours"]
+    saving = beta["token saving at N = 7000000000"]
+    laws = law.PAPER["transformer"], law.PAPER["hybrid"]
+    assert saving["ours"] == pytest.approx(law.token_savings(*laws, 7e9, 140e9), rel=0.15) and saving["peer"] == 1.68
+    assert any("72 of 72 points have read the training data more than 4 times" in note for note in found["notes"])
+    assert (tmp_path / "scaling.svg").read_text().count("<path") > 50
+    again = (tmp_path / "scaling.svg").read_bytes()
+    scaling_page.draw(found, tmp_path)
+    assert (tmp_path / "scaling.svg").read_bytes() == again
+
+
+def test_points_that_follow_no_law_have_wide_intervals_and_no_infinite_values(ladder):
+    import fit
+
+    rows, _ = fit.analyse(list(paper_points(0.5)), 10)
+    values = {(row["case"], row["metric"]): row["ours"] for row in rows if row["metric"] != "bits per byte"}
+    assert all(value is not None and np.isfinite(value) for value in values.values())
+    case = "hybrid, fitted exponents"
+    assert values[case, "E, high"] > 1.5 * values[case, "E, low"]
+
+
+def test_the_page_says_what_was_not_run_and_shows_what_was(ladder, tmp_path, monkeypatch):
+    import figures
+    import fit
+    import scaling_page
+
+    monkeypatch.setattr(scaling_page, "RESULTS", tmp_path)
+    tables = (scaling_page.points, scaling_page.laws, scaling_page.optimal, scaling_page.savings, scaling_page.corpus)
+    assert {table(figures.table) for table in tables} == {"Not run yet.\n"}
+    fit.write(list(paper_points(1e-4)), "2 CPU cores", 20, tmp_path)
+    points, laws, optimal, savings, _ = (table(figures.table) for table in tables)
+    assert points.count("\n| ") == 1 + 24 and "scaling.svg" in points
+    assert "| hybrid 3:1 | fitted exponents |" in laws and "(83.65)" in laws and "| fixed |" in laws
+    assert "1e18 FLOPs" in optimal and "(3.46)" in optimal and "(1.68)" in savings and "N = 70B" in savings
+
+
+TINY = ("--sizes", "16/1/4", "24/1/4", "--architectures", "transformer", "hybrid", "--budgets", "0.1", "0.2")
+
+
+def documents(count: int) -> list[list[int]]:
+    """Texts of few words as bytes, which a tiny model can learn."""
+    random, words = np.random.default_rng(0), [b"def ", b"return ", b"self.", b"value", b"(x)", b":\n    ", b" + "]
+    return [[*b"".join(words[i] for i in random.integers(len(words), size=60)), 256] for _ in range(count)]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Arguments of a ladder of two sizes, two architectures and two budgets, with data of bytes."""
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 600), ("files", 4), ("packages", 4)):
+        write_indexed(tmp_path / "data" / name, documents(count))
+    fields = ["model.vocab_size=257", "data.tokenizer=byte", "data.sequence_length=32", "train.dtype=fp32"]
+    fields += ["logging.interval=1"]
+    return [*TINY, "--runs-per-gpu", "2", "--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), *fields]
+
+
+def wait_for_steps(folder, steps: int, timeout: float = 200) -> None:
+    """Wait until a run in the folder has that many steps."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if any(path.read_text().count("\n") >= steps for path in folder.glob("*/metrics.jsonl")):
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"no run in {folder} has {steps} steps after {timeout} s")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # it takes a minute of CPU time in six processes that start one after the other
+def test_a_small_ladder_is_interrupted_resumed_and_fitted(ladder, root, tiny, tmp_path):
+    command = [sys.executable, root / "examples" / "scaling" / "ladder.py", *tiny]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        wait_for_steps(tmp_path / "runs", 5)
+    finally:
+        first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=120) == REQUEUE
+    assert list((tmp_path / "runs").glob("*/checkpoints/step-*"))
+    assert ladder.main(tiny) == 0
+    import fit
+    import points
+
+    found = points.read_points(tmp_path / "runs")
+    expected = product(("hybrid", "transformer"), ("16/1/4", "24/1/4"), (0.1, 0.2))
+    assert [(p.architecture, p.size, p.budget) for p in found] == list(expected)
+    by_name = {(p.architecture, p.size, p.budget): p for p in found}
+    for (name, size, _), point in by_name.items():
+        assert by_name[name, size, 0.2].loss < by_name[name, size, 0.1].loss < np.log(257)
+        assert point.losses.keys() == {"files", "packages"}
+        assert point.mean_bits_per_byte == pytest.approx(point.loss / np.log(2), rel=0.02), "a token is a byte"
+        assert point.tokens == by_name["transformer", size, point.budget].tokens, "equal data"
+    _check_rates(tmp_path / "runs" / "hybrid-16-1-4" / "metrics.jsonl")
+    assert fit.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--resamples", "20"]) == 0
+    result = json.loads((tmp_path / "out" / "scaling-cpu.json").read_text())
+    cases = {row["case"] for row in result["rows"]}
+    assert "hybrid, alpha = 0.22, beta = 0.22" in cases and "hybrid, fitted exponents" not in cases
+    assert any("4 points cannot determine 5 constants" in note for note in result["notes"])
+    assert (tmp_path / "out" / "scaling.svg").stat().st_size > 10_000
+
+
+def _check_rates(path) -> None:
+    """Every step is there once, and the learning rate is 0 at both endpoints and at its peak after the first."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    ends = [line["step"] for line in lines if "eval/files/loss" in line]
+    rates = {line["step"]: line["lr"] for line in lines}
+    assert len(ends) == 2 and ends[-1] == len(lines) and rates[ends[0]] == rates[ends[1]] == 0
+    assert rates[ends[0] + 1] == max(rates.values())
