@@ -149,8 +149,9 @@ def _backward_with_halo(
     for x, part in zip(of_conv, first):  # autograd may use these gradients again
         x[:, :BACK] = part
     of_start = [None if x is None else x.new_zeros(x.shape[0], 2 * BACK, *x.shape[2:]) for x in grads]
-    for at, part in enumerate(first):
-        of_start[at][:, BACK:] = part
+    for zeros, part in zip(of_start[:3], first):
+        assert zeros is not None
+        zeros[:, BACK:] = part
     dstart, more, _ = _backward(
         start, weight, A_log, dt_bias, _positions_of_start(positions), *of_start, None, dims, beta_max
     )
