@@ -1,10 +1,15 @@
 """kda_rule's chunked torch form against the fp64 recurrence, transformers' and the gate's functions, and gradcheck."""
 
+import sys
+from importlib import metadata
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 
 from hybrid_kernels.gated_delta_rule.reference import gated_delta_rule_torch
 from hybrid_kernels.kda_rule import explain, final_state_and_transition, kda_rule
+from hybrid_kernels.kda_rule.backends import fla
 from hybrid_kernels.kda_rule.reference import kda_rule_recurrent, kda_rule_torch, log_decay
 from hybrid_kernels.testing import HARD_CASES, kda_inputs, random_positions, relative_error
 
@@ -146,3 +151,62 @@ def test_dispatch_explains_and_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             kda_rule(*arguments, **options)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A stand-in for fla's kernel: the signature of chunk_kda in fla 0.6.0, as far as it is used, and plain torch."""
+
+    def chunk_kda(
+        q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_gate_in_kernel=False, safe_gate=False,
+        lower_bound=None, cu_seqlens=None, *, A_log=None, dt_bias=None,
+    ):  # fmt: skip
+        assert use_gate_in_kernel == (A_log is not None) and safe_gate == (lower_bound is not None)
+        gate = dict(A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound)
+        options = dict(scale=scale, initial_state=initial_state, output_final_state=output_final_state)
+        return kda_rule_recurrent(q, k, v, g, beta, cu_seqlens=cu_seqlens, **gate, **options)
+
+    kernels = ModuleType("fla.ops.kda")
+    kernels.chunk_kda = chunk_kda
+    for name, module in (("fla", ModuleType("fla")), ("fla.ops", ModuleType("fla.ops")), ("fla.ops.kda", kernels)):
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("lower_bound", [None, -5.0])
+def test_the_call_of_fla(lower_bound, stand_in):
+    """With its gate and states, without the gate, and with documents of two rows, which fla takes in one."""
+    q, k, v, _, beta = kda_inputs(2, 20, 1, 2, 4, 8, dtype=torch.float64)
+    raw, initial = torch.randn(2, 20, 2, 4).double(), torch.randn(2, 2, 4, 8).double()
+    gate = dict(A_log=torch.randn(2).double(), dt_bias=torch.randn(8).double(), lower_bound=lower_bound)
+    states = dict(initial_state=initial, output_final_state=True, scale=0.3)
+    plain = dict(A_log=None, dt_bias=None, lower_bound=None)
+    for options in (gate, plain):
+        g = raw if options is gate else -raw.abs()
+        expected = kda_rule(q, k, v, g, beta, **options, **states)
+        assert_near(fla.kda_rule_fla(q, k, v, g, beta, cu_seqlens=None, **options, **states), expected, 1e-12)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ([3, 17], [20])]).int()
+    without = dict(initial_state=None, output_final_state=False, scale=None)
+    o, state = fla.kda_rule_fla(
+        q, k, v, raw, beta, cu_seqlens=torch.tensor([0, 3, 20, 40, 40]), **gate, **without
+    )  # fmt: skip
+    assert state is None
+    assert relative_error(o, kda_rule(q, k, v, raw, beta, positions_bs=positions, **gate)[0]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("0.6.0", None), ("0.6.1.dev0", None), ("0.5.9", "fla 0.5.9 is not 0.6.0 or later"), (None, "unknown release")],
+)
+def test_old_releases_of_fla_are_refused(version, reason, monkeypatch):
+    def version_of(package):
+        if version is None:
+            raise metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(fla.metadata, "version", version_of)
+    monkeypatch.setattr(fla, "has_module", lambda name: True)
+    v = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    found = fla.unsupported_reason(v, 128, None)
+    assert found is None if reason is None else reason in found
+    assert "above 256" in fla.unsupported_reason(v, 257, None)
+    assert "bf16 or fp16" in fla.unsupported_reason(SimpleNamespace(is_cuda=True, dtype=torch.float32), 128, None)
