@@ -28,7 +28,8 @@ def test_two_files_at_most_outside_its_folder_know_it():
     known = re.compile("kda|kimi", re.IGNORECASE)
     others = [path.relative_to(folder) for path in folder.rglob("*.py") if "mixers/kda/" not in path.as_posix()]
     assert len(others) > 200
-    assert [str(path) for path in others if known.search((folder / path).read_text())] == ["arch/registry.py"]
+    found = [str(path) for path in others if known.search((folder / path).read_text())]
+    assert "arch/registry.py" in found and len(found) <= 2, found
 
 
 @pytest.fixture
