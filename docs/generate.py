@@ -143,7 +143,10 @@ API_INTRODUCTION = """
 Names on this page keep their meaning within a minor version. Everything else is internal. `hybrid_kernels` needs torch and Triton
 only. With fla, importing `hybrid_kernels.fla_backend` registers them as a backend of fla's `chunk_gated_delta_rule`.
 """
-OPERATIONS = ("conv_gates", "gated_delta_rule", "gated_delta_step", "gated_rmsnorm", "head_norm_rope", "qk_norm_rope", "sigmoid_gate")
+OPERATIONS = (
+    *("conv_gates", "gated_delta_rule", "gated_delta_step", "gated_rmsnorm", "head_norm_rope", "kda_rule", "qk_norm_rope"),
+    "sigmoid_gate",
+)
 API: dict[str, Sequence[str]] = {
     "megatron_hybrid.spec": (
         *("GatedDeltaNetConfig", "gated_delta_net_layer_spec", "olmo_hybrid_stack_spec", "optimizer_config_overrides"),

@@ -2,7 +2,8 @@
 
     conv_gates            packed in_proj output -> q, k, v, g, beta   (convolution, SiLU, L2 norm, gates)
     gated_delta_rule      q, k, v, g, beta -> o                       (chunked gated delta rule)
-    gated_rmsnorm         o, gate -> y                                (per-head RMSNorm times SiLU gate)
+    kda_rule              q, k, v, g, beta -> o                       (the same with a decay per channel of the keys)
+    gated_rmsnorm         o, gate -> y                                (per-head RMSNorm times SiLU or sigmoid gate)
     qk_norm_rope          packed qkv -> q, k, v                       (RMSNorm over whole projections, RoPE)
     head_norm_rope        packed qkv -> q, k, v, gate                 (RMSNorm over each head, RoPE)
     sigmoid_gate          x, gate -> y                                (x times the sigmoid of the gate)

@@ -64,6 +64,28 @@ def delta_rule_inputs(
     return [x.to(device, dtype) for x in (q, k, v)] + [x.to(device, gates) for x in (g, b)]
 
 
+def kda_inputs(
+    batch: int, length: int, key_heads: int, heads: int, key_dim: int, value_dim: int, *, gate: float | None = None,
+    seed: int = 0, **options: Any,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Draw q, k, v, g and beta as `delta_rule_inputs` does, with a decay per channel: g is [b, s, H, K].
+
+    Args:
+        gate: fixed log decay. None: as in training, from A in (1, 16) and dt in [1e-3, 0.1].
+        options: others of `delta_rule_inputs`.
+    """
+    q, k, v, g, beta = delta_rule_inputs(
+        batch, length, key_heads, heads, key_dim, value_dim, gate=gate, seed=seed, **options
+    )
+    generator = torch.Generator().manual_seed(seed + 1000)
+    shape = (batch, length, heads, key_dim)
+    dt = 1e-3 * 100 ** torch.rand(heads, key_dim, generator=generator, dtype=torch.float64)
+    A = 1 + 15 * torch.rand(heads, 1, generator=generator, dtype=torch.float64)
+    drawn = -A * F.softplus(torch.randn(shape, generator=generator, dtype=torch.float64) + torch.log(torch.expm1(dt)))
+    per_channel = drawn if gate is None else torch.full(shape, gate)
+    return [q, k, v, per_channel.to(g), beta]
+
+
 HARD_CASES = {
     f"beta {'U(0,2)' if beta is None else beta}, cosine {cosine:g}, gate {gate:g}": dict(
         beta=beta, cosine=cosine, gate=gate

@@ -156,6 +156,19 @@ class MixerSpec(ABC):
         return ""
 
 
+def convolution_problems(title: str, taps: int, layout: Layout) -> Problems:
+    """Return an error if a context parallel slice is shorter than what a causal convolution of `taps` looks back on."""
+    problems, ranks = Problems(), layout.context_parallel_size
+    back, tokens = taps - 1, layout.sequence_length // ranks
+    if ranks > 1 and tokens < back:
+        problems.add(
+            "parallel.context_parallel_size",
+            f"{ranks} leaves {tokens} tokens of a sequence on each rank, and {title}'s convolution looks back on {back}; the "
+            f"largest that fits is {max(1, layout.sequence_length // back)}",
+        )
+    return problems
+
+
 def block_problems(spec: MixerSpec, block: Block, path: str) -> Problems:
     """Return an error for each field of a block whose value the mixer does not implement. All norm placements are implemented:
     norms are around the mixer.

@@ -96,6 +96,8 @@ class PackedParameter:
     """A rank's rows are padded to a multiple of it, at the end."""
     is_gemm: bool = False
     """It is the weight of a linear: FP8 applies to it, and FLOPs are counted."""
+    headless: tuple[str, ...] = ()
+    """Names of tensors whose rows belong to no head, such as a low-rank projection that all heads read. Ranks share single rows."""
 
     @property
     def dim(self) -> int:
@@ -115,6 +117,8 @@ class PackedParameter:
         """Return the padded extent of `tensor` along the split dimension, over all ranks."""
         if self.split == "replicated":
             return tensor.shape[0]
+        if tensor.name in self.headless:
+            return round_up(tensor.shape[self.dim], ranks)
         return tensor.shape[self.dim] // self.groups * self.padded_groups(ranks)
 
     def rank_size(self, tensor: TensorSpec, ranks: int) -> int:
@@ -168,4 +172,5 @@ class PackedParameter:
     def placed(self, module: str, tensors: str) -> "PackedParameter":
         """Return the same parameter below path `module`, with tensors whose names begin with `tensors`."""
         named = tuple(replace(tensor, name=f"{tensors}.{tensor.name}") for tensor in self.tensors)
-        return replace(self, name=f"{module}.{self.name}", tensors=named)
+        headless = tuple(f"{tensors}.{name}" for name in self.headless)
+        return replace(self, name=f"{module}.{self.name}", tensors=named, headless=headless)

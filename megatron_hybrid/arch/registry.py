@@ -12,7 +12,11 @@ from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.base.section import Section
 
-BUILT_IN = ("megatron_hybrid.mixers.gated_delta_net.spec", "megatron_hybrid.mixers.attention.spec")
+BUILT_IN = (
+    "megatron_hybrid.mixers.gated_delta_net.spec",
+    "megatron_hybrid.mixers.attention.spec",
+    "megatron_hybrid.mixers.kda.spec",
+)
 """Imported on first use, by name, so that arch imports no mixer."""
 
 _specs: dict[str, MixerSpec] = {}

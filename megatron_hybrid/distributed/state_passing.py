@@ -62,7 +62,7 @@ def gated_delta_rule_of_slices(
         save = save if torch.is_grad_enabled() else "inputs"
         return _apply_fast(q, k, v, g, beta, positions_bs, scale, save, choice.backend, group)
     ends = final_state_and_transition(k, v, g, beta, positions_bs)
-    initial: torch.Tensor = _StateBefore.apply(ends, v.shape[-1], group)  # type: ignore[no-untyped-call]
+    initial = differentiable_state_before(ends, v.shape[-1], group)
     return gated_delta_rule(
         q, k, v, g, beta, scale=scale, initial_state=initial, positions_bs=positions_bs, backend=choice.backend
     )[0]
@@ -110,9 +110,13 @@ def gradient_after(first: torch.Tensor, transition: torch.Tensor, group: dist.Pr
     return fold_backward(parts[..., :width], parts[..., width:]) if len(parts) else torch.zeros_like(first)
 
 
-class _StateBefore(torch.autograd.Function):
-    """Differentiable `state_before` of ends [..., K, V + K]: the final state from zero, and behind it the transition."""
+def differentiable_state_before(ends: torch.Tensor, width: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return `state_before` of ends [..., K, V + K], with V = `width`: the final state from zero, and behind it the transition."""
+    state: torch.Tensor = _StateBefore.apply(ends, width, group)  # type: ignore[no-untyped-call]
+    return state
 
+
+class _StateBefore(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ends: torch.Tensor, width: int, group: dist.ProcessGroup) -> torch.Tensor:
         state = state_before(ends[..., :width], ends[..., width:], group)

@@ -58,3 +58,16 @@ class MixerCache(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Size of its tensors."""
+
+
+def keep_tail(tail_tbw: torch.Tensor, x_sbw: torch.Tensor, lengths_b: torch.Tensor) -> None:
+    """Overwrite a convolution's last inputs with those after a chunk of prompts.
+
+    Args:
+        tail_tbw: the last t tokens before the chunk.
+        x_sbw: the convolution's inputs in the chunk, padded.
+        lengths_b: tokens of each sequence in the chunk.
+    """
+    seen = torch.cat((tail_tbw, x_sbw))
+    last = torch.arange(len(tail_tbw), device=seen.device)[:, None] + lengths_b
+    tail_tbw.copy_(seen[last, torch.arange(seen.shape[1], device=seen.device)])

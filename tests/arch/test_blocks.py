@@ -82,7 +82,7 @@ def test_a_new_symbol_begins_with_its_mixers_first_block():
         ({"blocks": {"B": {"norm": "pre"}}}, "blocks.B.mixer: is missing; give it: Name of a registered mixer"),
         (
             {"blocks": {"B": {"mixer": "atention"}}},
-            "blocks.B.mixer: atention is not one of gated_delta_net, attention; the nearest is attention",
+            "blocks.B.mixer: atention is not one of gated_delta_net, attention, kda; the nearest is attention",
         ),
         ({"blocks": {"b": {"mixer": "attention"}}}, "blocks.b: is not a symbol; write one capital letter, such as B"),
         ({"layer_pattern": "GB"}, "layer_pattern: 'GB' is not a group of layers; write symbols G (Gated DeltaNet), A"),

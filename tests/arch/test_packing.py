@@ -44,6 +44,23 @@ def test_groups_stay_whole():
     assert [qkv.padded_size(tensor, 4) for tensor in qkv.tensors] == [40 * 128, 8 * 128, 8 * 128]
 
 
+def test_ranks_share_the_rows_of_a_headless_tensor():
+    """Three heads of 4 rows are padded to four heads on two or four ranks; 10 rows without heads to 10 and 12 rows."""
+    heads, low_rank = TensorSpec("q.weight", (12, 5)), TensorSpec("f.weight", (10, 5))
+    packed = PackedParameter("in.weight", (heads, low_rank), "rows", 3, headless=("f.weight",))
+    assert [packed.rank_sizes(ranks) for ranks in (1, 2, 4)] == [(12, 10), (8, 5), (4, 3)]
+    assert packed.rank_shape(4) == (7, 5) and packed.numel == 110
+    placed = packed.placed("mixer", "kda")
+    for ranks in (1, 2, 4):
+        rows = [
+            s.source for rank in range(ranks) for s in placed.slices(rank, ranks) if s.tensor.name == "kda.f.weight"
+        ]
+        assert [place.offset[0] for place in rows] == list(range(0, 10, -(-10 // ranks)))
+        assert sum(place.shape[0] for place in rows) == 10
+    (last,) = placed.slices(3, 4)
+    assert last.tensor.name == "kda.f.weight" and last.target == TensorSlice((4, 0), (1, 5)) and last.chunk == (1, 5)
+
+
 @pytest.mark.parametrize("ranks", DEGREES)
 @pytest.mark.parametrize("model", [olmo_hybrid_tiny(), olmo3_7b().model_copy(update={"num_key_value_heads": 8})])
 def test_ranks_hold_every_element_once(model, ranks):

@@ -48,6 +48,24 @@ def test_gradcheck(negative):
     assert torch.autograd.gradcheck(lambda *x: conv_gates(*x[:4], halo_sbw=x[4], **options), (*inputs, halo))
 
 
+def test_without_a_decay():
+    """A gate of another width than v, and no a: the same q, k, v and beta, and the same gradients."""
+    packed, weight, A_log, dt_bias = (x.requires_grad_() for x in packed_inputs(21, 2, *SHAPE, dtype=torch.float64))
+    sizes, gate_width = widths(**DIMS), 5
+    assert widths(**DIMS, gate_width=gate_width, with_decay=False) == [*sizes[:3], gate_width, 4, 0]
+    gate, b = (packed[..., start : start + n] for start, n in ((sum(sizes[:3]), gate_width), (sum(sizes[:4]), 4)))
+    narrow = torch.cat((packed[..., : sum(sizes[:3])], gate, b, packed[..., -3:]), -1)
+    q, k, v, _, beta = conv_gates(packed, weight, A_log, dt_bias, **DIMS)
+    expected = (q, k, v, beta, gate)
+    found = conv_gates(narrow, weight, None, None, gate_width=gate_width, return_gate=True, **DIMS)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    given = [torch.randn_like(x) for x in expected]
+    of_both = (torch.autograd.grad(results, (packed, weight), given) for results in (found, expected))
+    assert all(relative_error(x, y) < 1e-12 for x, y in zip(*of_both, strict=True))
+    with pytest.raises(ValueError, match="dt_bias: it is None"):
+        conv_gates(packed, weight, A_log, None, **DIMS)
+
+
 def test_refuses_what_does_not_fit():
     packed, weight, A_log, dt_bias = packed_inputs(4, 2, *SHAPE)
     with pytest.raises(ValueError, match="packed_sbw"):

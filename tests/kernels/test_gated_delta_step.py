@@ -5,16 +5,17 @@ import torch
 
 from hybrid_kernels.gated_delta_rule.reference import gated_delta_rule_recurrent
 from hybrid_kernels.gated_delta_step import gated_delta_step
-from hybrid_kernels.testing import HARD_CASES, delta_rule_inputs, relative_error
+from hybrid_kernels.testing import HARD_CASES, delta_rule_inputs, kda_inputs, relative_error
 
 
 def steps(inputs: list[torch.Tensor], state: torch.Tensor, **options) -> torch.Tensor:
     return torch.stack([gated_delta_step(*(x[:, t] for x in inputs), state, **options) for t in range(6)], 1)
 
 
-@pytest.mark.parametrize("case", HARD_CASES)
-def test_equals_the_recurrence(case):
-    inputs = delta_rule_inputs(2, 6, 2, 4, 6, 10, dtype=torch.float64, **HARD_CASES[case])
+@pytest.mark.parametrize("case", [*HARD_CASES, None])
+@pytest.mark.parametrize("draw", [delta_rule_inputs, kda_inputs], ids=["a decay per head", "a decay per channel"])
+def test_equals_the_recurrence(draw, case):
+    inputs = draw(2, 6, 2, 4, 6, 10, dtype=torch.float64, **HARD_CASES.get(case, {}))
     start = torch.randn(2, 4, 6, 10, dtype=torch.float64)
     expected, final = gated_delta_rule_recurrent(*inputs, initial_state=start, output_final_state=True)
     state = start.clone()

@@ -1,5 +1,7 @@
 """Jobs of test_incremental.py, which run on ranks."""
 
+from collections.abc import Callable
+
 import torch
 
 from megatron_hybrid.arch.model import ModelConfig
@@ -26,20 +28,38 @@ class _Tensors:
 
 def network_of(model: ModelConfig, tensor_parallel_size: int = 1) -> tuple[HybridLanguageModel, torch.nn.Module]:
     """Return a network with random weights on these ranks, and transformers' model with the same weights."""
+    peer = transformers_model(model)
+    return network_with(model, true_tensors_of(peer, model), tensor_parallel_size), peer
+
+
+def network_with(
+    model: ModelConfig, tensors: dict[str, torch.Tensor], tensor_parallel_size: int = 1
+) -> HybridLanguageModel:
+    """Return a network on these ranks with given true tensors."""
     parallel = ParallelConfig(tensor_parallel_size=tensor_parallel_size, sequence_parallel=False)
     groups = start_distributed(Launch.from_environment(), parallel, seed=0)
     (network,) = build_model(model, parallel, PrecisionConfig(), "fp32", 8, groups)
-    peer = transformers_model(model)
     layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
-    tensors = _Tensors(true_tensors_of(peer, model))
-    Collector([network], layout, groups, {}, optimizer_sharded=False).load_weights(tensors)
-    return network.eval(), peer
+    Collector([network], layout, groups, {}, optimizer_sharded=False).load_weights(_Tensors(tensors))
+    return network.eval()
 
 
 def errors_of_logits(model: dict, lengths: list[int], chunk: int, steps: int, tensor_parallel_size: int) -> list[float]:
     """Return the largest error of every sequence's logits, prompt and continuation, against transformers' full forward."""
     config = ModelConfig(**model)
     network, peer = network_of(config, tensor_parallel_size)
+    return errors_against(lambda tokens: peer(tokens).logits, network, config, lengths, chunk, steps)
+
+
+def errors_against(
+    full: Callable[[torch.Tensor], torch.Tensor],
+    network: HybridLanguageModel,
+    config: ModelConfig,
+    lengths: list[int],
+    chunk: int,
+    steps: int,
+) -> list[float]:
+    """Return the same for logits [1, s, vocabulary] of whole sequences by `full`."""
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(config.vocab_size, (n + steps,), generator=generator) for n in lengths]
     incremental = IncrementalModel(network, len(rows), max(lengths) + steps)
@@ -58,4 +78,4 @@ def errors_of_logits(model: dict, lengths: list[int], chunk: int, steps: int, te
         for i in range(len(rows)):
             found[i].append(logits[i])
     with torch.no_grad():
-        return [(torch.stack(f) - peer(r[None]).logits[0]).abs().max().item() for f, r in zip(found, rows)]
+        return [(torch.stack(f) - full(r[None])[0]).abs().max().item() for f, r in zip(found, rows)]

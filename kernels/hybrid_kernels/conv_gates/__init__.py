@@ -16,13 +16,14 @@ __all__ = ["conv_gates", "explain", "widths"]
 def conv_gates(
     packed_sbw: torch.Tensor,
     weight_ct: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
     *,
     num_key_heads: int,
     num_value_heads: int,
     key_head_dim: int,
     value_head_dim: int,
+    gate_width: int | None = None,
     allow_negative_eigenvalues: bool = True,
     positions_bs: torch.Tensor | None = None,
     halo_sbw: torch.Tensor | None = None,
@@ -35,25 +36,27 @@ def conv_gates(
         packed_sbw: this rank's in_proj output. The last dimension is [q | k | v | gate | b | a | padding] of widths
             num_key_heads * key_head_dim (twice), num_value_heads * value_head_dim (twice), num_value_heads (twice) and the rest.
         weight_ct: channels of q, then k, then v. The last tap multiplies the token itself.
-        A_log, dt_bias: [num_value_heads], fp32.
+        A_log, dt_bias: [num_value_heads], fp32. None, None: the projection has no a, and g is not computed.
+        gate_width: width of the gate, where it differs from that of v.
         allow_negative_eigenvalues: beta in (0, 2) instead of (0, 1).
         positions_bs: position of each token in its document (hybrid_kernels/documents.py, which also converts cu_seqlens). The
             convolution looks back on tokens of the same document only, also in the halo. None: each row is one document.
         halo_sbw: the taps - 1 tokens before the first, for a sequence that continues an earlier part. None: zeros.
-        return_gate: also return the gate slice of `packed_sbw`, [s, b, num_value_heads * value_head_dim], as the last result.
+        return_gate: also return the gate slice of `packed_sbw`, [s, b, gate_width], as the last result.
             Slicing outside gives the same values but costs autograd another pass over a gradient as wide as `packed_sbw`.
 
     Returns:
-        q_bshd and k_bshd with unit L2 norm, and v_bshd, in packed_sbw's dtype; g_bsh (log decay, <= 0) and beta_bsh in fp32;
-        the gate if requested.
+        q_bshd and k_bshd with unit L2 norm, and v_bshd, in packed_sbw's dtype; g_bsh (log decay, <= 0) if there is an A_log,
+        and beta_bsh in fp32; the gate if requested.
 
     Raises:
         ValueError: the shapes do not match, or the requested backend cannot run here.
     """
-    sizes = widths(num_key_heads, num_value_heads, key_head_dim, value_head_dim)
+    heads = (num_key_heads, num_value_heads, key_head_dim, value_head_dim)
+    dims = _dims(*heads, gate_width, with_decay=A_log is not None)
+    sizes = widths(*dims)
     _check(packed_sbw, weight_ct, A_log, dt_bias, sizes, num_key_heads, num_value_heads)
     _check_sequences(packed_sbw, weight_ct, positions_bs, halo_sbw)
-    dims = [num_key_heads, num_value_heads, key_head_dim, value_head_dim]
     beta_max = 2.0 if allow_negative_eigenvalues else 1.0
     tensors = (packed_sbw, weight_ct, A_log, dt_bias, positions_bs, halo_sbw)
     if _choose(packed_sbw, weight_ct, dims, backend).backend == "triton":
@@ -72,10 +75,20 @@ def explain(
     num_value_heads: int,
     key_head_dim: int,
     value_head_dim: int,
+    gate_width: int | None = None,
     backend: str | None = None,
 ) -> Choice:
     """Return which backend a call would run, and why."""
-    return _choose(packed_sbw, weight_ct, [num_key_heads, num_value_heads, key_head_dim, value_head_dim], backend)
+    dims = _dims(num_key_heads, num_value_heads, key_head_dim, value_head_dim, gate_width)
+    return _choose(packed_sbw, weight_ct, dims, backend)
+
+
+def _dims(
+    key_heads: int, heads: int, key_head_dim: int, value_head_dim: int, gate_width: int | None, with_decay: bool = True
+) -> list[int]:
+    """Return the arguments of `widths`, all given, as backends take them."""
+    gate = heads * value_head_dim if gate_width is None else gate_width
+    return [key_heads, heads, key_head_dim, value_head_dim, gate, int(with_decay)]
 
 
 def _choose(packed_sbw: torch.Tensor, weight_ct: torch.Tensor, dims: list[int], requested: str | None) -> Choice:
@@ -95,8 +108,8 @@ def _triton_unsupported_reason(packed_sbw: torch.Tensor, weight_ct: torch.Tensor
 def _check(
     packed_sbw: torch.Tensor,
     weight_ct: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
     sizes: list[int],
     num_key_heads: int,
     num_value_heads: int,
@@ -110,7 +123,11 @@ def _check(
         raise ValueError(f"weight_ct: expected [{sum(sizes[:3])}, taps], got {tuple(weight_ct.shape)}")
     if num_value_heads % num_key_heads:
         raise ValueError(f"num_value_heads {num_value_heads} must be a multiple of num_key_heads {num_key_heads}")
+    if A_log is None and dt_bias is None:
+        return
     for name, t in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if t is None:
+            raise ValueError(f"{name}: it is None; give A_log and dt_bias, or neither")
         if tuple(t.shape) != (num_value_heads,):
             raise ValueError(f"{name}: expected [{num_value_heads}], got {tuple(t.shape)}")
 

@@ -11,10 +11,23 @@ L2_EPS = 1e-6
 """Added inside the square root, as in fla and transformers."""
 
 
-def widths(num_key_heads: int, num_value_heads: int, key_head_dim: int, value_head_dim: int) -> list[int]:
-    """Return the widths of [q | k | v | gate | b | a] in the last dimension of the packed projection."""
+def widths(
+    num_key_heads: int,
+    num_value_heads: int,
+    key_head_dim: int,
+    value_head_dim: int,
+    gate_width: int | None = None,
+    with_decay: int = True,
+) -> list[int]:
+    """Return the widths of [q | k | v | gate | b | a] in the last dimension of the packed projection.
+
+    Args:
+        gate_width: None: that of v.
+        with_decay: there is an a. False: its width is 0.
+    """
     key, value = num_key_heads * key_head_dim, num_value_heads * value_head_dim
-    return [key, key, value, value, num_value_heads, num_value_heads]
+    gate = value if gate_width is None else gate_width
+    return [key, key, value, gate, num_value_heads, num_value_heads if with_decay else 0]
 
 
 def causal_conv_silu(x_sbc: torch.Tensor, weight_ct: torch.Tensor, positions_bs: torch.Tensor | None) -> torch.Tensor:
@@ -33,18 +46,23 @@ def l2_normalise(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + L2_EPS)
 
 
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """Return log(1 + e^x) without torch's threshold, whose switch to the identity at 20 fails gradcheck."""
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
 def conv_gates_torch(
     packed_sbw: torch.Tensor,
     weight_ct: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
+    A_log: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
     positions_bs: torch.Tensor | None,
     halo_sbw: torch.Tensor | None,
     dims: list[int],
     beta_max: float,
 ) -> tuple[torch.Tensor, ...]:
-    """See `hybrid_kernels.conv_gates.conv_gates`. `dims`: key heads, value heads, key head dim, value head dim."""
-    key_heads, heads, key_dim, value_dim = dims
+    """See `hybrid_kernels.conv_gates.conv_gates`. `dims`: the arguments of `widths`."""
+    key_heads, heads, key_dim, value_dim = dims[:4]
     back = 0 if halo_sbw is None else len(halo_sbw)
     if halo_sbw is not None:
         packed_sbw = torch.cat((halo_sbw, packed_sbw))
@@ -61,12 +79,10 @@ def conv_gates_torch(
     k = l2_normalise(k.reshape(batch, length, key_heads, key_dim))
     v = v.reshape(batch, length, heads, value_dim)
 
-    b, a = packed_sbw[..., gates_at : gates_at + 2 * heads].to(compute).transpose(0, 1).split(heads, dim=-1)
-    beta = torch.sigmoid(b) * beta_max
-    # softplus without torch's threshold: its switch to the identity at 20 fails gradcheck
-    x = a + dt_bias.to(compute)
-    softplus = x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
-    g = -torch.exp(A_log.to(compute)) * softplus
+    b, a = packed_sbw[..., gates_at : sum(sizes)].to(compute).transpose(0, 1).split(sizes[4:], dim=-1)
+    gates = [torch.sigmoid(b) * beta_max]
+    if A_log is not None and dt_bias is not None:
+        gates.insert(0, -torch.exp(A_log.to(compute)) * softplus(a + dt_bias.to(compute)))
     dtype = packed_sbw.dtype
-    results = tuple(t.to(dtype) for t in (q, k, v)) + (g, beta)
+    results = (*(t.to(dtype) for t in (q, k, v)), *gates)
     return tuple(t[:, back:].contiguous() for t in results)

@@ -4,6 +4,7 @@ Per value head, with the state S [K, V]:
     S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - exp(g_t) S_{t-1}^T k_t)^T,      o_t = scale * S_t^T q_t
 
 Source: Yang et al., Gated Delta Networks (arXiv 2412.06464); the chunked (WY) form is that of their section 3.3.
+`kda_rule` runs on the same code, with g [b, s, H, K]: a decay per row of the state (arXiv 2510.26692).
 Both compute in fp32, or in fp64 for fp64 values, on any device under autograd.
 """
 
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 64
+CHANNEL_CHUNK = 16
+"""Tokens per chunk where each channel has a decay of its own: the decays between them are [16, 16, K] per chunk."""
 Results = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -98,9 +101,10 @@ def _recurrent(
     state: torch.Tensor,
     positions_bs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Iterate over the tokens of [batch, heads, tokens, dim] tensors; g may have a dim of its own, K."""
     outs = []
     for t in range(q.shape[2]):
-        state = state * g[:, :, t, None, None].exp()
+        state = state * g[:, :, t].exp().reshape(*state.shape[:2], -1, 1)
         if positions_bs is not None:
             state = state.masked_fill((positions_bs[:, t] == 0)[:, None, None, None], 0)
         correction = (v[:, :, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, :, t])) * beta[:, :, t, None]
@@ -117,23 +121,31 @@ def _exp(x: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
 def _decay_in_chunks(
     g: torch.Tensor, positions: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Return the running sum of g [b, h, n, size] inside chunks and documents, and three masks.
+    """Return the running sum of g [b, h, n, size, c] inside chunks and documents, and three masks.
 
-    The masks are true [i, j] where token i does not see token j, [i] where i does not see the state before the chunk, and [j]
-    where the last token does not see j. Sums are over tokens of one document, so that not even the rounding depends on others.
+    The masks are true [i, j, 1] where token i does not see token j, [i, 1] where i does not see the state before the chunk, and
+    [j, 1] where the last token does not see j. Sums are over tokens of one document, so that not even the rounding depends on
+    others.
 
     Args:
         positions: [b, 1, n, size]. None: each row is one document, and the last two masks are None.
     """
-    size = g.shape[-1]
+    size = g.shape[-2]
     future = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
     if positions is None:
-        return g.cumsum(-1), future, None, None
+        return g.cumsum(-2), future.unsqueeze(-1), None, None
     token = torch.arange(size, device=g.device)
-    unseen = future | (token[:, None] - token > positions[..., None])
-    g = g.masked_fill(positions == 0, 0)  # there is no state to decay
-    decay = g.unsqueeze(-2).masked_fill(unseen, 0).sum(-1)
-    return decay, unseen, positions <= token, unseen[..., -1, :]
+    unseen = (future | (token[:, None] - token > positions[..., None])).unsqueeze(-1)
+    g = g.masked_fill((positions == 0).unsqueeze(-1), 0)  # there is no state to decay
+    decay = g.unsqueeze(-3).masked_fill(unseen, 0).sum(-2)
+    return decay, unseen, (positions <= token).unsqueeze(-1), unseen[..., -1, :, :]
+
+
+def _products(a: torch.Tensor, b: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
+    """Return [..., i, j]: the products of rows i of a and j of b [..., size, K] with decay [..., i, j, 1 or K] between them."""
+    if decay.shape[-1] == 1:
+        return (a @ b.transpose(-1, -2)) * decay.squeeze(-1)
+    return torch.einsum("...ik,...jk,...ijk->...ij", a, b, decay)
 
 
 def _chunked(
@@ -146,11 +158,13 @@ def _chunked(
     positions_bs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     length, dv = q.shape[2], v.shape[-1]
-    size = min(CHUNK, length)
+    per_channel = g.dim() == 4
+    g = g if per_channel else g.unsqueeze(-1)
+    size = min(CHANNEL_CHUNK if per_channel else CHUNK, length)
     pad = -length % size
     if pad:  # beta = 0 and g = 0: a padding token does not change the state
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
-        g, beta = (F.pad(x, (0, pad)) for x in (g, beta))
+        q, k, v, g = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v, g))
+        beta = F.pad(beta, (0, pad))
     q, k, v, g, beta = (x.unflatten(2, (-1, size)) for x in (q, k, v, g, beta))  # [b, h, n, size, ...]
     position = None
     if positions_bs is not None:
@@ -158,17 +172,17 @@ def _chunked(
         position = torch.cat((positions_bs, padding), 1).unflatten(1, (-1, size)).unsqueeze(1)
 
     decay, unseen, began_inside, before_last = _decay_in_chunks(g, position)
-    between = _exp(decay.unsqueeze(-1) - decay.unsqueeze(-2), unseen)
+    between = _exp(decay.unsqueeze(-2) - decay.unsqueeze(-3), unseen)
     # (I + tril(beta k k^T decay, -1)) [u | w] = beta [v | k exp(decay)]; the solve takes the diagonal as ones
-    system = (k * beta.unsqueeze(-1)) @ k.transpose(-1, -2) * between
-    targets = torch.cat([v, k * _exp(decay, began_inside).unsqueeze(-1)], dim=-1) * beta.unsqueeze(-1)
+    system = _products(k * beta.unsqueeze(-1), k, between)
+    targets = torch.cat([v, k * _exp(decay, began_inside)], dim=-1) * beta.unsqueeze(-1)
     u, w = torch.linalg.solve_triangular(system, targets, upper=False, unitriangular=True).split(
         [dv, k.shape[-1]], dim=-1
     )
-    scores = (q @ k.transpose(-1, -2)) * between
-    q_in = q * _exp(decay, began_inside).unsqueeze(-1)
-    k_out = (k * _exp(decay[..., -1:] - decay, before_last).unsqueeze(-1)).transpose(-1, -2)
-    total = _exp(decay[..., -1], None if began_inside is None else began_inside[..., -1])[..., None, None]
+    scores = _products(q, k, between)
+    q_in = q * _exp(decay, began_inside)
+    k_out = (k * _exp(decay[..., -1:, :] - decay, before_last)).transpose(-1, -2)
+    total = _exp(decay[..., -1, :], None if began_inside is None else began_inside[..., -1, :]).unsqueeze(-1)
 
     carried, corrections = [], []
     for i in range(q.shape[2]):

@@ -15,7 +15,7 @@ def gated_delta_step_torch(
     """See `hybrid_kernels.gated_delta_step.gated_delta_step`. Computes in the state's dtype."""
     compute, groups = state.dtype, v.shape[1] // k.shape[1]
     q, k = (x.to(compute).repeat_interleave(groups, 1) for x in (q, k))
-    state.mul_(g.to(compute).exp()[..., None, None])
+    state.mul_(g.to(compute).exp().reshape(*state.shape[:2], -1, 1))
     read = (state * k[..., None]).sum(-2)
     correction = (v.to(compute) - read) * beta.to(compute)[..., None]
     state.add_(k[..., None] * correction[..., None, :])

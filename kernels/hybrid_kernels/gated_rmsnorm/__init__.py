@@ -1,4 +1,4 @@
-"""gated_rmsnorm: per-head RMSNorm of the delta rule's output, times SiLU of the gate, in megatron's layout.
+"""gated_rmsnorm: per-head RMSNorm of the delta rule's output, times SiLU or sigmoid of the gate, in megatron's layout.
 
 Suffixes of tensor names: b batch, s tokens, h heads, d channels of a head, w = h * d.
 """
@@ -9,17 +9,25 @@ from hybrid_kernels.dispatch import Choice, choose, triton_unsupported_reason
 from hybrid_kernels.gated_rmsnorm.reference import gated_rmsnorm_torch
 
 __all__ = ["explain", "gated_rmsnorm"]
+ACTIVATIONS = ("silu", "sigmoid")
 
 
 def gated_rmsnorm(
-    o_bshd: torch.Tensor, gate_sbw: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str | None = None
+    o_bshd: torch.Tensor,
+    gate_sbw: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    activation: str = "silu",
+    backend: str | None = None,
 ) -> torch.Tensor:
-    """Return y = RMSNorm_per_head(o) * weight * SiLU(gate), computed in fp32. Differentiable.
+    """Return y = RMSNorm_per_head(o) * weight * activation(gate), computed in fp32. Differentiable.
 
     Args:
         gate_sbw: may be a slice of a wider tensor. Its last dimension must be contiguous.
         weight: [d].
         eps: added to the mean square of each head's d values.
+        activation: "silu" or "sigmoid".
 
     Returns:
         y_sbw, contiguous, in o's dtype.
@@ -34,12 +42,14 @@ def gated_rmsnorm(
         raise ValueError(f"gate_sbw: expected {(s, b, h * d)} for o {tuple(o_bshd.shape)}, got {tuple(gate_sbw.shape)}")
     if tuple(weight.shape) != (d,):
         raise ValueError(f"weight: expected [{d}], got {tuple(weight.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     choice = explain(o_bshd, gate_sbw, weight, backend=backend)
     if choice.backend == "triton":
         from hybrid_kernels.gated_rmsnorm.backends.triton.op import gated_rmsnorm_triton
 
-        return gated_rmsnorm_triton(o_bshd, gate_sbw, weight, eps)
-    return gated_rmsnorm_torch(o_bshd, gate_sbw, weight, eps)
+        return gated_rmsnorm_triton(o_bshd, gate_sbw, weight, eps, activation)
+    return gated_rmsnorm_torch(o_bshd, gate_sbw, weight, eps, activation)
 
 
 def explain(

@@ -8,7 +8,7 @@ from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.gated_delta_rule import gated_delta_rule
 from hybrid_kernels.gated_delta_step import gated_delta_step
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
-from megatron_hybrid.mixers.cache import Chunk, MixerCache, Step
+from megatron_hybrid.mixers.cache import Chunk, MixerCache, Step, keep_tail
 from megatron_hybrid.mixers.gated_delta_net.module import GatedDeltaNet
 
 
@@ -40,13 +40,8 @@ class GatedDeltaNetCache(MixerCache):
         o, state = gated_delta_rule(q, k, v, g, beta, initial_state=self.state_bhkv, output_final_state=True)
         assert state is not None
         self.state_bhkv.copy_(state)
-        self._keep_tail(packed_sbw, chunk.lengths_b)
+        keep_tail(self.tail_tbw, packed_sbw, chunk.lengths_b)
         return self._project(o, gate)
-
-    def _keep_tail(self, packed_sbw: torch.Tensor, lengths_b: torch.Tensor) -> None:
-        seen = torch.cat((self.tail_tbw, packed_sbw))
-        last = torch.arange(len(self.tail_tbw), device=seen.device)[:, None] + lengths_b
-        self.tail_tbw.copy_(seen[last, torch.arange(seen.shape[1], device=seen.device)])
 
     def step(self, x_1bh: torch.Tensor, step: Step) -> torch.Tensor:
         packed_1bw, _ = self.mixer.in_proj(x_1bh)

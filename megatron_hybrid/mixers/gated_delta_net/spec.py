@@ -2,7 +2,7 @@
 
 from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.costs import Direction, Operation, Shard, Work
-from megatron_hybrid.arch.mixer import HeadGroups, Layout, MixerSpec
+from megatron_hybrid.arch.mixer import HeadGroups, Layout, MixerSpec, convolution_problems
 from megatron_hybrid.arch.model_fields import ModelFields
 from megatron_hybrid.arch.packing import FP8_ALIGNMENT, NORMAL, ONES, Initializer, PackedParameter, TensorSpec
 from megatron_hybrid.arch.registry import register
@@ -83,15 +83,7 @@ class GatedDeltaNet(MixerSpec):
         return DELTA_RULE_FLOPS * gdn.num_value_heads * gdn.key_head_dim * gdn.value_head_dim
 
     def check_layout(self, model: ModelFields, block: Block, symbol: str, layout: Layout) -> Problems:
-        problems, ranks = Problems(), layout.context_parallel_size
-        back, tokens = sizes(model).conv_kernel_size - 1, layout.sequence_length // ranks
-        if ranks > 1 and tokens < back:
-            problems.add(
-                "parallel.context_parallel_size",
-                f"{ranks} leaves {tokens} tokens of a sequence on each rank, and Gated DeltaNet's convolution looks back on "
-                f"{back}; the largest that fits is {max(1, layout.sequence_length // back)}",
-            )
-        return problems
+        return convolution_problems("Gated DeltaNet", sizes(model).conv_kernel_size, layout)
 
     def operations(self, shard: Shard) -> list[Operation]:
         return costs.operations(shard)

@@ -187,28 +187,45 @@ def test_conv_gates(documents, small_segments):
     agree(lambda backend: lambda *x: conv_gates(*x, backend=backend, **options), inputs, 1e-5)
 
 
-def test_gated_rmsnorm():
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_gated_rmsnorm(activation):
     o, packed, weight = torch.randn(2, 9, 3, 96), torch.randn(9, 2, 300), torch.randn(96)
 
     def of(backend):
-        return lambda o, packed, weight: gated_rmsnorm(o, packed[..., 5:293], weight, 1e-5, backend=backend)
+        options = dict(activation=activation, backend=backend)
+        return lambda o, packed, weight: gated_rmsnorm(o, packed[..., 5:293], weight, 1e-5, **options)
 
     agree(of, [o, packed, weight], 1e-5)
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_conv_gates_without_a_decay(documents, small_segments):
+    """A gate of another width than v, and no a, as in Kimi Delta Attention."""
+    batch, length = (4, 37) if documents else (2, 70)
+    options = dict(num_key_heads=2, num_value_heads=2, key_head_dim=32, value_head_dim=16, gate_width=48)
+    options |= dict(return_gate=True, allow_negative_eigenvalues=False)
+    if documents:
+        options["positions_bs"] = random_positions(batch, length, seed=5)
+    packed, weight, *_ = packed_inputs(length, batch, 2, 2, 32, 16, padding=20)
+    agree(lambda backend: lambda x, w: conv_gates(x, w, None, None, backend=backend, **options), [packed, weight], 1e-5)
+
+
+@pytest.mark.parametrize("with_decay", [True, False])
 @pytest.mark.parametrize("with_gate", [True, False])
-def test_conv_gates_writes_all_of_its_gradient(with_gate, small_segments, monkeypatch):
+def test_conv_gates_writes_all_of_its_gradient(with_gate, with_decay, small_segments, monkeypatch):
     """It also writes zeros: in the padding, and in the gate's columns if the gate has no gradient."""
     from hybrid_kernels.conv_gates.backends.triton import op
 
-    dims = [2, 4, 32, 64]
+    width = 256 if with_decay else 96
+    dims = [2, 4, 32, 64, width, int(with_decay)]
     inputs = packed_inputs(70, 2, 2, 4, 32, 64, padding=14, dtype=torch.float32)
-    gate = torch.randn(70, 2, 512)[..., 64:320] if with_gate else None  # a slice: its rows lie apart
-    given = [torch.zeros_like(x) for x in op._forward(*inputs, None, dims, 2.0)]
+    inputs[2:] = inputs[2:] if with_decay else (None, None)
+    gate = torch.randn(70, 2, 512)[..., 64 : 64 + width] if with_gate else None  # a slice: its rows lie apart
+    given = [None if x is None else torch.zeros_like(x) for x in op._forward(*inputs, None, dims, 2.0)]
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(float("nan")))
     found = op._backward(*inputs, None, *given, gate, dims, 2.0)[0]
     expected = torch.zeros_like(found)
     if with_gate:
-        expected[..., 2 * 64 + 256 : 2 * 64 + 512] = gate
+        expected[..., 2 * 64 + 256 : 2 * 64 + 256 + width] = gate
     assert torch.equal(found, expected)

@@ -5,13 +5,14 @@ import torch
 
 from hybrid_kernels.gated_delta_rule.reference import gated_delta_rule_recurrent
 from hybrid_kernels.gated_delta_step import gated_delta_step
-from hybrid_kernels.testing import delta_rule_inputs, relative_error
+from hybrid_kernels.testing import delta_rule_inputs, kda_inputs, relative_error
 
 
 @pytest.mark.parametrize(("key_heads", "dims"), [(2, (96, 192)), (4, (16, 24)), (1, (20, 40))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_recurrence(key_heads, dims, dtype):
-    inputs = delta_rule_inputs(2, 4, key_heads, 4, *dims, dtype=dtype)
+@pytest.mark.parametrize("draw", [delta_rule_inputs, kda_inputs], ids=["a decay per head", "a decay per channel"])
+def test_equals_the_recurrence(key_heads, dims, dtype, draw):
+    inputs = draw(2, 4, key_heads, 4, *dims, dtype=dtype)
     start = torch.randn(2, 4, *dims)
     exact = [x.double() for x in inputs]
     expected, final = gated_delta_rule_recurrent(*exact, initial_state=start.double(), output_final_state=True)

@@ -110,41 +110,46 @@ def _rows_of_gate(
 @triton.jit
 def _gates(
     raw, draw, A_log, dt_bias, dg, dbeta, sums, first, T, stride, beta_max,
-    HV: tl.constexpr, HEADS_POW2: tl.constexpr, PADDING: tl.constexpr, TOKENS: tl.constexpr,
+    HV: tl.constexpr, HEADS_POW2: tl.constexpr, DECAY: tl.constexpr, PADDING: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Store the gradients of b and a (at raw and raw + HV), zeros in the padding, and this program's part of dA_log and ddt_bias."""
     head = tl.arange(0, HEADS_POW2)
-    A = tl.exp(tl.load(A_log + head, mask=head < HV, other=0.0).to(tl.float32))[None, :]
-    dt = tl.load(dt_bias + head, mask=head < HV, other=0.0).to(tl.float32)[None, :]
+    padding_at: tl.constexpr = 2 * HV if DECAY else HV
+    if DECAY:
+        A = tl.exp(tl.load(A_log + head, mask=head < HV, other=0.0).to(tl.float32))[None, :]
+        dt = tl.load(dt_bias + head, mask=head < HV, other=0.0).to(tl.float32)[None, :]
     dA, ddt = tl.zeros([HEADS_POW2], tl.float32), tl.zeros([HEADS_POW2], tl.float32)
     for block in range(TOKENS // 16):
         t = (first + block * 16 + tl.arange(0, 16)).to(tl.int64)
         mask = (t < T)[:, None] & (head < HV)[None, :]
         at = t[:, None] * stride + head[None, :]
         b = tl.load(raw + at, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(raw + at + HV, mask=mask, other=0.0).to(tl.float32) + dt
-        dg_t = tl.load(dg + t[:, None] * HV + head[None, :], mask=mask, other=0.0).to(tl.float32)
         db_t = tl.load(dbeta + t[:, None] * HV + head[None, :], mask=mask, other=0.0).to(tl.float32)
         gate = sigmoid(b)
-        dx = -dg_t * A * sigmoid(x)
         tl.store(draw + at, (db_t * beta_max * gate * (1.0 - gate)).to(draw.dtype.element_ty), mask=mask)
-        tl.store(draw + at + HV, dx.to(draw.dtype.element_ty), mask=mask)
         if PADDING > 0:
             col = tl.arange(0, triton.next_power_of_2(PADDING))
-            rest = draw + t[:, None] * stride + 2 * HV + col[None, :]
+            rest = draw + t[:, None] * stride + padding_at + col[None, :]
             tl.store(rest, 0.0, mask=(t < T)[:, None] & (col < PADDING)[None, :])
-        softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
-        dA += tl.sum(-dg_t * A * softplus, 0)
-        ddt += tl.sum(dx, 0)
-    tl.store(sums + head, dA, mask=head < HV)
-    tl.store(sums + HV + head, ddt, mask=head < HV)
+        if DECAY:
+            x = tl.load(raw + at + HV, mask=mask, other=0.0).to(tl.float32) + dt
+            dg_t = tl.load(dg + t[:, None] * HV + head[None, :], mask=mask, other=0.0).to(tl.float32)
+            dx = -dg_t * A * sigmoid(x)
+            tl.store(draw + at + HV, dx.to(draw.dtype.element_ty), mask=mask)
+            softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+            dA += tl.sum(-dg_t * A * softplus, 0)
+            ddt += tl.sum(dx, 0)
+    if DECAY:
+        tl.store(sums + head, dA, mask=head < HV)
+        tl.store(sums + HV + head, ddt, mask=head < HV)
 
 
 @triton.jit
 def conv_gates_backward_kernel(
     packed, weight, A_log, dt_bias, positions, dq, dk, dv, dg, dbeta, dgate, dpacked, dweight, sums, T, B, beta_max,
     W: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VT: tl.constexpr,
-    HEADS_POW2: tl.constexpr, DOCUMENTS: tl.constexpr, WITH_GATE: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+    GATE: tl.constexpr, GT: tl.constexpr, DECAY: tl.constexpr, HEADS_POW2: tl.constexpr,
+    DOCUMENTS: tl.constexpr, WITH_GATE: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     unit, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     part = (i_b * tl.num_programs(1) + i_t).to(tl.int64)
@@ -169,15 +174,15 @@ def conv_gates_backward_kernel(
             x + at, dx + at, dv + row * HV * V + tile, weight + at * 4, dweight + at * 4, positions, T, B * W, HV * V,
             first, VT, False, DOCUMENTS, S, L,
         )  # fmt: skip
-    elif unit < 2 * HK + 2 * (HV * V // VT):
-        tile = (unit - 2 * HK) * VT - HV * V
+    elif unit < 2 * HK + HV * V // VT + GATE // GT:
+        tile = (unit - 2 * HK - HV * V // VT) * GT
         at = 2 * HK * K + HV * V + tile
         _rows_of_gate(
-            dgate + i_b * HV * V + tile, dx + at, first, T, B * HV * V, B * W, WITH_GATE, VT, S * L
+            dgate + i_b * GATE + tile, dx + at, first, T, B * GATE, B * W, WITH_GATE, GT, S * L
         )  # fmt: skip
     else:
-        at: tl.constexpr = 2 * HK * K + 2 * HV * V
+        at: tl.constexpr = 2 * HK * K + HV * V + GATE
         _gates(
             x + at, dx + at, A_log, dt_bias, dg + row * HV, dbeta + row * HV, sums + part * 2 * HV, first, T, B * W,
-            beta_max, HV, HEADS_POW2, W - at - 2 * HV, S * L,
+            beta_max, HV, HEADS_POW2, DECAY, W - at - (2 * HV if DECAY else HV), S * L,
         )  # fmt: skip

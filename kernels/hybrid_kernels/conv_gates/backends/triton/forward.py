@@ -61,16 +61,20 @@ def _channels(
 
 
 @triton.jit
-def _gates(raw, A_log, dt_bias, g, beta, t, T, stride, beta_max, HV: tl.constexpr, HEADS_POW2: tl.constexpr):
+def _gates(
+    raw, A_log, dt_bias, g, beta, t, T, stride, beta_max,
+    HV: tl.constexpr, HEADS_POW2: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
     head = tl.arange(0, HEADS_POW2)
     mask = (t < T)[:, None] & (head < HV)[None, :]
     at = t[:, None] * stride + head[None, :]
     b = tl.load(raw + at, mask=mask, other=0.0).to(tl.float32)
-    a = tl.load(raw + at + HV, mask=mask, other=0.0).to(tl.float32)
-    A = tl.exp(tl.load(A_log + head, mask=head < HV, other=0.0).to(tl.float32))
-    dt = tl.load(dt_bias + head, mask=head < HV, other=0.0).to(tl.float32)
     to = t[:, None] * HV + head[None, :]
-    tl.store(g + to, -A[None, :] * softplus(a + dt[None, :]), mask=mask)
+    if DECAY:
+        a = tl.load(raw + at + HV, mask=mask, other=0.0).to(tl.float32)
+        A = tl.exp(tl.load(A_log + head, mask=head < HV, other=0.0).to(tl.float32))
+        dt = tl.load(dt_bias + head, mask=head < HV, other=0.0).to(tl.float32)
+        tl.store(g + to, -A[None, :] * softplus(a + dt[None, :]), mask=mask)
     tl.store(beta + to, sigmoid(b) * beta_max, mask=mask)
 
 
@@ -78,7 +82,8 @@ def _gates(raw, A_log, dt_bias, g, beta, t, T, stride, beta_max, HV: tl.constexp
 def conv_gates_kernel(
     packed, weight, A_log, dt_bias, positions, q, k, v, g, beta, T, B, beta_max,
     W: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, VT: tl.constexpr,
-    HEADS_POW2: tl.constexpr, DOCUMENTS: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
+    GATE: tl.constexpr, GT: tl.constexpr, DECAY: tl.constexpr, HEADS_POW2: tl.constexpr,
+    DOCUMENTS: tl.constexpr, S: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     unit, i_b = tl.program_id(0), tl.program_id(2)
     first = tl.program_id(1) * S * L
@@ -96,7 +101,7 @@ def conv_gates_kernel(
         out = v + row * (HV * V) + tile
         _channels(x + at, out, weight + at * 4, positions, T, B * W, HV * V, first, VT, False, DOCUMENTS, S, L)
     else:
-        raw = x + 2 * HK * K + 2 * HV * V
+        raw = x + 2 * HK * K + HV * V + GATE
         for block in range(S * L // 16):
             t = (first + block * 16 + tl.arange(0, 16)).to(tl.int64)
-            _gates(raw, A_log, dt_bias, g + row * HV, beta + row * HV, t, T, B * W, beta_max, HV, HEADS_POW2)
+            _gates(raw, A_log, dt_bias, g + row * HV, beta + row * HV, t, T, B * W, beta_max, HV, HEADS_POW2, DECAY)

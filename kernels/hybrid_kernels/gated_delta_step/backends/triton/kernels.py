@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def step_kernel(
     q, k, v, g, beta, state, o, scale, H, GROUP,
-    K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)  # numbered over [b, H]
     key_head = head // H * (H // GROUP) + head % H // GROUP
@@ -15,7 +15,11 @@ def step_kernel(
     row_mask, col_mask = rows < K, cols < V
     mask = row_mask[:, None] & col_mask[None, :]
     at = state + head.to(tl.int64) * K * V + rows[:, None] * V + cols[None, :]
-    s = tl.load(at, mask=mask, other=0.0) * tl.exp(tl.load(g + head))
+    s = tl.load(at, mask=mask, other=0.0)
+    if PER_CHANNEL:
+        s *= tl.exp(tl.load(g + head * K + rows, mask=row_mask, other=0.0))[:, None]
+    else:
+        s *= tl.exp(tl.load(g + head))
     key = tl.load(k + key_head * K + rows, mask=row_mask, other=0.0).to(tl.float32)
     query = tl.load(q + key_head * K + rows, mask=row_mask, other=0.0).to(tl.float32)
     value = tl.load(v + head * V + cols, mask=col_mask, other=0.0).to(tl.float32)

@@ -27,6 +27,7 @@ def gated_delta_step_triton(
     o = torch.empty_like(v)
     step_kernel[(batch * heads, triton.cdiv(value_dim, COLUMNS))](
         q, k, v, g, beta, state, o, scale, heads, heads // k.shape[1],
-        K=key_dim, V=value_dim, KB=triton.next_power_of_2(key_dim), VB=COLUMNS, num_warps=4,
+        K=key_dim, V=value_dim, KB=triton.next_power_of_2(key_dim), VB=COLUMNS,
+        PER_CHANNEL=g.dim() == 3, num_warps=4,
     )  # fmt: skip
     return o

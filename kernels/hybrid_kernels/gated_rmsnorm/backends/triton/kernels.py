@@ -16,8 +16,9 @@ def _places(row, B, T, H, gate_stride_s, gate_stride_b, D: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    o, gate, weight, y, rows, B, T, H, gate_stride_s, gate_stride_b, eps, D: tl.constexpr, R: tl.constexpr
-):
+    o, gate, weight, y, rows, B, T, H, gate_stride_s, gate_stride_b, eps, D: tl.constexpr, R: tl.constexpr,
+    SIGMOID: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)
     valid = row < rows
     at_o, at_gate, at_y = _places(row, B, T, H, gate_stride_s, gate_stride_b, D)
@@ -31,14 +32,17 @@ def forward_kernel(
     for i in tl.static_range(tile_count(D)):
         w = tl.load(weight + 64 * i + tl.arange(0, tile_width(D, i))).to(tl.float32)[None, :]
         z = gate_tiles[i].to(tl.float32)
-        out = out + (o_tiles[i].to(tl.float32) * norm * w * z * sigmoid(z),)
+        if SIGMOID:
+            out = out + (o_tiles[i].to(tl.float32) * norm * w * sigmoid(z),)
+        else:
+            out = out + (o_tiles[i].to(tl.float32) * norm * w * z * sigmoid(z),)
     store_tiles(y, at_y, valid, 1, out, D)
 
 
 @triton.jit
 def backward_kernel(
     o, gate, weight, dy, do, dgate, dweight, rows, B, T, H, gate_stride_s, gate_stride_b, eps, steps,
-    D: tl.constexpr, R: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     w_tiles, dw_tiles = (), ()
     for i in tl.static_range(tile_count(D)):
@@ -54,7 +58,10 @@ def backward_kernel(
         for i in tl.static_range(tile_count(D)):
             x, z = o_tiles[i].to(tl.float32), gate_tiles[i].to(tl.float32)
             square += tl.sum(x * x, 1)
-            along += tl.sum(x * w_tiles[i] * dy_tiles[i].to(tl.float32) * z * sigmoid(z), 1)
+            if SIGMOID:
+                along += tl.sum(x * w_tiles[i] * dy_tiles[i].to(tl.float32) * sigmoid(z), 1)
+            else:
+                along += tl.sum(x * w_tiles[i] * dy_tiles[i].to(tl.float32) * z * sigmoid(z), 1)
         norm = tl.rsqrt(square / D + eps)
         along = (along * norm * norm / D)[:, None]
         norm = norm[:, None]
@@ -62,9 +69,14 @@ def backward_kernel(
         for i in tl.static_range(tile_count(D)):
             x, z, d = o_tiles[i].to(tl.float32), gate_tiles[i].to(tl.float32), dy_tiles[i].to(tl.float32)
             sig = sigmoid(z)
-            dn = d * z * sig
+            if SIGMOID:
+                dn = d * sig
+                slope = 1.0 - sig
+            else:
+                dn = d * z * sig
+                slope = 1.0 + z * (1.0 - sig)
             do_tiles = do_tiles + ((dn * w_tiles[i] - x * along) * norm,)
-            dgate_tiles = dgate_tiles + (d * x * norm * w_tiles[i] * sig * (1.0 + z * (1.0 - sig)),)
+            dgate_tiles = dgate_tiles + (d * x * norm * w_tiles[i] * sig * slope,)
             sums = sums + (dw_tiles[i] + dn * x * norm,)
         dw_tiles = sums
         store_tiles(do, at_o, valid, 1, do_tiles, D)
