@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from megatron_hybrid.arch.layer import BEFORE_LAYERS, layer_parameters, outer_parameters
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.arch.packing import TensorSpec
+from megatron_hybrid.arch.packing import PackedParameter, TensorSpec
 
-__all__ = ["TensorSpec", "layer_tensors", "model_tensors"]
+__all__ = ["TensorSpec", "layer_tensors", "model_parameters", "model_tensors"]
 
 
 def layer_tensors(model: ModelConfig, index: int) -> Iterator[TensorSpec]:
@@ -18,6 +18,14 @@ def layer_tensors(model: ModelConfig, index: int) -> Iterator[TensorSpec]:
     for parameter in layer_parameters(model, model.block(index)):
         for tensor in parameter.tensors:
             yield replace(tensor, name=f"layers.{index}.{tensor.name}")
+
+
+def model_parameters(model: ModelConfig) -> Iterator[PackedParameter]:
+    """Yield the parameters of the whole model, those outside the layers first. Names of tensors are those of `model_tensors`."""
+    yield from outer_parameters(model).values()
+    for index in range(model.num_layers):
+        for parameter in layer_parameters(model, model.block(index)):
+            yield parameter.placed(f"decoder.layers.{index}", f"layers.{index}")
 
 
 def model_tensors(model: ModelConfig) -> dict[str, TensorSpec]:

@@ -3,7 +3,6 @@
 from megatron_hybrid.arch.fp8_recipes import RECOMMENDED
 from megatron_hybrid.arch.mixer import Layout, layout_problems
 from megatron_hybrid.arch.model import ModelConfig
-from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, join
@@ -90,17 +89,6 @@ def check_overlap(
             field,
             f"true cannot exchange {recipe.name} FP8, whose scales are separate tensors; set precision.fp8_recipe to "
             f"{RECOMMENDED.name}, or this to false",
-        )
-
-
-def check_optimizer(train: TrainConfig, parallel: ParallelConfig, problems: Problems) -> None:
-    """Check that the distributed optimizer supports train.optimizer.name."""
-    name, sharded = train.optimizer.name, parallel.distributed_optimizer and train.engine == "megatron"
-    if sharded and not OPTIMIZERS[name].distributed:
-        able = " or ".join(other for other, spec in OPTIMIZERS.items() if spec.distributed)
-        problems.add(
-            "train.optimizer.name",
-            f"{name} does not run with parallel.distributed_optimizer; set that to false, or this to {able}",
         )
 
 

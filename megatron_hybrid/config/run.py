@@ -20,12 +20,12 @@ from megatron_hybrid.config.layout_checks import (
     check_context_parallel,
     check_mixers,
     check_offload,
-    check_optimizer,
     check_overlap,
     check_stages,
     check_tensor_parallel,
 )
 from megatron_hybrid.config.logging import LoggingConfig
+from megatron_hybrid.config.optimizer_checks import check_optimizer
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.precision_checks import check_fp8_sizes, check_precision
@@ -91,7 +91,7 @@ class RunConfig(Section):
         check_context_parallel(data, parallel, problems)
         check_mixers(model, self.layout, problems)
         check_overlap(model, train, parallel, precision, problems)
-        check_optimizer(train, parallel, problems)
+        check_optimizer(train, parallel, precision, problems)
         check_offload(train, parallel, precision, problems)
         check_stages(model, parallel, problems)
         check_data(model, data, train, problems)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
-from megatron_hybrid.arch.tensors import model_tensors
+from megatron_hybrid.arch.tensors import model_parameters
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.run import RunConfig
 
@@ -23,8 +23,8 @@ class RunDirError(ConfigError):
 def checkpoint_bytes(config: RunConfig) -> int:
     """Return the size of one checkpoint: weights, fp32 master weights unless the weights are fp32, and optimizer state."""
     optimizer = OPTIMIZERS[config.train.optimizer.name]
-    per_value = optimizer.checkpoint_bytes({"bf16": 2, "fp32": 4}[config.train.dtype])
-    return per_value * sum(tensor.numel for tensor in model_tensors(config.model).values())
+    weight = {"bf16": 2, "fp32": 4}[config.train.dtype]
+    return sum(one.numel * optimizer.of(one).checkpoint_bytes(weight) for one in model_parameters(config.model))
 
 
 def check_run_dir(config: RunConfig, world_size: int = 1) -> None:

@@ -1,10 +1,10 @@
 """Training: batch, optimizer, learning rate schedule, and reaction to bad steps."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_hybrid.arch.optimizers import OptimizerName
+from megatron_hybrid.arch.optimizers import OptimizerFields, OptimizerName
 from megatron_hybrid.arch.registry import decay_groups
 from megatron_hybrid.base import nearest
 from megatron_hybrid.base.errors import ConfigError, Problems, shown
@@ -12,11 +12,11 @@ from megatron_hybrid.base.section import Section
 from megatron_hybrid.config.schedule import ScheduleConfig, check_schedule
 
 
-class OptimizerConfig(Section):
-    """Optimizer and its hyperparameters. Weight decay applies to all parameters except the groups in `no_decay`."""
+class CommonOptimizerFields(Section):
+    """Fields of train.optimizer that all optimizers read."""
 
     name: OptimizerName = "adamw"
-    """The optimizer."""
+    """The optimizer. muon: Muon for the weights of linears in the layers, AdamW for everything else."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
@@ -34,7 +34,7 @@ class OptimizerConfig(Section):
     host memory per parameter. Checkpoints do not depend on it."""
 
     @model_validator(mode="after")
-    def _check(self) -> "OptimizerConfig":
+    def _check(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.betas):
             legal = [0.0 if beta < 0 else 0.999 if beta >= 1 else beta for beta in self.betas]
             raise ConfigError.at(
@@ -49,6 +49,10 @@ class OptimizerConfig(Section):
                     f"{shown(group)} is not one of {', '.join(legal_groups)}; the nearest is {nearest.word(group, legal_groups)}",
                 )
         return self
+
+
+class OptimizerConfig(OptimizerFields, CommonOptimizerFields):  # pydantic lists the fields of the last base first
+    """Optimizer and its hyperparameters. Weight decay applies to all parameters except the groups in `no_decay`."""
 
 
 class BatchRampConfig(Section):

@@ -71,10 +71,11 @@ _SAME_AS = {
     "num_query_groups": "model.num_key_value_heads", "pp": "parallel.pipeline_parallel_size",
     "precision": "train.dtype", "save": "run_dir", "save_interval": "checkpoint.interval",
     "seq_len": "data.sequence_length", "seq_length": "data.sequence_length", "tp": "parallel.tensor_parallel_size",
+    "train.optimizer.kind": "train.optimizer.name", "train.optimizer.optimizer": "train.optimizer.name",
     "train_iters": "train.steps", "vpp": "parallel.virtual_pipeline_parallel_size",
     "warmup": "train.schedule.warmup_steps",
 }  # fmt: skip
-"""Names of our fields in other projects."""
+"""Names of our fields in other projects; whole paths first."""
 
 _SAME_VALUE = {
     "bfloat16": "bf16",
@@ -99,7 +100,9 @@ def _unknown(location: Location, root: type[Section]) -> str:
     _, section = field_at(root, location[:-1])
     names = list(section.fields()) if section else []
     elsewhere = [path for path in field_paths(root) if path.rpartition(".")[2] == name]
-    if found := nearest.word(name, names, cutoff=0.7):
+    if meant := _SAME_AS.get(join(*location)):
+        hint = f"did you mean {meant}?"
+    elif found := nearest.word(name, names, cutoff=0.7):
         hint = f"did you mean {found}?"
     elif elsewhere:
         hint = f"did you mean {' or '.join(elsewhere)}?"

@@ -12,6 +12,7 @@ from megatron_hybrid.arch.packing import PackedParameter, PackedSlice
 from megatron_hybrid.arch.registry import mixer_spec
 
 Slices = tuple[PackedSlice, ...]
+_LAYERS = "decoder.layers."
 
 
 class ParamLayout:
@@ -44,9 +45,21 @@ class ParamLayout:
         last stage has the embedding's slices.
         """
         for chunk in chunks:
-            offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+            offset = self._offset(chunk)
             for name, parameter in chunk.named_parameters():
                 yield self.global_name(name, offset), parameter, self.slices(name, offset)
+
+    def packed_parameters(self, chunks: Iterable[Any]) -> Iterator[tuple[torch.nn.Parameter, PackedParameter]]:
+        """Yield every parameter with the description of its packing. Tensor names are relative to the layer."""
+        for chunk in chunks:
+            offset = self._offset(chunk)
+            for name, parameter in chunk.named_parameters():
+                yield parameter, self._packed(name, offset)
+
+    @staticmethod
+    def _offset(chunk: Any) -> int:
+        """Return how many layers come before a chunk."""
+        return chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
 
     @staticmethod
     def global_name(name: str, layer_offset: int) -> str:
@@ -58,9 +71,20 @@ class ParamLayout:
 
     def slices(self, name: str, layer_offset: int) -> Slices:
         """Return the slices in parameter `name` of a chunk whose first layer is `layer_offset`."""
-        if not name.startswith("decoder.layers."):
-            return self._outer[name].slices(self.rank, self.ranks)
-        number, _, rest = name.removeprefix("decoder.layers.").partition(".")
-        index = int(number) + layer_offset
-        slices = self._layers[self.model.layers[index]][rest].slices(self.rank, self.ranks)
+        slices = self._packed(name, layer_offset).slices(self.rank, self.ranks)
+        if (index := self._layer_index(name, layer_offset)) is None:
+            return slices
         return tuple(replace(s, tensor=replace(s.tensor, name=f"layers.{index}.{s.tensor.name}")) for s in slices)
+
+    def _packed(self, name: str, layer_offset: int) -> PackedParameter:
+        if (index := self._layer_index(name, layer_offset)) is None:
+            return self._outer[name]
+        _, _, rest = name.removeprefix(_LAYERS).partition(".")
+        return self._layers[self.model.layers[index]][rest]
+
+    @staticmethod
+    def _layer_index(name: str, layer_offset: int) -> int | None:
+        """Return the layer of a chunk's parameter; None: it is outside the layers."""
+        if not name.startswith(_LAYERS):
+            return None
+        return int(name.removeprefix(_LAYERS).partition(".")[0]) + layer_offset

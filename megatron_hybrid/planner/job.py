@@ -9,7 +9,7 @@ from megatron_hybrid.config.data import DataConfig, SourceConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import RunConfig
-from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.config.train import OptimizerConfig, TrainConfig
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.plan import Plan, planned_attended_length
 
@@ -99,4 +99,5 @@ class Job:
             self.offload_fraction,
             self.optimizer,
             self.attended_length,
+            self.base.train.optimizer if self.base is not None else OptimizerConfig(),
         )

@@ -17,6 +17,8 @@ class Parameter:
 
     name: str
     numel: int
+    packed: PackedParameter
+    """Its packing, which decides how an optimizer treats it."""
     always_fp32: bool = False
     own_bucket: bool = False
     """Tied embedding of a pipeline's ends."""
@@ -54,20 +56,24 @@ class ChunkLayout:
 def chunk_parameters(layout: ChunkLayout) -> tuple[Parameter, ...]:
     """Return the parameters of one model chunk on one rank, in the order of the module's."""
     model, tp, tied = layout.model, layout.tp, layout.model.tie_embeddings
-    outer = {name: packed.rank_numel(tp) for name, packed in outer_parameters(model).items()}
+    outer = outer_parameters(model)
     blocks = model.blocks_by_symbol
     found: list[Parameter] = []
     if layout.embedding:
-        found.append(Parameter("embedding", outer["embedding"], own_bucket=tied and layout.pipeline))
+        found.append(_outer("embedding", outer["embedding"], tp, own_bucket=tied and layout.pipeline))
         if "embedding_norm" in outer:
-            found.append(Parameter("embedding_norm", outer["embedding_norm"]))
+            found.append(_outer("embedding_norm", outer["embedding_norm"], tp))
     for symbol, in_fp8 in zip(layout.symbols, layout.fp8 or (False,) * len(layout.symbols), strict=True):
         found += rank_layer_parameters(model, blocks[symbol], tp, in_fp8)
     if layout.head:
-        found.append(Parameter("final_norm", outer["final_norm"]))
+        found.append(_outer("final_norm", outer["final_norm"], tp))
         if not tied or (layout.pipeline and not layout.embedding):
-            found.append(Parameter("output", outer["embedding"], own_bucket=tied))
+            found.append(_outer("output", outer["embedding"], tp, own_bucket=tied))
     return tuple(found)
+
+
+def _outer(name: str, packed: PackedParameter, tp: int, own_bucket: bool = False) -> Parameter:
+    return Parameter(name, packed.rank_numel(tp), packed, own_bucket=own_bucket)
 
 
 @lru_cache(maxsize=256)
@@ -83,6 +89,7 @@ def rank_layer_parameters(model: ModelConfig, block: Block, tp: int, in_fp8: boo
         Parameter(
             packed.name,
             packed.rank_numel(tp),
+            packed,
             always_fp32=any(tensor.always_fp32 for tensor in packed.tensors),
             in_fp8=in_fp8 and packed.is_gemm,
         )

@@ -15,6 +15,7 @@ from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.config.train import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Plan:
     """train.optimizer.name."""
     attended_length: int | None = None
     """Attended length of separated documents (arch/documents.py). None: data.documents is keep."""
+    optimizer_settings: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """train.optimizer, whose hyperparameters may change the work of an update."""
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int, document_length: float = ASSUMED_LENGTH) -> "Plan":
@@ -57,6 +60,7 @@ class Plan:
             train.optimizer.offload_fraction,
             train.optimizer.name,
             planned_attended_length(config.data, document_length),
+            train.optimizer,
         )
 
     @property

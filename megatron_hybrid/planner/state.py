@@ -2,21 +2,22 @@
 
 megatron-core's data parallel wrapper lays the parameters of a model chunk out in one buffer per dtype, last parameter first, with
 padding under the distributed optimizer (param_layout.py, distrib_optimizer.py). A rank's optimizer holds its slice of each
-bucket. This file repeats both.
+bucket, or whole matrices (planner/layer_wise.py). This file repeats both.
 """
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.arch.optimizers.spec import FP32_BYTES, OptimizerSpec
 from megatron_hybrid.arch.packing import round_up
+from megatron_hybrid.arch.tensors import model_parameters
+from megatron_hybrid.planner.layer_wise import BUCKET_ALIGNMENT, PARAMETER_ALIGNMENT, whole_shards
 from megatron_hybrid.planner.parameters import ChunkLayout, Parameter, chunk_parameters
 from megatron_hybrid.planner.plan import Chunk, Plan
 
-PARAMETER_ALIGNMENT = 64  # elements, param_layout.py:pad_param_start
-BUCKET_ALIGNMENT = 128  # elements, param_layout.py:bucket_end_divisor
 GRADIENT_BYTES = FP32_BYTES
 
 Span = tuple[int, int]
@@ -48,11 +49,11 @@ class StateBytes:
         )
 
 
-def rank_state(plan: Plan, pipeline_rank: int, dp_rank: int = 0) -> StateBytes:
+def rank_state(plan: Plan, pipeline_rank: int, dp_rank: int | None = None) -> StateBytes:
     """Return the bytes of all chunks of a rank.
 
     Args:
-        dp_rank: its place among the data and context parallel ranks.
+        dp_rank: its place among the data and context parallel ranks. None: the first, with the largest share of whole matrices.
     """
     chunks = plan.chunks_of(pipeline_rank)
     states = (_chunk_state(plan, chunk, position, dp_rank) for position, chunk in enumerate(chunks))
@@ -61,7 +62,7 @@ def rank_state(plan: Plan, pipeline_rank: int, dp_rank: int = 0) -> StateBytes:
 
 def per_parameter_bytes(plan: Plan) -> float:
     """Return the mean bytes of weight, gradient and optimizer state per parameter of a rank."""
-    state = _optimizer_bytes(OPTIMIZERS[plan.optimizer], plan.element) * (1 - plan.offload_fraction)
+    state = _mean_optimizer_bytes(plan.model, plan.optimizer, plan.element) * (1 - plan.offload_fraction)
     return plan.element + GRADIENT_BYTES + state / (plan.dp_cp if plan.parallel.distributed_optimizer else 1)
 
 
@@ -70,11 +71,20 @@ def _optimizer_bytes(optimizer: OptimizerSpec, size: int) -> int:
     return optimizer.state_bytes + (FP32_BYTES if size < FP32_BYTES else 0)
 
 
-def _chunk_state(plan: Plan, chunk: Chunk, position: int, dp_rank: int) -> StateBytes:
+@lru_cache(maxsize=64)
+def _mean_optimizer_bytes(model: ModelConfig, optimizer_name: str, size: int) -> float:
+    spec, total, count = OPTIMIZERS[optimizer_name], 0, 0
+    for parameter in model_parameters(model):
+        total += parameter.numel * _optimizer_bytes(spec.of(parameter), size)
+        count += parameter.numel
+    return total / count
+
+
+def _chunk_state(plan: Plan, chunk: Chunk, position: int, dp_rank: int | None) -> StateBytes:
     """Return the bytes of one model chunk. `position`: its place among its rank's chunks."""
     return _state(
         ChunkLayout.of(plan, chunk),
-        _bucket_limit(plan, chunk, position),
+        bucket_limit(plan, chunk, position),
         plan.dp_cp,
         dp_rank,
         plan.element,
@@ -89,26 +99,44 @@ def _state(
     layout: ChunkLayout,
     limit: int | None,
     dp: int,
-    dp_rank: int,
+    dp_rank: int | None,
     element: int,
     sharded: bool,
     offloaded: float,
     optimizer_name: str,
 ) -> StateBytes:
     spec = OPTIMIZERS[optimizer_name]
-    weights = gradients = optimizer = host = 0
-    by_size: dict[int, list[Parameter]] = {}
+    total = StateBytes(0, 0, 0)
+    buffers: dict[tuple[int, bool], list[Parameter]] = {}
     for parameter in chunk_parameters(layout):
-        by_size.setdefault(parameter.size(element), []).append(parameter)
-    for size, group in by_size.items():
-        spans = buckets(tuple(group), limit, dp, sharded)
-        numel = spans[-1][-1][1]
-        weights += numel * size
-        gradients += numel * GRADIENT_BYTES
-        held = sum(p.numel for p in group) if not sharded else sum(_held(bucket, dp, dp_rank) for bucket in spans)
-        optimizer += round(held * _optimizer_bytes(spec, size) * (1 - offloaded))
-        host += round(held * spec.host_bytes * offloaded)
-    return StateBytes(weights, gradients, optimizer, host)
+        whole = spec.of(parameter.packed).whole_matrices
+        buffers.setdefault((parameter.size(element), whole), []).append(parameter)
+    for (size, whole), group in buffers.items():
+        numel, mine = _share(group, whole, limit, dp, dp_rank, sharded)
+        state = sum(count * _optimizer_bytes(spec.of(parameter.packed), size) for parameter, count in mine)
+        on_host = sum(count * spec.of(parameter.packed).host_bytes for parameter, count in mine)
+        total += StateBytes(
+            numel * size, numel * GRADIENT_BYTES, round(state * (1 - offloaded)), round(on_host * offloaded)
+        )
+    return total
+
+
+def _share(
+    group: list[Parameter], whole: bool, limit: int | None, dp: int, dp_rank: int | None, sharded: bool
+) -> tuple[int, list[tuple[Parameter, int]]]:
+    """Return the elements of a buffer, and how many of each parameter a data parallel rank's optimizer holds."""
+    if whole and sharded:
+        sizes = tuple(parameter.numel for parameter in group)
+        shards = whole_shards(sizes, limit, dp)
+        dp_rank = shards.fullest(sizes) if dp_rank is None else dp_rank
+        mine = [(p, p.numel) for p, owner in zip(group, shards.owners, strict=True) if owner == dp_rank]
+        return shards.numel, mine
+    spans = buckets(tuple(group), limit, dp, sharded)
+    numel = spans[-1][-1][1]
+    if not sharded:
+        return numel, [(parameter, parameter.numel) for parameter in group]
+    held = [count for bucket in spans for count in _held(bucket, dp, dp_rank or 0)]
+    return numel, list(zip(reversed(group), held, strict=True))
 
 
 def buckets(parameters: tuple[Parameter, ...], limit: int | None, dp: int, padded: bool) -> list[list[Span]]:
@@ -143,15 +171,15 @@ def buckets(parameters: tuple[Parameter, ...], limit: int | None, dp: int, padde
     return found
 
 
-def _held(bucket: list[Span], dp: int, dp_rank: int) -> int:
-    """Return how many elements of a bucket's parameters lie in a data parallel rank's slice of it."""
+def _held(bucket: list[Span], dp: int, dp_rank: int) -> list[int]:
+    """Return how many elements of each of a bucket's parameters lie in a data parallel rank's slice of it."""
     *spans, (begin, end) = bucket
     share = (end - begin) // dp
     low, high = begin + dp_rank * share, begin + (dp_rank + 1) * share
-    return sum(max(0, min(high, stop) - max(low, start)) for start, stop in spans)
+    return [max(0, min(high, stop) - max(low, start)) for start, stop in spans]
 
 
-def _bucket_limit(plan: Plan, chunk: Chunk, position: int) -> int | None:
+def bucket_limit(plan: Plan, chunk: Chunk, position: int) -> int | None:
     """Return the elements per bucket, or None for a single one.
 
     Buckets are cut only where reduction overlaps the backward pass, and then on the first pipeline rank's first chunk. Elsewhere

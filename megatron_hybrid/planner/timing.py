@@ -6,20 +6,16 @@ from dataclasses import dataclass
 
 from megatron_hybrid.arch.costs import Direction
 from megatron_hybrid.arch.flops import training_flops_per_token
-from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.layer_time import LayerTimes
+from megatron_hybrid.planner.optimizer_time import optimizer_seconds
 from megatron_hybrid.planner.parameters import rank_parameters
 from megatron_hybrid.planner.parts import BUBBLE, DP, DP_HIDDEN, HIDDEN, LAUNCHES, OPTIMIZER, PP, Parts
 from megatron_hybrid.planner.plan import Chunk, Plan
 from megatron_hybrid.planner.schedule import StageTimes, analytic_seconds, simulate
 from megatron_hybrid.planner.state import GRADIENT_BYTES, rank_state
 
-SHARD_TRAFFIC = 18
-"""Bytes per parameter of the shard, besides the optimizer's update: norm 4, clip 8, weight 6."""
-GRADIENT_TRAFFIC = 12
-"""Bytes per parameter of the rank: set to zero 4, scaled by the number of replicas 8."""
 LARGEST_HIDDEN_SHARE = 0.95
 """Share of a data parallel collective that overlap can hide. The first bucket is always waited for."""
 OVERLAPPED_SHARE = 0.9
@@ -97,10 +93,8 @@ class StepPredictor:
         )
 
     def _optimizer_seconds(self, plan: Plan, rank: int) -> float:
-        held, update = rank_parameters(plan, rank), OPTIMIZERS[plan.optimizer].update_bytes
-        updated = held / plan.dp_cp if plan.parallel.distributed_optimizer else held
-        moved = self.hardware.copy_seconds("other", updated * (SHARD_TRAFFIC + update) + held * GRADIENT_TRAFFIC)
-        return (moved + self.hardware.host_seconds_per_step) * self.hardware.factor("optimizer")
+        update = optimizer_seconds(plan, rank, self.hardware)
+        return (update + self.hardware.host_seconds_per_step) * self.hardware.factor("optimizer")
 
     def _layer_times(self, plan: Plan) -> LayerTimes:
         key = (plan.tp, plan.cp, plan.parallel.sequence_parallel_on, plan.parallel.tp_comm_overlap, plan.micro_batch_size,

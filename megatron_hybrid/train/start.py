@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
+from megatron_hybrid.arch.tensors import model_parameters
 from megatron_hybrid.checkpoint.folders import (
     check_same_tensors,
     checkpoint_step,
     complete_checkpoints,
     find_checkpoint,
 )
-from megatron_hybrid.checkpoint.format import CheckpointError
+from megatron_hybrid.checkpoint.format import CheckpointError, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.checkpoint import Take
 from megatron_hybrid.config.run import RunConfig
@@ -122,6 +123,7 @@ def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] 
         check_stage(start.folder, theirs, index.state.get("vocabulary"), config)
     else:
         check_same_tensors(start.folder, theirs, config.model)
+        _check_states(config, reader)
         _check_work_left(config, start.folder, index.state.get("step", 0))
         changes = model_changes(theirs, config.model)
         if identity is not None:
@@ -152,14 +154,34 @@ def check_stage(folder: Path, theirs: ModelConfig, vocabulary: object, config: R
 
 def _check_moments(config: RunConfig, reader: CheckpointReader) -> None:
     """Check that a checkpoint holds the moments of this run's optimizer, and their number of updates."""
-    optimizer = OPTIMIZERS[config.train.optimizer.name]
-    held = {name.partition("/")[0] for name in reader.index.tensors}
-    absent = [state for state in optimizer.states if f"optimizer.{state}" not in held]
+    absent = _absent_states(config, reader)
     if absent or "updates" not in reader.index.state:
         raise CheckpointError(
             f"checkpoint.take: moments, and {reader.folder} does not hold {', '.join(absent or ['their number of updates'])} of "
-            f"{optimizer.name}; set it to weights, or name a checkpoint that a run saved"
+            f"{config.train.optimizer.name}; set it to weights, or name a checkpoint that a run saved"
         )
+
+
+def _check_states(config: RunConfig, reader: CheckpointReader) -> None:
+    """Check that a run resumes with the optimizer that it had. A checkpoint may have weights alone."""
+    if reader.has_optimizer() and (absent := _absent_states(config, reader)):
+        raise CheckpointError(
+            f"train.optimizer.name: {config.train.optimizer.name}, and {reader.folder} does not hold {', '.join(absent)} of all "
+            "its parameters; set it to the optimizer of that run, or take only its weights in a new run, by checkpoint.init_from and "
+            "checkpoint.take: weights"
+        )
+
+
+def _absent_states(config: RunConfig, reader: CheckpointReader) -> list[str]:
+    """Return the states of this run's optimizer that a checkpoint does not hold of every parameter."""
+    spec = OPTIMIZERS[config.train.optimizer.name]
+    wanted = (
+        (state, tensor.name)
+        for packed in model_parameters(config.model)
+        for tensor in packed.tensors
+        for state in spec.of(packed).states
+    )
+    return list(dict.fromkeys(state for state, name in wanted if state_name(state, name) not in reader.index.tensors))
 
 
 def _check_work_left(config: RunConfig, folder: Path, step: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hybrid.arch.model import ModelConfig
+from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.precision import PrecisionConfig
@@ -53,7 +54,8 @@ class MegatronEngine:
         self.chunks = build_model(model, parallel, precision, train.dtype, sequence_length, groups)
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         fill(self.chunks, self.layout, train.seed)
-        self.wrapped = wrap_data_parallel(self.chunks, parallel, precision)
+        spec = OPTIMIZERS[train.optimizer.name]
+        self.wrapped = wrap_data_parallel(self.chunks, parallel, precision, spec, self.layout, groups)
         self.optimizer = Optimizer(self.wrapped, self.layout, train, parallel, precision)
         self._update_pending = False
         prepare_for_training(self.wrapped, self.optimizer)

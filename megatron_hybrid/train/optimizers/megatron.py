@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
-from megatron_hybrid.arch.optimizers.spec import MASTER
+from megatron_hybrid.arch.optimizers.spec import MASTER, OptimizerSpec
 from megatron_hybrid.checkpoint.collect import Collector, OptimizerShard
 from megatron_hybrid.checkpoint.writer import SlicedTensor
 from megatron_hybrid.config.parallel import ParallelConfig
@@ -33,13 +34,24 @@ from megatron_hybrid.train.optimizers.host_offload import (
     refresh_copies,
     updated_tensor,
 )
+from megatron_hybrid.train.optimizers.layer_wise import tag_matrices, wrap_layer_wise
 from megatron_hybrid.train.optimizers.state import set_step_count, state_of, step_count
 
 
 def wrap_data_parallel(
-    chunks: Sequence[Any], parallel: ParallelConfig, precision: PrecisionConfig
+    chunks: Sequence[Any],
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    spec: OptimizerSpec,
+    layout: ParamLayout,
+    groups: ProcessGroupCollection,
 ) -> list[DistributedDataParallel]:
-    """Wrap each model chunk in megatron-core's DDP, with gradients stored and reduced in fp32."""
+    """Wrap each model chunk in megatron-core's DDP, with gradients stored and reduced in fp32.
+
+    Args:
+        spec: the optimizer, which may need whole matrices on one data parallel rank.
+        layout: maps parameters to their packing.
+    """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -49,6 +61,9 @@ def wrap_data_parallel(
         fp8_param_gather=precision.fp8_param_gather,
         check_for_nan_in_grad=False,  # the trainer checks the gradient norm and skips the step
     )
+    tag_matrices(spec, layout, chunks)
+    if spec.whole_matrices and parallel.distributed_optimizer:
+        return wrap_layer_wise(chunks, config, groups)
     return [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
@@ -73,6 +88,9 @@ class Optimizer:
     ) -> None:
         settings = train.optimizer
         self.spec = OPTIMIZERS[settings.name]
+        implementation = import_module(self.spec.implementation) if self.spec.implementation else None
+        if implementation:
+            implementation.make_known()
         self.wrapped, self.chunks = wrapped, [w.module for w in wrapped]
         self.overlap_param_gather = parallel.overlap_param_gather
         self.in_fp8 = [p for chunk in self.chunks for p in chunk.parameters() if is_fp8_param(p)]
@@ -83,9 +101,10 @@ class Optimizer:
             min_lr=0.0,
             weight_decay=settings.weight_decay,
             clip_grad=settings.clip_grad,
-            bf16=train.dtype == "bf16",
+            bf16=train.dtype == "bf16" or self.spec.whole_matrices,  # see train/optimizers/muon.py
             params_dtype=DTYPES[train.dtype],
-            use_distributed_optimizer=parallel.distributed_optimizer,
+            use_distributed_optimizer=parallel.distributed_optimizer and not self.spec.whole_matrices,
+            use_layer_wise_distributed_optimizer=parallel.distributed_optimizer and self.spec.whole_matrices,
             overlap_param_gather=parallel.overlap_param_gather,
             fp8_recipe=precision.fp8_recipe if self.in_fp8 else None,
             **self.spec.megatron_fields(settings),
@@ -96,12 +115,17 @@ class Optimizer:
         # megatron-core slices fp32 parameters inside the autograd graph, and torch.optim accepts leaf tensors only
         with torch.set_grad_enabled(not settings.offload_fraction):
             self.megatron = get_megatron_optimizer(config, wrapped, config_overrides=overrides)
+        self.packing = dict(layout.packed_parameters(self.chunks))
+        if implementation:
+            packing = {_main_parameter(parameter): packed for parameter, packed in self.packing.items()}
+            for inner in self._inner_optimizers():
+                implementation.connect(inner, packing)
         self.set_fp8_parameters()
 
     @property
     def name(self) -> str:
-        """Name of the implementation."""
-        return implementation_name(self._parts()[0].optimizer)
+        """Name of the implementation; with several, those of all kinds of parameters."""
+        return ", ".join(dict.fromkeys(implementation_name(part.optimizer) for part in self._parts()))
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Multiply the loss by the gradient scale."""
@@ -136,7 +160,7 @@ class Optimizer:
             self.megatron.step_with_ready_grads()
 
     def _parts(self) -> list[Any]:
-        return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
+        return list(_flattened(self.megatron))
 
     @torch.no_grad()
     def set_fp8_parameters(self) -> None:
@@ -175,8 +199,11 @@ class Optimizer:
                 for main in group["params"]
             }
             for parameter, main, start, stop in self._main_parameters(part):
-                state = state_of(holder_of[main], main, self.spec)
-                states = {name: state[name].view(-1) for name in self.spec.states}
+                if main not in holder_of:
+                    continue  # another part, or another data parallel rank, updates it
+                spec = self.spec.of(self.packing[parameter])
+                state = state_of(holder_of[main], main, spec)
+                states = {name: state[name].view(-1) for name in spec.states}
                 if parameter.dtype != torch.float32:
                     states[MASTER] = main.detach().view(-1)
                 found[parameter] = OptimizerShard(start, stop, states)
@@ -201,8 +228,7 @@ class Optimizer:
             return
         for chunk in self.chunks:
             for parameter in chunk.parameters():
-                main = getattr(parameter, "main_param", None)
-                yield parameter, parameter if main is None else main, 0, parameter.numel()
+                yield parameter, _main_parameter(parameter), 0, parameter.numel()
 
     @property
     def updates(self) -> int:
@@ -220,6 +246,20 @@ class Optimizer:
         """Update the host copies of parameters that were loaded."""
         for part in self._parts():
             refresh_copies(part.optimizer)
+
+
+def _flattened(optimizer: Any) -> Iterator[Any]:
+    """Yield the optimizers in megatron-core's chains, which may be nested."""
+    for part in getattr(optimizer, "chained_optimizers", ()):
+        yield from _flattened(part)
+    if not hasattr(optimizer, "chained_optimizers"):
+        yield optimizer
+
+
+def _main_parameter(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return the fp32 tensor that is updated in place of a whole parameter."""
+    main = getattr(parameter, "main_param", None)
+    return parameter if main is None else main
 
 
 class MegatronCollector(Collector):

@@ -1,7 +1,7 @@
 """State that optimizers keep per parameter, and the step count that their bias correction uses.
 
 The count does not include skipped steps. torch's optimizers keep it in a tensor per parameter, DeepSpeed's for the host
-in an int per parameter, Transformer Engine's and Apex's in an int per parameter group.
+in an int per parameter, Transformer Engine's and Apex's in an int per parameter group. Muon does not count.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def set_step_count(optimizers: list[torch.optim.Optimizer], count: int) -> None:
             for parameter, state in optimizer.state.items():
                 if "step" in state:
                     state["step"] = _new_count(optimizer, parameter, count)
-        elif count:
+        elif count and _is_fused(optimizer):
             for group in optimizer.param_groups:
                 group["step"] = count
 
@@ -48,6 +48,10 @@ def _is_torch(optimizer: torch.optim.Optimizer) -> bool:
 
 def _is_deepspeed(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.startswith("deepspeed.")
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__module__.startswith(("transformer_engine.", "apex."))
 
 
 def _new_count(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, count: int) -> int | torch.Tensor:
