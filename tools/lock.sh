@@ -10,7 +10,7 @@ lock() { # file, then options with the extras
     printf '%s\n%s\n' "$said" "$(cat "$1")" >"$1"
 }
 
-extras=(dev gpu tilelang deepspeed tasks mpi wandb parquet)
+extras=(dev gpu tilelang deepspeed tasks mpi wandb parquet muon)
 lock constraints.txt "${extras[@]/#/--extra=}" "$@"
 # OLMo-core excludes versions that the other packages have: it is installed only to test conversion.
 if [ ! -e constraints-olmo-core.txt ]; then cp constraints.txt constraints-olmo-core.txt; fi
