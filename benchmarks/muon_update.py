@@ -18,10 +18,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 SEQUENCE, STEPS, WARMUP = 8192, 10, 3
 OPTIMIZERS = {
-    "AdamW": {"name": "adamw"},
-    "Muon": {"name": "muon"},
-    "Muon, Nesterov": {"name": "muon", "muon_nesterov": True},
-    "Muon, fp32 GEMMs in TF32": {"name": "muon", "muon_fp32_matmul_prec": "high"},
+    "AdamW": {"kind": "adamw"},
+    "Muon": {"kind": "muon"},
+    "Muon, Nesterov": {"kind": "muon", "muon_nesterov": True},
+    "Muon, fp32 GEMMs in TF32": {"kind": "muon", "muon_fp32_matmul_prec": "high"},
 }
 
 

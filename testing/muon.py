@@ -10,7 +10,7 @@ from testing import jobs
 
 NOT_HERE = find_spec("emerging_optimizers") is None
 REASON = "no emerging-optimizers here: pip install 'emerging-optimizers>=0.3,<0.4'"
-MUON = dict(name="muon", muon_fp32_matmul_prec="highest", muon_extra_scale_factor=0.2, eps=1e-2)
+MUON = dict(kind="muon", muon_fp32_matmul_prec="highest", muon_extra_scale_factor=0.2, eps=1e-2)
 """train.optimizer of tests: fp32, and updates of AdamW's size."""
 LR, DECAY, BETAS = 0.5, 0.1, (0.9, 0.95)
 """A rate at which the rounding of weights does not hide that of updates."""

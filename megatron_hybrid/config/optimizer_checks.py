@@ -17,11 +17,11 @@ def check_optimizer(
     train: TrainConfig, parallel: ParallelConfig, precision: PrecisionConfig, problems: Problems
 ) -> None:
     """Check that the optimizer runs with the engine, layout and precision, and that no field of another optimizer is set."""
-    spec = OPTIMIZERS[train.optimizer.name]
+    spec = OPTIMIZERS[train.optimizer.kind]
     _check_fields(spec, train, problems)
     if parallel.distributed_optimizer and train.engine == "megatron" and not spec.distributed:
         problems.add(
-            f"{SECTION}.name",
+            f"{SECTION}.kind",
             f"{spec.name} does not run with parallel.distributed_optimizer; set that to false, or this to "
             f"{_others(lambda other: other.distributed)}",
         )
@@ -32,7 +32,7 @@ def check_optimizer(
     ):
         if used and (reason := spec.unsupported.get(name)):
             problems.add(
-                f"{SECTION}.name",
+                f"{SECTION}.kind",
                 f"{spec.name} does not run with {field}: {reason}; set that to {instead}, or this to "
                 f"{_others(partial(_runs_with, name))}",
             )
@@ -51,7 +51,7 @@ def _check_fields(spec: OptimizerSpec, train: TrainConfig, problems: Problems) -
             )
             problems.add(
                 join(SECTION, name),
-                f"{shown(value)} has no meaning with {SECTION}.name = {spec.name}; set that to {readers}, or leave this out",
+                f"{shown(value)} has no meaning with {SECTION}.kind = {spec.name}; set that to {readers}, or leave this out",
             )
 
 

@@ -50,6 +50,7 @@ RENAMES = (
     Rename("precision.parts", "model.backend"),
     Rename("parallel.recompute", "parallel.recompute_granularity"),
     Rename("model.preset", "model.base_preset"),
+    Rename("train.optimizer.name", "train.optimizer.kind"),
 )
 NEW_VALUES: Mapping[str, Callable[[object], object]] = {"precision.fp8_recipe": _recipe}
 """Fields that keep their name and whose old values are converted."""
@@ -80,27 +81,37 @@ def rename_fields(data: Mapping[str, Any], quiet: bool = False) -> tuple[dict[st
     """
     run, moved = deepcopy(dict(data)), list[Assignment]()
     for rename in RENAMES:
-        (section, old), (target, new) = rename.old.split("."), rename.new.split(".")
-        fields = run.get(section)
-        if not isinstance(fields, dict) or old not in fields:
+        (section, old), (target, new) = rename.old.rsplit(".", 1), rename.new.rsplit(".", 1)
+        fields = _section(run, section)
+        if old not in fields:
             continue
-        if isinstance(other := run.get(target), dict) and new in other:
+        if new in _section(run, target):
             raise _given_twice(rename.old, rename.new)
         if not quiet:
             _warn(rename.old, rename.new)
         value = rename.convert(fields[old])
         if target == section:
-            run[section] = {new if key == old else key: value if key == old else kept for key, kept in fields.items()}
+            renamed = {new if key == old else key: value if key == old else kept for key, kept in fields.items()}
+            fields.clear()
+            fields |= renamed
         else:
             del fields[old]
             moved.append(([target, new], value))
     for path, convert in NEW_VALUES.items():
         section, name = path.split(".")
-        if isinstance(fields := run.get(section), dict) and name in fields:
+        if name in (fields := _section(run, section)):
             fields[name] = _converted(path, fields[name], convert, quiet)
     if isinstance(checkpoint := run.get("checkpoint"), dict):
         run["checkpoint"] = _rename_checkpoint(checkpoint, quiet)
     return run, moved
+
+
+def _section(run: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return the fields of a section such as `train.optimizer`; empty if it is not there, or not a section."""
+    found: Any = run
+    for key in path.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def rename_saved(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,10 +131,13 @@ def rename_override(keys: list[str], value: object) -> list[Assignment]:
     Raises:
         ConfigError: a section is given as a whole, with a field under its old and its new name.
     """
-    if len(keys) == 1 and isinstance(value, dict):
-        run, moved = rename_fields({keys[0]: value})
-        return [([keys[0]], run[keys[0]]), *moved]
     path = ".".join(keys)
+    if isinstance(value, dict):
+        nested: dict[str, Any] = value
+        for key in reversed(keys):
+            nested = {key: nested}
+        run, moved = rename_fields(nested)
+        return [(keys, _section(run, path)), *moved]
     for rename in RENAMES:
         if path == rename.old:
             _warn(rename.old, rename.new)

@@ -22,7 +22,7 @@ class RunDirError(ConfigError):
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Return the size of one checkpoint: weights, fp32 master weights unless the weights are fp32, and optimizer state."""
-    optimizer = OPTIMIZERS[config.train.optimizer.name]
+    optimizer = OPTIMIZERS[config.train.optimizer.kind]
     weight = {"bf16": 2, "fp32": 4}[config.train.dtype]
     return sum(one.numel * optimizer.of(one).checkpoint_bytes(weight) for one in model_parameters(config.model))
 

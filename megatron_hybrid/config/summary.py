@@ -86,7 +86,7 @@ def _steps(config: RunConfig, epochs: Sequence[float]) -> str:
 def _precision(config: RunConfig) -> str:
     recipe = config.precision.fp8_recipe
     fp8 = f" with fp8 {recipe} linears" if recipe else ""
-    return f"{config.train.dtype}{fp8}; optimizer {config.train.optimizer.name}"
+    return f"{config.train.dtype}{fp8}; optimizer {config.train.optimizer.kind}"
 
 
 def short_number(value: float) -> str:

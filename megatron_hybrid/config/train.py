@@ -15,7 +15,7 @@ from megatron_hybrid.config.schedule import ScheduleConfig, check_schedule
 class CommonOptimizerFields(Section):
     """Fields of train.optimizer that all optimizers read."""
 
-    name: OptimizerName = "adamw"
+    kind: OptimizerName = "adamw"
     """The optimizer. muon: Muon for the weights of linears in the layers, AdamW for everything else."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""

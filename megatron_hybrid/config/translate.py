@@ -71,7 +71,7 @@ _SAME_AS = {
     "num_query_groups": "model.num_key_value_heads", "pp": "parallel.pipeline_parallel_size",
     "precision": "train.dtype", "save": "run_dir", "save_interval": "checkpoint.interval",
     "seq_len": "data.sequence_length", "seq_length": "data.sequence_length", "tp": "parallel.tensor_parallel_size",
-    "train.optimizer.kind": "train.optimizer.name", "train.optimizer.optimizer": "train.optimizer.name",
+    "train.optimizer.optimizer": "train.optimizer.kind",
     "train_iters": "train.steps", "vpp": "parallel.virtual_pipeline_parallel_size",
     "warmup": "train.schedule.warmup_steps",
 }  # fmt: skip

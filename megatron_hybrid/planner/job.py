@@ -32,7 +32,7 @@ class Job:
     offload_fraction: float = 0.0
     """train.optimizer.offload_fraction. Its memory is predicted; updates are timed as if the device made all of them."""
     optimizer: str = "adamw"
-    """train.optimizer.name."""
+    """train.optimizer.kind."""
     attended_length: int | None = None
     """Attended length of separated documents (arch/documents.py). None: data.documents is keep."""
     base: RunConfig | None = None
@@ -63,7 +63,7 @@ class Job:
             recompute,
             run.parallel.tp_comm_overlap,
             run.train.optimizer.offload_fraction,
-            run.train.optimizer.name,
+            run.train.optimizer.kind,
             planned_attended_length(run.data, document_length),
             run,
         )

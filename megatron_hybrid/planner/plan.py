@@ -34,7 +34,7 @@ class Plan:
     offload_fraction: float = 0.0
     """train.optimizer.offload_fraction."""
     optimizer: str = "adamw"
-    """train.optimizer.name."""
+    """train.optimizer.kind."""
     attended_length: int | None = None
     """Attended length of separated documents (arch/documents.py). None: data.documents is keep."""
     optimizer_settings: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -58,7 +58,7 @@ class Plan:
             train.dtype,
             config.precision,
             train.optimizer.offload_fraction,
-            train.optimizer.name,
+            train.optimizer.kind,
             planned_attended_length(config.data, document_length),
             train.optimizer,
         )

@@ -158,7 +158,7 @@ def _check_moments(config: RunConfig, reader: CheckpointReader) -> None:
     if absent or "updates" not in reader.index.state:
         raise CheckpointError(
             f"checkpoint.take: moments, and {reader.folder} does not hold {', '.join(absent or ['their number of updates'])} of "
-            f"{config.train.optimizer.name}; set it to weights, or name a checkpoint that a run saved"
+            f"{config.train.optimizer.kind}; set it to weights, or name a checkpoint that a run saved"
         )
 
 
@@ -166,7 +166,7 @@ def _check_states(config: RunConfig, reader: CheckpointReader) -> None:
     """Check that a run resumes with the optimizer that it had. A checkpoint may have weights alone."""
     if reader.has_optimizer() and (absent := _absent_states(config, reader)):
         raise CheckpointError(
-            f"train.optimizer.name: {config.train.optimizer.name}, and {reader.folder} does not hold {', '.join(absent)} of all "
+            f"train.optimizer.kind: {config.train.optimizer.kind}, and {reader.folder} does not hold {', '.join(absent)} of all "
             "its parameters; set it to the optimizer of that run, or take only its weights in a new run, by checkpoint.init_from and "
             "checkpoint.take: weights"
         )
@@ -174,7 +174,7 @@ def _check_states(config: RunConfig, reader: CheckpointReader) -> None:
 
 def _absent_states(config: RunConfig, reader: CheckpointReader) -> list[str]:
     """Return the states of this run's optimizer that a checkpoint does not hold of every parameter."""
-    spec = OPTIMIZERS[config.train.optimizer.name]
+    spec = OPTIMIZERS[config.train.optimizer.kind]
     wanted = (
         (state, tensor.name)
         for packed in model_parameters(config.model)

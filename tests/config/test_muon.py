@@ -9,23 +9,22 @@ from megatron_hybrid.train.optimizers import muon as implementation
 from testing.muon import NOT_HERE, REASON
 from tests.config.wrong_runs import TINY, ZERO, Case, assert_named, each
 
-MUON = ["train.optimizer.name=muon"]
+MUON = ["train.optimizer.kind=muon"]
 OFFLOAD = ["train.optimizer.offload_fraction=0.5"]
 FP8 = ["precision.fp8_recipe=tensorwise", "precision.fp8_param_gather=true", "model.gdn.value_head_dim=64"]
 
 WRONG: list[Case] = [
-    (["train.optimizer.kind=muon"], "train.optimizer.kind", "no such field", "did you mean train.optimizer.name?"),
-    (["train.optimizer.name=moun"], "train.optimizer.name", "not one of adamw, muon", "the nearest is muon"),
+    (["train.optimizer.kind=moun"], "train.optimizer.kind", "not one of adamw, muon", "the nearest is muon"),
     (
         [*MUON, *ZERO],
-        "train.optimizer.name",
+        "train.optimizer.kind",
         "does not run with train.engine",
         "set that to megatron, or this to adamw",
     ),
-    ([*MUON, *OFFLOAD], "train.optimizer.name", "offload_fraction", "set that to 0.0, or this to adamw"),
-    ([*MUON, *FP8], "train.optimizer.name", "precision.fp8_param_gather", "set that to false, or this to adamw"),
+    ([*MUON, *OFFLOAD], "train.optimizer.kind", "offload_fraction", "set that to 0.0, or this to adamw"),
+    ([*MUON, *FP8], "train.optimizer.kind", "precision.fp8_param_gather", "set that to false, or this to adamw"),
     (["train.optimizer.muon_momentum=0.9"], "train.optimizer.muon_momentum", "no meaning with", "set that to muon"),
-    (["train.optimizer.muon_tp_mode=blockwise"], "train.optimizer.muon_tp_mode", "name = adamw", "leave this out"),
+    (["train.optimizer.muon_tp_mode=blockwise"], "train.optimizer.muon_tp_mode", "kind = adamw", "leave this out"),
     ([*MUON, "train.optimizer.muon_momentum=1.0"], "train.optimizer.muon_momentum", "less than 1", "smaller"),
     ([*MUON, "train.optimizer.muon_num_ns_steps=0"], "train.optimizer.muon_num_ns_steps", "greater than 0", "1"),
     ([*MUON, "train.optimizer.muon_scale_mode=rms"], "train.optimizer.muon_scale_mode", "spectral, shape", "nearest"),
@@ -55,12 +54,12 @@ def test_error(overrides, field, wrong, remedy):
     ],
 )
 def test_combinations_that_run(overrides):
-    assert load_run(None, [*TINY, *MUON, *overrides]).train.optimizer.name == "muon"
+    assert load_run(None, [*TINY, *MUON, *overrides]).train.optimizer.kind == "muon"
 
 
 def test_a_missing_package_names_the_field(monkeypatch):
     monkeypatch.setattr(implementation.upstream, "HAVE_EMERGING_OPTIMIZERS", False)
-    with pytest.raises(ConfigError, match="train.optimizer.name: muon needs .* pip install 'emerging-optimizers"):
+    with pytest.raises(ConfigError, match="train.optimizer.kind: muon needs .* pip install 'emerging-optimizers"):
         implementation.make_known()
 
 

@@ -22,6 +22,7 @@ CASES = [
     ("precision.bf16_layers_at_end", "2", "precision.num_layers_at_end_in_bf16", "2", FP8),
     ("precision.cache_weights", "false", "precision.cache_fp8_weights", "false", FP8),
     ("precision.parts", "local", "model.backend", "local", {}),
+    ("train.optimizer.name", "adamw", "train.optimizer.kind", "adamw", {}),
     ("parallel.recompute", "full", "parallel.recompute_granularity", "full", {}),
     ("checkpoint.load", "none", "checkpoint.resume", "none", {}),
     ("checkpoint.load", "runs/a", "checkpoint.resume", "runs/a", {}),
@@ -46,12 +47,22 @@ def test_each_old_name_means_the_new_one(old, old_value, new, new_value, precisi
     expected = load_run(None, [*others, f"{new}={new_value}"])
     assert capsys.readouterr().err == "", "no warning for a current name"
     assert load_run(None, [*others, f"{old}={old_value}"]) == expected
-    section, name = old.split(".")
-    file = file_of(tmp_path, f"model: {MODEL}\n{section}: {{{name}: {old_value}}}\n")
+    *sections, name = old.split(".")
+    text = f"{{{name}: {old_value}}}"
+    for section in reversed(sections[1:]):
+        text = f"{{{section}: {text}}}"
+    file = file_of(tmp_path, f"model: {MODEL}\n{sections[0]}: {text}\n")
     assert load_run(file, [override for override in others if not override.startswith("model=")]) == expected
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, "one warning per field and process"
     assert lines[0].startswith(f"warning: {old}") and new in lines[0]
+
+
+def test_an_old_name_in_a_section_that_an_override_gives_as_a_whole():
+    run = load_run(None, [*BASE, f"model={MODEL}", "train.optimizer={name: adamw, lr: 0.1}"])
+    assert run.train.optimizer.kind == "adamw" and run.train.optimizer.lr == 0.1
+    with pytest.raises(ConfigError, match="train.optimizer.name: is the old name of train.optimizer.kind"):
+        load_run(None, [*BASE, f"model={MODEL}", "train.optimizer={name: adamw, kind: adamw}"])
 
 
 def test_the_table_is_covered():

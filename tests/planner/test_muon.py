@@ -41,7 +41,7 @@ MUON = OPTIMIZERS["muon"]
 @pytest.mark.parametrize("name", NAMES)
 def test_state_is_what_the_trainer_allocates(name, ranks):
     count, model, parallel, dtype = CASES[name]
-    train = dict(steps=1, global_batch_size=count * 4, dtype=dtype, optimizer=dict(name="muon"))
+    train = dict(steps=1, global_batch_size=count * 4, dtype=dtype, optimizer=dict(kind="muon"))
     plan = replace(plan_of(model, parallel, count, dtype), optimizer="muon")
     found = ranks.run(jobs.state_bytes, count, model=model.model_dump(mode="json"), parallel=parallel, train=train)
     for one in found:
@@ -99,7 +99,7 @@ def test_flops_are_those_of_the_iteration():
 
 def plan_7b(optimizer: str, gpus: int = 8, **options) -> Plan:
     plan = replace(plan_of(olmo_hybrid_7b(), layout(), gpus), optimizer=optimizer)
-    return replace(plan, optimizer_settings=OptimizerConfig(name=optimizer, **options))
+    return replace(plan, optimizer_settings=OptimizerConfig(kind=optimizer, **options))
 
 
 def test_an_update_takes_longer_and_less_memory_than_adamws():
@@ -125,5 +125,5 @@ def matrices(plan: Plan):
 
 
 def test_a_checkpoint_is_smaller_than_adamws():
-    adamw, muon = (checkpoint_bytes(load_run(None, [*TINY, f"train.optimizer.name={name}"])) for name in OPTIMIZERS)
+    adamw, muon = (checkpoint_bytes(load_run(None, [*TINY, f"train.optimizer.kind={name}"])) for name in OPTIMIZERS)
     assert 0.7 < muon / adamw < 1

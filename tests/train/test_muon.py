@@ -24,20 +24,20 @@ def check(config: dict) -> None:
 
 
 def test_a_run_resumes_bit_for_bit_and_only_with_its_optimizer(ranks, tmp_path):
-    config = with_optimizer(make_config(tmp_path), name="muon", lr=3e-3, muon_extra_scale_factor=0.2)
+    config = with_optimizer(make_config(tmp_path), kind="muon", lr=3e-3, muon_extra_scale_factor=0.2)
     straight = ranks.run(jobs.pretrain_run, 2, config=config | {"run_dir": str(tmp_path / "straight")})
     half = config | {"train": config["train"] | {"steps": 3, "schedule": {"warmup_steps": 2, "decay_steps": 6}}}
     ranks.run(jobs.pretrain_run, 2, config=half)
     check(config)
     for changed, states in (
-        (with_optimizer(config, name="adamw"), "exp_avg, exp_avg_sq"),
+        (with_optimizer(config, kind="adamw"), "exp_avg, exp_avg_sq"),
         (config | {"checkpoint": {"init_from": config["run_dir"], "take": "moments"}, "run_dir": "x"}, None),
         (config | {"checkpoint": {"init_from": config["run_dir"], "take": "weights"}, "run_dir": "x"}, None),
     ):
         if states is None:
             check(changed)
             continue
-        with pytest.raises(CheckpointError, match=f"train.optimizer.name: adamw, .* does not hold {states} of all"):
+        with pytest.raises(CheckpointError, match=f"train.optimizer.kind: adamw, .* does not hold {states} of all"):
             check(changed)
     resumed = ranks.run(jobs.pretrain_run, 2, config=config)
     for one, other in zip(straight, resumed, strict=True):

@@ -36,9 +36,9 @@ def test_bytes_of_adamw():
 def test_an_optimizer_that_cannot_be_sharded_is_refused(monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "sgd", optimizer_jobs.SGD)
     run = load_run(None, TINY)
-    sgd = run.train.model_copy(update={"optimizer": run.train.optimizer.model_copy(update={"name": "sgd"})})
+    sgd = run.train.model_copy(update={"optimizer": run.train.optimizer.model_copy(update={"kind": "sgd"})})
     (problem,) = run.model_copy(update={"train": sgd}).section_problems()
-    assert problem[0] == "train.optimizer.name" and "set that to false, or this to adamw" in problem[1]
+    assert problem[0] == "train.optimizer.kind" and "set that to false, or this to adamw" in problem[1]
 
 
 ENGINES = ["megatron", *(["deepspeed"] if find_spec("deepspeed") else [])]

@@ -28,7 +28,7 @@ class OptimizerSpec:
     """Torch-free declaration of an optimizer."""
 
     name: str
-    """Value of `train.optimizer.name`."""
+    """Value of `train.optimizer.kind`."""
     states: tuple[str, ...]
     """States per parameter, fp32 and of its shape. The keys are those of the optimizer's own `state`; checkpoints use them too."""
     torch_class: str

@@ -54,7 +54,7 @@ class MegatronEngine:
         self.chunks = build_model(model, parallel, precision, train.dtype, sequence_length, groups)
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         fill(self.chunks, self.layout, train.seed)
-        spec = OPTIMIZERS[train.optimizer.name]
+        spec = OPTIMIZERS[train.optimizer.kind]
         self.wrapped = wrap_data_parallel(self.chunks, parallel, precision, spec, self.layout, groups)
         self.optimizer = Optimizer(self.wrapped, self.layout, train, parallel, precision)
         self._update_pending = False

@@ -87,7 +87,7 @@ class Optimizer:
         precision: PrecisionConfig,
     ) -> None:
         settings = train.optimizer
-        self.spec = OPTIMIZERS[settings.name]
+        self.spec = OPTIMIZERS[settings.kind]
         implementation = import_module(self.spec.implementation) if self.spec.implementation else None
         if implementation:
             implementation.make_known()

@@ -104,7 +104,7 @@ def make_known() -> None:
     """
     if not upstream.HAVE_EMERGING_OPTIMIZERS:
         raise ConfigError.at(
-            "train.optimizer.name",
+            "train.optimizer.kind",
             f"muon needs NVIDIA's package emerging-optimizers; install it with pip install '{REQUIREMENT}', or set it to adamw",
         )
     others = ParamKey(predicate=ParamPredicate("not_muon", lambda parameter: not is_tagged(parameter)))

@@ -64,7 +64,7 @@ class DeepSpeedEngine:
         _use_plain_gradients(chunk)
         self._sum_replicated_gradients(chunk)
 
-        spec, settings = OPTIMIZERS[train.optimizer.name], train.optimizer
+        spec, settings = OPTIMIZERS[train.optimizer.kind], train.optimizer
         exempt = exempt_from_decay(self.layout, self.chunks, set(settings.no_decay))
         scalars = Fp32Scalars(chunk, groups, spec, settings)
         decayed = [p for p in chunk.parameters() if p not in exempt]
