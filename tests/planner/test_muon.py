@@ -87,7 +87,7 @@ def iterated(rows: int, columns: int, steps: int) -> int:
 def test_flops_are_those_of_the_iteration():
     tensors = (TensorSpec("gate", (96, 48)), TensorSpec("up", (24, 48)))
     packed = PackedParameter("fc1", tensors, "rows", groups=24, is_gemm=True)
-    settings = OptimizerConfig(name="muon", muon_num_ns_steps=3)
+    settings = OptimizerConfig(kind="muon", muon_num_ns_steps=3)
     expected = iterated(96, 48, 3) + iterated(24, 48, 3)
     assert MUON.update_flops(packed, 1, settings) == MUON.update_flops(packed, 2, settings) == expected
     blocks = settings.model_copy(update={"muon_tp_mode": "blockwise"})
