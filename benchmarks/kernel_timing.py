@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -80,8 +80,10 @@ def forget() -> None:
     torch._dynamo.reset()
 
 
-def write_gpu(benchmark: str, rows: list[dict]) -> None:
-    """The result file of this GPU; may be called again as rows come in."""
+def write_gpu(benchmark: str, rows: list[dict], notes: Sequence[str] = ()) -> None:
+    """Write the result file of this GPU. It may be called again as rows come in."""
     packages = ("torch", "triton", "flash-linear-attention", "tilelang")
-    write(benchmark, rows, packages, machine=torch.cuda.get_device_name(), printed=_printed.get(benchmark, 0))
+    write(
+        benchmark, rows, packages, machine=torch.cuda.get_device_name(), notes=notes, printed=_printed.get(benchmark, 0)
+    )
     _printed[benchmark] = len(rows)
