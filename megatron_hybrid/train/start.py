@@ -117,10 +117,10 @@ def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] 
         return []
     with CheckpointReader(start.folder, verify="sizes") as reader:
         index, theirs = reader.index, reader.model
-        if start.take == "moments":
-            _check_moments(config, reader)
     if start.take != "everything":
         check_stage(start.folder, theirs, index.state.get("vocabulary"), config)
+        if start.take == "moments":
+            _check_moments(config, reader)
     else:
         check_same_tensors(start.folder, theirs, config.model)
         _check_states(config, reader)
