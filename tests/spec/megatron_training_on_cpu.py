@@ -21,6 +21,7 @@ from megatron_hybrid.spec import enable_cpu_backend  # noqa: E402
 def main() -> None:
     enable_cpu_backend()
     torch.cuda.device_count = lambda: 1
+    torch.cuda.is_available = lambda: False  # else, with PYTORCH_NVML_BASED_CUDA_CHECK, it is asked of the line above
     torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(major=9, minor=0, name="none")
     torch.cuda.set_device = lambda device: None
     torch.cuda.empty_cache = lambda: None
