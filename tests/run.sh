@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up the environment, then: ruff, mypy, pytest. Arguments go to pytest: bash tests/run.sh -m "not slow"
-# Two tests run at a time, as half of them use one core and many wait: one at a time by -n 0, and where there is a GPU.
+# Three tests run at a time, as most of them use one core and many wait: one at a time by -n 0, and where there is a GPU.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source tools/env.sh
@@ -11,7 +11,7 @@ mypy_log=$(mktemp)
 trap 'rm -f "$mypy_log"' EXIT
 python -m mypy >"$mypy_log" 2>&1 & # while pytest runs: it takes one core for a few seconds
 mypy_pid=$!
-workers=2
+workers=3
 if nvidia-smi -L >/dev/null 2>&1; then workers=0; fi
 python -m pytest -n "$workers" --dist worksteal "$@" || failed+=(pytest)
 wait "$mypy_pid" || failed+=(mypy)

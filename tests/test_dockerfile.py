@@ -2,7 +2,6 @@
 
 import fnmatch
 import importlib.util
-import os
 import re
 import shlex
 import subprocess
@@ -163,7 +162,6 @@ def test_the_readme_s_two_commands_are_in_the_image():
 
 @pytest.mark.parametrize("script", shell_commands()[1:-1])  # the first and the last write files of the image
 def test_what_it_runs_runs_here(script):
-    own = {k: v for k, v in os.environ.items() if k != "HYBRID_EXTRAS"}  # this machine's own extras
-    script = script.replace("$HYBRID_EXTRAS", "")
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=own, capture_output=True, text=True, timeout=200)
+    script = script.replace("$HYBRID_EXTRAS", "")  # those of the tests' own environment, which has no GPU's
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
