@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from megatron_hybrid.arch.decay_init import check_decay_init
 from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.base.section import Section
 
@@ -35,17 +36,7 @@ class KimiDeltaAttentionConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "KimiDeltaAttentionConfig":
         problems = Problems()
-        for name in ("a_init_range", "dt_init_range"):
-            low, high = getattr(self, name)
-            if not 0 <= low < high:
-                default = list(type(self).model_fields[name].default)
-                problems.add(name, f"[{low}, {high}] must have 0 <= low < high; give two such numbers, as in {default}")
-        if self.dt_init_floor > self.dt_init_range[1]:
-            problems.add(
-                "dt_init_floor",
-                f"{self.dt_init_floor} is above all of dt_init_range = {list(self.dt_init_range)}; give at most "
-                f"{self.dt_init_range[1]}",
-            )
+        check_decay_init(self, problems)
         problems.raise_if_any()
         return self
 
