@@ -81,6 +81,11 @@ def explain_gated_delta_rule_of_slices(
 ) -> Choice:
     """Return which backend `gated_delta_rule_of_slices` would run, and why. `documents`: with positions_bs."""
     choice = explain(q, k, v, g, beta, documents=documents, sliced=group.size() > 1, backend=backend)
+    return in_slices(choice, group)
+
+
+def in_slices(choice: Choice, group: dist.ProcessGroup) -> Choice:
+    """Return a choice with a reason that says that ranks pass states on, if there are several."""
     if group.size() == 1:
         return choice
     return replace(

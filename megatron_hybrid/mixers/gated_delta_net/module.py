@@ -38,6 +38,7 @@ from megatron_hybrid.mixers.backend import Backend, Linears
 from megatron_hybrid.mixers.documents import Documents
 from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_hybrid.mixers.gated_delta_net.spec import parameters, sizes
+from megatron_hybrid.mixers.linears import build_linears, recomputes_between_linears
 from megatron_hybrid.mixers.mixer import Mixer
 from megatron_hybrid.mixers.recompute import between_linears
 
@@ -86,27 +87,8 @@ class GatedDeltaNet(Mixer):
         self.gdn, ranks = gdn, self.tp_group.size()
         self.q_width, _, self.v_width, self.gate_width, _, self.heads = self.packing["in_proj.weight"].rank_sizes(ranks)
         self.packed_width = self.packing["in_proj.weight"].rank_shape(ranks)[0]
-        # this package's trainer names no modules; in megatron-core's words, what is between a mixer's linears is core_attn
-        modules = config.recompute_modules or ["core_attn"]
-        self.recompute = config.recompute_granularity == "selective" and "core_attn" in modules
-
-        linear = dict(config=config, bias=False, is_expert=False, skip_bias_add=False, tp_group=self.tp_group)
-        self.in_proj = submodules.in_proj(
-            config.hidden_size,
-            self.packed_width * ranks,
-            init_method=config.init_method,
-            gather_output=False,
-            tp_comm_buffer_name="qkv",
-            **linear,
-        )
-        self.out_proj = submodules.out_proj(
-            self.v_width * ranks,
-            config.hidden_size,
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            tp_comm_buffer_name="proj",
-            **linear,
-        )
+        self.recompute = recomputes_between_linears(config)
+        self.in_proj, self.out_proj = build_linears(submodules, config, self.tp_group, self.packed_width, self.v_width)
         self._check_fp8()
         self.conv_weight = self.new_parameter("conv_weight")
         self.A_log, self.dt_bias = self.new_parameter("A_log"), self.new_parameter("dt_bias")

@@ -38,6 +38,7 @@ from megatron_hybrid.mixers.documents import Documents
 from megatron_hybrid.mixers.kda.config import KimiDeltaAttentionConfig
 from megatron_hybrid.mixers.kda.slices import explain_kda_rule_of_slices, kda_rule_of_slices
 from megatron_hybrid.mixers.kda.spec import parameters, sizes
+from megatron_hybrid.mixers.linears import build_linears, recomputes_between_linears
 from megatron_hybrid.mixers.mixer import Mixer
 from megatron_hybrid.mixers.recompute import between_linears
 
@@ -83,27 +84,8 @@ class KimiDeltaAttention(Mixer):
         packed = self.packing["in_proj.weight"]
         _, _, self.v_width, self.low_rank, _, self.heads = packed.rank_sizes(ranks)
         self.packed_width = packed.rank_shape(ranks)[0]
-        # this package's trainer names no modules; in megatron-core's words, what is between a mixer's linears is core_attn
-        modules = config.recompute_modules or ["core_attn"]
-        self.recompute = config.recompute_granularity == "selective" and "core_attn" in modules
-
-        linear = dict(config=config, bias=False, is_expert=False, skip_bias_add=False, tp_group=self.tp_group)
-        self.in_proj = submodules.in_proj(
-            config.hidden_size,
-            self.packed_width * ranks,
-            init_method=config.init_method,
-            gather_output=False,
-            tp_comm_buffer_name="qkv",
-            **linear,
-        )
-        self.out_proj = submodules.out_proj(
-            self.v_width * ranks,
-            config.hidden_size,
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            tp_comm_buffer_name="proj",
-            **linear,
-        )
+        self.recompute = recomputes_between_linears(config)
+        self.in_proj, self.out_proj = build_linears(submodules, config, self.tp_group, self.packed_width, self.v_width)
         self.conv_weight = self.new_parameter("conv_weight")
         self.f_b_weight, self.g_b_weight = self.new_parameter("f_b_weight"), self.new_parameter("g_b_weight")
         self.A_log, self.dt_bias = self.new_parameter("A_log"), self.new_parameter("dt_bias")

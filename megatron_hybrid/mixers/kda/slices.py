@@ -3,7 +3,6 @@
 The transition of a slice is a matrix [K, K], whatever decays it is made of. A first scan finds it with the slice's final state.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.distributed as dist
 
 from hybrid_kernels.dispatch import Choice
 from hybrid_kernels.kda_rule import explain, final_state_and_transition, kda_rule
-from megatron_hybrid.distributed.state_passing import differentiable_state_before
+from megatron_hybrid.distributed.state_passing import differentiable_state_before, in_slices
 
 
 def kda_rule_of_slices(
@@ -51,9 +50,5 @@ def explain_kda_rule_of_slices(
     k: torch.Tensor, v: torch.Tensor, *, group: dist.ProcessGroup, documents: bool = False
 ) -> Choice:
     """Return which backend `kda_rule_of_slices` would run, and why. `documents`: with positions_bs and cu_seqlens."""
-    if group.size() == 1:
-        return explain(k, v, documents=documents, bounds=documents)
-    choice = explain(k, v, documents=documents, states=True)
-    return replace(
-        choice, reason=f"{choice.reason}, each sequence in slices on {group.size()} ranks, which pass states on"
-    )
+    is_whole = group.size() == 1
+    return in_slices(explain(k, v, documents=documents, bounds=documents and is_whole, states=not is_whole), group)
