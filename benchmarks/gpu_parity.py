@@ -3,6 +3,7 @@ layouts from one GPU. Largest relative differences over ten steps.
 
     --layouts [REGEX]    of what runs on one GPU, only what layouts are compared with; of these those whose name it finds
     --documents          only runs on packed documents; their result file is document_parity
+    --small-suite        only blocks of AI2's small suite, on one GPU; their result file is small_suite_parity
 """
 
 import argparse
@@ -26,9 +27,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--layouts", nargs="?", const="")
-    parser.add_argument("--documents", action="store_true")
+    parser.add_argument("--documents", dest="kind", action="store_const", const=jobs.DOCUMENTS, default="")
+    parser.add_argument("--small-suite", dest="kind", action="store_const", const=jobs.SUITE)
     args, _ = parser.parse_known_args()
-    benchmark, rows = "document_parity" if args.documents else "gpu_parity", []
+    benchmark, rows = {"": "gpu_parity", jobs.DOCUMENTS: "document_parity", jobs.SUITE: "small_suite_parity"}[args.kind], []
 
     def compare(case: str, expected: dict, found: dict, goal: float) -> None:
         rows.append(bounded(case, "loss", "relative", jobs.difference(expected, found, "losses"), goal))
@@ -49,9 +51,9 @@ def main() -> None:
     gpus = list(range(torch.cuda.device_count()))
     first, rest = (gpus[:2], gpus[2:4]) if len(gpus) >= 4 else (gpus, [])
     names = {*jobs.IN_FP32, "bf16", *jobs.FP8_FORMATS} if args.layouts is not None else ()
-    if args.documents:
-        names = {f"{name}{jobs.DOCUMENTS}" for name in ("fp32", "fp32, wide", "bf16", *jobs.DOCUMENT_FORMATS)}
-    only = jobs.DOCUMENTS if args.documents else args.layouts or ""
+    if args.kind:
+        names = {f"{name}{args.kind}" for name in ("fp32", "fp32, wide", "bf16", *jobs.DOCUMENT_FORMATS)}
+    only = args.kind or args.layouts or ""
     pool = ThreadPoolExecutor()
     cpu_part = pool.submit(jobs.on_cpu)
     second = pool.submit(on_two, rest, only) if rest else None  # on the GPUs that the first part leaves
@@ -92,7 +94,7 @@ def main() -> None:
     if on_four:
         compare_layouts(on_four.result())
         write_gpu(benchmark, rows)
-    if len(gpus) >= 2:
+    if len(gpus) >= 2 and args.kind != jobs.SUITE:
         layouts, pairs = second.result() if second else on_two(gpus[:2], only)
         compare_layouts(layouts)
         for name, (plain, found) in pairs.items():
