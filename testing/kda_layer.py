@@ -37,6 +37,7 @@ def build(model: dict, linears: dict[str, type], dtype: str = "bf16") -> tuple[K
     groups = ProcessGroupCollection.use_mpu_process_groups()
     config = ModelConfig(**model)
     core = transformer_config(config, ParallelConfig(), PrecisionConfig(), dtype)
+    core.perform_initialization = True  # a training run fills the parameters itself
     ours = KimiDeltaAttention(core, KimiDeltaAttentionSubmodules(**linears), 1, groups, kda=config.kda)
     kda = config.kda
     theirs = Peer(

@@ -81,8 +81,8 @@ def test_conv_gates_has_the_bits_of_whole_sequences(bounds, seed):
     from hybrid_kernels.conv_gates.backends.triton import op
 
     sizes = dict(num_key_heads=6, num_value_heads=6, key_head_dim=96, value_head_dim=192)
-    dims, positions = list(sizes.values()), drawn_positions(seed, 2, bounds[-1])
-    packed, *weights = packed_inputs(bounds[-1], 2, *dims, padding=4, dtype=torch.bfloat16, device=DEVICE)
+    dims, positions = [*sizes.values(), 6 * 192, 1], drawn_positions(seed, 2, bounds[-1])
+    packed, *weights = packed_inputs(bounds[-1], 2, *sizes.values(), padding=4, dtype=torch.bfloat16, device=DEVICE)
     whole = lambda *x: conv_gates(*x, positions_bs=positions, backend="triton", **sizes)  # noqa: E731
     given = [x.to(DEVICE) for x in drawn(whole(packed, *weights))]
     exact = results(whole, [packed, *weights], given)
