@@ -11,12 +11,13 @@ All cases run in one process, one after the other, with random weights and token
   instead of 30 give its projections aligned columns.
 
 The first and the last keep fp32 master weights and moments. torch's AdamW keeps both in bf16, which moves fewer bytes. A baseline
-whose package is missing is left out, and a note of the result file says so.
+whose package is missing, or that fails, is left out, and a note of the result file says so.
 """
 
 import argparse
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -213,8 +214,9 @@ def main() -> None:
         if re.search(args.only, name):
             try:
                 baselines[name] = measured(build(model, samples, groups), args.steps)
-            except ImportError as error:
-                notes.append(f"{name} was left out: {error}")
+            except Exception as error:  # a baseline that fails leaves the others to be measured
+                notes.append(f"{name} was left out: {type(error).__name__}: {error}")
+                traceback.print_exc()
             print(name, baselines.get(name, notes[-1:]), flush=True)
     rows = []
     for name, precision in FORMATS.items():
