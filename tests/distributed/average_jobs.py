@@ -9,19 +9,16 @@ from megatron_hybrid.train.optimizers import megatron
 from testing import jobs
 
 
-def both_curves(**arguments: Any) -> dict[bool, dict[str, Any]]:
-    """Run testing.jobs.curve with gradients averaged in collectives (True), and divided before a sum (False)."""
-    found = {}
-    for averages in (True, False):
-        used = []
+def curve(averages: bool, **arguments: Any) -> dict[str, Any]:
+    """Run testing.jobs.curve with gradients averaged in collectives as the trainer decides, or divided before a sum."""
+    used = []
 
-        def config(used=used, **fields: Any) -> DistributedDataParallelConfig:
-            used.append(fields["average_in_collective"])
-            return DistributedDataParallelConfig(**fields)
+    def config(**fields: Any) -> DistributedDataParallelConfig:
+        used.append(fields["average_in_collective"])
+        return DistributedDataParallelConfig(**fields)
 
-        decide = megatron.averages_exactly if averages else lambda ranks: False
-        patched = dict(DistributedDataParallelConfig=config, averages_exactly=decide)
-        with mock.patch.multiple(megatron, **patched):
-            found[averages] = jobs.curve(**arguments)
-        assert used == [averages], "the layout's ranks are a power of two"
+    decide = megatron.averages_exactly if averages else lambda ranks: False
+    with mock.patch.multiple(megatron, DistributedDataParallelConfig=config, averages_exactly=decide):
+        found = jobs.curve(**arguments)
+    assert used == [averages], "the layout's ranks are a power of two"
     return found

@@ -5,7 +5,7 @@ import torch
 
 from megatron_hybrid.train.optimizers.megatron import averages_exactly
 from testing.layouts import LAYOUTS, MODEL, SHALLOW, TRAIN
-from tests.distributed.average_jobs import both_curves
+from tests.distributed import average_jobs
 
 
 def test_powers_of_two_average():
@@ -17,9 +17,9 @@ def test_powers_of_two_average():
 )
 def test_the_curve_has_the_same_bits(name, ranks):
     count, parallel = LAYOUTS[name]
-    model = MODEL | {"layer_pattern": SHALLOW}
-    for found in ranks.run(both_curves, count, model=model, parallel=parallel, train=TRAIN, steps=3):
-        averaged, summed = found[True], found[False]
+    arguments = dict(model=MODEL | {"layer_pattern": SHALLOW}, parallel=parallel, train=TRAIN, steps=3)
+    runs = [ranks.run(average_jobs.curve, count, averages=averages, **arguments) for averages in (True, False)]
+    for averaged, summed in zip(*runs, strict=True):
         assert averaged["losses"] == summed["losses"] and averaged["norms"] == summed["norms"]
         assert averaged["parameters"].keys() == summed["parameters"].keys()
         for parameter, value in averaged["parameters"].items():

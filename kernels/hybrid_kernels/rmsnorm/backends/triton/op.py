@@ -16,6 +16,8 @@ FORWARD_CHANNELS, BACKWARD_CHANNELS = 1024, 512
 """Channels of a tile per warp. A warp of the backward pass holds the weight and its gradient as well."""
 BACKWARD_PROGRAMS, BACKWARD_STAGES = 256, 3
 """Each program sums the gradient of the weight over its rows. Two of them share an SM at 3840 channels."""
+LARGEST_STAGE = 16384
+"""Bytes of a tile up to which BACKWARD_STAGES fit into shared memory, for three tensors. Wider tiles have two stages."""
 SUM_ROWS, SUM_COLUMNS = 64, 32
 
 
@@ -67,10 +69,11 @@ def _backward(
     """Return the gradients of what was normalised, which includes `dstream`, and of the weight."""
     width, rows, tile = x.shape[-1], rstd.numel(), _tile(x.shape[-1], BACKWARD_CHANNELS)
     programs = min(BACKWARD_PROGRAMS, triton.cdiv(rows, tile["R"]))
+    stages = BACKWARD_STAGES if tile["R"] * tile["BLOCK"] * x.element_size() <= LARGEST_STAGE else 2
     dx, dweight = _backward_like(x, weight, rstd, dy, dstream, zero_centered)
     partial = torch.empty(programs, width, device=x.device, dtype=torch.float32)
     backward_kernel[(programs,)](
-        x, weight, rstd, dy, dy if dstream is None else dstream, dx, partial, rows, STAGES=BACKWARD_STAGES,
+        x, weight, rstd, dy, dy if dstream is None else dstream, dx, partial, rows, STAGES=stages,
         ADD=dstream is not None, ZERO_CENTERED=zero_centered, **tile,
     )  # fmt: skip
     sum_kernel[(triton.cdiv(width, SUM_COLUMNS),)](
