@@ -156,6 +156,7 @@ API: dict[str, Sequence[str]] = {
     "megatron_hybrid.checkpoint.index_file": ("read_index",),
     "megatron_hybrid.observe.metrics": ("read_metrics",),
     **{f"hybrid_kernels.{name}": (name,) for name in (*OPERATIONS, "linear_cross_entropy")},
+    "hybrid_kernels.rmsnorm": ("rmsnorm", "residual_rmsnorm"),
 }
 COMMANDS_INTRODUCTION = """
 `pip install` puts `megatron-hybrid` on the path. In the checkout, the scripts in `tools/` are the same commands. Options and

@@ -6,6 +6,7 @@
     gated_rmsnorm         o, gate -> y                                (per-head RMSNorm times SiLU or sigmoid gate)
     qk_norm_rope          packed qkv -> q, k, v                       (RMSNorm over whole projections, RoPE)
     head_norm_rope        packed qkv -> q, k, v, gate                 (RMSNorm over each head, RoPE)
+    rmsnorm               x, weight -> y                              (RMSNorm of the residual stream, and its sum)
     sigmoid_gate          x, gate -> y                                (x times the sigmoid of the gate)
     linear_cross_entropy  hidden, weight, labels -> loss              (cross-entropy and z-loss, logits in chunks)
 

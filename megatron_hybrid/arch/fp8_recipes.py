@@ -30,6 +30,8 @@ class Fp8Recipe:
     """Whether user buffers can exchange its tensors (parallel.tp_comm_overlap)."""
     scales_from_past_steps: bool = False
     """Whether scales are state: checkpoints hold them, and FP8 parameters must be cast again after a skipped step."""
+    norm_casts: bool = False
+    """Whether Transformer Engine's norm writes its result in FP8. With other recipes it writes bf16, which a second kernel casts."""
     bf16_layers: bool = True
     """Whether the first and last layers may stay in bf16."""
     weight_copy_bytes: int = 2
@@ -46,6 +48,7 @@ FP8_RECIPES: dict[str, Fp8Recipe] = {
             "DelayedScaling",
             f"{HYBRID_FORMAT}, delayed scaling",
             scales_from_past_steps=True,
+            norm_casts=True,
             bf16_layers=False,
         ),
         Fp8Recipe("tensorwise", "Float8CurrentScaling", f"{HYBRID_FORMAT}, current scaling", amax_all_reduces=2),

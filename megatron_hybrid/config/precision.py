@@ -69,6 +69,11 @@ class PrecisionConfig(Section):
         return None if self.fp8_recipe is None else FP8_RECIPES[self.fp8_recipe]
 
     @property
+    def norm_casts(self) -> bool:
+        """True if Transformer Engine's norms in front of FP8 GEMMs write FP8 themselves."""
+        return self.recipe is not None and self.recipe.norm_casts
+
+    @property
     def fp8(self) -> bool:
         """True if anything runs in FP8."""
         return self.fp8_recipe is not None

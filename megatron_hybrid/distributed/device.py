@@ -42,6 +42,7 @@ def setup_device(local_rank: int) -> str:
     """
     # megatron-core and Transformer Engine overlap communication with GEMMs by the order of launches
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    use_cudnn_norms()
     if has_cuda():
         count = torch.cuda.device_count()
         device = device_index(local_rank, count)
@@ -49,6 +50,15 @@ def setup_device(local_rank: int) -> str:
         return f"device: CUDA over NCCL ({torch.cuda.get_device_name()}, {count} visible on this node)"
     use_cpu_backend()
     return f"device: CPU over gloo, {torch.get_num_threads()} threads per rank (no CUDA device is visible)"
+
+
+def use_cudnn_norms() -> None:
+    """Let Transformer Engine run cuDNN's norms where it runs norms at all: its own are not tuned for widths such as 3840.
+
+    It reads the variables at its first norm. A user's own values stay.
+    """
+    for name in ("NVTE_NORM_FWD_USE_CUDNN", "NVTE_NORM_BWD_USE_CUDNN"):
+        os.environ.setdefault(name, "1")
 
 
 def device_index(local_rank: int, visible: int) -> int:

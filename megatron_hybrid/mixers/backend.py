@@ -13,9 +13,11 @@ class Backend:
     name: str
     column_linear: type
     norm_column_linear: type | None
-    """Norm and column-parallel linear in one. None: the layer has a norm of its own in front of a column_linear."""
+    """Norm and column-parallel linear in one. None: the layer has a `pre_norm` of its own in front of a column_linear."""
     row_linear: type
     norm: Any
+    pre_norm: Any
+    """Norm in front of a sublayer. It may return the residual stream as well: (norm, stream)."""
     attention: type
     plain_attention: type
     """Attention in train.dtype, with which FP8 attention is compared."""

@@ -3,8 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
+import torch
+
 from hybrid_kernels.linear_cross_entropy import explain as explain_linear_cross_entropy
+from hybrid_kernels.rmsnorm import explain as explain_rmsnorm
 from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.distributed.tp_comm_overlap import WORDS
 from megatron_hybrid.mixers.backend import Backend
 from megatron_hybrid.mixers.formats import FormatQuery, full_reason
@@ -12,7 +16,7 @@ from megatron_hybrid.mixers.mixer import Mixer
 from megatron_hybrid.model.backends.choose import choose_backend
 from megatron_hybrid.model.backends.local import LOCAL
 from megatron_hybrid.model.hybrid_model import HybridLanguageModel
-from megatron_hybrid.model.megatron_config import apex_weight_gradients
+from megatron_hybrid.model.megatron_config import DTYPES, apex_weight_gradients
 
 Row = tuple[str, str, str, str, str]
 
@@ -43,7 +47,7 @@ def format_table(
     query = FormatQuery(sequence_length, batch_size, dtype, precision.fp8_attention, backend, reason, documents)
     rows += _mixers(chunks, query)
     rows += _head(chunks, dtype, sequence_length // _context_ranks(chunks), batch_size)
-    rows.append((_stage(chunks), "norms", dtype, backend.name, reason))
+    rows += _norms(chunks, backend, dtype)
     if chunks[0].config.tp_comm_overlap:
         sent = f"fp8 {precision.fp8_recipe}" if precision.fp8_recipe else dtype
         rows.append((_stage(chunks), "TP communication", sent, "Transformer Engine's user buffers", WORDS))
@@ -99,6 +103,16 @@ def _linears(
     if precision.fp8_param_gather:
         held, why = ", weights held in fp8", f"{why}, fp8_param_gather = true"
     yield _ranges(fp8), what, recipe.description + held, backend.name, why
+
+
+def _norms(chunks: Sequence[HybridLanguageModel], backend: Backend, dtype: str) -> Iterator[Row]:
+    what = "norms"
+    if backend.norm_column_linear is not None:
+        yield _stage(chunks), "pre-norms", "fp8", backend.name, "its norm writes FP8"
+        what = "other norms"
+    row = torch.empty(1, chunks[0].config.hidden_size, dtype=DTYPES[dtype], device=local_device())
+    choice = explain_rmsnorm(row, row[0])
+    yield _stage(chunks), what, dtype, choice.backend, full_reason(choice)
 
 
 def _mixers(chunks: Sequence[HybridLanguageModel], query: FormatQuery) -> Iterator[Row]:

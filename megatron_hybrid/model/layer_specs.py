@@ -70,7 +70,7 @@ def _norm_and_linears(block: Block, backend: Backend) -> tuple[Any, Linears]:
     if block.norm == "post":
         return IdentityOp, Linears(backend.column_linear, output)
     if backend.norm_column_linear is None:
-        return backend.norm, Linears(backend.column_linear, output)
+        return backend.pre_norm, Linears(backend.column_linear, output)
     return IdentityOp, Linears(backend.norm_column_linear, output)
 
 

@@ -3,17 +3,17 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
+from hybrid_kernels.rmsnorm import residual_rmsnorm, rmsnorm
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.distributed.device import parameter_device
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in fp32. Zero-centered: * (1 + weight).
+    """x / rms(x) * weight over the last dimension, computed in fp32. Zero-centered: * (1 + weight). `hybrid_kernels` has the kernel.
 
     megatron-core's WrappedTorchNorm refuses sequence parallelism. This one marks its weight, so that its gradient is summed over
     the tensor parallel ranks together with the other norms'.
@@ -27,9 +27,21 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = 1 + self.weight.float() if self.zero_centered else self.weight.float()
-        y = F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps)
-        return y.to(x.dtype)
+        return rmsnorm(x, self.weight, self.eps, zero_centered=self.zero_centered)
+
+
+class PreNorm(RMSNorm):
+    """RMSNorm in front of a sublayer, which also reads the residual stream.
+
+    With gradients it returns (norm, stream), as megatron-core's TransformerLayer accepts it (transformer_layer.py:642). The
+    stream's gradient is then added in the kernel of the norm's backward pass.
+    """
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        stream, y = residual_rmsnorm(x, None, self.weight, self.eps, zero_centered=self.zero_centered)
+        return y, stream
 
 
 class LayerNorm(nn.LayerNorm):

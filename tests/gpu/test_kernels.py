@@ -10,6 +10,7 @@ from hybrid_kernels.conv_gates import conv_gates
 from hybrid_kernels.dispatch import has_module
 from hybrid_kernels.gated_delta_rule import explain, gated_delta_rule
 from hybrid_kernels.gated_rmsnorm import gated_rmsnorm
+from hybrid_kernels.rmsnorm import residual_rmsnorm, rmsnorm
 from hybrid_kernels.testing import HARD_CASES, delta_rule_inputs, packed_inputs, random_positions, relative_error
 
 pytestmark = pytest.mark.timeout(600)
@@ -308,3 +309,57 @@ def test_gated_rmsnorm():
     for x, y, z in zip(ours, again, exact):
         assert torch.equal(x, y)
         assert relative_error(x, z) < 5e-3
+
+
+def residual_norm(way, leaves, **options):
+    """Return the results of one entry point of rmsnorm: `norm`, `stream` (of x itself) or `sum` (of x and a residual)."""
+    x, weight, *residual = leaves
+    if way == "norm":
+        return [rmsnorm(x, weight, 1e-6, **options)]
+    return list(residual_rmsnorm(x, residual[0] if way == "sum" else None, weight, 1e-6, **options))
+
+
+@pytest.mark.parametrize("way", ["norm", "stream", "sum"])
+@pytest.mark.parametrize(
+    "shape, weight_dtype, zero_centered",
+    [
+        ((1000, 2, 3840), torch.bfloat16, False),
+        ((3, 1, 3840), torch.float32, True),
+        ((700, 2, 1000), torch.bfloat16, True),
+        ((5000, 256), torch.float32, False),
+        ((300, 8192), torch.bfloat16, False),
+    ],
+)
+def test_rmsnorm(shape, weight_dtype, zero_centered, way):
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    inputs.insert(1, torch.randn(shape[-1], device="cuda", dtype=weight_dtype))
+    inputs = inputs if way == "sum" else inputs[:2]
+    given = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(1 if way == "norm" else 2)]
+
+    def run(dtype, backend):
+        leaves = [(x if dtype is None else x.to(dtype)).detach().clone().requires_grad_() for x in inputs]
+        results = residual_norm(way, leaves, zero_centered=zero_centered, backend=backend)
+        grads = [g.to(x.dtype) for g, x in zip(given, results, strict=True)]
+        return (*results, *torch.autograd.grad(results, leaves, grads))
+
+    ours, again, exact = run(None, "triton"), run(None, "triton"), run(torch.float64, "torch")
+    for x, y, z in zip(ours, again, exact, strict=True):
+        assert torch.equal(x, y)
+        assert relative_error(x, z) < 5e-3
+
+
+@pytest.mark.parametrize("width", [3840, 8192])
+@pytest.mark.parametrize("way", ["norm", "stream", "sum"])
+def test_rmsnorm_compiled_and_in_fp32(way, width):
+    inputs = [torch.randn(*shape, device="cuda") for shape in ((300, width), (width,), (300, width))]
+
+    def run(fn, dtype=torch.float32):
+        leaves = [x.to(dtype).clone().requires_grad_() for x in inputs]
+        results = fn(way, leaves)
+        grads = torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results], allow_unused=True)
+        return [x for x in (*results, *grads) if x is not None]
+
+    plain, compiled = run(residual_norm), run(torch.compile(residual_norm, fullgraph=True))
+    for x, y, z in zip(plain, compiled, run(residual_norm, torch.float64), strict=True):
+        assert torch.equal(x, y)
+        assert relative_error(x, z) < 1e-6

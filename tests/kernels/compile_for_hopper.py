@@ -1,6 +1,7 @@
-"""Compile the Triton launches of one delta rule, forward and backward, for sm_90 without a GPU. Prints one JSON line per kernel.
+"""Compile the Triton launches of one operation, forward and backward, for sm_90 without a GPU. Prints one JSON line per kernel.
 
-    python tests/kernels/compile_for_hopper.py KEY_DIM VALUE_DIM SEGMENTS RANKS DOCUMENTS
+    python tests/kernels/compile_for_hopper.py KEY_DIM VALUE_DIM SEGMENTS RANKS DOCUMENTS      the delta rule
+    python tests/kernels/compile_for_hopper.py rmsnorm WIDTH DTYPE
 
 RANKS: 2 for sequences in slices on several ranks. DOCUMENTS: 1 for documents in the sequences.
 
@@ -56,7 +57,8 @@ def assembler_says(ptx: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def main(key_dim: int, value_dim: int, segments: int, ranks: int, documents: int) -> None:
+def compile_instead_of_launching() -> None:
+    """Make every Triton launch of this process compile its kernel and print a JSON line."""
     driver.set_active(Hopper())
     run = JITFunction.run
 
@@ -67,6 +69,7 @@ def main(key_dim: int, value_dim: int, segments: int, ranks: int, documents: int
             json.dumps(
                 dict(
                     kernel=self.__name__,
+                    warps=kernel.metadata.num_warps,
                     shared=kernel.metadata.shared,
                     registers=int(re.search(r"Used (\d+) registers", log)[1]),
                     spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]),
@@ -78,6 +81,9 @@ def main(key_dim: int, value_dim: int, segments: int, ranks: int, documents: int
         return kernel
 
     JITFunction.run = compile_only
+
+
+def delta_rule(key_dim: int, value_dim: int, segments: int, ranks: int, documents: int) -> None:
     from hybrid_kernels.gated_delta_rule import passes
     from hybrid_kernels.gated_delta_rule.backends.triton import op as triton_op
     from megatron_hybrid.distributed import context_parallel, state_passing
@@ -96,5 +102,19 @@ def main(key_dim: int, value_dim: int, segments: int, ranks: int, documents: int
     passes.finish_backward(call, complete, firsts, o, None, False)
 
 
+def rmsnorm(width: int, dtype: str) -> None:
+    from hybrid_kernels.rmsnorm.backends.triton import op
+
+    x = torch.empty(64, width, dtype=getattr(torch, dtype))
+    weight, rstd = x[0].clone(), torch.empty(64)
+    for residual in (None, x):
+        op._forward(x, residual, weight, 1e-6, False)
+        op._backward(x, weight, rstd, x, residual, False)
+
+
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    compile_instead_of_launching()
+    if sys.argv[1] == "rmsnorm":
+        rmsnorm(int(sys.argv[2]), sys.argv[3])
+    else:
+        delta_rule(*map(int, sys.argv[1:]))

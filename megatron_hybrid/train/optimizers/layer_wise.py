@@ -50,19 +50,7 @@ def wrap_layer_wise(
         split = config.overlap_grad_reduce and groups.pp.rank() == 0 and number == 0
         buffers = _buffers(chunk, config, groups.dp_cp.size(), split)
         wrapped.append(DistributedDataParallel(chunk.config, config, chunk, full_param_layout=buffers))
-        _unlink(wrapped[-1])
     return wrapped
-
-
-def _unlink(wrapped: DistributedDataParallel) -> None:
-    """Let each kind of buffer be gathered in its own order (parallel.overlap_param_gather).
-
-    DDP gathers all buckets of one buffer before those of the next, but a layer's forward pass needs its matrices and its norms.
-    """
-    for group in wrapped.bucket_groups:
-        following = group.next_param_gather_bucket_group if wrapped.ddp_config.overlap_param_gather else None
-        if following and is_tagged(following.buckets[0].params_list[0]) != is_tagged(group.buckets[0].params_list[0]):
-            group.next_param_gather_bucket_group = None
 
 
 def _buffers(chunk: Any, config: DistributedDataParallelConfig, ranks: int, split: bool) -> FullParamLayout:

@@ -35,6 +35,7 @@ from megatron_hybrid.train.optimizers.host_offload import (
     updated_tensor,
 )
 from megatron_hybrid.train.optimizers.layer_wise import tag_matrices, wrap_layer_wise
+from megatron_hybrid.train.optimizers.param_gather import unlink_buffers
 from megatron_hybrid.train.optimizers.state import set_step_count, state_of, step_count
 
 
@@ -59,15 +60,29 @@ def wrap_data_parallel(
         use_distributed_optimizer=parallel.distributed_optimizer,
         bucket_size=parallel.bucket_size,
         fp8_param_gather=precision.fp8_param_gather,
+        average_in_collective=averages_exactly(groups.dp_cp.size()),
         check_for_nan_in_grad=False,  # the trainer checks the gradient norm and skips the step
     )
     tag_matrices(spec, layout, chunks)
     if spec.whole_matrices and parallel.distributed_optimizer:
-        return wrap_layer_wise(chunks, config, groups)
-    return [
-        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
-        for number, chunk in enumerate(chunks)
-    ]
+        wrapped = wrap_layer_wise(chunks, config, groups)
+    else:
+        wrapped = [
+            DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
+    for one in wrapped:
+        unlink_buffers(one)
+    return wrapped
+
+
+def averages_exactly(ranks: int) -> bool:
+    """Return whether collectives may average gradients over the ranks, instead of a kernel that divides them before a sum.
+
+    For a power of two both give the same bits. For other sizes the result would depend on where a backend divides: NCCL before
+    it adds, gloo after.
+    """
+    return ranks > 1 and ranks.bit_count() == 1
 
 
 class Optimizer:

@@ -1,0 +1,129 @@
+"""Training steps of OLMo Hybrid 7B with earlier and with present settings of norms and gradient averages, in turn, in one process.
+
+python benchmarks/step_settings.py                                    one GPU: 16 of the model's layers
+torchrun --nproc-per-node 2 benchmarks/step_settings.py               two: the whole model, TP1 x DP2, FP8 with FP8 parameters
+    --only REGEX      formats whose name it finds
+    --sequences N     per GPU and step
+    --rounds N        how often the present settings are timed, between rounds of the earlier ones
+
+The GPU is power-capped, so both settings must meet the same clocks. An engine is built again for each round, because two do not fit.
+
+- earlier: Transformer Engine's norms without cuDNN, fused into its linears, and gradients divided before collectives sum them.
+- present: what the trainer does.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+
+for name in ("NVTE_NORM_FWD_USE_CUDNN", "NVTE_NORM_BWD_USE_CUDNN"):
+    os.environ[name] = (
+        "0"  # of a process, not of a setting: with these formats the present norms are not Transformer Engine's
+    )
+
+from train_step import FORMATS, LAYOUTS, SEQUENCE, run_case  # noqa: E402
+
+CASES = {1: ("TP1", ("bf16", "FP8 tensorwise")), 2: ("TP1 x DP2", ("bf16", "FP8 tensorwise, parameters"))}
+SIXTEEN = "GGGA" * 4
+
+
+@contextmanager
+def earlier_settings():
+    """Build layers and data parallel wrappers as before."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    from megatron_hybrid.model.backends import transformer_engine as backends
+    from megatron_hybrid.train.optimizers import megatron
+
+    made = backends.transformer_engine
+
+    def before(precision):
+        norms = dict(norm=TENorm, pre_norm=TENorm, norm_column_linear=backends.NormColumnLinear)
+        return replace(made(precision), **norms)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(backends, "transformer_engine", before))
+        stack.enter_context(mock.patch.object(megatron, "averages_exactly", lambda ranks: False))
+        yield
+
+
+@contextmanager
+def present_settings():
+    """Change nothing."""
+    yield
+
+
+SETTINGS = {"earlier": earlier_settings, "present": present_settings}
+
+
+def compare(case: str, model, parallel: dict, precision: dict, groups, args) -> list[dict]:
+    """Return the row of a case: tokens per second per GPU, medians over the rounds."""
+    from kernel_timing import forget
+    from report import row
+
+    seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    for name in (*("earlier", "present") * args.rounds, "earlier"):
+        with SETTINGS[name]():
+            found = run_case(model, parallel, precision, groups, args)
+        seconds[name].append(found["seconds"])
+        del found
+        forget()
+    tokens = args.sequences * SEQUENCE / torch.distributed.get_world_size()
+    rates = {name: [tokens / s for s in values] for name, values in seconds.items()}
+    if torch.distributed.get_rank() == 0:
+        print(case, {name: [round(rate) for rate in values] for name, values in rates.items()}, flush=True)
+    mine, before = (statistics.median(rates[name]) for name in ("present", "earlier"))
+    return [row(case, "tokens", "tokens/s per GPU", mine, before, "earlier settings", 1.0, higher_is_better=True)]
+
+
+def main() -> None:
+    from kernel_timing import write_gpu
+
+    from megatron_hybrid.config.parallel import ParallelConfig
+    from megatron_hybrid.config.presets import olmo_hybrid_7b
+    from megatron_hybrid.distributed.process_groups import leave_groups, stop_distributed
+    from megatron_hybrid.launch.environment import Launch
+    from megatron_hybrid.launch.start import start_distributed
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="formats whose name this regular expression finds")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sequences", type=int, default=4, help="per GPU and step")
+    parser.add_argument("--steps", type=int, default=3)
+    given, _ = parser.parse_known_args()
+    launch = Launch.from_environment()
+    layout, formats = CASES[launch.world_size]
+    model = olmo_hybrid_7b()
+    if launch.world_size == 1:
+        model = model.model_copy(update={"layer_pattern": SIXTEEN})
+    parallel = LAYOUTS[launch.world_size][layout]
+    args = SimpleNamespace(
+        sequences=given.sequences * launch.world_size, micro=1, recompute="none", steps=given.steps, profile=False,
+        rounds=given.rounds,
+    )  # fmt: skip
+    groups = start_distributed(launch, ParallelConfig(**parallel), seed=0)
+    rows: list[dict] = []
+    for name in formats:
+        if re.search(given.only, name):
+            case = f"{'16 layers' if launch.world_size == 1 else 'whole'}, {layout}, {name}"
+            rows += compare(case, model, parallel, FORMATS[name], groups, args)
+            if launch.rank == 0:
+                write_gpu("step_settings" if launch.world_size == 1 else f"step_settings_x{launch.world_size}", rows)
+    leave_groups()
+    stop_distributed()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Backends of `rmsnorm`, one folder or module each."""
