@@ -1,23 +1,25 @@
-"""Training steps of OLMo Hybrid 7B with earlier and with present settings of norms and gradient averages, in turn, in one process.
+"""Training steps of OLMo Hybrid 7B with present and with other settings of norms and gradient averages, in turn, in one process.
 
 python benchmarks/step_settings.py                                    one GPU: 16 of the model's layers
 torchrun --nproc-per-node 2 benchmarks/step_settings.py               two: the whole model, TP1 x DP2, FP8 with FP8 parameters
     --only REGEX      formats whose name it finds
     --sequences N     per GPU and step
-    --rounds N        how often the present settings are timed, between rounds of the earlier ones
+    --rounds N        how often each setting is timed
 
-The GPU is power-capped, so both settings must meet the same clocks. An engine is built again for each round, because two do not fit.
+The GPU is power-capped, so all settings must meet the same clocks. An engine is built again for each round, because two do not fit.
 
-- earlier: Transformer Engine's norms without cuDNN, fused into its linears, and gradients divided before collectives sum them.
-- present: what the trainer does.
+- present: what the trainer does, with Transformer Engine's norms in cuDNN.
+- gradients summed: divided before collectives sum them, instead of averaged in collectives.
+- rmsnorm of hybrid_kernels: our norms in front of plain linears, and in every other place of a norm.
+
+To time Transformer Engine's own norms as well, set NVTE_NORM_FWD_USE_CUDNN=0 and NVTE_NORM_BWD_USE_CUDNN=0 in another call.
 """
 
 import argparse
-import os
 import re
 import statistics
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,11 +30,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
-for name in ("NVTE_NORM_FWD_USE_CUDNN", "NVTE_NORM_BWD_USE_CUDNN"):
-    os.environ[name] = (
-        "0"  # of a process, not of a setting: with these formats the present norms are not Transformer Engine's
-    )
-
 from train_step import FORMATS, LAYOUTS, SEQUENCE, run_case  # noqa: E402
 
 CASES = {1: ("TP1", ("bf16", "FP8 tensorwise")), 2: ("TP1 x DP2", ("bf16", "FP8 tensorwise, parameters"))}
@@ -40,41 +37,39 @@ SIXTEEN = "GGGA" * 4
 
 
 @contextmanager
-def earlier_settings():
-    """Build layers and data parallel wrappers as before."""
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    from megatron_hybrid.model.backends import transformer_engine as backends
+def sums():
+    """Divide gradients before collectives sum them."""
     from megatron_hybrid.train.optimizers import megatron
 
-    made = backends.transformer_engine
-
-    def before(precision):
-        norms = dict(norm=TENorm, pre_norm=TENorm, norm_column_linear=backends.NormColumnLinear)
-        return replace(made(precision), **norms)
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(backends, "transformer_engine", before))
-        stack.enter_context(mock.patch.object(megatron, "averages_exactly", lambda ranks: False))
+    with mock.patch.object(megatron, "averages_exactly", lambda ranks: False):
         yield
 
 
 @contextmanager
-def present_settings():
-    """Change nothing."""
-    yield
+def our_norms():
+    """Build layers with hybrid_kernels' RMSNorm."""
+    from megatron_hybrid.model.backends import transformer_engine as backends
+    from megatron_hybrid.model.norms import PreNorm, RMSNorm
+
+    made = backends.transformer_engine
+
+    def with_ours(precision):
+        return replace(made(precision), norm=RMSNorm, pre_norm=PreNorm, norm_column_linear=None)
+
+    with mock.patch.object(backends, "transformer_engine", with_ours):
+        yield
 
 
-SETTINGS = {"earlier": earlier_settings, "present": present_settings}
+SETTINGS = {"present": nullcontext, "gradients summed": sums, "rmsnorm of hybrid_kernels": our_norms}
 
 
 def compare(case: str, model, parallel: dict, precision: dict, groups, args) -> list[dict]:
-    """Return the row of a case: tokens per second per GPU, medians over the rounds."""
+    """Return the rows of a case: tokens per second per GPU of the other settings, medians over the rounds."""
     from kernel_timing import forget
     from report import row
 
     seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    for name in (*("earlier", "present") * args.rounds, "earlier"):
+    for name in (*tuple(SETTINGS) * args.rounds, "present"):
         with SETTINGS[name]():
             found = run_case(model, parallel, precision, groups, args)
         seconds[name].append(found["seconds"])
@@ -84,8 +79,11 @@ def compare(case: str, model, parallel: dict, precision: dict, groups, args) -> 
     rates = {name: [tokens / s for s in values] for name, values in seconds.items()}
     if torch.distributed.get_rank() == 0:
         print(case, {name: [round(rate) for rate in values] for name, values in rates.items()}, flush=True)
-    mine, before = (statistics.median(rates[name]) for name in ("present", "earlier"))
-    return [row(case, "tokens", "tokens/s per GPU", mine, before, "earlier settings", 1.0, higher_is_better=True)]
+    present, *others = (statistics.median(values) for values in rates.values())
+    return [
+        row(f"{case}, {name}", "tokens", "tokens/s per GPU", other, present, "present settings", higher_is_better=True)
+        for name, other in zip(list(SETTINGS)[1:], others, strict=True)
+    ]
 
 
 def main() -> None:

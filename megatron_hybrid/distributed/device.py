@@ -42,7 +42,6 @@ def setup_device(local_rank: int) -> str:
     """
     # megatron-core and Transformer Engine overlap communication with GEMMs by the order of launches
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    use_cudnn_norms()
     if has_cuda():
         count = torch.cuda.device_count()
         device = device_index(local_rank, count)
@@ -53,7 +52,7 @@ def setup_device(local_rank: int) -> str:
 
 
 def use_cudnn_norms() -> None:
-    """Let Transformer Engine run cuDNN's norms where it runs norms at all: its own are not tuned for widths such as 3840.
+    """Let Transformer Engine run cuDNN's norms: its own are not tuned for widths such as 3840.
 
     It reads the variables at its first norm. A user's own values stay.
     """

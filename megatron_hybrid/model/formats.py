@@ -47,7 +47,7 @@ def format_table(
     query = FormatQuery(sequence_length, batch_size, dtype, precision.fp8_attention, backend, reason, documents)
     rows += _mixers(chunks, query)
     rows += _head(chunks, dtype, sequence_length // _context_ranks(chunks), batch_size)
-    rows += _norms(chunks, backend, dtype)
+    rows.append(_norms(chunks, backend, dtype, reason))
     if chunks[0].config.tp_comm_overlap:
         sent = f"fp8 {precision.fp8_recipe}" if precision.fp8_recipe else dtype
         rows.append((_stage(chunks), "TP communication", sent, "Transformer Engine's user buffers", WORDS))
@@ -105,14 +105,12 @@ def _linears(
     yield _ranges(fp8), what, recipe.description + held, backend.name, why
 
 
-def _norms(chunks: Sequence[HybridLanguageModel], backend: Backend, dtype: str) -> Iterator[Row]:
-    what = "norms"
-    if backend.norm_column_linear is not None:
-        yield _stage(chunks), "pre-norms", "fp8", backend.name, "its norm writes FP8"
-        what = "other norms"
+def _norms(chunks: Sequence[HybridLanguageModel], backend: Backend, dtype: str, reason: str) -> Row:
+    if backend is not LOCAL:
+        return _stage(chunks), "norms", dtype, backend.name, reason
     row = torch.empty(1, chunks[0].config.hidden_size, dtype=DTYPES[dtype], device=local_device())
     choice = explain_rmsnorm(row, row[0])
-    yield _stage(chunks), what, dtype, choice.backend, full_reason(choice)
+    return _stage(chunks), "norms", dtype, choice.backend, full_reason(choice)
 
 
 def _mixers(chunks: Sequence[HybridLanguageModel], query: FormatQuery) -> Iterator[Row]:

@@ -1,7 +1,4 @@
-"""The backend for GPUs: Transformer Engine's linears and attention as megatron-core wraps them, its SwiGLU, and our RMSNorm.
-
-Transformer Engine's norm stays where it is fused with the cast to FP8 (`Fp8Recipe.norm_casts`). Elsewhere its own kernel for 3840
-channels runs at a third of a copy's bandwidth, and a norm of its own in front of a linear reads and writes no more.
+"""The backend for GPUs: Transformer Engine's linears, norm and attention as megatron-core wraps them, and its SwiGLU.
 
 The GEMM of a weight's gradient adds it directly to DDP's fp32 buffer (`main_grad`). megatron-core's own switch for that would
 require Apex's kernel in its output layer as well, so only these modules get it.
@@ -17,15 +14,16 @@ from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TELayerNormColumnParallelLinear,
+    TENorm,
     TERowParallelLinear,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hybrid.config.precision import PrecisionConfig
+from megatron_hybrid.distributed.device import use_cudnn_norms
 from megatron_hybrid.mixers.attention.transformer_engine import TransformerEngineAttention
 from megatron_hybrid.mixers.backend import Backend
 from megatron_hybrid.model.mlp import SwiGLU
-from megatron_hybrid.model.norms import PreNorm, RMSNorm
 from megatron_hybrid.precision.recipes import attention_recipe
 
 
@@ -45,7 +43,7 @@ class ColumnLinear(TEColumnParallelLinear):
 
 
 class NormColumnLinear(TELayerNormColumnParallelLinear):
-    """RMSNorm that writes FP8, then a column-parallel linear."""
+    """RMSNorm, then a column-parallel linear: one cast to FP8 for both, and the norm's output is not kept twice."""
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=_into_main_grad(config), **kwargs)
@@ -99,14 +97,19 @@ class FusedSwiGLU(SwiGLU):
 
 
 def transformer_engine(precision: PrecisionConfig) -> Backend:
-    """Return modules whose linears follow the FP8 context they run in."""
+    """Return modules whose linears follow the FP8 context they run in.
+
+    Norms run in cuDNN, but for delayed scaling, whose norms write FP8: there it has not been measured.
+    """
+    if not precision.norm_casts:
+        use_cudnn_norms()
     return Backend(
         name="Transformer Engine",
         column_linear=ColumnLinear,
-        norm_column_linear=NormColumnLinear if precision.norm_casts else None,
+        norm_column_linear=NormColumnLinear,
         row_linear=RowLinear,
-        norm=RMSNorm,
-        pre_norm=PreNorm,
+        norm=TENorm,
+        pre_norm=TENorm,
         attention=Fp8Attention if precision.fp8_attention else TransformerEngineAttention,
         plain_attention=TransformerEngineAttention,
         mlp=FusedSwiGLU,
