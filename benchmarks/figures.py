@@ -108,6 +108,31 @@ def kernels() -> str:
     return table(["forward and backward, 8,192 tokens, bf16", "ours", "baseline", "ratio"], rows)
 
 
+def whole_models() -> str:
+    """Training steps of eight layers on one GPU, by other implementations in bf16 and by ours."""
+    rates, memory = "training step", "peak memory"
+    rows = []
+    for peer in ("OLMo-core 3.0, bf16", "transformers, fla, bf16", "megatron-core 0.19.2, 32 heads, bf16"):
+        values = [next(_peers("peers-H200", "GGGA*2, bf16", metric, peer)) for metric in (rates, memory)]
+        rows.append([peer, f"{values[0]:,.0f}", f"{values[1]:.0f}"])
+    for form in FORMATS:
+        ours = [figure("peers-H200", f"GGGA*2, {form}", metric) for metric in (rates, memory)]
+        rows.append([f"ours, {form}", f"{ours[0]:,.0f}", f"{ours[1]:.0f}"])
+    return table(["8 layers, one H200, steps of 8,192 tokens", "tokens/s", "GB"], rows)
+
+
+def qwen() -> str:
+    """Training steps of Qwen3.5 2B on one GPU."""
+    rows, peer = [], "transformers, fla, bf16"
+    case = "24 layers, 4 x 8192 tokens, {}".format
+    theirs = [next(_peers("qwen-H200", case("bf16"), metric, peer)) for metric in ("training step", "peak memory")]
+    rows.append([peer, f"{theirs[0]:,.0f}", "", f"{theirs[1]:.0f}"])
+    for form in FORMATS:
+        rate, memory, mfu = (figure("qwen-H200", case(form), m) for m in ("training step", "peak memory", "MFU"))
+        rows.append([f"ours, {form}", f"{rate:,.0f}", f"{mfu:.0%}", f"{memory:.0f}"])
+    return table(["Qwen3.5 2B, one H200, 4 x 8,192 tokens", "tokens/s", "MFU", "GB"], rows)
+
+
 def tiny() -> str:
     """The run of examples/pretrain_hybrid_tiny.sh."""
     case, result = "examples/pretrain_hybrid_tiny.sh, TP2 x PP2 on 4 ranks", "main_job-cpu"
@@ -280,7 +305,7 @@ def long_context() -> str:
 TABLES = {
     "documents": documents, "document-attention": document_attention, "long-context": long_context,
     "training": training, "headline": headline, "kernels": kernels, "tiny": tiny, "fp8-loss": fp8_loss,
-    "test-suite": test_suite,
+    "test-suite": test_suite, "whole-models": whole_models, "qwen": qwen,
     "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs,
     "expressivity-state-tracking": partial(expressivity, "state_tracking"),
     "expressivity-recall": partial(expressivity, "recall"),
