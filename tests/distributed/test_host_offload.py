@@ -13,10 +13,12 @@ import torch
 
 from megatron_hybrid.convert.verify import verify
 from testing import jobs
-from testing.layouts import LR, MODEL, STEPS, TRAIN, assert_same, layout
+from testing.layouts import LR, STEPS, TRAIN, assert_same, layout, smallest_pattern
+from testing.layouts import MODEL as FOUR_LAYERS
 from tests.distributed.test_same_curve import slow_unless
 
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
+MODEL = FOUR_LAYERS | {"layer_pattern": "GA"}
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-4}
 """Two Adams that round differently: measured 1.2e-7 in fp32, and 0 in bf16, where weights are rounded after them."""
 
@@ -26,14 +28,17 @@ def settings(fraction: float, dtype: str = "fp32", **more) -> dict:
 
 
 def run(ranks, count: int = 1, parallel: dict | None = None, *, fraction: float, dtype: str = "fp32", **more):
-    common = dict(model=MODEL, parallel=parallel or layout(), train=settings(fraction, dtype))
+    parallel = parallel or layout()
+    model = MODEL | {"layer_pattern": smallest_pattern(parallel)}
+    common = dict(model=model, parallel=parallel, train=settings(fraction, dtype))
     return ranks.run(jobs.curve, count, **common | {"steps": STEPS, "lr": LR} | more)
 
 
 @pytest.fixture(scope="module")
 def plain(ranks):
-    """The curve of one rank without offload, by dtype."""
-    return {dtype: run(ranks, fraction=0.0, dtype=dtype)[0] for dtype in ("fp32", "bf16")}
+    """The curve of one rank without offload, by dtype; `deep`: of four layers in fp32."""
+    curves = {dtype: run(ranks, fraction=0.0, dtype=dtype)[0] for dtype in ("fp32", "bf16")}
+    return curves | {"deep": run(ranks, fraction=0.0, model=FOUR_LAYERS)[0]}
 
 
 CURVES = {
@@ -52,7 +57,8 @@ QUICK = ("50%, fp32", "50%, bf16", "100%, bf16", "a half, DP2, overlapped")
 def test_the_curve_is_that_of_a_run_without(name, ranks, plain):
     count, parallel, fraction, dtype = CURVES[name]
     for result in run(ranks, count, parallel, fraction=fraction, dtype=dtype):
-        assert_same(result, plain[dtype], TOLERANCE[dtype])
+        deep = parallel["pipeline_parallel_size"] * parallel["virtual_pipeline_parallel_size"] > 2
+        assert_same(result, plain["deep" if deep else dtype], TOLERANCE[dtype])
         assert result["updates"] == STEPS
 
 
@@ -126,14 +132,14 @@ RESUMED = {
 def test_resuming_is_bit_identical(name, ranks, tmp_path):
     count, parallel, fraction, more = RESUMED[name]
     common = dict(fraction=fraction, dtype=more.get("dtype", "bf16"))
-    straight = run(ranks, count, parallel, steps=6, **common)
-    saving = dict(steps=3, save=str(tmp_path), async_save=more.get("async_save", False))
+    straight = run(ranks, count, parallel, steps=4, **common)
+    saving = dict(steps=2, save=str(tmp_path), async_save=more.get("async_save", False))
     first = run(ranks, count, parallel, **saving, **common)
-    second = run(ranks, count, parallel, start=3, steps=6, load=first[0]["path"], **common)
+    second = run(ranks, count, parallel, start=2, steps=4, load=first[0]["path"], **common)
     for one, a, b in zip(straight, first, second, strict=True):
         assert a["losses"] + b["losses"] == one["losses"]
         assert a["norms"] + b["norms"] == one["norms"]
-        assert one["updates"] == b["updates"] == 6
+        assert one["updates"] == b["updates"] == 4
         for parameter, value in one["parameters"].items():
             assert torch.equal(value, b["parameters"][parameter]), parameter
 
@@ -147,12 +153,12 @@ def curve_in_many_files(**arguments) -> dict:
 
 def test_a_checkpoint_of_many_files_is_whole(ranks, tmp_path):
     common = dict(model=MODEL, parallel=layout(), train=settings(0.5, "bf16"), lr=LR)
-    straight = run(ranks, 2, fraction=0.5, dtype="bf16", steps=6)
-    first = ranks.run(curve_in_many_files, 2, steps=3, save=str(tmp_path), **common)
+    straight = run(ranks, 2, fraction=0.5, dtype="bf16", steps=4)
+    first = ranks.run(curve_in_many_files, 2, steps=2, save=str(tmp_path), **common)
     path = Path(first[0]["path"])
     assert len(list(path.glob("*.safetensors"))) > 4
     assert not verify(path).problems
-    second = ranks.run(curve_in_many_files, 2, start=3, steps=6, load=str(path), **common)
+    second = ranks.run(curve_in_many_files, 2, start=2, steps=4, load=str(path), **common)
     for one, a, b in zip(straight, first, second, strict=True):
         assert a["losses"] + b["losses"] == one["losses"]
 
@@ -198,7 +204,7 @@ def test_a_run_moves_between_all_ways(ranks, plain, tmp_path):
     if find_spec("deepspeed"):
         ways.append(("zero", {"train": TRAIN | {"engine": "deepspeed"}, "zero": {"stage": 2}}))
     ways += [("all", {"fraction": 1.0}), ("none again", {"fraction": 0.0})]
-    path, bounds = None, (0, 1, 3, 5, 7, STEPS)
+    path, bounds = None, range(STEPS + 1)
     for (name, how), (start, end) in zip(ways, pairwise(bounds)):
         part = dict(start=start, steps=end, load=path, save=str(tmp_path / name))
         (found,) = run(ranks, **{"fraction": 0.0} | how, **part)
