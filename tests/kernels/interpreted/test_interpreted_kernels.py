@@ -77,7 +77,7 @@ def in_segments(segments, monkeypatch):
 @pytest.mark.parametrize(
     "batch, length, key_dim, segments, seed, save",
     [
-        (2, 70, 16, 1, 5, "scores"),
+        (3, 70, 16, 1, 5, "scores"),
         (2, 100, 32, 1, 0, "inputs"),
         (2, 140, 16, 2, 3, "states"),
         (1, 64, 96, 1, 2, "scores"),
@@ -182,7 +182,7 @@ def test_conv_gates(documents, small_segments):
     batch, length, heads, dim, values = (4, 21, 2, 32, 16) if documents else (2, 37, 1, 96, 64)
     options = dict(num_key_heads=1, num_value_heads=heads, key_head_dim=dim, value_head_dim=values, return_gate=True)
     if documents:
-        options["positions_bs"] = random_positions(batch, length, seed=5)
+        options["positions_bs"] = random_positions(batch, length, seed=4)
     inputs = packed_inputs(length, batch, 1, heads, dim, values)
     agree(lambda backend: lambda *x: conv_gates(*x, backend=backend, **options), inputs, 1e-5)
 
@@ -205,7 +205,7 @@ def test_conv_gates_without_a_decay(documents, small_segments):
     options = dict(num_key_heads=2, num_value_heads=2, key_head_dim=32, value_head_dim=16, gate_width=48)
     options |= dict(return_gate=True, allow_negative_eigenvalues=False)
     if documents:
-        options["positions_bs"] = random_positions(batch, length, seed=5)
+        options["positions_bs"] = random_positions(batch, length, seed=4)
     packed, weight, *_ = packed_inputs(length, batch, 2, 2, 32, 16, padding=20)
     agree(lambda backend: lambda x, w: conv_gates(x, w, None, None, backend=backend, **options), [packed, weight], 1e-5)
 
