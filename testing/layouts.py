@@ -18,7 +18,7 @@ TRAIN = dict(
     optimizer=dict(eps=1e-2),
 )
 TOLERANCE = 1e-5
-STEPS, SAVED, LR = 8, 4, 1e-2
+STEPS, SAVED, LR = 5, 3, 1e-2
 """How long a curve is, after which step those that go on elsewhere are saved, and a rate at which so few steps tell."""
 PERI_NORM_STEPS, PERI_NORM_LR = 4, 1e-3
 """Those of PERI_NORM. A norm behind a sublayer undoes the scale of its weights, so rounding grows faster: a rate like LR is
@@ -94,6 +94,14 @@ def few_micro_batches(count: int, parallel: dict) -> dict:
     """
     slices = parallel["tensor_parallel_size"] * parallel["context_parallel_size"]
     return TRAIN | ({"micro_batch_size": 4} if count == slices > 1 else {})
+
+
+def smallest_pattern(parallel: dict) -> str:
+    """Return the pattern with the fewest layers that has both mixers and gives every slice of the pipeline a layer."""
+    slices = parallel["pipeline_parallel_size"] * parallel["virtual_pipeline_parallel_size"]
+    if "pipeline_split" in parallel:
+        return SHALLOW
+    return "GA" if slices <= 2 else SHALLOW if slices <= 4 else DEEP
 
 
 def run(ranks, count: int, pattern: str, parallel: dict, **more) -> list[dict]:

@@ -14,6 +14,12 @@ from typing import Any
 
 # pytest, because every process starts by importing what the main program is.
 _PRELOAD = ["torch", "pytest", "megatron_hybrid.train.trainer", "testing.jobs"]
+# What a model imports when it is built: each rank would import it again.
+_PRELOAD += [f"megatron_hybrid.mixers.{mixer}.module" for mixer in ("attention", "gated_delta_net")]
+_PRELOAD += [
+    f"hybrid_kernels.{op}.reference"
+    for op in ("conv_gates", "gated_delta_rule", "gated_rmsnorm", "head_norm_rope", "qk_norm_rope", "sigmoid_gate")
+]
 
 
 def _work(rank: int, world_size: int, store: str, function: Callable, kwargs: dict, outbox, end) -> None:

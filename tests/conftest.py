@@ -43,6 +43,42 @@ def _has_sbatch() -> bool:
     return shutil.which("sbatch") is not None
 
 
+# Files that take longest, the longest first, so that none of them is begun last. Where files are shared among workers
+# (tests/run.sh), each is one unit. Take the order from `--durations` when it has changed.
+LONGEST = (
+    "slurm/test_example.py",
+    "kernels/test_triton_interpreted.py",
+    "distributed/test_deepspeed.py",
+    "planner/test_command.py",
+    "faults/test_runs.py",
+    "slurm/test_stages.py",
+    "distributed/test_same_curve.py",
+    "examples/test_scaling_ladder.py",
+    "faults/test_saves.py",
+    "test_example_tiny.py",
+    "stages/test_interrupted.py",
+    "kernels/test_compile_for_hopper.py",
+    "evaluation/test_tasks.py",
+    "kernels/test_cuda_scan.py",
+    "distributed/test_repetitions.py",
+    "distributed/test_muon_curves.py",
+    "launch/test_environment.py",
+    "tools/test_commands.py",
+    "launch/test_preflight.py",
+    "hostile/test_bounds.py",
+    "convert/test_safety.py",
+    "kernels/test_cuda_scans_on_cpu.py",
+    "inference/test_generate.py",
+    "distributed/test_document_layouts.py",
+    "distributed/test_host_offload.py",
+    "distributed/test_resume.py",
+    "examples/test_scaling_law.py",
+    "examples/test_scaling_corpus.py",
+    "mixers/test_plugin.py",
+    "convert/test_trained.py",
+    "convert/test_streaming.py",
+    "convert/test_transformers_versions.py",
+)
 NEEDS = {"gpu": (_has_cuda, NO_CUDA), "slurm": (_has_sbatch, "no sbatch here")}
 
 
@@ -51,6 +87,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in BY_FOLDER:
             item.add_marker(folder)
+    if hasattr(config, "workerinput"):
+        places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.hookimpl(tryfirst=True)

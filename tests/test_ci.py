@@ -5,7 +5,7 @@ import re
 import subprocess
 from types import SimpleNamespace
 
-from tests.conftest import NO_CUDA, skips_by_reason
+from tests.conftest import LONGEST, NO_CUDA, skips_by_reason
 
 
 def install(root, tmp_path, **commands: str) -> subprocess.CompletedProcess:
@@ -53,3 +53,8 @@ def test_skips_are_grouped_by_reason():
     reasons = [NO_CUDA, "Skipped: no mpirun here", f"Skipped: {NO_CUDA}", NO_CUDA]
     found = skips_by_reason(SimpleNamespace(longrepr=("a.py", 1, reason)) for reason in reasons)
     assert list(found.items()) == [(NO_CUDA, 3), ("no mpirun here", 1)]
+
+
+def test_the_files_that_are_begun_first_exist(root):
+    assert len(set(LONGEST)) == len(LONGEST)
+    assert [name for name in LONGEST if not (root / "tests" / name).is_file()] == []

@@ -10,7 +10,7 @@ from tests.convert import jobs as convert_jobs
 from tests.convert.folders import weights, write_folder
 from tests.convert.test_huggingface import equal, to_ours, to_theirs
 
-MODEL = hybrid("GGGA", 48, 6, 8)  # TP4 pads its heads to 8
+MODEL = hybrid("GA", 48, 6, 8)  # TP4 pads its heads to 8
 STEPS = 12
 TRAIN = dict(steps=STEPS, global_batch_size=8, micro_batch_size=4, dtype="fp32")
 LAYOUTS = {
@@ -33,7 +33,7 @@ def test_trained_model_is_the_same_in_transformers(layout, ranks, tmp_path):
 
     settings = dict(model=MODEL, parallel=LAYOUTS[layout], train=TRAIN, steps=STEPS)
     run = ranks.run(jobs.curve, 4, **settings, save=str(tmp_path / "run"))
-    assert run[0]["losses"][-1] < run[0]["losses"][0] - 0.2  # it has learnt something
+    assert run[0]["losses"][-1] < run[0]["losses"][0] - 0.1  # it has learnt something
     checkpoint = run[0]["path"]
     assert not verify(checkpoint_path := tmp_path / "run" / f"step-{STEPS:08d}").problems
     assert str(checkpoint_path) == checkpoint

@@ -9,7 +9,8 @@ import torch
 
 from megatron_hybrid.convert.verify import verify
 from testing import jobs
-from testing.layouts import LR, MODEL, SAVED, SHALLOW, STEPS, TRAIN, assert_same, layout
+from testing.layouts import LR, SAVED, STEPS, TRAIN, assert_same, layout
+from testing.layouts import MODEL as FOUR_LAYERS
 from testing.zero import run, values_that_differ
 from tests.convert import jobs as convert_jobs
 from tests.convert.test_huggingface import to_theirs
@@ -19,6 +20,7 @@ if find_spec("deepspeed") is None:
     pytest.skip("no DeepSpeed here: HYBRID_EXTRAS=dev,deepspeed source tools/env.sh", allow_module_level=True)
 
 ZERO = TRAIN | {"engine": "deepspeed"}
+MODEL = FOUR_LAYERS | {"layer_pattern": "GA"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ QUICK = ("ZeRO 1, DP2", "ZeRO 3, TP2, DP2", "ZeRO 3, all in host memory")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_unless(name in QUICK)) for name in CURVES])
 def test_the_curve_is_megatron_s(name, ranks, megatron):
     count, parallel, zero = CURVES[name]
-    for result in run(ranks, count, zero, parallel):
+    for result in run(ranks, count, zero, parallel, model=MODEL):
         assert_same(result, megatron)
         assert result["updates"] == STEPS
 
@@ -72,7 +74,7 @@ def test_state_in_many_groups_is_saved_and_loaded(ranks, megatron, tmp_path):
 
 def test_the_curve_of_a_tied_model_is_megatron_s(ranks):
     """Stage 3 must gather the embedding for the output layer, too."""
-    tied = dict(model=MODEL | {"tie_embeddings": True}, parallel=layout(), steps=6, lr=LR)
+    tied = dict(model=MODEL | {"tie_embeddings": True}, parallel=layout(), steps=4, lr=LR)
     (expected,) = ranks.run(jobs.curve, 1, train=TRAIN, **tied)
     for result in ranks.run(jobs.curve, 2, train=ZERO, zero={"stage": 3}, **tied):
         assert_same(result, expected)
@@ -86,7 +88,7 @@ def test_the_curve_in_bf16_is_near_megatron_s(stage, ranks):
     for result in ranks.run(jobs.curve, 2, train=ZERO | {"dtype": "bf16"}, zero={"stage": stage}, **common):
         assert_same(result, expected, tolerance=2e-3)
         scalars = [p for name, p in result["parameters"].items() if name.endswith(("A_log", "dt_bias"))]
-        assert len(scalars) == 2 * SHALLOW.count("G") and all(p.dtype == torch.float32 for p in scalars)
+        assert len(scalars) == 2 * MODEL["layer_pattern"].count("G") and all(p.dtype == torch.float32 for p in scalars)
 
 
 RESUMED = {
@@ -101,11 +103,11 @@ RESUMED = {
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_unless(name == "ZeRO 3, bf16")) for name in RESUMED])
 def test_resuming_is_bit_identical(name, ranks, tmp_path):
     zero, train = RESUMED[name]
-    straight = run(ranks, 2, zero, train=train, steps=6)
-    first = run(ranks, 2, zero, train=train, steps=3, save=str(tmp_path))
-    second = run(ranks, 2, zero, train=train, start=3, steps=6, load=first[0]["path"])
+    straight = run(ranks, 2, zero, train=train, model=MODEL, steps=4)
+    first = run(ranks, 2, zero, train=train, model=MODEL, steps=2, save=str(tmp_path))
+    second = run(ranks, 2, zero, train=train, model=MODEL, start=2, steps=4, load=first[0]["path"])
     assert values_that_differ(straight, first, second) == 0
-    assert all(result["updates"] == 6 for result in straight + second)
+    assert all(result["updates"] == 4 for result in straight + second)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +115,12 @@ def test_resuming_is_bit_identical(name, ranks, tmp_path):
     [(2, layout(2), 2), pytest.param(4, layout(2), 3, marks=pytest.mark.slow), (2, layout(), 3)],
 )
 def test_a_run_moves_between_engines_and_to_transformers(count, parallel, stage, ranks, megatron, tmp_path):
-    """megatron to SAVED -> ZeRO, two steps -> megatron to STEPS: one curve. ZeRO's weights are the same model in transformers."""
+    """megatron to SAVED -> ZeRO, a step -> megatron to STEPS: one curve. ZeRO's weights are the same model in transformers."""
     from transformers import AutoModelForCausalLM
 
-    until = SAVED + 2
+    until = SAVED + 1
     part = dict(start=SAVED, steps=until, load=megatron["path"], save=str(tmp_path / "zero"))
-    for zero in run(ranks, count, {"stage": stage}, parallel, **part):
+    for zero in run(ranks, count, {"stage": stage}, parallel, model=MODEL, **part):
         assert_same(zero, {what: megatron[what][SAVED:until] for what in ("losses", "norms")})
     checkpoint = tmp_path / "zero" / f"step-{until:08d}"
     assert not verify(checkpoint).problems

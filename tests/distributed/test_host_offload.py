@@ -126,14 +126,14 @@ RESUMED = {
 def test_resuming_is_bit_identical(name, ranks, tmp_path):
     count, parallel, fraction, more = RESUMED[name]
     common = dict(fraction=fraction, dtype=more.get("dtype", "bf16"))
-    straight = run(ranks, count, parallel, steps=6, **common)
-    saving = dict(steps=3, save=str(tmp_path), async_save=more.get("async_save", False))
+    straight = run(ranks, count, parallel, steps=4, **common)
+    saving = dict(steps=2, save=str(tmp_path), async_save=more.get("async_save", False))
     first = run(ranks, count, parallel, **saving, **common)
-    second = run(ranks, count, parallel, start=3, steps=6, load=first[0]["path"], **common)
+    second = run(ranks, count, parallel, start=2, steps=4, load=first[0]["path"], **common)
     for one, a, b in zip(straight, first, second, strict=True):
         assert a["losses"] + b["losses"] == one["losses"]
         assert a["norms"] + b["norms"] == one["norms"]
-        assert one["updates"] == b["updates"] == 6
+        assert one["updates"] == b["updates"] == 4
         for parameter, value in one["parameters"].items():
             assert torch.equal(value, b["parameters"][parameter]), parameter
 
@@ -147,12 +147,12 @@ def curve_in_many_files(**arguments) -> dict:
 
 def test_a_checkpoint_of_many_files_is_whole(ranks, tmp_path):
     common = dict(model=MODEL, parallel=layout(), train=settings(0.5, "bf16"), lr=LR)
-    straight = run(ranks, 2, fraction=0.5, dtype="bf16", steps=6)
-    first = ranks.run(curve_in_many_files, 2, steps=3, save=str(tmp_path), **common)
+    straight = run(ranks, 2, fraction=0.5, dtype="bf16", steps=4)
+    first = ranks.run(curve_in_many_files, 2, steps=2, save=str(tmp_path), **common)
     path = Path(first[0]["path"])
     assert len(list(path.glob("*.safetensors"))) > 4
     assert not verify(path).problems
-    second = ranks.run(curve_in_many_files, 2, start=3, steps=6, load=str(path), **common)
+    second = ranks.run(curve_in_many_files, 2, start=2, steps=4, load=str(path), **common)
     for one, a, b in zip(straight, first, second, strict=True):
         assert a["losses"] + b["losses"] == one["losses"]
 
@@ -198,7 +198,7 @@ def test_a_run_moves_between_all_ways(ranks, plain, tmp_path):
     if find_spec("deepspeed"):
         ways.append(("zero", {"train": TRAIN | {"engine": "deepspeed"}, "zero": {"stage": 2}}))
     ways += [("all", {"fraction": 1.0}), ("none again", {"fraction": 0.0})]
-    path, bounds = None, (0, 1, 3, 5, 7, STEPS)
+    path, bounds = None, range(STEPS + 1)
     for (name, how), (start, end) in zip(ways, pairwise(bounds)):
         part = dict(start=start, steps=end, load=path, save=str(tmp_path / name))
         (found,) = run(ranks, **{"fraction": 0.0} | how, **part)

@@ -11,7 +11,6 @@ from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.index_file import read_index
 from testing import jobs
 from testing.layouts import (
-    DEEP,
     LAYOUTS,
     LR,
     MODEL,
@@ -24,6 +23,7 @@ from testing.layouts import (
     few_micro_batches,
     layout,
     relative_difference,
+    smallest_pattern,
 )
 from testing.models import SMALLEST
 from testing.muon import MUON, NOT_HERE, REASON, is_matrix
@@ -47,19 +47,19 @@ def run(ranks, count: int, pattern: str, parallel: dict, optimizer: dict | None 
 def one_rank(ranks):
     """The curve of one rank, by layer pattern, which a hundredth of the learning rate changes."""
     curves = {}
-    for pattern in (SHALLOW, DEEP):
+    for pattern in ("GA", SHALLOW):
         (curves[pattern],) = run(ranks, 1, pattern, layout())
-    losses = curves[SHALLOW]["losses"]
+    losses = curves["GA"]["losses"]
     assert min(losses) < losses[0] - 0.05, "it learns something"
-    (other,) = run(ranks, 1, SHALLOW, layout(), {"muon_extra_scale_factor": 0.202})
-    assert relative_difference(other["norms"], curves[SHALLOW]["norms"]) > 3 * TOLERANCE
+    (other,) = run(ranks, 1, "GA", layout(), {"muon_extra_scale_factor": 0.202})
+    assert relative_difference(other["norms"], curves["GA"]["norms"]) > 3 * TOLERANCE
     return curves
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=slow_unless(name in QUICK)) for name in QUICK + MORE])
 def test_layout(name, ranks, one_rank):
     count, parallel = LAYOUTS[name]
-    pattern = DEEP if parallel["pipeline_parallel_size"] * parallel["virtual_pipeline_parallel_size"] > 2 else SHALLOW
+    pattern = smallest_pattern(parallel)
     for result in run(ranks, count, pattern, parallel):
         assert_same(result, one_rank[pattern])
         assert result["updates"] == STEPS
@@ -67,8 +67,8 @@ def test_layout(name, ranks, one_rank):
 
 @pytest.mark.parametrize("mode", ["distributed"])
 def test_shared_iteration(mode, ranks, one_rank):
-    for result in run(ranks, 4, SHALLOW, layout(4), {"muon_tp_mode": mode}):
-        assert_same(result, one_rank[SHALLOW])
+    for result in run(ranks, 4, "GA", layout(4), {"muon_tp_mode": mode}):
+        assert_same(result, one_rank["GA"])
 
 
 @pytest.mark.parametrize(
@@ -76,17 +76,17 @@ def test_shared_iteration(mode, ranks, one_rank):
 )
 def test_another_layout_continues_the_curve(source, to, ranks, one_rank, tmp_path):
     count, parallel = LAYOUTS[source]
-    saved = run(ranks, count, DEEP, parallel, steps=SAVED, save=str(tmp_path))[0]["path"]
+    saved = run(ranks, count, "GA", parallel, steps=SAVED, save=str(tmp_path))[0]["path"]
     count, parallel = LAYOUTS[to]
-    expected = {what: one_rank[DEEP][what][SAVED:] for what in ("losses", "norms")}
-    for result in run(ranks, count, DEEP, parallel, start=SAVED, load=saved):
+    expected = {what: one_rank["GA"][what][SAVED:] for what in ("losses", "norms")}
+    for result in run(ranks, count, "GA", parallel, start=SAVED, load=saved):
         assert_same(result, expected)
 
 
 def test_checkpoints_hold_the_states_of_each_kind(ranks, tmp_path):
-    path = run(ranks, 2, SHALLOW, layout(), steps=1, save=str(tmp_path))[0]["path"]
+    path = run(ranks, 2, "GA", layout(), steps=1, save=str(tmp_path))[0]["path"]
     stored = read_index(Path(path)).tensors
-    for name, spec in model_tensors(ModelConfig(**MODEL | {"layer_pattern": SHALLOW})).items():
+    for name, spec in model_tensors(ModelConfig(**MODEL | {"layer_pattern": "GA"})).items():
         matrix = is_matrix(name, torch.empty(spec.shape, device="meta"))
         states = {entry.partition("/")[0] for entry in stored if entry.endswith(f"/{name}")}
         adamw = {"optimizer.exp_avg", "optimizer.exp_avg_sq"}
@@ -100,13 +100,13 @@ def test_checkpoints_hold_the_states_of_each_kind(ranks, tmp_path):
 )
 def test_same_layout_is_bit_identical(count, parallel, dtype, ranks, tmp_path):
     train = TRAIN | {"dtype": dtype, "optimizer": MUON | {"muon_fp32_matmul_prec": "medium"}}
-    common = dict(model=MODEL, parallel=parallel, train=train)
-    straight = ranks.run(jobs.curve, count, steps=6, **common)
-    first = ranks.run(jobs.curve, count, steps=3, save=str(tmp_path), **common)
-    second = ranks.run(jobs.curve, count, start=3, steps=6, load=first[0]["path"], **common)
+    common = dict(model=MODEL | {"layer_pattern": "GA"}, parallel=parallel, train=train)
+    straight = ranks.run(jobs.curve, count, steps=4, **common)
+    first = ranks.run(jobs.curve, count, steps=2, save=str(tmp_path), **common)
+    second = ranks.run(jobs.curve, count, start=2, steps=4, load=first[0]["path"], **common)
     for one, a, b in zip(straight, first, second, strict=True):
         assert a["losses"] + b["losses"] == one["losses"]
-        assert one["updates"] == b["updates"] == 6
+        assert one["updates"] == b["updates"] == 4
         for parameter, value in one["parameters"].items():
             assert torch.equal(value, b["parameters"][parameter]), parameter
 

@@ -6,14 +6,14 @@ benchmarks/layout_parity.py --model qwen runs all layouts.
 import pytest
 
 from testing import jobs
-from testing.layouts import DEEP, LR, QWEN, assert_same, few_micro_batches, layout
+from testing.layouts import LR, QWEN, SHALLOW, assert_same, few_micro_batches, layout
 
 STEPS = 4
 
 
 @pytest.mark.parametrize(
     ("count", "pattern", "parallel"),
-    [(4, "GA", layout(4)), (2, "GA", layout(2, sequence_parallel=False)), (4, DEEP, layout(pp=2, vpp=2, cp=2))],
+    [(4, "GA", layout(4)), (2, "GA", layout(2, sequence_parallel=False)), (4, SHALLOW, layout(pp=2, vpp=2, cp=2))],
     ids=["TP4", "TP2, no sequence parallelism", "PP2, VPP2, CP2"],
 )
 def test_layout(count, pattern, parallel, ranks):

@@ -8,10 +8,11 @@ import torch
 
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from testing import jobs
-from testing.layouts import DEEP, MODEL, SAVED, TRAIN, assert_same, layout, run
+from testing.layouts import MODEL, SAVED, TRAIN, assert_same, layout, run, smallest_pattern
 from tests.distributed.test_same_curve import one_rank as one_rank  # noqa: F401 - a fixture
 from tests.distributed.test_same_curve import slow_unless
 
+TWO_LAYERS = MODEL | {"layer_pattern": "GA"}
 SAME = {
     "one rank": (1, layout(), {}),
     "one rank, bf16": (1, layout(), {"dtype": "bf16"}),
@@ -38,16 +39,16 @@ QUICK = (
 def test_same_layout_is_bit_identical(name, ranks, tmp_path):
     count, parallel, more = SAME[name]
     train = TRAIN | {"dtype": more.get("dtype", "fp32")}
-    common = dict(model=MODEL, parallel=parallel, train=train)
-    straight = ranks.run(jobs.curve, count, steps=6, **common)
+    common = dict(model=TWO_LAYERS, parallel=parallel, train=train)
+    straight = ranks.run(jobs.curve, count, steps=4, **common)
     first = ranks.run(
-        jobs.curve, count, steps=3, save=str(tmp_path), async_save=more.get("async_save", False), **common
+        jobs.curve, count, steps=2, save=str(tmp_path), async_save=more.get("async_save", False), **common
     )
-    second = ranks.run(jobs.curve, count, start=3, steps=6, load=first[0]["path"], **common)
+    second = ranks.run(jobs.curve, count, start=2, steps=4, load=first[0]["path"], **common)
     for one, a, b in zip(straight, first, second, strict=True):
         assert a["losses"] + b["losses"] == one["losses"]
         assert a["norms"] + b["norms"] == one["norms"]
-        assert one["updates"] == b["updates"] == 6
+        assert one["updates"] == b["updates"] == 4
         for parameter, value in one["parameters"].items():
             assert torch.equal(value, b["parameters"][parameter]), parameter
 
@@ -66,17 +67,17 @@ def checkpoint(folder: str) -> dict[str, torch.Tensor]:
     ids=["DP2, overlapped", "TP2, DP2"],
 )
 def test_weights_that_come_from_their_masters(count, parallel, ranks, tmp_path):
-    common = dict(model=MODEL, parallel=parallel, train=TRAIN | {"dtype": "bf16"})
-    straight = ranks.run(jobs.curve, count, steps=6, **common)
-    plain = ranks.run(jobs.curve, count, steps=3, save=str(tmp_path / "plain"), **common)
-    first = ranks.run(jobs.curve_from_masters, count, steps=3, save=str(tmp_path / "masters"), **common)
+    common = dict(model=TWO_LAYERS, parallel=parallel, train=TRAIN | {"dtype": "bf16"})
+    straight = ranks.run(jobs.curve, count, steps=4, **common)
+    plain = ranks.run(jobs.curve, count, steps=2, save=str(tmp_path / "plain"), **common)
+    first = ranks.run(jobs.curve_from_masters, count, steps=2, save=str(tmp_path / "masters"), **common)
     one, other = checkpoint(plain[0]["path"]), checkpoint(first[0]["path"])
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    second = ranks.run(jobs.curve_from_masters, count, start=3, steps=6, load=plain[0]["path"], **common)
-    for all_six, a, b in zip(straight, first, second, strict=True):
-        assert a["losses"] + b["losses"] == all_six["losses"]
-        for parameter, value in all_six["parameters"].items():
+    second = ranks.run(jobs.curve_from_masters, count, start=2, steps=4, load=plain[0]["path"], **common)
+    for whole, a, b in zip(straight, first, second, strict=True):
+        assert a["losses"] + b["losses"] == whole["losses"]
+        for parameter, value in whole["parameters"].items():
             assert torch.equal(value, b["parameters"][parameter]), parameter
 
 
@@ -101,12 +102,12 @@ TO = {
 
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory):
-    """A checkpoint of step SAVED, given the name of the layout that is to write it."""
+    """A checkpoint of step SAVED, given the name of the layout that is to write it and the layers."""
 
     @cache
-    def folder(name: str) -> str:
+    def folder(name: str, pattern: str) -> str:
         count, parallel = FROM[name]
-        return run(ranks, count, DEEP, parallel, steps=SAVED, save=str(tmp_path_factory.mktemp("saved")))[0]["path"]
+        return run(ranks, count, pattern, parallel, steps=SAVED, save=str(tmp_path_factory.mktemp("saved")))[0]["path"]
 
     return folder
 
@@ -118,6 +119,7 @@ PAIRS += [("CP2, TP2", "CP4"), ("CP2, DP2, plain", "CP4")]
 @pytest.mark.parametrize(("source", "to"), [pytest.param(*p, marks=slow_unless(p in QUICK)) for p in PAIRS])
 def test_another_layout_goes_on_with_the_same_curve(source, to, ranks, saved, one_rank):  # noqa: F811
     count, parallel = TO[to]
-    expected = {what: one_rank[DEEP][what][SAVED:] for what in ("losses", "norms")}
-    for result in run(ranks, count, DEEP, parallel, start=SAVED, load=saved(source)):
+    pattern = smallest_pattern(parallel)
+    expected = {what: one_rank[pattern][what][SAVED:] for what in ("losses", "norms")}
+    for result in run(ranks, count, pattern, parallel, start=SAVED, load=saved(source, pattern)):
         assert_same(result, expected)

@@ -96,16 +96,16 @@ def test_torch_finds_no_lower_minimum(law, noise):
 
 @pytest.mark.slow
 def test_intervals_cover_the_truth_at_about_their_rate(law):
-    """At least 52 of 60 intervals of 95%, for 57 expected with a deviation of 1.7. The exponents are the paper's fixed ones."""
+    """At least 34 of 40 intervals of 95%, for 38 expected with a deviation of 1.4. The exponents are the paper's fixed ones."""
     true = law.Law(1.6, 71.14, 0.22, 83.65, 0.22)
     covered = {"E": 0, "A": 0, "B": 0}
-    for seed in range(60):
+    for seed in range(40):
         draws = law.bootstrap(points(law, true, 1e-3, 100 + seed), (0.22, 0.22), resamples=150, seed=seed)
         for name in covered:
             low, high = law.interval([getattr(draw, name) for draw in draws])
             covered[name] += low <= getattr(true, name) <= high
-    assert all(52 <= count <= 60 for count in covered.values()), covered
-    assert sum(covered.values()) < 3 * 60, "intervals that never miss are too wide"
+    assert all(34 <= count <= 40 for count in covered.values()), covered
+    assert sum(covered.values()) < 3 * 40, "intervals that never miss are too wide"
 
 
 def test_the_bootstrap_is_seeded_and_shared_by_equal_designs(law):

@@ -108,8 +108,11 @@ def test_yaml(case, tmp_path):
 
 def test_yaml_at_the_limit_of_size_is_read_in_time(tmp_path):
     for text in ("a: " + "x " * 250_000, "a: |\n" + "  x\n" * 125_000, "#" * 500_000, "\n" * 500_000):
-        outcomes = [outcome(lambda text=text: yaml_text.read(text, "run.yaml")) for _ in range(ATTEMPTS)]
-        assert {told for told, _ in outcomes} == {"no error"} and min(seconds for _, seconds in outcomes) < SECONDS
+        for _ in range(ATTEMPTS):
+            told, took = outcome(lambda text=text: yaml_text.read(text, "run.yaml"))
+            if told != "no error" or took < SECONDS:
+                break
+        assert told == "no error" and took < SECONDS, f"{told} after {took:.1f} s"
 
 
 def index_of(**parts: object) -> bytes:

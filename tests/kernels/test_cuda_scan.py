@@ -57,7 +57,13 @@ def test_gemms_overlap_and_nothing_spills(source, kernels, key_dim, tmp_path):
 
 
 @needs_nvcc
-def test_it_is_built_once(fresh, monkeypatch):
+def test_it_is_built_once(fresh, monkeypatch, tmp_path):
+    source = tmp_path / "one.cu"
+    source.write_text('extern "C" int one() { return 1; }\n')
+
+    def build():
+        return nvcc.build(nvcc.find_nvcc(), "one", [source])
+
     library = build()
     assert library.parent.parent == fresh and library.stat().st_size > 0
     built = library.stat().st_mtime_ns

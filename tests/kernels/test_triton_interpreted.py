@@ -11,8 +11,15 @@ pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in (HERE / "interpreted").glob("test_*.py")))
-def test_interpreted_kernels(root, file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted" / file)]
+FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
+FIRST = "test_interpreted_kernels.py"
+"""It takes as long as the others together, which share one process, because it takes seconds to start."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("files", [[FIRST], [file for file in FILES if file != FIRST]], ids=["kernels", "others"])
+def test_interpreted_kernels(root, files):
+    paths = [str(HERE / "interpreted" / file) for file in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     ran = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
