@@ -28,8 +28,8 @@ PAPER = {
     "state_based_recall": {64: (0.629, 0.781, 0.598, 1, 0.613), 128: (0.543, 0.637, 0.574, 1, 0.570)},
 }
 """Accuracies of arXiv 2604.03444, section 3.5, by size and in the order of LABELS."""
-GOALS = {"state_tracking": 128, "state_tracking_small": 16}
-"""Size at which models with negative eigenvalues must reach 0.99, unless they are transformers, and others must stay below 0.5."""
+GOALS = {"state_tracking": (128, 0.99, 0.5), "state_tracking_small": (16, 0.95, 0.6)}
+"""Size, the accuracy that models with negative eigenvalues must reach there, and the accuracy below which the others must stay."""
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -49,16 +49,21 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def best_runs(runs: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
-    """Return the run of each model with the highest accuracy at the largest size, as the paper reports, and the number of runs."""
+    """Return the run of each model with the highest accuracy at the largest size, as the paper reports.
+
+    With it come the number of runs, and the lowest accuracy of all runs at that size.
+    """
     found: dict[str, dict[str, Any]] = {}
     for model, folder in runs:
         if (run := read_run(folder)) is None:
             continue
         other, size = found.get(model), max(run["accuracies"])
+        accuracy = run["accuracies"][size]
         count = 1 + (other["runs"] if other else 0)
-        if other is None or run["accuracies"][size] > other["accuracies"][size]:
+        lowest = min(accuracy, other["lowest"]) if other else accuracy
+        if other is None or accuracy > other["accuracies"][size]:
             found[model] = run | {"folder": folder.name}
-        found[model]["runs"] = count
+        found[model] |= {"runs": count, "lowest": lowest}
     return {model: found[model] for model in LABELS if model in found}
 
 
@@ -83,6 +88,7 @@ def rows_of(task: str, best: dict[str, dict[str, Any]]) -> list[dict]:
                 True,
             )
             rows.append(line | _goal(task, model, size, accuracy))
+        rows.append(row(case, f"lowest accuracy of all runs at n = {size}", "share", run["lowest"]))
         for metric, value in (("steps", run["step"]), ("median step", run["seconds"]), ("runs", run["runs"])):
             rows.append(row(case, metric, "s" if metric == "median step" else "", value))
     return rows
@@ -90,10 +96,11 @@ def rows_of(task: str, best: dict[str, dict[str, Any]]) -> list[dict]:
 
 def _goal(task: str, model: str, size: int, accuracy: float) -> dict[str, Any]:
     """Return goal and verdict where the task has one for this size."""
-    if GOALS.get(task) != size:
+    goal_size, least, most = GOALS.get(task, (None, 0.0, 0.0))
+    if goal_size != size:
         return {}
     solves = model.endswith("_negative")
-    return {"goal": 0.99 if solves else 0.5, "met": accuracy >= 0.99 if solves else accuracy < 0.5}
+    return {"goal": least if solves else most, "met": accuracy >= least if solves else accuracy < most}
 
 
 def draw(task: str, best: dict[str, dict[str, Any]], path: Path) -> None:

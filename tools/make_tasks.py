@@ -3,7 +3,9 @@
 
 import sys
 
+from megatron_hybrid.base.output import quiet_on_closed_pipe
 from megatron_hybrid.cli.make_tasks import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with quiet_on_closed_pipe():
+        sys.exit(main())

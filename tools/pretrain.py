@@ -9,7 +9,9 @@ if __name__ == "__main__":  # keep requests to stop pending until they are handl
 # ruff: noqa: E402
 import sys
 
+from megatron_hybrid.base.output import quiet_on_closed_pipe
 from megatron_hybrid.cli.pretrain import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with quiet_on_closed_pipe():
+        sys.exit(main())

@@ -6,7 +6,7 @@ megatron-hybrid average --moving 4 runs/a --out runs/a/averages
 
 The result is a checkpoint: `checkpoint.init_from` starts a run from it, and the other tools convert and evaluate it. --moving writes
 a moving average: one checkpoint per step that the run has saved. While a run trains, the same command adds those that are new.
-Exit codes: 0 done; 1 a file could not be read or written; 78 wrong input; 130 interrupted. After 1 and 130 the same command resumes.
+Exit codes: 0 done; 78 wrong input, or a file could not be read or written; 130 interrupted. Afterwards, the same command resumes.
 """
 
 import argparse

@@ -4,7 +4,7 @@ megatron-hybrid convert from-hf Olmo-Hybrid-7B checkpoints/olmo-hybrid-7b
 mpirun -n 4 megatron-hybrid convert from-hf Olmo-Hybrid-7B checkpoints/olmo-hybrid-7b --dtype bf16
 megatron-hybrid pretrain config.yaml checkpoint.init_from=checkpoints/olmo-hybrid-7b
 
-Exit codes: 0 done; 1 a file could not be read or written; 78 wrong input; 130 interrupted. After 1 and 130 the same command resumes.
+Exit codes: 0 done; 78 wrong input, or a file could not be read or written; 130 interrupted. Afterwards, the same command resumes.
 """
 
 import argparse

@@ -4,7 +4,7 @@ megatron-hybrid convert from-olmo-core runs/hybrid/step1000 checkpoints/hybrid-1
 megatron-hybrid convert from-olmo-core runs/hybrid/step1000 checkpoints/hybrid-1000 --dtype bf16 --no-optimizer
 
 AdamW's moments and its count of updates are converted, too. OLMo-core need not be installed; no code in the files is run.
-Exit codes: 0 done; 1 a file could not be read or written; 78 wrong input; 130 interrupted. After 1 and 130 the same command resumes.
+Exit codes: 0 done; 78 wrong input, or a file could not be read or written; 130 interrupted. Afterwards, the same command resumes.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 megatron-hybrid convert to-hf run/checkpoints/step-00010000 exported --dtype bf16 --tokenizer tokenizers/olmo
 mpirun -n 4 megatron-hybrid convert to-hf run/checkpoints/step-00010000 exported
 
-Exit codes: 0 done; 1 a file could not be read or written; 78 wrong input; 130 interrupted. After 1 and 130 the same command resumes.
+Exit codes: 0 done; 78 wrong input, or a file could not be read or written; 130 interrupted. Afterwards, the same command resumes.
 """
 
 import argparse

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from megatron_hybrid import __version__
+from megatron_hybrid.base.output import quiet_on_closed_pipe
 from megatron_hybrid.cli.table import COMMANDS, find_command
 
 PROGRAM = "megatron-hybrid"
@@ -14,7 +15,11 @@ _STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status. The command reads its own arguments from `sys.argv`."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    with quiet_on_closed_pipe():
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(words: list[str]) -> int:
     found = find_command(words)
     if found is None:
         return _without_command(words)

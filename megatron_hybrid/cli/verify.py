@@ -3,7 +3,7 @@
 megatron-hybrid verify run/checkpoints/step-00010000
 megatron-hybrid verify checkpoints/olmo-hybrid-7b --against Olmo-Hybrid-7B
 
-Exit codes: 0 no problem found; 1 problems, one per line, or a file that could not be read; 78 not a checkpoint.
+Exit codes: 0 no problem found; 78 problems, one per line, a file that could not be read, or not a checkpoint.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             verdict = verify(a.checkpoint, a.against, lambda count: bar.advance(task, count))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else BAD_INPUT
+        return BAD_INPUT
     for problem in verdict.problems:
         print(f"wrong: {problem}", file=sys.stderr)
     compared = f", {verdict.compared} compared" if a.against else ""
@@ -51,4 +51,4 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{a.checkpoint}: {verdict.files} files, {verdict.tensors} tensors, {verdict.nbytes / 1e9:.2f} GB{compared}: {state}"
     )
-    return 1 if verdict.problems else 0
+    return BAD_INPUT if verdict.problems else 0

@@ -15,8 +15,6 @@ from megatron_hybrid.convert.job import Conversion, how_to_resume, run
 from megatron_hybrid.convert.ranks import Ranks, find_ranks
 
 DTYPES = {"fp32": "F32", "bf16": "BF16"}
-FAILED = 1
-"""Exit status if reading or writing a file failed. The same command resumes."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -41,7 +39,7 @@ def convert(plan: Callable[[], Conversion], target: Path, quiet: bool = False) -
             print(f"error: {error}", file=sys.stderr)
             if isinstance(error, OSError):
                 print(how_to_resume(target), file=sys.stderr)
-        return FAILED if isinstance(error, OSError) else BAD_INPUT
+        return BAD_INPUT
     except KeyboardInterrupt:
         if ranks.rank == 0:
             print(f"interrupted: {how_to_resume(target)}", file=sys.stderr)

@@ -96,7 +96,9 @@ class Batch:
             raise ValueError(f"sequences of {self.tokens.shape[1]} tokens do not divide into whole ones of {length}")
         if count == 1:
             return self
-        per_sequence = {name: x.repeat_interleave(count, 0) for name, x in self.tensors().items() if name not in _PER_TOKEN}
+        per_sequence = {
+            name: x.repeat_interleave(count, 0) for name, x in self.tensors().items() if name not in _PER_TOKEN
+        }
         return self._with(per_sequence | {name: getattr(self, name).reshape(-1, length) for name in _PER_TOKEN})
 
     def _with(self, changes: Mapping[str, Any]) -> Self:

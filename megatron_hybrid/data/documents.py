@@ -208,7 +208,7 @@ def _iterate_records(
             for line in _iterate_lines(stream, file.path, options, skipped):
                 yield line, stream.consumed_bytes
         return
-    for rows, fraction in iterate_rows(file.path, options.json_key):
+    for rows, fraction in iterate_rows(file.path, options):
         for row in rows:
             yield row, partial(_bytes_read, fraction, file.size)
 

@@ -60,7 +60,8 @@ def data_identity(blend: Blend, seed: int) -> dict[str, Any]:
         `mix_changes`, if there are any: first sample and shares of each.
     """
     sources = [
-        {**_source_identity(dataset), "share": share} for dataset, share in zip(blend.datasets, blend.shares, strict=True)
+        {**_source_identity(dataset), "share": share}
+        for dataset, share in zip(blend.datasets, blend.shares, strict=True)
     ]
     identity = {"sequence_length": blend.sequence_length, "seed": seed, "sources": sources}
     if blend.changes:

@@ -302,7 +302,7 @@ def test_verify_finds_what_is_wrong(tmp_path, capsys):
     data = bytearray(path.read_bytes())
     data[-4:] = b"\x00\x00\xc0\x7f"  # a NaN
     path.write_bytes(data)
-    assert verify_checkpoint.main([str(tmp_path / "ours"), "--against", str(tmp_path / "hf"), "--quiet"]) == 1
+    assert verify_checkpoint.main([str(tmp_path / "ours"), "--against", str(tmp_path / "hf"), "--quiet"]) == BAD_INPUT
     told = capsys.readouterr().err
     assert "SHA-256" in told and "NaN" in told and "differs" in told
     path.write_bytes(data[:-8])

@@ -7,11 +7,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.base.errors import BAD_INPUT
 from megatron_hybrid.convert.errors import ConversionError
+from megatron_hybrid.convert.olmo_core import pickle_scan
 from megatron_hybrid.convert.olmo_core.importer import from_olmo_core
+from megatron_hybrid.convert.olmo_core.pickle_records import RecordScanner
+from megatron_hybrid.convert.olmo_core.pickle_scan import _Stack, refuse_bombs
+from megatron_hybrid.convert.olmo_core.restricted_pickle import METADATA_NAMES, restricted_load
 from megatron_hybrid.convert.olmo_core.torch_checkpoint import METADATA, TorchCheckpoint
 from tests.convert.folders import BASE
 from tests.convert.olmo_core_files import olmo_core_config, olmo_core_state, save, to_ours
@@ -69,6 +76,28 @@ def test_memo_bombs_are_refused(tmp_path):
     (tmp_path / METADATA).write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")  # LONG_BINPUT at two thousand million
     with pytest.raises(ConversionError, match="memo index"):
         TorchCheckpoint(tmp_path)
+
+
+def test_records_are_followed_as_their_opcodes_are(monkeypatch):
+    slices = [ChunkStorageMetadata(torch.Size([i, 0]), torch.Size([300, 70_000])) for i in range(0, 90_000, 300)]
+    shapes = [torch.Size(range(rank)) for rank in range(6)]
+    places = {
+        MetadataIndex(f"name {i}", shapes[i % 6] if i % 4 else None, i): _StorageInfo(f"__{i // 9}.distcp", i << 20, i)
+        for i in range(2000)
+    }
+    data = pickle.dumps(Metadata({"a": slices}, slices[3], places), protocol=4)
+    found = []
+    for skip in (RecordScanner.skip, lambda self, data, at, most: (0, 0, at)):
+        stacks = []
+        monkeypatch.setattr(RecordScanner, "skip", skip)
+        monkeypatch.setattr(
+            pickle_scan, "_Stack", lambda where, stacks=stacks: stacks.append(_Stack(where)) or stacks[0]
+        )
+        refuse_bombs(data, "x")
+        found.append((len(stacks[0].sizes), len(stacks[0].memo), stacks[0].marks))
+    monkeypatch.undo()
+    assert found[0] == found[1] and found[0][1] > 15_000
+    assert len(restricted_load(data, METADATA_NAMES, "x").storage_data) == 2000
 
 
 def test_damaged_metadata_is_refused(tmp_path):

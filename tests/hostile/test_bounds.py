@@ -189,6 +189,20 @@ def pickled_tuple(depth: int) -> bytes:
     return b")" + b"2\x86" * depth
 
 
+TORCH_METADATA = "torch.distributed.checkpoint.metadata"
+SIZE = b"h\x08K\x01M\x00\x0f\x86\x94\x85\x94R\x94"
+
+
+def pickled_slices(count: int) -> bytes:
+    """Return opcodes of a list of slices as torch pickles them. The list is open."""
+    texts = ("", TORCH_METADATA, "ChunkStorageMetadata", "offsets", "sizes", "torch", "Size")
+    named = b"".join(b"\x8c%c%b\x94" % (len(text), text.encode()) for text in texts)
+    classes = b"h\x01h\x02\x93\x94" + b"h\x05h\x06\x93\x94"  # memo entries 7 and 8
+    return (
+        b"\x80\x04(" + named + classes + (b"h\x07)\x81\x94}\x94(h\x03" + SIZE + b"h\x04" + SIZE + b"ub") * count + b"0"
+    )
+
+
 PICKLES = {
     "tuples, hashed": b"\x80\x04}" + pickled_tuple(40) + b"K\x01s.",
     "tuples": b"\x80\x04" + pickled_tuple(40) + b".",
@@ -201,8 +215,23 @@ PICKLES = {
     "bytes": b"\x80\x05\x96" + struct.pack("<Q", 1 << 34) + b".",
     "text": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 34) + b".",
     "large": b"\x80\x04" + b"N0" * (40 << 20),
+    "many opcodes": b"\x80\x04" + b"N0" * (15 << 20),
+    "more slices than are read": pickled_slices(700_000),
     "a number": b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b".",
 }
+
+
+def test_a_bomb_at_the_end_of_the_metadata(tmp_path):
+    for bomb in (b"}" + pickled_tuple(40) + b"K\x01s", b"r\xff\xff\xff\x7f", b"]" * (1 << 23), b"N0" * 600_000):
+        (tmp_path / METADATA).write_bytes(pickled_slices(395_000) + bomb + b".")
+        refused(lambda: TorchCheckpoint(tmp_path))
+
+
+def test_a_bomb_inside_a_slice(tmp_path):
+    for key in (b"j\xff\xff\xff\x7f", b"hZ"):
+        bomb = pickled_tuple(40) + b"\x94" * 200 + b"h\x07)\x81\x94}\x94(" + key + SIZE + b"ub"
+        (tmp_path / METADATA).write_bytes(pickled_slices(1000) + bomb + b".")
+        refused(lambda: TorchCheckpoint(tmp_path))
 
 
 @pytest.mark.parametrize("case", PICKLES)

@@ -27,8 +27,8 @@ from megatron_hybrid.convert.olmo_core.restricted_pickle import (
 from megatron_hybrid.convert.olmo_core.saved_tensor import SavedSlice, locate_values
 
 METADATA = ".metadata"
-_MAX_METADATA_BYTES = 64 << 20
-"""A checkpoint of a 7B model with its optimizer on 64 ranks has about 15 MB."""
+_MAX_METADATA_BYTES = 32 << 20
+"""200,000 slices of tensors have 29 MB. A 7B model with its optimizer has 13 MB from 64 ranks, and a 70B model 25 MB."""
 _NUMBERS = {"F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i"}
 
 
@@ -55,7 +55,10 @@ class TorchCheckpoint:
                 f"{folder}: it has no {METADATA}; give the folder of a checkpoint, or its model_and_optim"
             )
         if path.stat().st_size > _MAX_METADATA_BYTES:
-            raise ConversionError(f"{path}: larger than {_MAX_METADATA_BYTES >> 20} MiB; refused")
+            raise ConversionError(
+                f"{path}: larger than {_MAX_METADATA_BYTES >> 20} MiB, of about 200,000 slices of tensors; refused. If it is no "
+                "damage, load the checkpoint on fewer ranks and save it again"
+            )
         metadata = restricted_load(path.read_bytes(), METADATA_NAMES, str(path))
         try:
             places = {(index.fqn, index.offset): place for index, place in metadata.storage_data.items()}
