@@ -5,11 +5,12 @@
 FILE is tests/ops/test_gdn.py of a checkout of flash-linear-attention 0.6, whose sdist has no tests. The package must be installed as
 well. The inputs, references and tolerances are fla's.
 
-Without --registry, our function takes the place of chunk_gated_delta_rule, and tests of other functions are left out. The tests are in
-fp16, which our Triton kernels take, and in fp32, which the plain torch form takes. --bf16 hands the same data to the Hopper kernels.
-What fla fuses around the rule (L2 norm, sigmoid, gates) runs in torch.
+Tests that never call chunk_gated_delta_rule are left out.
 
-With --registry, all tests of the file run through fla's public functions, with hybrid_kernels registered as a backend of fla.
+Without --registry, our function takes its place. The tests are in fp16, which our Triton kernels take, and in fp32, which the plain torch
+form takes. --bf16 hands the same data to the Hopper kernels. What fla fuses around the rule (L2 norm, sigmoid, gates) runs in torch.
+
+With --registry, the tests run through fla's public functions, with hybrid_kernels registered as a backend of fla.
 FLA_HYBRID_KERNELS=0 then gives the outcomes of fla alone. Each outcome says whether a call of the test ran our kernels.
 
 Under TRITON_INTERPRET=1 everything runs on a CPU, slowly.
@@ -104,9 +105,8 @@ def _register():
 
 
 def pytest_collection_modifyitems(items):
-    """Leave out the tests that never call the function, unless all tests run through the registry."""
-    if not os.environ.get(REGISTRY):
-        items[:] = [x for x in items if "chunk_gated_delta_rule" in inspect.unwrap(x.function).__code__.co_names]
+    """Leave out the tests that never call the function."""
+    items[:] = [x for x in items if "chunk_gated_delta_rule" in inspect.unwrap(x.function).__code__.co_names]
 
 
 @pytest.hookimpl(wrapper=True)
