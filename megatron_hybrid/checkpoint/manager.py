@@ -15,6 +15,7 @@ from megatron_hybrid.checkpoint.agreement import RankAgreement, StepVotes
 from megatron_hybrid.checkpoint.collect import Collector
 from megatron_hybrid.checkpoint.folders import check_same_tensors, checkpoint_step, complete_checkpoints
 from megatron_hybrid.checkpoint.format import Index
+from megatron_hybrid.checkpoint.host_copies import HostCopies
 from megatron_hybrid.checkpoint.origin import Origin
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.removal import SAVING, remove_checkpoint, remove_folder
@@ -43,7 +44,7 @@ class CheckpointManager:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.own: list[Path] = []
         """Checkpoints of this run, oldest first."""
-        self._writes = AsyncWrites()
+        self._writes, self._copies = AsyncWrites(), HostCopies()
         self._agreement: RankAgreement | None = None
         self._votes: StepVotes | None = None
 
@@ -69,20 +70,13 @@ class CheckpointManager:
             self._agreement, self._votes = RankAgreement(), StepVotes()
         agreement = self._agreement
         agreement.settle(lambda: _new_folder(folder) if self.rank == 0 else None)
-        tensors = map(self._on_host, self.collector.shards())
         if self.config.async_save:
-            copies = list(tensors)
+            copies = self._copies.of(self.collector.shards())
             self._writes.start(lambda: self._write(agreement, folder, target, copies, state, extra))
         else:
             # one by one: host memory need not hold all of them
-            self._write(agreement, folder, target, tensors, state, extra)
+            self._write(agreement, folder, target, map(_on_host, self.collector.shards()), state, extra)
         return target
-
-    def _on_host(self, tensor: SlicedTensor) -> SlicedTensor:
-        # a background write needs a copy, because the next step changes the tensor
-        data = tensor.data.detach()
-        tensor.data = data.clone() if data.device.type == "cpu" and self.config.async_save else data.cpu()
-        return tensor
 
     def _write(
         self,
@@ -173,6 +167,11 @@ class CheckpointManager:
     def close(self) -> None:
         """Wait for the write in progress. Also called after an error, when other ranks may have stopped."""
         self._writes.wait()
+
+
+def _on_host(tensor: SlicedTensor) -> SlicedTensor:
+    tensor.data = tensor.data.detach().cpu()
+    return tensor
 
 
 def _new_folder(folder: Path) -> None:

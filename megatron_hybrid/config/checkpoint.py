@@ -22,7 +22,7 @@ class CheckpointConfig(Section):
     keep_every: PositiveInt | None = None
     """Keep checkpoints whose step is a multiple of this permanently. It must be a multiple of interval."""
     async_save: bool = False
-    """Write checkpoints in the background while training continues."""
+    """Write checkpoints in the background while training continues. Each rank keeps a copy of its state in host memory."""
     resume: str = Field("auto", min_length=1)
     """Checkpoint to continue from, with the optimizer's state and the position in the data. `auto`: the run's newest complete
     checkpoint, or a new run if it has none. `none`: a new run; an error if run_dir has checkpoints. A folder: that checkpoint.
