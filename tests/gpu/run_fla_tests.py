@@ -7,8 +7,9 @@ well. The inputs, references and tolerances are fla's.
 
 Tests that never call chunk_gated_delta_rule are left out.
 
-Without --registry, our function takes its place. The tests are in fp16, which our Triton kernels take, and in fp32, which the plain torch
-form takes. --bf16 hands the same data to the Hopper kernels. What fla fuses around the rule (L2 norm, sigmoid, gates) runs in torch.
+Without --registry, our function takes its place. The tests are in fp16, which our Triton kernels take, and in fp32, which the plain
+torch form takes. --bf16 hands the same data to the Hopper kernels. What fla fuses around the rule (L2 norm, sigmoid, gates) runs in
+torch.
 
 With --registry, the tests run through fla's public functions, with hybrid_kernels registered as a backend of fla.
 FLA_HYBRID_KERNELS=0 then gives the outcomes of fla alone. Each outcome says whether a call of the test ran our kernels.
