@@ -55,7 +55,7 @@ def largest_page(path: str, chunk: Any) -> int:
     with open(path, "rb") as file:
         try:
             pages = _pages(file, min(starts), chunk.total_compressed_size, chunk.num_values)
-            return max((size for size in pages), default=0)
+            return max(pages, default=0)
         except (IndexError, ValueError, TypeError, OverflowError) as error:
             raise _corrupt(path, f"the header of a page is damaged ({error})") from error
 
