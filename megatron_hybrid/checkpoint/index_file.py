@@ -16,6 +16,8 @@ from megatron_hybrid.config.renames import rename_saved
 
 MAX_INDEX_BYTES = 32 << 20
 """A run on 1,024 ranks writes about 2 MB."""
+_MAX_SLICES = 80_000
+"""Of all tensors. A run on 1,024 ranks writes about 15,000."""
 _WITHOUT_CHECKSUM = "megatron_hybrid/1"
 """Format of earlier versions: the same, but the index has no checksum, and other files than safetensors have none."""
 _MEMBERS = {"format", "model", "run", "state", "files", "other_files", "tensors"}
@@ -116,7 +118,7 @@ def _check_file(index: Path, name: str, size: int, is_tensor_file: bool) -> None
 
 
 def _whole_numbers(values: list[int]) -> tuple[int, ...]:
-    if not all(type(value) is int for value in values):
+    if not set(map(type, values)) <= {int}:
         raise TypeError(f"{values!r:.100} are not whole numbers")
     return tuple(values)
 
@@ -129,16 +131,18 @@ def _slice_from_json(data: dict[str, Any]) -> StoredSlice:
     return StoredSlice(data["file"], data["entry"], part, (start, stop))
 
 
+def _check_file_name(tensor: str, file: str) -> None:
+    if not _FILE_NAME.fullmatch(file):
+        raise CheckpointError(f"{tensor}: {file!r} is not the name of a safetensors file in the checkpoint's folder")
+
+
+def _fits(at: int, length: int, total: int) -> bool:
+    return at >= 0 < length and at + length <= total
+
+
 def _check_slice(name: str, shape: tuple[int, ...], stored: StoredSlice) -> None:
-    if not _FILE_NAME.fullmatch(stored.file):
-        raise CheckpointError(
-            f"{name}: {stored.file!r} is not the name of a safetensors file in the checkpoint's folder"
-        )
     part = stored.slice
-    inside = len(part.offset) == len(part.shape) == len(shape) and all(
-        at >= 0 and length > 0 and at + length <= total
-        for at, length, total in zip(part.offset, part.shape, shape, strict=True)
-    )
+    inside = len(part.offset) == len(part.shape) == len(shape) and all(map(_fits, part.offset, part.shape, shape))
     if inside and stored.range is not None:
         inside = len(shape) in (1, 2) and 0 <= stored.range[0] < stored.range[1] <= part.numel
     if not inside:
@@ -149,16 +153,23 @@ def tensors_from_json(data: dict[str, Any]) -> dict[str, TensorEntry]:
     """Parse and check the `tensors` of an index, or of one rank's part of it.
 
     Raises:
-        CheckpointError: a file outside the folder, a slice outside its tensor, a range outside its slice.
+        CheckpointError: a file outside the folder, a slice outside its tensor, a range outside its slice, too many slices.
         TypeError, KeyError, ValueError: values of another type or form.
     """
-    tensors = {}
+    if (count := sum(len(entry["shards"]) for entry in data.values())) > _MAX_SLICES:
+        raise CheckpointError(
+            f"{INDEX}: {count:,} slices of tensors, of {_MAX_SLICES:,} at most; save it from fewer ranks"
+        )
+    tensors, files = {}, set[str]()
     for name, entry in data.items():
         shape = _whole_numbers(entry["shape"])
         slices = [_slice_from_json(stored) for stored in entry["shards"]]
         if not all(isinstance(text, str) for text in (entry["dtype"], *(stored.entry for stored in slices))):
             raise TypeError(f"{name}: dtype and entry must be text")
         for stored in slices:
+            if stored.file not in files:
+                _check_file_name(name, stored.file)
+                files.add(stored.file)
             _check_slice(name, shape, stored)
         tensors[name] = TensorEntry(entry["dtype"], shape, slices)
     return tensors

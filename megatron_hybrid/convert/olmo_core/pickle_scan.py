@@ -11,7 +11,7 @@ from collections.abc import Callable
 from megatron_hybrid.convert.errors import ConversionError
 from megatron_hybrid.convert.olmo_core.pickle_records import LARGEST_VALUE, RecordScanner
 
-_MOST_OPCODES = 1_000_000
+_MOST_OPCODES = 500_000
 """Opcodes outside the records that fill a checkpoint's directory. That of a 7B model with its optimizer on 64 ranks has 80,000."""
 _MOST_OBJECTS = 3_200_000
 """Of a checkpoint with 200,000 slices of tensors. They take about 300 MB. Each slice has 16, texts included."""
