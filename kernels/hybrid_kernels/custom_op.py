@@ -7,6 +7,7 @@ writes to its arguments cannot be such an operator: `eager_only` breaks the grap
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,9 +16,31 @@ import torch
 OptionalTensors = list[torch.Tensor | None]
 
 
+def constant_result[Function: Callable[..., Any]](fn: Function) -> Function:
+    """Decorate a function that torch.compile calls once, when it traces a call, and whose result it takes for a constant.
+
+    torch.compiler.assume_constant_result does the same, and imports TorchDynamo for it, which takes a second.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
 def eager_only[Function: Callable[..., Any]](fn: Function) -> Function:
-    """Decorate a function that torch.compile must not trace."""
-    return torch.compiler.disable(fn, reason="it takes a collective or writes to its arguments")  # type: ignore[no-any-return]
+    """Decorate a function that torch.compile must not trace. Nothing of the compiler is imported until somebody compiles."""
+    reason = "it takes a collective or writes to its arguments"
+    disabled: Callable[..., Any] | None = None
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return fn(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(fn, reason=reason)
+        return disabled(*args, **kwargs)
+
+    call._torchdynamo_disable, call._torchdynamo_disable_msg = True, reason  # type: ignore[attr-defined]  # breaks a graph here
+    return call  # type: ignore[return-value]
 
 
 def custom_op(

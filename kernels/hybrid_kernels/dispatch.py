@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from hybrid_kernels.custom_op import constant_result
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -58,7 +60,7 @@ def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that torch.compile can trace a dispatch
+@constant_result  # so that torch.compile can trace a dispatch
 def has_module(name: str) -> bool:
     """Return whether a Python module can be imported, without importing it."""
     return _is_installed(name)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from megatron_hybrid.distributed.deferred_compilation import disable_compilation
+
 CPU = torch.device("cpu")
 _CONSTRUCTORS = (
     *("tensor", "empty", "zeros", "ones", "full", "arange"),
@@ -87,7 +89,7 @@ def use_cpu_backend() -> None:
     _patch_fused_optimizers()
     _patch_hybrid_optimizer()
     # megatron-core decorates small functions with torch.compile, which compiles for 30 s on the CPU without a gain
-    torch.compiler.set_stance("force_eager")
+    disable_compilation()
 
 
 def _patch_device_queries() -> None:

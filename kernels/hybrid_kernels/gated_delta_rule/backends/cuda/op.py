@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from hybrid_kernels import nvcc
+from hybrid_kernels.custom_op import constant_result
 from hybrid_kernels.gated_delta_rule.backends.triton.chunks import CHUNK, Chunks, Scores, ends_like
 from hybrid_kernels.gated_delta_rule.backends.triton.join import processors, segments_that_pay
 from hybrid_kernels.gated_delta_rule.backends.triton.op import States
@@ -86,7 +87,7 @@ def _library(key_dim: int) -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that torch.compile can trace a dispatch
+@constant_result  # so that torch.compile can trace a dispatch
 def _unbuilt_reason(key_dim: int) -> str | None:
     return _library(key_dim)[1]
 

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hybrid_kernels.custom_op import constant_result
 from hybrid_kernels.triton_support import dot_fp32, tile_count, tile_width
 
 COLUMNS = 32
@@ -102,7 +103,7 @@ def segments_that_pay(tiles: int, chunks: int, processors: int) -> int:
     return -(-chunks // -(-chunks // best))  # so that no segment is empty
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def processors(device: torch.device) -> int:
     """Return the number of SMs; 0 on a CPU, where nothing runs in parallel."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
