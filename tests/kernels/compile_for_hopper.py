@@ -1,11 +1,11 @@
-"""Compile the Triton launches of one operation, forward and backward, for sm_90 without a GPU. Prints one JSON line per kernel.
+"""Compile the Triton launches of operations, forward and backward, for sm_90 without a GPU. Prints one JSON line per kernel.
 
-    python tests/kernels/compile_for_hopper.py KEY_DIM VALUE_DIM SEGMENTS RANKS DOCUMENTS      the delta rule
-    python tests/kernels/compile_for_hopper.py rmsnorm WIDTH DTYPE
+    python tests/kernels/compile_for_hopper.py CASE ...
 
+CASE: delta_rule,KEY_DIM,VALUE_DIM,SEGMENTS,RANKS,DOCUMENTS or rmsnorm,WIDTH,DTYPE
 RANKS: 2 for sequences in slices on several ranks. DOCUMENTS: 1 for documents in the sequences.
 
-Each line has the shared memory, registers, spills and assembler warnings of a run on an H100. Nothing is launched.
+Each line has the case, and the shared memory, registers, spills and assembler warnings of a run on an H100. Nothing is launched.
 """
 
 import json
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ class TwoRanks:
         return 0
 
 
+@cache
 def assembler_says(ptx: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -57,17 +59,20 @@ def assembler_says(ptx: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def compile_instead_of_launching() -> None:
+RUN = JITFunction.run
+
+
+def compile_instead_of_launching(case: str) -> None:
     """Make every Triton launch of this process compile its kernel and print a JSON line."""
     driver.set_active(Hopper())
-    run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernel = RUN(self, *args, grid=grid, warmup=True, **options)
         log = assembler_says(kernel.asm["ptx"])
         print(
             json.dumps(
                 dict(
+                    case=case,
                     kernel=self.__name__,
                     warps=kernel.metadata.num_warps,
                     shared=kernel.metadata.shared,
@@ -113,8 +118,10 @@ def rmsnorm(width: int, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    compile_instead_of_launching()
-    if sys.argv[1] == "rmsnorm":
-        rmsnorm(int(sys.argv[2]), sys.argv[3])
-    else:
-        delta_rule(*map(int, sys.argv[1:]))
+    for case in sys.argv[1:]:
+        operation, *numbers = case.split(",")
+        compile_instead_of_launching(case)
+        if operation == "rmsnorm":
+            rmsnorm(int(numbers[0]), numbers[1])
+        else:
+            delta_rule(*map(int, numbers))
