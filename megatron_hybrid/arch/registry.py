@@ -4,6 +4,7 @@ A plug-in, named by a run's `plugins`, calls `register` when it is imported.
 """
 
 from collections.abc import Iterable
+from functools import cache
 from importlib import import_module
 
 from megatron_hybrid.arch.blocks import Block, Blocks
@@ -42,6 +43,8 @@ def register(spec: MixerSpec) -> None:
                 "in one of them"
             )
     _specs[spec.name] = spec
+    mixer_specs.cache_clear()
+    default_blocks.cache_clear()
 
 
 def import_plugins(names: Iterable[str]) -> None:
@@ -59,6 +62,7 @@ def import_plugins(names: Iterable[str]) -> None:
             ) from error
 
 
+@cache
 def mixer_specs() -> tuple[MixerSpec, ...]:
     """Return all registered mixers, built-in ones first."""
     for name in BUILT_IN:
@@ -82,6 +86,7 @@ def mixer_spec(name: str) -> MixerSpec:
     return names[name]
 
 
+@cache
 def default_blocks() -> Blocks:
     """Return the blocks that all mixers bring, by layer_pattern symbol."""
     return {symbol: block for spec in mixer_specs() for symbol, block in spec.blocks.items()}

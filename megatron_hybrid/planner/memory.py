@@ -16,6 +16,8 @@ FIXED_BYTES = 0.15e9
 """cuBLAS and Transformer Engine workspaces, rotary angles, batches."""
 BATCH_BYTES = 24.0
 """Tokens, labels and positions, in bytes per token."""
+Layers = dict[str, LayerBytes]
+"""Activation memory of each kind of layer, by layer_pattern symbol."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def fullest(plan: Plan) -> Memory:
 def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
     """Return the memory of one pipeline rank. Of its data parallel ranks it is rank 0, which holds no less than the others."""
     state, chunks = rank_state(plan, pipeline_rank), plan.chunks_of(pipeline_rank)
-    flying = chunks_in_flight(plan.pp, plan.vpp, plan.microbatches, pipeline_rank)
+    flying, layers = chunks_in_flight(plan.pp, plan.vpp, plan.microbatches, pipeline_rank), _layers(plan, plan.shards)
     ends = logits = transient = 0.0
     for chunk, count in zip(chunks, flying, strict=True):
         if chunk.embedding or chunk.head:
@@ -95,7 +97,7 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
         if chunk.embedding:
             ends += embedding_bytes(plan) * count
         ends += _document_bytes(plan) * plan.tokens * count
-        during = _backward(plan, chunk)
+        during = _backward(plan, chunk, layers)
         if chunk.head:
             head, weight_gradient = head_bytes(plan), 4 * plan.vocab * plan.model.hidden_size
             ends += head.saved - weight_gradient
@@ -107,11 +109,11 @@ def rank_memory(plan: Plan, pipeline_rank: int) -> Memory:
         gradients=state.gradients,
         optimizer=state.optimizer,
         fp8_weights=_fp8_weights(plan, chunks, flying),
-        activations=_activations(plan, chunks, flying),
+        activations=_activations(plan, chunks, flying, layers),
         ends=ends,
         logits=logits,
         transient=transient + FIXED_BYTES + _dummy_weight_gradients(plan, chunks) + _overlap_buffers(plan),
-        padding=_padding(plan, pipeline_rank, chunks, flying),
+        padding=_padding(plan, pipeline_rank, chunks, flying, layers),
         pipeline_rank=pipeline_rank,
         host=state.host,
     )
@@ -125,21 +127,27 @@ def _document_bytes(plan: Plan) -> float:
     return 4.0 * (plan.cp + 1 + tables * plan.model.attention_head_dim)
 
 
-def _activations(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> dict[str, float]:
+def _layers(plan: Plan, shards: dict[str, Shard]) -> Layers:
+    return {symbol: layer_bytes(shard, plan.parallel.recompute_granularity) for symbol, shard in shards.items()}
+
+
+def _activations(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int], layers: Layers) -> dict[str, float]:
     """Return the bytes that each kind of layer saves, by its title."""
     found: dict[str, float] = {}
     for symbol, tokens in _saved_tokens(plan, chunks, in_flight):
-        title, saved = plan.blocks[symbol].title, _layer(plan, plan.shards[symbol]).saved
+        title, saved = plan.blocks[symbol].title, layers[symbol].saved
         found[title] = found.get(title, 0.0) + tokens * saved
     return found
 
 
-def _padding(plan: Plan, pipeline_rank: int, chunks: Sequence[Chunk], in_flight: Sequence[int]) -> float:
+def _padding(
+    plan: Plan, pipeline_rank: int, chunks: Sequence[Chunk], in_flight: Sequence[int], layers: Layers
+) -> float:
     """Return the bytes that only padding of heads and widths takes."""
     padding = padding_parameters(plan, pipeline_rank) * per_parameter_bytes(plan)
+    unpadded = _layers(plan, plan.unpadded_shards)
     for symbol, tokens in _saved_tokens(plan, chunks, in_flight):
-        saved, true = (_layer(plan, shards[symbol]).saved for shards in (plan.shards, plan.unpadded_shards))
-        padding += tokens * (saved - true)
+        padding += tokens * (layers[symbol].saved - unpadded[symbol].saved)
     return padding
 
 
@@ -150,13 +158,8 @@ def _saved_tokens(plan: Plan, chunks: Sequence[Chunk], in_flight: Sequence[int])
             yield symbol, chunk.symbols.count(symbol) * count * plan.tokens
 
 
-def _layer(plan: Plan, shard: Shard) -> LayerBytes:
-    return layer_bytes(shard, plan.parallel.recompute_granularity)
-
-
-def _backward(plan: Plan, chunk: Chunk) -> float:
+def _backward(plan: Plan, chunk: Chunk, layers: Layers) -> float:
     """Return the peak of a chunk's backward pass beyond all that is saved. Later layers have freed theirs by then."""
-    layers = {symbol: _layer(plan, plan.shards[symbol]) for symbol in dict.fromkeys(chunk.symbols)}
     most, freed = 0.0, 0.0
     for symbol in reversed(chunk.symbols):
         layer = layers[symbol]

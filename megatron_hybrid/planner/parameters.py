@@ -116,9 +116,10 @@ def _count(layout: ChunkLayout) -> int:
 def padding_parameters(plan: Plan, pipeline_rank: int) -> float:
     """Return how many of a rank's parameters only pad heads, widths and vocabulary, as a mean over the tensor parallel ranks."""
     model, total = plan.model, 0.0
+    layers = {symbol: _layer_padding(model, block, plan.tp) for symbol, block in plan.blocks.items()}
     for chunk in plan.chunks_of(pipeline_rank):
         for symbol in chunk.symbols:
-            total += _layer_padding(model, plan.blocks[symbol], plan.tp)
+            total += layers[symbol]
         table = (plan.vocab - model.vocab_size / plan.tp) * model.hidden_size
         total += table * (chunk.embedding + (chunk.head and not model.tie_embeddings))
     return total

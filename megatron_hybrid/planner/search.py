@@ -1,8 +1,10 @@
 """Search over every layout of a job: legal ones ranked by predicted speed, others rejected with the reason."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.job import Job
 from megatron_hybrid.planner.layouts import layouts
@@ -48,6 +50,7 @@ class SearchResult:
 
 def search(job: Job) -> SearchResult:
     """Enumerate all layouts, reject those that are illegal or too large, and rank the others by predicted step time."""
+    job = replace(job, model=_first_equal(job.model))
     predictor = StepPredictor(job.hardware)
     found: list[Candidate] = []
     rejected: list[Rejection] = []
@@ -65,6 +68,12 @@ def search(job: Job) -> SearchResult:
     top = sorted((_candidate(c.plan, job, predictor) for c in found[:SIMULATED]), key=_slowness)
     top = sorted([*(_with_faster_split(c, job, predictor) for c in top[:SPLIT]), *top[SPLIT:]], key=_slowness)
     return SearchResult(job, (*top, *found[SIMULATED:]), tuple(rejected))
+
+
+@lru_cache(maxsize=16)
+def _first_equal(model: ModelConfig) -> ModelConfig:
+    """Return the first of equal models. The planner's caches then find it by identity, and compare no fields."""
+    return model
 
 
 def _candidate(plan: Plan, job: Job, predictor: StepPredictor) -> Candidate:

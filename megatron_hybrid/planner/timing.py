@@ -113,7 +113,7 @@ class StepPredictor:
 
     def _chunk(self, plan: Plan, chunk: Chunk, layers: LayerTimes, direction: Direction) -> Parts:
         """Return the time of one micro-batch through a virtual stage, with its transfers."""
-        fp8 = tuple(layer in plan.fp8_layers for layer, _ in enumerate(chunk.symbols, chunk.first_layer))
+        fp8 = tuple(map(plan.fp8_layers.__contains__, range(chunk.first_layer, chunk.first_layer + len(chunk.symbols))))
         spans_nodes = plan.world_size > self.hardware.gpus_per_node
         key = chunk.symbols, fp8, chunk.embedding, chunk.head, direction, plan.pp > 1, spans_nodes
         if key not in layers.chunks:
