@@ -14,7 +14,8 @@ from typing import Any
 
 # pytest, because every process starts by importing what the main program is.
 _PRELOAD = ["torch", "pytest", "megatron_hybrid.train.trainer", "testing.jobs"]
-# What a model imports when it is built: each rank would import it again.
+# What is imported when a model is built, an optimizer made and a loss drawn: each rank would import it again, for a second or two.
+_PRELOAD += ["torch._dynamo", "matplotlib.backends.backend_agg", "matplotlib.figure", "matplotlib.ticker"]
 _PRELOAD += [f"megatron_hybrid.mixers.{mixer}.module" for mixer in ("attention", "gated_delta_net")]
 _PRELOAD += [
     f"hybrid_kernels.{op}.reference"

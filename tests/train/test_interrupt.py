@@ -25,8 +25,9 @@ def test_nobody_is_asked(ranks):
     assert all(not any(result["answers"]) for result in ranks.run(interrupt_jobs.votes, 2, asked=None, at=0))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize(
+    "signum, async_save", [(signal.SIGUSR1, True), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, False)]
+)
 def test_a_signal_on_one_rank_saves_the_same_step_on_all(ranks, config, tmp_path, signum, async_save):  # noqa: F811
     config["checkpoint"] |= {"interval": None, "async_save": async_save}
     run = dict(signum=signum, at=2, rank=1)
