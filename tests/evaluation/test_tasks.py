@@ -15,7 +15,7 @@ from megatron_hybrid.evaluation.stdlib_tasks import write_stdlib_tasks
 from megatron_hybrid.evaluation.task_files import read_task, task_paths
 from tests.evaluation import task_jobs
 
-LIMIT = 8
+LIMIT = 3
 
 
 def test_the_evaluators_agree(ranks, tmp_path):

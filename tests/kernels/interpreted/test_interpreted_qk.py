@@ -28,8 +28,10 @@ def exact(inputs, **options):
     return gradients([x.double() for x in inputs[:3]] + [inputs[3]], backend="torch", **options)
 
 
-@pytest.mark.parametrize("layout", [None, (1, 2, 0, 3), (2, 1, 3, 0)])
-@pytest.mark.parametrize("heads, groups, head_dim", [(3, 3, 16), (5, 2, 12), (1, 1, 32)])
+@pytest.mark.parametrize(
+    "heads, groups, head_dim, layout",
+    [(3, 3, 16, None), (3, 3, 16, (2, 1, 3, 0)), (5, 2, 12, None), (5, 2, 12, (1, 2, 0, 3)), (1, 1, 32, (2, 1, 3, 0))],
+)
 def test_against_fp64(heads, groups, head_dim, layout):
     inputs = qkv_inputs(7, 2, heads, groups, head_dim)
     options = dict(head_dim=head_dim, true_widths=(heads * head_dim, groups * head_dim))
