@@ -1,11 +1,8 @@
 #!/usr/bin/env python
 """Run `megatron-hybrid calibrate` from the checkout."""
 
-import sys
-
-from megatron_hybrid.base.output import quiet_on_closed_pipe
 from megatron_hybrid.cli.calibrate import main
+from megatron_hybrid.cli.main import run_tool
 
 if __name__ == "__main__":
-    with quiet_on_closed_pipe():
-        sys.exit(main())
+    run_tool(main)

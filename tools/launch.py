@@ -7,11 +7,8 @@ if __name__ == "__main__":  # keep requests to stop pending until they are handl
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 
 # ruff: noqa: E402
-import sys
-
-from megatron_hybrid.base.output import quiet_on_closed_pipe
 from megatron_hybrid.cli.launch import main
+from megatron_hybrid.cli.main import run_tool
 
 if __name__ == "__main__":
-    with quiet_on_closed_pipe():
-        sys.exit(main())
+    run_tool(main)

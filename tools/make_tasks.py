@@ -1,11 +1,8 @@
 #!/usr/bin/env python
 """Run `megatron-hybrid make-tasks` from the checkout."""
 
-import sys
-
-from megatron_hybrid.base.output import quiet_on_closed_pipe
+from megatron_hybrid.cli.main import run_tool
 from megatron_hybrid.cli.make_tasks import main
 
 if __name__ == "__main__":
-    with quiet_on_closed_pipe():
-        sys.exit(main())
+    run_tool(main)

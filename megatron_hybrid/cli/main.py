@@ -2,8 +2,9 @@
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from megatron_hybrid import __version__
 from megatron_hybrid.base.output import quiet_on_closed_pipe
@@ -17,6 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status. The command reads its own arguments from `sys.argv`."""
     with quiet_on_closed_pipe():
         return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def run_tool(command: Callable[[], int | None]) -> NoReturn:
+    """Run a command as a script of its own (tools/), and exit with its status."""
+    with quiet_on_closed_pipe():
+        sys.exit(command())
 
 
 def _run(words: list[str]) -> int:
