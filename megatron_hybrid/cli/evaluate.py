@@ -40,6 +40,9 @@ def main() -> int:
         from megatron_hybrid.launch.environment import Launch
 
         rank = Launch.from_environment().export().rank
+        from megatron_hybrid.distributed.deferred_compilation import defer_compilation
+
+        defer_compilation()
         from megatron_hybrid.distributed.process_groups import stop_distributed
         from megatron_hybrid.evaluation.loaded_model import mean_loss, open_validation_sets, parse_sets
         from megatron_hybrid.evaluation.report import as_json, as_table

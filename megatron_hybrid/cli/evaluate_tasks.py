@@ -36,6 +36,9 @@ def main() -> int:
         from megatron_hybrid.launch.environment import Launch
 
         rank = Launch.from_environment().export().rank
+        from megatron_hybrid.distributed.deferred_compilation import defer_compilation
+
+        defer_compilation()
         from megatron_hybrid.distributed.process_groups import stop_distributed
         from megatron_hybrid.evaluation.run_tasks import check_tasks, run_tasks
         from megatron_hybrid.evaluation.task_model import TaskModel

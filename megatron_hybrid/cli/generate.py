@@ -50,6 +50,9 @@ def main() -> int:
         launch = Launch.from_environment().export()
         if launch.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        from megatron_hybrid.distributed.deferred_compilation import defer_compilation
+
+        defer_compilation()
         from megatron_hybrid.distributed.process_groups import stop_distributed
         from megatron_hybrid.inference.load import load_model
         from megatron_hybrid.inference.prompt_text import print_continuations

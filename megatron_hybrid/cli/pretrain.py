@@ -53,8 +53,11 @@ def main() -> int:
             return 0
         config.check_world(launch.world_size)
         check_run_dir(config, launch.world_size)
-        heartbeat.beat("importing torch")
-        from megatron_hybrid.train.trainer import pretrain  # torch and megatron-core only once the config is right
+        heartbeat.beat("importing torch")  # and megatron-core, only once the config is right
+        from megatron_hybrid.distributed.deferred_compilation import defer_compilation
+
+        defer_compilation()
+        from megatron_hybrid.train.trainer import pretrain
 
         progress = pretrain(config, launch)
         return 0 if progress.step >= config.train.steps else REQUEUE

@@ -3,7 +3,7 @@
 megatron-core and emerging-optimizers decorate some forty functions with `torch.compile`. That alone imports TorchInductor, which
 takes a fifth of the CPU time in which a rank starts. A run calls few of these functions, or none.
 
-The packages whose processes are this project's own call `defer_compilation` when they are imported, before megatron-core.
+Commands call `defer_compilation` before they import megatron-core.
 """
 
 import functools

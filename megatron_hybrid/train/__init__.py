@@ -1,5 +1,3 @@
-from megatron_hybrid.distributed.deferred_compilation import defer_compilation
 from megatron_hybrid.distributed.quiet import silence_known_warnings
 
 silence_known_warnings()
-defer_compilation()

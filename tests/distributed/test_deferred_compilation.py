@@ -14,11 +14,11 @@ from megatron_hybrid.distributed.deferred_compilation import _deferred
 @pytest.fixture
 def compiled(monkeypatch):
     """Functions and options that reach the real torch.compile, in order."""
-    seen = []
+    seen, real = [], deferred_compilation._compile
 
     def compile_(model, **options):
         seen.append((model, options))
-        return torch.compile(model, backend="eager") if isinstance(model, torch.nn.Module) else lambda x: -model(x)
+        return real(model, backend="eager") if isinstance(model, torch.nn.Module) else lambda x: -model(x)
 
     monkeypatch.setattr(deferred_compilation, "_compile", compile_)
     monkeypatch.setattr(deferred_compilation, "_never", False)
@@ -56,13 +56,15 @@ def test_nothing_is_compiled_on_a_cpu_backend(compiled, monkeypatch):
 
 def test_an_outer_function_that_is_compiled_traces_the_inner_one():
     inner = _deferred(double)
-    outer = torch.compile(lambda x: inner(x) + 1, backend="eager", fullgraph=True)
+    outer = deferred_compilation._compile(lambda x: inner(x) + 1, backend="eager", fullgraph=True)
     assert outer(torch.tensor(3.0)) == 7
 
 
 def test_a_rank_starts_without_a_compiler():
     code = """
         import sys
+        from megatron_hybrid.distributed.deferred_compilation import defer_compilation
+        defer_compilation()
         import megatron_hybrid.train.trainer
         print([name for name in ("torch._dynamo", "torch._inductor.compile_fx") if name in sys.modules])
     """

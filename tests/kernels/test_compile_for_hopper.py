@@ -25,7 +25,7 @@ NORMS = {"rmsnorm,3840,bfloat16": 2, "rmsnorm,256,bfloat16": 2, "rmsnorm,8192,fl
 
 @pytest.fixture(scope="module")
 def kernels(root):
-    """What compile_for_hopper.py prints of all kernels: one process compiles all cases, because importing torch takes seconds."""
+    """Compile all cases in one process, because importing torch takes seconds. Return what the script prints of each kernel."""
     path = os.pathsep.join([str(root / "kernels"), str(root)])
     command = [sys.executable, str(SCRIPT), *DELTA_RULES, *NORMS]
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
