@@ -9,7 +9,7 @@ from ctypes import CDLL
 import pytest
 
 from megatron_hybrid.checkpoint.folders import complete_checkpoints
-from testing.slurm_cluster import NODES, wait_for
+from testing.slurm_cluster import NODES, Slowed, wait_for
 from tests.slurm.conftest import SCRIPT
 
 FOR_EVER, AFTERWARDS = 100_000, 20  # steps: slurmctld looks at time limits every 30 s, and the run must not end before
@@ -38,7 +38,8 @@ def test_the_time_limit_s_signal_requeues_and_the_run_resumes(example, cluster):
     example.wait_for(lambda: len(example.metrics()) >= 3, "three steps", 120)
     minutes = 2 + seconds(cluster.job(job)["RunTime"]) // 60
     cluster.output("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
-    example.wait_for(lambda: "requeueing job" in example.log(), "the warning", 90)
+    with Slowed(f"{example.folder}/config.yaml"):
+        example.wait_for(lambda: "requeueing job" in example.log(), "the warning", 90)
     (saved,) = complete_checkpoints(example.run_dir / "checkpoints")
     stopped_at = int(saved.name.removeprefix("step-"))
     assert stopped_at >= 3, "the signal came while it trained"
