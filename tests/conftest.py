@@ -1,5 +1,6 @@
 """Settings of all tests: one thread per process, markers by folder, and skips where the hardware is missing."""
 
+import gc
 import os
 import shutil
 import signal
@@ -90,6 +91,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what all test modules have imported: no collection looks through it again, also in forked processes
 
 
 @pytest.hookimpl(tryfirst=True)

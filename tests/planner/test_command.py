@@ -43,12 +43,11 @@ def test_all_that_fits_fits_and_is_in_order(found):
 
 def test_more_memory_never_slows_the_best():
     job = Job(MODEL, 8, load("h100-80gb"), 8192, 64)
-    few, roomy = search(job), search(replace(job, hardware=load("h200")))
+    few = search(job)
     twin = replace(job.hardware, memory_bytes=load("h200").memory_bytes)
     more = search(replace(job, hardware=twin))
     assert len(more.candidates) > len(few.candidates)
     assert more.candidates[0].step.seconds <= few.candidates[0].step.seconds
-    assert roomy.candidates
 
 
 def test_every_layout_has_one_outcome(found):

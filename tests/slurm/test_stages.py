@@ -12,9 +12,10 @@ from megatron_hybrid.checkpoint.folders import complete_checkpoints
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.cli.average import main as average
 from testing import jobs
+from testing.slurm_cluster import Slowed
 from tests.slurm.conftest import SCRIPT
 
-STEPS, LATER = 150, 3  # the first stage must not end before it is killed
+STEPS, LATER = 50, 3  # the first stage must not end before it is killed, and is slowed once it trains
 SECOND = ["data.seed=7", f"train.steps={LATER}"]
 STAGES = [
     {"name": "first", "config": "config.yaml"},
@@ -73,8 +74,10 @@ def test_a_killed_stage_is_submitted_again_and_the_stages_end_with_the_same_valu
     for name, needed in (("second", ["first"]), ("average-first-second", ["first", "second"]), ("last", [ITEMS[2]])):
         dependency = cluster.job(first_try[name])["Dependency"]
         assert [word.partition("(")[0] for word in dependency.split(",")] == [f"afterok:{first_try[n]}" for n in needed]
-    example.wait_for(lambda: complete_checkpoints(stages / "first" / "checkpoints"), "a checkpoint", 150)
-    cluster.output("scancel", "--signal=KILL", f"{first_try['first']}.0")  # its step alone: the job fails
+    example.wait_for(lambda: example.metrics(stages / "first"), "a step", 150)
+    with Slowed(str(example.folder)):
+        example.wait_for(lambda: complete_checkpoints(stages / "first" / "checkpoints"), "a checkpoint", 150)
+        cluster.output("scancel", "--signal=KILL", f"{first_try['first']}.0")  # its step alone: the job fails
     assert example.wait_for_end(first_try["first"], 60)["JobState"] == "FAILED", example.log()
     for name in ITEMS[1:]:
         assert example.wait_for_end(first_try[name], 90)["JobState"] == "CANCELLED", "its input will never be there"
