@@ -1,7 +1,7 @@
 """`torch.compile` at a function's first call, not at its definition.
 
-megatron-core and emerging-optimizers decorate some forty functions with `torch.compile`. That alone imports TorchInductor, which
-takes a fifth of the CPU time in which a rank starts. A run calls few of these functions, or none.
+megatron-core and emerging-optimizers decorate some forty functions with `torch.compile`. That alone imports TorchInductor's
+compiler, which takes a fifth of the CPU time in which a rank starts. A run calls few of these functions, or none.
 
 Commands call `defer_compilation` before they import megatron-core.
 """
