@@ -7,7 +7,6 @@ import getpass
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -162,21 +161,21 @@ class Slowed(threading.Thread):
 
     def __init__(self, word: str) -> None:
         super().__init__(daemon=True)
-        self._word, self._end = word.encode(), threading.Event()
+        self._word, self._end = word, threading.Event()
 
     def run(self) -> None:
         while not self._end.is_set():
-            for number, seconds in ((signal.SIGSTOP, 0.35), (signal.SIGCONT, 0.15)):
-                self._send(number)
-                self._end.wait(seconds)
-        self._send(signal.SIGCONT)
+            self._each(psutil.Process.suspend)
+            self._end.wait(0.35)
+            self._each(psutil.Process.resume)
+            self._end.wait(0.15)
 
-    def _send(self, number: int) -> None:
-        for entry in filter(str.isdigit, os.listdir("/proc")):
-            with suppress(OSError):  # it has ended
-                command = Path(f"/proc/{entry}/cmdline").read_bytes()
-                if self._word in command and b"python" in command.split(b"\0")[0]:
-                    os.kill(int(entry), number)
+    def _each(self, act: Callable[[psutil.Process], None]) -> None:
+        for process in psutil.process_iter(["cmdline"]):
+            program, *words = process.info["cmdline"] or [""]
+            if "python" in program and any(self._word in word for word in words):
+                with suppress(psutil.NoSuchProcess):  # it has ended
+                    act(process)
 
     def __enter__(self) -> "Slowed":
         self.start()
