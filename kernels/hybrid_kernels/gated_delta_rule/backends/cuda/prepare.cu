@@ -3,18 +3,11 @@
 // Each warp multiplies 16 rows of q and of k with k^T up to the diagonal, on tensor cores, and writes its rows of P. N goes to
 // shared memory in fp32, where q and k were. Then two warps invert I + N by substitution, a column a lane, in blocks of 16
 // rows: in fp32 throughout, and with far fewer instructions than by products of small blocks.
-#include "mma.cuh"
-
-struct Sizes {
-    const int *cu, *first_chunk, *sequence;  // bounds of packed sequences, their first chunks, and each chunk's sequence; or null
-    const int *positions;                    // of each token in its document, or null
-    float scale;
-    int length, chunks, heads, key_heads;  // length, chunks: per batch row
-};
+#include "chunks.cuh"
 
 namespace {
 
-constexpr int K = KEY_DIM, CHUNK = 64, THREADS = 128;
+constexpr int THREADS = 128;
 constexpr int KEY_ROW = K + 8, N_ROW = CHUNK + 8;  // elements, so that a warp meets no bank twice
 constexpr float LOG2E = 1.4426950408889634f;
 
@@ -60,11 +53,8 @@ __device__ __forceinline__ void sum_gates(Shared &shared, float first, float sec
 __device__ __forceinline__ void sum_gates_in_documents(Shared &shared, float first, float second, const int *positions, int valid,
                                                        float *G) {
     const int lane = threadIdx.x % 32, t = 2 * lane;
-    auto position_of = [&](int token) {  // tokens past the end continue the last one's document
-        const int place = min(token, valid - 1);
-        return positions[place] + token - place;
-    };
-    const int position[2] = {position_of(t), position_of(t + 1)}, last = position_of(CHUNK - 1);
+    const int position[2] = {position_of(positions, t, valid), position_of(positions, t + 1, valid)};
+    const int last = position_of(positions, CHUNK - 1, valid);
     if (position[0] == 0) first = 0.f;  // a document's first token decays no state
     if (position[1] == 0) second = 0.f;
     int begins = position[0] == 0 || position[1] == 0;
@@ -210,27 +200,13 @@ __device__ __forceinline__ void invert(Shared &shared, int warp, uint16_t *A) {
     }
 }
 
-struct Span {
-    int start, valid;  // first token of a chunk, and its number of tokens
-};
-
-__device__ __forceinline__ Span span_of(const Sizes &sizes, int chunk) {
-    if (sizes.cu) {  // `cu` ends with a repeated bound, so that chunks past the last sequence are empty
-        const int sequence = sizes.sequence[chunk];
-        const int start = sizes.cu[sequence] + (chunk - sizes.first_chunk[sequence]) * CHUNK;
-        return {start, min(CHUNK, sizes.cu[sequence + 1] - start)};
-    }
-    const int token = chunk % sizes.chunks * CHUNK;
-    return {chunk / sizes.chunks * sizes.length + token, min(CHUNK, sizes.length - token)};
-}
-
 template <bool DOCUMENTS>
 __global__ void __launch_bounds__(THREADS, 7)
     prepare_kernel(const uint16_t *q, const uint16_t *k, const float *g, const float *beta, uint16_t *A, uint16_t *P, float *G,
                    Sizes sizes) {
     __shared__ Shared shared;
     const int head = blockIdx.x, chunk = blockIdx.y, warp = threadIdx.x / 32;
-    const auto [start, valid] = span_of(sizes, chunk);
+    const auto [start, valid] = tokens_of(sizes, chunk);
     if (valid <= 0) return;
     const long tile = (long)chunk * sizes.heads + head;
     const long key = ((long)start * sizes.key_heads + head / (sizes.heads / sizes.key_heads)) * K, gate = (long)start * sizes.heads + head;

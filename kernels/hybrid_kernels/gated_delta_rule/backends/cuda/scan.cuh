@@ -1,18 +1,10 @@
 // Parts of the two scans in CUDA C++: the chunks of a block, the warps that load its operands, and how its tiles leave.
 //
 // A block carries a state S^T [64 values, K] in the registers of one warpgroup along a head's chunks of 64 tokens. One more warp
-// fetches the chunks' tiles a few chunks ahead, and one turns the running gate sums G into factors. In shared memory q, k and the
-// states are in blocks of 32 columns (64-byte swizzle), so that K may be 64, 96 or 128, and k serves both in S^T k^T and, read in
-// the other direction, in S^T += x k. All other tiles are 64 columns wide (128-byte swizzle).
+// fetches the chunks' tiles a few chunks ahead, and one turns the running gate sums G into factors. k serves both in S^T k^T and, read
+// in the other direction, in S^T += x k.
 #pragma once
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-#endif
-
-#include "ptx.cuh"
-
-#define INLINE __attribute__((always_inline))
+#include "warpgroup.cuh"
 
 struct Arguments {
     const float *G, *begin;       // begin: the states before the first chunks [sequences, H, K, V], or null for zero
@@ -27,10 +19,7 @@ struct Arguments {
 
 namespace {
 
-constexpr int K = KEY_DIM, CHUNK = 64;
-constexpr int SQUARE = 64 * 64 * 2, KEYS = CHUNK * K * 2;  // bytes
 constexpr int SCANNERS = 128, THREADS = SCANNERS + 64;
-constexpr int MEMORY = 227 * 1024;  // bytes of shared memory per block
 
 struct Maps {
     CUtensorMap q, k, v, A, P;  // v: do in the reverse scan
@@ -86,12 +75,6 @@ struct Shared {
     } factors[STAGES];
     uint64_t full[STAGES], empty[STAGES];
 };
-
-// Wait until the i-th chunk's stage is filled, or (`before`) free for it.
-template <int STAGES>
-__device__ __forceinline__ void await(uint64_t (&bars)[STAGES], unsigned i, bool before = false) {
-    ptx::wait(&bars[i % STAGES], (i / STAGES & 1) ^ before);
-}
 
 // Chunks in the order of the scan: the i-th is chunk i, or from the last on.
 template <bool REVERSE>
@@ -172,27 +155,6 @@ __device__ __forceinline__ void row_powers(const float (&x)[32], float (&power)[
     }
 }
 
-// Start a GEMM over STEPS times 16 of the summed dimension. All left operands must be in registers: a fence between the steps costs
-// more than an early start of the first gains. ptxas moves no memory access across the last line; otherwise it would place later
-// accesses between the steps and delay them.
-template <int STEPS, class Multiply>
-__device__ __forceinline__ void start(Multiply multiply) {
-    ptx::products_follow();
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) multiply(step);
-    ptx::commit();
-    __syncwarp();
-}
-
-// Offset of q's or k's i-th 16 columns in a descriptor
-__device__ __forceinline__ int col_step(int i) { return (i / 2 * CHUNK * 64 + i % 2 * 32) >> 4; }
-
-template <int N>
-__device__ __forceinline__ void pack(const float (&x)[N], uint32_t (&packed)[N / 2]) {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) packed[i] = ptx::pack_bf16(x[2 * i], x[2 * i + 1]);
-}
-
 // One of the threads that run GEMMs. Of an accumulator [64 values, N] it has rows lane / 4 (+ 8) of its warp's 16 and columns
 // 8 j + 2 (lane % 4) (+ 1): packed in pairs it is the left operand of the next product as it stands.
 struct Scanner {
@@ -244,17 +206,10 @@ struct Scanner {
         for (int j = 0; j < 4; ++j) ptx::store_transposed(ptx::address(tile) + transposed + j * 2048, packed + 4 * j);
     }
     __device__ __forceinline__ void store_change(char *tile, const uint32_t (&packed)[16]) const {  // [64 values, 64 tokens]
-        const int row = warp * 16 + lane % 16;
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-            ptx::store(ptx::address(tile) + row * 128 + ((2 * j + lane / 16) ^ row % 8) * 16, packed + 4 * j);
+        store_square(tile, warp, lane, packed);
     }
-    __device__ __forceinline__ void store_state(char *tile, const uint32_t (&packed)[K / 4]) const {  // three of [64 values, 32]
-        const int row = warp * 16 + lane % 16;
-#pragma unroll
-        for (int j = 0; j < K / 16; ++j)
-            ptx::store(ptx::address(tile) + j / 2 * CHUNK * 64 + row * 64 + ((j % 2 * 2 + lane / 16) ^ row / 2 % 4) * 16,
-                       packed + 4 * j);
+    __device__ __forceinline__ void store_state(char *tile, const uint32_t (&packed)[K / 4]) const {  // [64 values, K]
+        store_blocks(tile, warp, lane, packed);
     }
 
     // From there to global memory. After `hand_over`, what all threads have written may be copied, and what was copied since the last
