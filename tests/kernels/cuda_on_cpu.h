@@ -1,4 +1,5 @@
-// A CUDA kernel as a function of the CPU. The threads of a block are coroutines that switch at barriers; one block runs at a time.
+// A CUDA kernel as a function of the CPU. The threads of a block are coroutines that switch at barriers; one block runs at a time. Its
+// warps pause at random, so that no result may depend on which is first.
 // The instructions of backends/cuda/mma.cuh are functions here, by the layouts of their fragments.
 //
 // Include before the kernel; `run_block(x, y, threads, call)` runs one block of it. Asynchronous copies complete when they are waited
@@ -68,7 +69,7 @@ inline std::vector<std::unique_ptr<Thread>> threads;
 inline int current;
 inline Barrier of_block, of_warp[32];
 inline char exchanged[32][32][64];  // by warp and lane
-inline std::function<void()> body;
+inline std::function<void()> body, each_round = [] {};  // each_round: runs whenever every thread has had its turn
 
 inline void wait(Barrier &barrier, int count) {
     const long mine = barrier.generation;
@@ -77,6 +78,12 @@ inline void wait(Barrier &barrier, int count) {
         ++barrier.generation;
     }
     while (barrier.generation == mine) swapcontext(&threads[current]->context, &scheduler);
+}
+
+inline uint32_t draw(uint32_t bound) {  // the same numbers in every run
+    static uint32_t state = 1;
+    state = state * 1664525 + 1013904223;
+    return (state >> 8) % bound;
 }
 
 inline void start() {
@@ -97,7 +104,7 @@ struct Lanes {
 
 }  // namespace cpu
 
-inline Index blockIdx;
+inline Index blockIdx, gridDim;
 struct {
     operator Index() const { return {cpu::current, 0}; }
     struct {
@@ -132,13 +139,16 @@ inline void run_block(int x, int y, int count, std::function<void()> kernel) {
         thread.context.uc_link = &scheduler;
         makecontext(&thread.context, start, 0);
     }
+    int pauses[32] = {};
     for (bool left = true; left;) {
         left = false;
+        for (int &pause : pauses) pause = pause ? pause - 1 : draw(32) ? 0 : draw(64);
         for (current = 0; current < count; ++current)
             if (!threads[current]->done) {
-                swapcontext(&scheduler, &threads[current]->context);
+                if (!pauses[current / 32]) swapcontext(&scheduler, &threads[current]->context);
                 left = left || !threads[current]->done;
             }
+        each_round();
     }
 }
 
@@ -211,6 +221,8 @@ inline uint16_t half(float x) {
     std::memcpy(&bits, &y, 2);
     return bits;
 }
+
+inline float round_to_half(float x) { return (float)(_Float16)x; }
 
 inline float exp2(float x) { return std::exp2(x); }
 

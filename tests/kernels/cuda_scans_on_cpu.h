@@ -1,10 +1,13 @@
-// The instructions of backends/cuda/ptx.cuh as functions of the CPU, for the scans: barriers, bulk copies with swizzles, and GEMMs
-// whose right operands are read through descriptors, by the layouts of PTX ISA 9.0. Include after cuda_on_cpu.h, before the kernel.
+// The instructions of backends/cuda/ptx.cuh as functions of the CPU, for warpgroups: barriers, bulk copies with swizzles, and GEMMs
+// whose operands are read through descriptors, by the layouts of PTX ISA 9.0. Include after cuda_on_cpu.h, before the kernel, and call
+// `cpu::restart` before each block.
 //
-// Shared memory is one array. A shared address is an offset in it, so that swizzles and descriptors are those of the GPU. GEMMs and
-// copies complete at once: a missing wait does not show here.
+// Shared memory is one array. A shared address is an offset in it, so that swizzles and descriptors are those of the GPU. Whatever is
+// asynchronous happens late, so that a missing wait gives wrong results: GEMMs and copies to global memory when they are waited for,
+// copies to shared memory some time after they are issued, in any order.
 #pragma once
 #define HYBRID_KERNELS_PTX
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -49,8 +52,37 @@ struct TransactionBarrier {
     }
 };
 
+using Action = std::function<void()>;
+struct Fetch {
+    int rounds;  // until it lands
+    Action land;
+};
+struct Issued {
+    std::vector<Action> products, puts;  // products: not yet committed
+    std::vector<std::vector<Action>> groups;
+};
+
 inline std::map<uint64_t *, TransactionBarrier> barriers;
 inline std::map<int, Barrier> named;
+inline std::vector<Fetch> fetches;
+inline std::map<int, Issued> issued;  // by thread
+
+inline void land_fetches() {
+    for (auto &fetch : fetches)
+        if (--fetch.rounds == 0) fetch.land();
+    std::erase_if(fetches, [](const Fetch &fetch) { return fetch.rounds <= 0; });
+}
+
+inline void restart() {
+    barriers.clear(), named.clear(), fetches.clear(), issued.clear();
+    each_round = land_fetches;
+    std::memset(memory, 0x7F, sizeof(memory));  // NaN in bf16 and fp16
+}
+
+inline void perform(std::vector<Action> &actions) {
+    for (const Action &act : actions) act();
+    actions.clear();
+}
 
 inline void yield() { swapcontext(&threads[current]->context, &scheduler); }
 
@@ -98,6 +130,26 @@ inline uint16_t operand(uint64_t descriptor, int k, int n, bool by_rows) {
     return bits;
 }
 
+using Row = std::array<float, 16>;
+
+// acc (+)= the rows of this thread times b, when it is waited for. `rows`: returns the thread's two rows of the left operand.
+template <int N, class Rows>
+void gemm(float (&acc)[N], Rows rows, uint64_t b, bool add, bool by_rows, bool half) {
+    const int lane = current % 32;
+    issued[current].products.push_back([=, to = acc] {
+        const std::array<Row, 2> left = rows();
+        for (int i = 0; i < N; ++i) {
+            double sum = 0;
+            for (int k = 0; k < 16; ++k) {
+                const uint16_t bits = operand(b, k, i / 4 * 8 + lane % 4 * 2 + i % 2, by_rows);
+                sum += (double)left[i / 2 % 2][k] * (half ? from_half(bits) : from_bf16(bits));
+            }
+            to[i] = (add ? to[i] : 0.0f) + (float)sum;
+        }
+    });
+}
+
+// The left operand in registers
 template <int N>
 void gemm(float (&acc)[N], const uint32_t *a, uint64_t b, bool add, bool by_rows, bool half) {
     struct Fragment {
@@ -105,19 +157,14 @@ void gemm(float (&acc)[N], const uint32_t *a, uint64_t b, bool add, bool by_rows
     };
     const int lane = current % 32;
     const auto all = exchange(Fragment{{a[0], a[1], a[2], a[3]}});
-    auto value = [&](uint32_t bits) { return half ? from_half(bits) : from_bf16(bits); };
-    float left[2][16];
+    std::array<Row, 2> left;
     for (int row = 0; row < 2; ++row)
         for (int k = 0; k < 16; ++k) {
             const uint32_t pair = all[lane / 4 * 4 + k % 8 / 2].a[row + 2 * (k / 8)];
-            left[row][k] = value(k % 2 ? pair >> 16 : pair & 0xFFFF);
+            const uint32_t bits = k % 2 ? pair >> 16 : pair & 0xFFFF;
+            left[row][k] = half ? from_half(bits) : from_bf16(bits);
         }
-    for (int i = 0; i < N; ++i) {
-        double sum = 0;
-        for (int k = 0; k < 16; ++k)
-            sum += (double)left[i / 2 % 2][k] * value(operand(b, k, i / 4 * 8 + lane % 4 * 2 + i % 2, by_rows));
-        acc[i] = (add ? acc[i] : 0.0f) + (float)sum;
-    }
+    gemm(acc, [left] { return left; }, b, add, by_rows, half);
 }
 
 }  // namespace cpu
@@ -148,20 +195,24 @@ inline void wait(uint64_t *bar, uint32_t parity) {
 inline void named_barrier(int id, int count) { cpu::wait(cpu::named[id], count); }
 
 inline void fetch(const CUtensorMap *map, void *to, uint64_t *bar, int c0, int c1, int c2 = 0) {
-    auto &barrier = cpu::barriers.at(bar);
-    cpu::each_chunk(*map, address(to), c0, c1, c2, [&](char *shared, const char *global) {
-        cpu::Copy{shared, global, global != nullptr}.land();
-        barrier.bytes -= 16;
-    });
-    barrier.complete();
+    cpu::fetches.push_back({1 + (int)cpu::draw(cpu::draw(8) ? 16 : 200), [=, map = *map] {
+        auto &barrier = cpu::barriers.at(bar);
+        cpu::each_chunk(map, address(to), c0, c1, c2, [&](char *shared, const char *global) {
+            cpu::Copy{shared, global, global != nullptr}.land();
+            barrier.bytes -= 16;
+        });
+        barrier.complete();
+    }});
 }
 inline void put(const CUtensorMap *map, const void *from, int c0, int c1, int c2 = 0) {
-    cpu::each_chunk(*map, address(from), c0, c1, c2, [&](const char *shared, char *global) {
-        if (global) std::memcpy(global, shared, 16);
+    cpu::issued[cpu::current].puts.push_back([=, map = *map] {
+        cpu::each_chunk(map, address(from), c0, c1, c2, [&](const char *shared, char *global) {
+            if (global) std::memcpy(global, shared, 16);
+        });
     });
 }
-inline void puts_read() {}
-inline void puts_done() {}
+inline void puts_read() { cpu::perform(cpu::issued[cpu::current].puts); }
+inline void puts_done() { puts_read(); }
 inline void shared_visible_to_copies() {}
 
 inline void store(uint32_t at, const uint32_t *r) {
@@ -202,10 +253,36 @@ template <int N>
 void product_rows(float (&acc)[N], const uint32_t *a, uint64_t b, bool add = true) {
     cpu::gemm(acc, a, b, add, true, false);
 }
+template <int TRANSPOSED, int N>
+void shared_product(float (&acc)[N], uint64_t a, uint64_t b, bool add) {
+    const int first = cpu::current / 32 % 4 * 16 + cpu::current % 32 / 4;
+    auto rows = [=] {
+        std::array<cpu::Row, 2> left;
+        for (int row = 0; row < 2; ++row)
+            for (int k = 0; k < 16; ++k) left[row][k] = cpu::from_bf16(cpu::operand(a, k, first + 8 * row, TRANSPOSED));
+        return left;
+    };
+    cpu::gemm(acc, rows, b, add, true, false);
+}
 inline void products_follow() {}
-inline void commit() {}
+inline void commit() {
+    auto &issued = cpu::issued[cpu::current];
+    issued.groups.push_back(std::move(issued.products));
+    issued.products.clear();
+}
+template <int LEFT>
+void landed() {
+    auto &groups = cpu::issued[cpu::current].groups;
+    for (; groups.size() > LEFT; groups.erase(groups.begin())) cpu::perform(groups.front());
+}
 template <int LEFT, int N>
-void landed(float (&)[N]) {}
+void landed(float (&)[N]) {
+    landed<LEFT>();
+}
+template <int COUNT>
+void take_registers() {}
+template <int COUNT>
+void leave_registers() {}
 
 inline uint32_t pack_bf16(float low, float high) { return two_bf16(low, high); }
 inline uint32_t pack_half(float low, float high) { return half(low) | (uint32_t)half(high) << 16; }

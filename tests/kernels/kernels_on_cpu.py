@@ -34,9 +34,7 @@ template <class Kernel>
 static void run(Kernel kernel, const Maps &maps, const Arguments &args, int sequences) {
     for (int y = 0; y < sequences * args.heads; ++y)
         for (int x = 0; x < args.width / 64; ++x) {
-            cpu::barriers.clear();
-            cpu::named.clear();
-            std::memset(cpu::memory, 0x7F, sizeof(cpu::memory));  // NaN in bf16 and fp16
+            cpu::restart();
             cpu::run_block(x, y, THREADS, [&] { kernel(maps, args); });
         }
 }
