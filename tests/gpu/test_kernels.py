@@ -190,6 +190,32 @@ def test_packed_sequences_are_sequences_of_their_own(key_dim, value_dim):
         assert (b - a) % 64 or torch.equal(packed[:, a:b], own)
 
 
+@pytest.mark.parametrize("key_heads, key_dim, value_dim", [(30, 96, 192), (15, 96, 320), (30, 64, 64), (30, 128, 128)])
+@pytest.mark.parametrize("case", ["rows", "documents", "packed"])
+def test_gradients_are_those_of_triton(case, key_heads, key_dim, value_dim):
+    """The same results of the scans give the same gradients. There are several chunks per SM, and the last of each row is partial."""
+    q, k, v, g, beta = inputs = delta_rule_inputs(
+        2 if case != "packed" else 1, 1000, key_heads, 30, key_dim, value_dim, dtype=torch.bfloat16, device="cuda"
+    )
+    if explain(*inputs).backend != "cuda":
+        pytest.skip(str(explain(*inputs)))
+    from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
+    from hybrid_kernels.gated_delta_rule.backends.triton import op as triton_op
+    from hybrid_kernels.gated_delta_rule.backends.triton.chunks import Chunks
+
+    cu_seqlens = torch.tensor([0, 1, 1, 64, 129, 700, 1000], device="cuda") if case == "packed" else None
+    positions = random_positions(2, 1000, seed=3, device="cuda") if case == "documents" else None
+    chunks, do, rest = Chunks.of(v, cu_seqlens, positions=positions), v.roll(1, 1), (None, cu_seqlens, 0.1)
+    scores = cuda_op.prepare(q, k, g, beta, 0.1, chunks, case == "packed")
+    states, new_values = cuda_op.forward_scan(q, k, v, scores, *rest, chunks, states=True)[2]
+    dv, dstates, _ = cuda_op.reverse_scan(q, k, do, scores, *rest, chunks)
+    given = (q, k, g, beta, do, dv, scores.G, states, new_values, dstates, 0.1, chunks, case == "packed")
+    ours, again, theirs = (op.gradients(*given) for op in (cuda_op, cuda_op, triton_op))
+    errors = dict(zip(GRADIENTS[:2] + GRADIENTS[3:5], map(relative_error, ours, theirs), strict=True))
+    assert max(errors.values()) < 4e-3, errors
+    assert all(torch.equal(x, y) for x, y in zip(ours, again, strict=True))
+
+
 def test_tensors_that_start_anywhere():
     """Bulk copies need 16-byte boundaries: the CUDA backend copies tensors that do not start on one."""
     inputs = delta_rule_inputs(1, 200, 1, 2, 96, 192, dtype=torch.bfloat16, device="cuda")

@@ -8,7 +8,7 @@ from pathlib import Path
 from hybrid_kernels.gated_delta_rule.backends.cuda import op
 from tests.kernels.cuda_sources import compiled
 
-PREPARE, FORWARD, REVERSE = op.SOURCES
+PREPARE, FORWARD, REVERSE, GRADIENTS = op.SOURCES
 PREPARE_ENTRY = """
 extern "C" void prepare_on_cpu(const void *q, const void *k, const void *g, const void *beta, void *A, void *P, void *G,
                                const Sizes *sizes, int count) {
@@ -61,12 +61,31 @@ extern "C" void reverse_scan_on_cpu(const void *q, const void *k, const void *d_
 }
 """
 )
+GRADIENTS_ENTRY = """
+extern "C" void gradients_on_cpu(const void *q, const void *k, const void *d_o, const void *dv, const void *states,
+                                 const void *new_values, const void *dstates, void *dq, void *dk, void *dg, void *dbeta,
+                                 const Given *given, int rows) {
+    auto map = [](const void *x, long rows, long cols, bool blocked) { return CUtensorMap{(char *)x, rows, cols, blocked}; };
+    const long heads = given->sizes.heads, keys = given->sizes.key_heads * K, values = heads * given->values;
+    const long units = given->count * heads, states_rows = units * given->values;
+    const Maps maps{map(q, rows, keys, true), map(k, rows, keys, true), map(d_o, rows, values, false), map(dv, rows, values, false),
+                    map(new_values, states_rows, 64, false), map(states, states_rows, K, true), map(dstates, states_rows, K, true),
+                    map(dq, rows, heads * K, true), map(dk, rows, heads * K, true)};
+    const Results results{(__nv_bfloat16 *)dq, (__nv_bfloat16 *)dk, (float *)dg, (float *)dbeta};
+    gridDim = {(int)min(units, 2L), 1};
+    for (int block = 0; block < gridDim.x; ++block) {
+        cpu::restart();
+        cpu::run_block(block, 0, THREADS, [&] { gradients_kernel(maps, *given, results); });
+    }
+}
+"""
 KERNELS = {
     "prepare": (PREPARE, PREPARE_ENTRY),
     "forward_scan": (FORWARD, FORWARD_ENTRY),
     "reverse_scan": (REVERSE, REVERSE_ENTRY),
+    "gradients": (GRADIENTS, GRADIENTS_ENTRY),
 }
-WRITTEN = {"prepare": slice(4, 7), "forward_scan": slice(5, 7), "reverse_scan": slice(5, 6)}
+WRITTEN = {"prepare": slice(4, 7), "forward_scan": slice(5, 7), "reverse_scan": slice(5, 6), "gradients": slice(7, 11)}
 
 
 def calls_on_cpu(folder: Path) -> Callable:

@@ -1,5 +1,6 @@
 """The kernels in CUDA C++: their build, the compiler's report on them, and the dispatch's reason without them."""
 
+import re
 import types
 
 import pytest
@@ -48,11 +49,16 @@ def fresh(monkeypatch, tmp_path):
 @needs_nvcc
 @pytest.mark.parametrize("key_dim", cuda_op.KEY_DIMS)
 @pytest.mark.parametrize(
-    "source, kernels", list(zip(cuda_op.SOURCES[1:], (4, 2), strict=True)), ids=lambda x: getattr(x, "stem", x)
+    "source, kernels, threads",
+    list(zip(cuda_op.SOURCES[1:], (4, 2, 1), (192, 192, 384), strict=True)),
+    ids=lambda x: getattr(x, "stem", x),
 )
-def test_gemms_overlap_and_nothing_spills(source, kernels, key_dim, tmp_path):
+def test_gemms_overlap_and_nothing_spills(source, kernels, threads, key_dim, tmp_path):
+    """Registers: of `gradients`, those that a block is launched with. Its warpgroups share them out (gradients.cuh)."""
     said = assembler_says(tmp_path, source, key_dim)
     assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == kernels
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
+    assert len(registers) == kernels and max(registers) <= min(255, 65536 // threads // 8 * 8), registers
     assert "C75" not in said, said  # the assembler waits for every GEMM
 
 
@@ -102,6 +108,17 @@ def test_the_reverse_scan_raises_it_too(built, monkeypatch):
     chunks = Chunks.of(v, None)
     with pytest.raises(RuntimeError, match="the reverse scan of .*(CUDA driver|no CUDA-capable device)"):
         cuda_op.reverse_scan(q, k, v, Scores.empty(k, 2, chunks.count), None, None, 0.1, chunks, initial=True)
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu runs it")
+def test_gradients_raise_it_too(built, monkeypatch):
+    q, k, v, g, beta = delta_rule_inputs(1, 100, 1, 2, 96, 192, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    chunks = Chunks.of(v, None)
+    (states, new_values), G = chunks.states_like(v, 96), Scores.empty(k, 2, chunks.count).G
+    with pytest.raises(RuntimeError, match="the gradients of .*(CUDA driver|no CUDA-capable device)"):
+        cuda_op.gradients(q, k, g, beta, v, v, G, states, new_values, states, 0.1, chunks, False)
 
 
 def test_a_missing_compiler_is_named(fresh, monkeypatch):

@@ -132,7 +132,7 @@ def _triton_unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
 
 
 def _cuda_unsupported_reason(q: torch.Tensor, v: torch.Tensor) -> str | None:
-    reason = _triton_unsupported_reason(q, v)  # some of its kernels are Triton's
+    reason = _triton_unsupported_reason(q, v)  # `join` is Triton's
     if reason is None:
         from hybrid_kernels.gated_delta_rule.backends.cuda.op import unsupported_reason
 

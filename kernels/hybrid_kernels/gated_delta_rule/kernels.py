@@ -10,9 +10,9 @@ from hybrid_kernels.gated_delta_rule.backends.triton import op as triton_op
 
 @dataclass(frozen=True)
 class Kernels:
-    """Module that launches `prepare` and the scans, and the number of segments per sequence.
+    """Module that launches `prepare`, the scans and `gradients`, and the number of segments per sequence.
 
-    `join` and `gradients` are Triton's in all backends.
+    `join` is Triton's in all backends.
     """
 
     scans: ModuleType

@@ -20,7 +20,6 @@ import torch
 from hybrid_kernels.custom_op import OptionalTensors
 from hybrid_kernels.gated_delta_rule.backends.triton.chunks import Chunks, Scores
 from hybrid_kernels.gated_delta_rule.backends.triton.join import join
-from hybrid_kernels.gated_delta_rule.backends.triton.op import gradients
 from hybrid_kernels.gated_delta_rule.kernels import Kernels, choose_kernels
 from hybrid_kernels.gated_delta_rule.states import compose, fold, fold_backward
 
@@ -199,7 +198,7 @@ def finish_backward(
         call.q, call.k, do, kept.scores, dfinal, call.cu_seqlens, call.scale, call.chunks,
         initial=with_initial and not call.in_segments,
     )  # fmt: skip
-    dq, dk, dg, dbeta = gradients(
+    dq, dk, dg, dbeta = call.kernels.scans.gradients(
         call.q, call.k, call.g, call.beta, do, dv, kept.scores.G, kept.states, kept.new_values, dstates, call.scale,
         call.chunks, call.cu_seqlens is not None,
     )  # fmt: skip

@@ -1,4 +1,6 @@
-"""The CUDA backend as it runs on Hopper: its kernels on the CPU (kernels_on_cpu.py), and Triton's `join` and `gradients`."""
+"""The CUDA backend as it runs on Hopper: its kernels on the CPU (kernels_on_cpu.py), and Triton's `join`. Its `gradients` next to
+Triton's.
+"""
 
 from unittest.mock import Mock
 
@@ -7,6 +9,8 @@ import torch
 
 from hybrid_kernels.gated_delta_rule import gated_delta_rule, passes
 from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op
+from hybrid_kernels.gated_delta_rule.backends.triton import op as triton_op
+from hybrid_kernels.gated_delta_rule.backends.triton.chunks import Chunks
 from hybrid_kernels.gated_delta_rule.kernels import Kernels
 from hybrid_kernels.testing import delta_rule_inputs, random_positions, relative_error
 from tests.kernels.kernels_on_cpu import calls_on_cpu
@@ -72,3 +76,33 @@ def test_results_and_gradients(length, heads, save, segments, documents, toleran
     names = ("o", "final", "q", "k", "v", "g", "beta", "initial")
     errors = {name: relative_error(x, y, floor=1e-2) for name, x, y in zip(names, ours, exact, strict=True)}
     assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.parametrize(
+    "key_dim, value_dim, heads, bounds, seed",
+    [
+        (96, 192, 1, None, None),
+        (96, 64, 2, [0, 1, 1, 65, 100], None),
+        (96, 128, 2, None, 8),
+        (64, 64, 1, None, 5),
+        (128, 128, 1, None, None),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_triton(key_dim, value_dim, heads, bounds, seed, on_cpu, monkeypatch):
+    """The same results of the scans give the same gradients. Triton's run in fp32, because its interpreter truncates to bf16."""
+    monkeypatch.setattr(cuda_op, "_call", on_cpu)
+    q, k, v, g, beta = delta_rule_inputs(1, 100, 1, heads, key_dim, value_dim, dtype=torch.bfloat16, gate=-1e-2)
+    beta = beta.half().float()  # as the kernels in bf16 round it
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    positions = None if seed is None else random_positions(1, 100, seed=seed)
+    chunks, do, varlen = Chunks.of(v, cu_seqlens, positions=positions), v.roll(1, 1), bounds is not None
+    scores = cuda_op.prepare(q, k, g, beta, 0.1, chunks, varlen)
+    rest = (None, cu_seqlens, 0.1, chunks)
+    states, new_values = cuda_op.forward_scan(q, k, v, scores, *rest, states=True)[2]
+    dv, dstates, _ = cuda_op.reverse_scan(q, k, do, scores, *rest)
+    given = (q, k, g, beta, do, dv, scores.G, states, new_values, dstates)
+    ours = cuda_op.gradients(*given, 0.1, chunks, varlen)
+    theirs = triton_op.gradients(*(x.float() for x in given), 0.1, chunks, varlen)
+    errors = [relative_error(x, y) for x, y in zip(ours, theirs, strict=True)]
+    assert all(error < most for error, most in zip(errors, (4e-3, 4e-3, 1e-2, 1e-5), strict=True)), errors

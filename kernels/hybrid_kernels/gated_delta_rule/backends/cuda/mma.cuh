@@ -42,6 +42,12 @@ __device__ __forceinline__ uint16_t half(float x) {
     return r;
 }
 
+__device__ __forceinline__ float round_to_half(float x) {
+    float r;
+    asm("{ .reg .b16 h; cvt.rn.f16.f32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(r) : "f"(x));
+    return r;
+}
+
 __device__ __forceinline__ float exp2(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));

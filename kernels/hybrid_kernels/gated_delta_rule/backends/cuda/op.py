@@ -16,7 +16,7 @@ from hybrid_kernels.gated_delta_rule.backends.triton.join import processors, seg
 from hybrid_kernels.gated_delta_rule.backends.triton.op import States
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / f"{name}.cu" for name in ("prepare", "forward_scan", "reverse_scan")]
+SOURCES = [FOLDER / f"{name}.cu" for name in ("prepare", "forward_scan", "reverse_scan", "gradients")]
 HEADERS = sorted(FOLDER.glob("*.cuh"))
 KEY_DIMS = (64, 96, 128)
 PROCESSORS_PER_BLOCK = 3.5
@@ -35,12 +35,22 @@ class Arguments(ctypes.Structure):
 
 
 class Sizes(ctypes.Structure):
-    """`Sizes` of prepare.cu."""
+    """`Sizes` of chunks.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("cu", "first_chunk", "sequence", "positions")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("length", "chunks", "heads", "key_heads")),
+    ]
+
+
+class Given(ctypes.Structure):
+    """`Given` of gradients.cuh."""
+
+    _fields_ = [
+        ("sizes", Sizes),
+        *((name, ctypes.c_void_p) for name in ("G", "beta")),
+        *((name, ctypes.c_int) for name in ("values", "count", "sequences")),
     ]
 
 
@@ -83,7 +93,8 @@ def _library(key_dim: int) -> tuple[ctypes.CDLL | None, str | None]:
         function.argtypes = [*[pointer] * tensors, ctypes.POINTER(Arguments), long, long, ctypes.c_int, pointer]
         function.restype = ctypes.c_char_p
     library.prepare.argtypes = [*[pointer] * 7, ctypes.POINTER(Sizes), ctypes.c_int, pointer]
-    library.prepare.restype = ctypes.c_char_p
+    library.gradients.argtypes = [*[pointer] * 11, ctypes.POINTER(Given), ctypes.c_int, pointer]
+    library.prepare.restype = library.gradients.restype = ctypes.c_char_p
     return library, None
 
 
@@ -100,9 +111,7 @@ def prepare(
     heads, key_heads = g.shape[2], k.shape[2]
     out = Scores.empty(k, heads, chunks.count, chunks.positions is not None)
     tensors = (q, k, g.float(), beta.float(), out.A, out.P, out.G)
-    tables = (chunks.cu, chunks.first, chunks.sequence) if varlen else (None,) * 3
-    sizes = Sizes(*map(_pointer, (*tables, chunks.positions)), scale, chunks.length, chunks.per_row, heads, key_heads)
-    _call("prepare", k, tensors, sizes, chunks.count)
+    _call("prepare", k, tensors, _sizes(scale, chunks, varlen, heads, key_heads), chunks.count)
     return out
 
 
@@ -135,6 +144,34 @@ def reverse_scan(
     tensors = (q, k, do, scores.A, scores.P, dstates)
     _launch("reverse_scan", tensors, scores, (dfinal, dinitial, dv), cu_seqlens, scale, chunks)
     return dv, dstates, dinitial
+
+
+def gradients(
+    q: torch.Tensor, k: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, do: torch.Tensor, dv: torch.Tensor,
+    G: torch.Tensor, states: torch.Tensor, new_values: torch.Tensor, dstates: torch.Tensor, scale: float,
+    chunks: Chunks, varlen: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Run `gradients` of backends/triton/op.py."""
+    q, k, do, dv = aligned(q, k, do, dv)
+    (heads, dim_v), (key_heads, dim_k) = do.shape[2:], k.shape[2:]
+    dq, dk = (k.new_empty(*k.shape[:2], heads, dim_k) for _ in range(2))
+    dg, dbeta = (torch.empty_like(x, dtype=torch.float32) for x in (g, beta))
+    beta_fp32 = beta.float()
+    given = Given(
+        _sizes(scale, chunks, varlen, heads, key_heads), _pointer(G), _pointer(beta_fp32), dim_v, chunks.count,
+        chunks.sequences,
+    )  # fmt: skip
+    tensors = (q, k, do, dv, states, new_values, dstates, dq, dk, dg, dbeta)
+    _call("gradients", k, tensors, given, do.shape[0] * do.shape[1])
+    if heads != key_heads:
+        dq, dk = (x.unflatten(2, (key_heads, -1)).sum(3) for x in (dq, dk))
+    return dq, dk, dg.to(g.dtype), dbeta.to(beta.dtype)
+
+
+def _sizes(scale: float, chunks: Chunks, varlen: bool, heads: int, key_heads: int) -> Sizes:
+    tables = (chunks.cu, chunks.first, chunks.sequence) if varlen else (None,) * 3
+    pointers = map(_pointer, (*tables, chunks.positions))
+    return Sizes(*pointers, scale, chunks.length, chunks.per_row, heads, key_heads)
 
 
 def _launch(

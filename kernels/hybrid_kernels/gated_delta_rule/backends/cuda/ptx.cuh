@@ -41,6 +41,17 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// A warpgroup's registers per thread: the block has as many in all as at its launch. One takes what others have left.
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+__device__ __forceinline__ void leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
 // Bulk copies --------------------------------------------------------------------------------------------------------
 
 // A box of `map` at column c0 and row c1, or of one in blocks of columns (c0 in block c2), to `to`.
@@ -150,6 +161,18 @@ __device__ __forceinline__ void product_rows(float (&acc)[64], const uint32_t *a
                  : R64(acc) : A4(a), "l"(b));
 }
 
+// With a [64, 16] in shared memory as well (TRANSPOSED: stored by columns) and b by rows, bf16
+#define SHARED_PRODUCT(N, REGISTERS, LIST, A, B, P, T)                                                           \
+    template <int TRANSPOSED>                                                                                    \
+    __device__ __forceinline__ void shared_product(float (&acc)[N / 2], uint64_t a, uint64_t b, bool add) {      \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" #N             \
+                     "k16.f32.bf16.bf16 {" LIST "}, " A ", " B ", p, 1, 1, " T ", 1; }"                          \
+                     : REGISTERS(acc) : "l"(a), "l"(b), "r"((int)add), "n"(TRANSPOSED));                         \
+    }
+SHARED_PRODUCT(64, R32, LIST32, "%32", "%33", "%34", "%35")
+SHARED_PRODUCT(96, R48, LIST48, "%48", "%49", "%50", "%51")
+SHARED_PRODUCT(128, R64, LIST64, "%64", "%65", "%66", "%67")
+
 __device__ __forceinline__ void products_follow() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -168,6 +191,11 @@ __device__ __forceinline__ void landed(float (&acc)[48]) {
 template <int LEFT>
 __device__ __forceinline__ void landed(float (&acc)[64]) {
     asm volatile("wgmma.wait_group.sync.aligned %64;" : R64(acc) : "n"(LEFT) : "memory");
+}
+
+template <int LEFT>
+__device__ __forceinline__ void landed() {  // of GEMMs whose accumulators are not read next
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
 // Arithmetic, volatile so that it keeps its place among the GEMMs ----------------------------------------
