@@ -17,7 +17,7 @@ from megatron_hybrid.base.errors import Problems, join, shown
 from megatron_hybrid.base.section import Section
 
 QUOTE = "'"
-Feature = Literal["context_parallel", "documents", "fp8", "fp8_attention"]
+Feature = Literal["context_parallel", "cuda_graphs", "documents", "fp8", "fp8_attention"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Layout:
     fp8_attention: bool
     documents: str = "keep"
     """`data.documents`."""
+    cuda_graphs: str = "none"
+    """`train.cuda_graph_impl`."""
 
 
 @dataclass(frozen=True)
@@ -197,4 +199,6 @@ def layout_problems(spec: MixerSpec, model: ModelFields, block: Block, symbol: s
         problems.add("data.documents", f"{layout.documents}: {title}; set it to keep")
     if layout.fp8 and "fp8" not in spec.supports:
         problems.add("precision.fp8_recipe", f"{title}; set it to null")
+    if layout.cuda_graphs != "none" and "cuda_graphs" not in spec.supports:
+        problems.add("train.cuda_graph_impl", f"{layout.cuda_graphs}: {title}; set it to none")
     return problems

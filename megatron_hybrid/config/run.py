@@ -11,6 +11,7 @@ from megatron_hybrid.arch.registry import import_plugins
 from megatron_hybrid.base.errors import Problems
 from megatron_hybrid.base.section import Section
 from megatron_hybrid.config.checkpoint import CheckpointConfig
+from megatron_hybrid.config.cuda_graph_checks import check_cuda_graphs
 from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.data_checks import check_data, check_mixes
 from megatron_hybrid.config.debug import DebugConfig, check_debug
@@ -81,6 +82,7 @@ class RunConfig(Section):
             fp8=self.precision.fp8,
             fp8_attention=self.precision.fp8_attention,
             documents=self.data.documents,
+            cuda_graphs=self.train.cuda_graph_impl,
         )
 
     def section_problems(self) -> Problems:
@@ -102,6 +104,7 @@ class RunConfig(Section):
         check_fp8_sizes(model, data, train, parallel, precision, problems)
         check_engine(train, parallel, precision, self.zero, problems)
         check_debug(train, self.debug, problems)
+        check_cuda_graphs(train, parallel, precision, self.debug, problems)
         return problems
 
     def check_world(self, world_size: int) -> None:

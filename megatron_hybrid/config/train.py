@@ -107,6 +107,11 @@ class TrainConfig(Section):
     """Data type of parameters and activations. Gradients, master weights, A_log and dt_bias are always fp32."""
     engine: Literal["megatron", "deepspeed"] = "megatron"
     """megatron: megatron-core, every layout. deepspeed: DeepSpeed ZeRO with offload (section `zero`), for few GPUs."""
+    cuda_graph_impl: Literal["none", "full_iteration", "auto"] = "none"
+    """CUDA graphs. full_iteration: launch the forward and backward passes of a step as one graph, so that small models do not wait
+    for the host. No bit of the curve changes. auto: full_iteration on GPUs, none on a CPU."""
+    cuda_graph_warmup_steps: PositiveInt = 3
+    """Steps of the run before a graph is captured, for each shape of global batch."""
     z_loss: NonNegativeFloat = 1e-5
     """Weight of mean(logsumexp(logits)^2)."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -103,19 +103,31 @@ class HybridLanguageModel(HybridModel):
         """
         if self.position_embedding_type != "rope":
             return None
+        tables = self.angle_tables(length, documents is not None)
+        table = tables[0] if len(tables) == 1 else torch.stack(tables)
+        return table if documents is None else documents.rotary_angles(table)
+
+    def angle_tables(self, length: int, documents: bool) -> list[torch.Tensor]:
+        """Return the tables that `rotary_angles` reads: plain and, with rope_scaling, scaled angles [positions, 1, 1, d].
+
+        megatron-core keeps the tables of the last 32 lengths.
+
+        Args:
+            length: this rank's tokens of a sequence.
+            documents: whether sequences hold several documents, whose tokens may have any position of a sequence.
+        """
+        if self.position_embedding_type != "rope":
+            return []
         cp = self.pg_collection.cp
         # packed_seq: positions are contiguous. megatron-core's own slices are two per rank, one from either end
-        if documents is None:
-            return self._table_of_angles(length, offset=cp.rank() * length, packed_seq=True)
-        return documents.rotary_angles(self._table_of_angles(length * cp.size(), packed_seq=True))
-
-    def _table_of_angles(self, length: int, **options: Any) -> torch.Tensor:
-        """Return the angles of `length` positions: [length, 1, 1, d]; with rope_scaling [2, length, 1, 1, d], plain and scaled."""
-        plain = self.rotary_pos_emb(length, **options)
-        if self.scaled_rotary_pos_emb is None:
-            return plain
-        scaled, _ = self.scaled_rotary_pos_emb(length, **options)
-        return torch.stack((plain, scaled))
+        if documents:
+            positions, options = length * cp.size(), dict(packed_seq=True)
+        else:
+            positions, options = length, dict(offset=cp.rank() * length, packed_seq=True)
+        tables = [self.rotary_pos_emb(positions, **options)]
+        if self.scaled_rotary_pos_emb is not None:
+            tables.append(self.scaled_rotary_pos_emb(positions, **options)[0])
+        return tables
 
     def forward(
         self,

@@ -126,7 +126,8 @@ def _saved_by_layer(engine: Any, batch: Batch) -> tuple[int, ...]:
         marks.append(torch.cuda.memory_allocated())
 
     hooks = [layers[0].register_forward_pre_hook(mark)] + [layer.register_forward_hook(mark) for layer in layers]
-    output, _ = engine.run.forward_step(GlobalBatch([batch], engine.groups), iter([batch]), chunk)
+    sums = GlobalBatch([batch], engine.groups).sums
+    output, _ = engine.run.forward_step(sums, iter([engine.run.local(batch)]), chunk)
     mark()
     for hook in hooks:
         hook.remove()

@@ -83,7 +83,7 @@ def test_without_masks_no_rank_communicates_before_its_first_forward_pass(monkey
 
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: pytest.fail("communicates"))
     batch = Batch.of_samples(torch.zeros(1, 5, dtype=torch.int64))
-    assert GlobalBatch([batch], Groups).weigh(batch) is batch
+    assert GlobalBatch([batch], Groups).sums.weigh(batch) is batch
 
 
 def test_a_batch_that_counts_nothing_is_skipped(ranks, config):  # noqa: F811

@@ -54,7 +54,7 @@ class Attention(MixerSpec):
     uses_rotary_embedding = True
     has_rates = True
     has_cache = True
-    supports = frozenset({"context_parallel", "documents", "fp8", "fp8_attention"})
+    supports = frozenset({"context_parallel", "cuda_graphs", "documents", "fp8", "fp8_attention"})
 
     def parameters(self, model: ModelFields, block: Block) -> tuple[PackedParameter, ...]:
         return parameters(AttentionSizes.of(model, block), model.hidden_size)

@@ -59,7 +59,7 @@ class GatedDeltaNet(MixerSpec):
     input_linear, output_linear = "in_proj", "out_proj"
     has_rates = True
     has_cache = True
-    supports = frozenset({"context_parallel", "documents", "fp8"})
+    supports = frozenset({"context_parallel", "cuda_graphs", "documents", "fp8"})
     decay_groups = (SCALARS,)
     init_fields = ("a_init_range", "dt_init_range", "dt_init_floor")
 

@@ -72,7 +72,7 @@ class KimiDeltaAttention(MixerSpec):
     blocks = {"K": Block(mixer=name, title="Kimi Delta Attention", norm="pre", output_gate=True)}
     input_linear, output_linear = "in_proj", "out_proj"
     has_cache = True
-    supports = frozenset({"context_parallel", "documents", "fp8"})
+    supports = frozenset({"context_parallel", "cuda_graphs", "documents", "fp8"})
     decay_groups = (SCALARS,)
     init_fields = ("a_init_range", "dt_init_range", "dt_init_floor")
 
@@ -96,7 +96,14 @@ class KimiDeltaAttention(MixerSpec):
         return low_rank + RULE_FLOPS * kda.num_heads * kda.key_head_dim * kda.value_head_dim
 
     def check_layout(self, model: ModelFields, block: Block, symbol: str, layout: Layout) -> Problems:
-        return convolution_problems("Kimi Delta Attention", sizes(model).conv_kernel_size, layout)
+        problems = convolution_problems("Kimi Delta Attention", sizes(model).conv_kernel_size, layout)
+        if layout.cuda_graphs != "none" and layout.documents != "keep":
+            problems.add(
+                "train.cuda_graph_impl",
+                f"{layout.cuda_graphs}: Kimi Delta Attention (layer_pattern's {symbol}) reads the number of chunks of documents on "
+                "the host; set it to none, or data.documents to keep",
+            )
+        return problems
 
     def operations(self, shard: Shard) -> list[Operation]:
         return costs.operations(shard)

@@ -39,33 +39,25 @@ class BatchLosses:
     """Number of counted tokens whose label has the highest logit. None: not counted."""
 
 
-class GlobalBatch:
-    """Collects the losses of one global batch, of which each data parallel rank runs some micro-batches.
-
-    All ranks create it before their first forward pass. The sums over ranks stay on the device until `losses` reads them.
+class LossSums:
+    """Losses of this rank's micro-batches of one global batch. They stay on the device, and nothing here waits for it.
 
     Args:
-        batches: this rank's micro-batches of whole sequences.
+        scale: fp32 scalar on the device that multiplies the loss masks; None: they stay as they are.
+        sources: number of sources that the batches name; None: they name none.
         count_correct: correct predictions are counted.
     """
 
-    def __init__(
-        self, batches: Sequence[Batch], groups: ProcessGroupCollection, count_correct: bool = False
-    ) -> None:
-        self.groups = groups
-        self.slots = groups.dp.size() * sum(batch.labels.numel() for batch in batches)
-        self._means: list[Tensor] = []
-        self._correct = torch.zeros(1, dtype=torch.float64, device=local_device()) if count_correct else None
-        self._by_source = _source_sums(batches)
-        self._totals: Tensor | None = None
-        if batches[0].counts is not None:
-            self._totals = _totals(batches, groups)
-            weight = self._totals[0]
-            self._scale = torch.where(weight > 0, self.slots / weight, 0.0).float()
+    def __init__(self, scale: Tensor | None, sources: int | None, count_correct: bool = False) -> None:
+        self.scale = scale
+        self.means: list[Tensor] = []
+        device = local_device()
+        self.correct = torch.zeros(1, dtype=torch.float64, device=device) if count_correct else None
+        self.by_source = None if sources is None else torch.zeros(sources, 2, dtype=torch.float64, device=device)
 
     def weigh(self, batch: Batch) -> Batch:
-        """Return a batch on the device with its loss mask multiplied by slots / weight."""
-        return batch if self._totals is None else replace(batch, loss_mask=batch.loss_mask * self._scale)
+        """Return a batch on the device with its loss mask multiplied by the scale."""
+        return batch if self.scale is None else replace(batch, loss_mask=batch.loss_mask * self.scale)
 
     def add(self, losses: TokenLosses, batch: Batch) -> None:
         """Record the losses of one micro-batch, or of this rank's slice of it.
@@ -73,28 +65,65 @@ class GlobalBatch:
         Args:
             batch: as `weigh` returned it.
         """
-        self._means.append(torch.stack((losses.cross_entropy, losses.z_loss)))
-        if losses.correct is not None and self._correct is not None:
-            self._correct += losses.correct
-        if batch.sources is not None and self._by_source is not None:
+        self.means.append(torch.stack((losses.cross_entropy, losses.z_loss)))
+        if losses.correct is not None and self.correct is not None:
+            self.correct += losses.correct
+        if batch.sources is not None and self.by_source is not None:
             per_sequence = (losses.per_token.t(), batch.loss_mask)  # both [b, s]
             sums = torch.stack([values.sum(1, dtype=torch.float64) for values in per_sequence], 1)
-            self._by_source += batch.sources.t().double() @ sums
+            self.by_source += batch.sources.t().double() @ sums
 
-    def losses(self) -> BatchLosses:
-        """Sum over all ranks and return the losses. Pipeline stages without losses contribute zeros."""
-        mean = torch.stack(self._means).mean(0) if self._means else torch.zeros(2, device=local_device())
+
+class GlobalBatch:
+    """The losses of one global batch, of which each data parallel rank runs some micro-batches.
+
+    All ranks create it before their first forward pass. The sums over ranks stay on the device until `losses` reads them.
+
+    Attributes:
+        sums: receives the losses of this rank's micro-batches. Its scale is slots / weight.
+
+    Args:
+        batches: this rank's micro-batches of whole sequences.
+        count_correct: correct predictions are counted.
+    """
+
+    def __init__(self, batches: Sequence[Batch], groups: ProcessGroupCollection, count_correct: bool = False) -> None:
+        self.groups = groups
+        self.slots = groups.dp.size() * sum(batch.labels.numel() for batch in batches)
+        self._totals: Tensor | None = None
+        self._packed: Tensor | None = None
+        scale = None
+        if batches[0].counts is not None:
+            self._totals = _totals(batches, groups)
+            weight = self._totals[0]
+            scale = torch.where(weight > 0, self.slots / weight, 0.0).float()
+        sources = batches[0].sources
+        self.sums = LossSums(scale, None if sources is None else sources.shape[1], count_correct)
+
+    def reduce(self) -> None:
+        """Sum over all ranks, on the device. Pipeline stages without losses contribute zeros."""
+        sums = self.sums
+        mean = torch.stack(sums.means).mean(0) if sums.means else torch.zeros(2, device=local_device())
         self._sum_over_ranks(mean, divide=True)
         parts = [mean.double()]
         if self._totals is not None:
             parts.append(self._totals)
-        if self._by_source is not None:
-            self._sum_over_ranks(self._by_source)
-            parts.append(self._by_source[:, 0] / self._by_source[:, 1])
-        if self._correct is None:
-            return self._read(torch.cat(parts).tolist())
-        self._sum_over_ranks(self._correct)
-        *values, correct = torch.cat([*parts, self._correct]).tolist()
+        if sums.by_source is not None:
+            self._sum_over_ranks(sums.by_source)
+            parts.append(sums.by_source[:, 0] / sums.by_source[:, 1])
+        if sums.correct is not None:
+            self._sum_over_ranks(sums.correct)
+            parts.append(sums.correct)
+        self._packed = torch.cat(parts)
+
+    def losses(self) -> BatchLosses:
+        """Return the losses over all ranks: wait for the device."""
+        if self._packed is None:
+            self.reduce()
+        assert self._packed is not None
+        if self.sums.correct is None:
+            return self._read(self._packed.tolist())
+        *values, correct = self._packed.tolist()
         return replace(self._read(values), correct=round(correct))
 
     def _sum_over_ranks(self, values: Tensor, divide: bool = False) -> None:
@@ -125,9 +154,3 @@ def _totals(batches: Sequence[Batch], groups: ProcessGroupCollection) -> Tensor:
     if groups.dp.size() > 1:
         dist.all_reduce(totals, group=groups.dp)
     return totals
-
-
-def _source_sums(batches: Sequence[Batch]) -> Tensor | None:
-    """Return zeros for the sums of weighted losses and of weights of each source; None if the batches name no sources."""
-    sources = batches[0].sources
-    return None if sources is None else torch.zeros(sources.shape[1], 2, dtype=torch.float64, device=local_device())

@@ -19,6 +19,8 @@ from megatron_hybrid.model.formats import format_table
 from megatron_hybrid.model.hybrid_model import build_model
 from megatron_hybrid.model.initialize import initialize
 from megatron_hybrid.model.param_layout import ParamLayout
+from megatron_hybrid.train.cuda_graph import Recorder, describe, make_recorder, side_stream
+from megatron_hybrid.train.engines.graphed_passes import GraphedPasses
 from megatron_hybrid.train.engines.losses import BatchLosses
 from megatron_hybrid.train.engines.schedule import BatchRunner, prepare_for_training
 from megatron_hybrid.train.optimizers.megatron import MegatronCollector, Optimizer, wrap_data_parallel
@@ -47,6 +49,7 @@ class MegatronEngine:
     ) -> None:
         self.groups, self.parallel, self.precision, self.sequence_length = groups, parallel, precision, sequence_length
         self.dtype, self.documents = train.dtype, documents
+        recorder = make_recorder(train)
         if parallel.tp_comm_overlap:
             require_transformer_engine("parallel.tp_comm_overlap", model.backend, precision, train.dtype)
             tokens = sequence_length // groups.cp.size() * train.micro_batch_size
@@ -55,11 +58,21 @@ class MegatronEngine:
         self.layout = ParamLayout(model, groups.tp.rank(), groups.tp.size())
         fill(self.chunks, self.layout, train.seed)
         spec = OPTIMIZERS[train.optimizer.kind]
-        self.wrapped = wrap_data_parallel(self.chunks, parallel, precision, spec, self.layout, groups)
+        with side_stream(recorder):
+            self.wrapped = wrap_data_parallel(self.chunks, parallel, precision, spec, self.layout, groups)
         self.optimizer = Optimizer(self.wrapped, self.layout, train, parallel, precision)
-        self._update_pending = False
+        self._update_pending, self._norm = False, 0.0
         prepare_for_training(self.wrapped, self.optimizer)
         self.run = BatchRunner(self.wrapped, groups, train.z_loss, train.eval_accuracy)
+        self.graph_lines = describe(train, recorder)
+        self.graphed: GraphedPasses | None = None
+        if recorder is not None:
+            self.use_graphs(recorder, train.cuda_graph_warmup_steps)
+
+    def use_graphs(self, recorder: Recorder, warmup: int) -> None:
+        """Run training steps as graphs, after `warmup` steps without (train/cuda_graph.py)."""
+        self.graphed = GraphedPasses(self.run, warmup, recorder)
+        self.optimizer.use_graphs(recorder, warmup)
 
     def forward_backward(self, batches: list[Batch]) -> BatchLosses:
         """Run forward and backward over this rank's micro-batches and return the mean losses of the global batch.
@@ -75,7 +88,11 @@ class MegatronEngine:
                 chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self.run(batches)
+        global_batch = (self.graphed or self.run).start(batches)
+        # the host prepares the norm while the GPU still computes: only then does it wait, for both
+        global_batch.reduce()
+        self._norm = self.optimizer.gradient_norm()
+        return global_batch.losses()
 
     def backends(self, batch_size: int) -> list[str]:
         """Return a table of the formats and kernels that this rank runs, with reasons.
@@ -84,7 +101,8 @@ class MegatronEngine:
             ConfigError: attention to documents, or FP8 attention, that does not run or is wrong on this machine.
         """
         sizes = (self.dtype, self.sequence_length, batch_size)
-        return format_table(self.chunks, self.precision, *sizes, self.optimizer.name, self.documents)
+        table = format_table(self.chunks, self.precision, *sizes, self.optimizer.name, self.documents)
+        return [*table, *self.graph_lines]
 
     def close(self) -> None:
         """Release GPU memory.
@@ -101,7 +119,7 @@ class MegatronEngine:
             stop_overlap()
 
     def gradient_norm(self) -> float:
-        """Return the global gradient norm before clipping.
+        """Return the global gradient norm of the last `forward_backward`, before clipping.
 
         Without the distributed optimizer, every data parallel rank computes it from its own copy of the gradients. The ranks compare
         their results, because they must decide alike whether to update.
@@ -109,7 +127,7 @@ class MegatronEngine:
         Raises:
             ReplicaError: data parallel ranks have different norms.
         """
-        norm = self.optimizer.gradient_norm()
+        norm = self._norm
         if self.parallel.distributed_optimizer or self.groups.dp_cp.size() == 1:
             return norm
         return agreed_norm(norm, self.groups.dp_cp)

@@ -15,7 +15,7 @@ from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.model.output_layer import TokenLosses
 from megatron_hybrid.train.engines.base import run_model
-from megatron_hybrid.train.engines.losses import BatchLosses, GlobalBatch
+from megatron_hybrid.train.engines.losses import BatchLosses, GlobalBatch, LossSums
 
 _SCHEDULE_FIELDS = ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "param_sync_func")
 
@@ -45,34 +45,58 @@ class BatchRunner:
         Args:
             batches: micro-batches of whole sequences, all of one shape, the same on all context parallel ranks of a replica.
         """
-        count_correct = self.accuracy and forward_only
-        several, global_batch = len(self.chunks) > 1, GlobalBatch(batches, self.groups, count_correct)
-        iterators = [iter(batches) for _ in self.chunks]
+        return self.start(batches, forward_only).losses()
+
+    def start(self, batches: Sequence[Batch], forward_only: bool = False) -> GlobalBatch:
+        """Do what `__call__` does without waiting for the device, and return the global batch, which reads the losses."""
+        global_batch = GlobalBatch(batches, self.groups, self.accuracy and forward_only)
+        micro_batches = [partial(self.local, batch) for batch in batches]
+        self.run(micro_batches, batches[0].tokens.shape, global_batch.sums, forward_only)
+        return global_batch
+
+    def run(
+        self,
+        micro_batches: Sequence[Callable[[], Batch]],
+        whole: torch.Size,
+        sums: LossSums,
+        forward_only: bool = False,
+    ) -> None:
+        """Run the schedule.
+
+        Args:
+            micro_batches: each returns this rank's slice of a micro-batch, on its device, when its turn comes.
+            whole: (b, s) of a micro-batch of whole sequences.
+            sums: receives the losses.
+        """
+        several = len(self.chunks) > 1
+        iterators = [(made() for made in micro_batches) for _ in self.chunks]
         self.run_schedule(
-            forward_step_func=partial(self.forward_step, global_batch, count_correct),
+            forward_step_func=partial(self.forward_step, sums),
             data_iterator=iterators if several else iterators[0],
             model=self.chunks if several else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
-            micro_batch_size=batches[0].tokens.shape[0],
+            num_microbatches=len(micro_batches),
+            seq_length=whole[1],
+            micro_batch_size=whole[0],
             forward_only=forward_only,
         )
-        return global_batch.losses()
+
+    def local(self, batch: Batch) -> Batch:
+        """Return this rank's slice of a micro-batch of whole sequences, on its device."""
+        return batch.slice(self.groups.cp.rank(), self.groups.cp.size()).to(local_device())
 
     def forward_step(
-        self, global_batch: GlobalBatch, count_correct: bool, batches: Iterator[Batch], model: torch.nn.Module
+        self, sums: LossSums, batches: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[Any, Callable[..., Any]]:
         """Run the model on the next micro-batch. Returns its output and the function that makes the loss from it."""
         heartbeat.beat()
-        context_parallel = self.groups.cp
-        batch = next(batches).slice(context_parallel.rank(), context_parallel.size()).to(local_device())
-        batch = global_batch.weigh(batch)
-        return run_model(model, batch, self.z_loss, count_correct), partial(self._loss, global_batch, batch)
+        batch = sums.weigh(next(batches))
+        output = run_model(model, batch, self.z_loss, count_correct=sums.correct is not None)
+        return output, partial(self._loss, sums, batch)
 
-    def _loss(self, global_batch: GlobalBatch, batch: Batch, losses: TokenLosses) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, sums: LossSums, batch: Batch, losses: TokenLosses) -> tuple[Tensor, dict[str, Tensor]]:
         # megatron-core multiplies the loss by the context parallel size (schedules.py, forward_step_calc_loss) and averages
         # gradients over these ranks too. All slices have the same number of tokens, so the mean of their means is exact.
-        global_batch.add(losses, batch)
+        sums.add(losses, batch)
         return losses.total / self.groups.cp.size(), {}
 
 

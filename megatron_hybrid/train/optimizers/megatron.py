@@ -25,6 +25,7 @@ from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.model.megatron_config import DTYPES
 from megatron_hybrid.model.param_layout import ParamLayout
 from megatron_hybrid.precision.fp8_parameters import is_fp8_param, reset_amax, rowwise_casts_only
+from megatron_hybrid.train.cuda_graph import GraphedCall, Recorder
 from megatron_hybrid.train.optimizers.decay_groups import exempt_from_decay
 from megatron_hybrid.train.optimizers.host_offload import (
     assign_gradients,
@@ -173,6 +174,17 @@ class Optimizer:
             assign_gradients(part.optimizer)
         with self._casting():
             self.megatron.step_with_ready_grads()
+
+    def use_graphs(self, recorder: Recorder, warmup: int) -> None:
+        """Copy the shards of master weights to the model's weights, one kernel per parameter, as a graph after `warmup` updates.
+
+        Clipping and Adam are a few kernels for all parameters. They take numbers that the host computes for each update.
+        """
+        for part in self._parts():
+            if isinstance(part, DistributedOptimizer):
+                part._copy_main_params_to_model_params = GraphedCall(
+                    part._copy_main_params_to_model_params, warmup, recorder
+                )
 
     def _parts(self) -> list[Any]:
         return list(_flattened(self.megatron))

@@ -104,9 +104,9 @@ class DeepSpeedEngine:
         return global_batch.losses()
 
     def _forward(self, batch: Batch, global_batch: GlobalBatch, count_correct: bool = False) -> TokenLosses:
-        batch = global_batch.weigh(batch.to(local_device()))
+        batch = global_batch.sums.weigh(batch.to(local_device()))
         losses: TokenLosses = run_model(self.engine, batch, self.z_loss, count_correct)
-        global_batch.add(losses, batch)
+        global_batch.sums.add(losses, batch)
         return losses
 
     def gradient_norm(self) -> float:
