@@ -1,6 +1,7 @@
 """Run jobs on the ranks of one launch, one after the other: `python -m testing.gpu_curves JOBS.json RESULTS.json`.
 
-JOBS is {name: arguments of testing.jobs.curve}. RESULTS is {name: {"losses", "norms"}}. Further arguments of a job add results:
+JOBS is {name: arguments of testing.jobs.curve}. RESULTS is {name: {"losses", "norms", "graphs"}}. Further arguments of a job add
+results:
 - `resume`, a folder: the job saves halfway and resumes. Adds "resumed" (losses), "same_parameters" and "same_casts"
   (testing.jobs.same_casts, or null if it does not apply).
 - `other`, with `resume`: the second half also runs with these arguments. Adds "otherwise" (losses).
@@ -26,7 +27,7 @@ STUCK_S = 120
 
 def run(steps: int, resume: str | None = None, other: dict | None = None, poisoned: bool = False, **arguments) -> dict:
     result = jobs.curve(steps=steps, **arguments)
-    found = {"losses": result["losses"], "norms": result["norms"]}
+    found = {name: result[name] for name in ("losses", "norms", "graphs")}
     if resume:
         half, folder = steps // 2, Path(resume)
         again = _fresh(steps=half, save=str(folder), **arguments)

@@ -148,6 +148,8 @@ def curve(
         casts = same_casts(engine, path) if held and steps - 1 not in skipped else None
     parameters = {name: values_of(p) for name, p, _ in named_parameters(engine)}
     updates = engine.optimizer.updates
+    graphed = getattr(engine, "graphed", None)
+    graphs = graphed.captured if graphed else 0
     engine.close()
     return {
         "losses": losses,
@@ -156,6 +158,7 @@ def curve(
         "path": str(path),
         "same_casts": casts,
         "updates": updates,
+        "graphs": graphs,
     }
 
 

@@ -34,8 +34,8 @@ step is divided by what depends on the host.
   of chunks and segments are arguments or on the device.
 
 megatron-core's FullCudaGraphWrapper (full_cuda_graph.py) does not fit. Its state is a class attribute, so a process has one graph for
-all engines and shapes. It copies batches as dictionaries. It captures the reduction of gradients. Its stream, pool and list of random
-states are used here.
+all engines and shapes. It copies batches as dictionaries. It captures the reduction of gradients. Its stream and list of random states
+are used here.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ from typing import Protocol
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.full_cuda_graph import get_shared_capture_stream, get_shared_graph_pool
+from megatron.core.full_cuda_graph import get_shared_capture_stream
 from megatron.core.tensor_parallel.random import get_all_rng_states
 
 from megatron_hybrid.base.errors import ConfigError
@@ -66,7 +66,7 @@ class CudaRecorder:
     """Captures CUDA graphs in one memory pool. They are replayed one at a time, and their results are read before the next replay."""
 
     def __init__(self, seed: int) -> None:
-        self.stream, self.pool = get_shared_capture_stream(), get_shared_graph_pool()
+        self.stream, self.pool = get_shared_capture_stream(), torch.cuda.graph_pool_handle()
         # as distributed/process_groups.py does, with states that graphs can read
         tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=True, force_reset_rng=True)
         torch.manual_seed(seed)

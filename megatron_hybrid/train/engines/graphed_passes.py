@@ -33,6 +33,11 @@ class GraphedPasses:
         self.runner, self.warmup, self.recorder = runner, warmup, recorder
         self._steps: dict[Any, _Step] = {}
 
+    @property
+    def captured(self) -> int:
+        """Number of graphs that are kept."""
+        return sum(step.passes.replay is not None for step in self._steps.values())
+
     def start(self, batches: Sequence[Batch]) -> GlobalBatch:
         """Run forward and backward, and the reduction of gradients, without waiting for the device. See `BatchRunner.start`."""
         global_batch = GlobalBatch(batches, self.runner.groups)

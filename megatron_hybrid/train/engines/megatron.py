@@ -115,6 +115,7 @@ class MegatronEngine:
             chunk.grad_accs.clear()
             config = chunk.module.config
             config.grad_scale_func = config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
+        self.graphed = None
         if self.parallel.tp_comm_overlap:
             stop_overlap()
 
