@@ -1,4 +1,4 @@
-"""What CUDA graphs cannot repeat is refused, with the remedy."""
+"""Refusal of configurations that CUDA graphs cannot repeat, with the remedy."""
 
 import pytest
 
