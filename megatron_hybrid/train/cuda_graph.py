@@ -45,9 +45,10 @@ from typing import Protocol
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.full_cuda_graph import get_shared_capture_stream
+from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.tensor_parallel.random import get_all_rng_states
 
-from megatron_hybrid.base.errors import ConfigError
+from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.distributed.device import has_cuda
 
@@ -81,17 +82,37 @@ class CudaRecorder:
         current.wait_stream(self.stream)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Capture a function."""
+        """Capture a function.
+
+        Raises:
+            UserError: it does what a graph cannot repeat, such as reading a value on the host.
+        """
         graph = torch.cuda.CUDAGraph()
         for state in get_all_rng_states().values():
             graph.register_generator_state(state)
         torch.cuda.synchronize()
         # thread_local: NCCL's watchdog and the loader's threads, which pin memory, call CUDA at any time
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            function()
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+        try:
+            with capture:
+                function()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error.__context__ or error).splitlines()[0]  # ending a capture that failed is an error as well
+            raise UserError(f"train.cuda_graph_impl: a step cannot be captured ({reason}); set it to none") from error
         torch.cuda.synchronize()
-        replay: Callable[[], None] = graph.replay
-        return replay
+        return _Replay(graph, list(get_global_memory_buffer().buffer.values()))
+
+
+class _Replay:
+    """A graph, with the buffers that megatron-core's linears gather into. A larger step replaces them, and they would be freed."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, buffers: list[torch.Tensor]) -> None:
+        self.graph, self.buffers = graph, buffers
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def make_recorder(train: TrainConfig) -> Recorder | None:
