@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 from megatron_hybrid.config.train import TrainConfig
+from megatron_hybrid.distributed.process_groups import leave_groups
 from megatron_hybrid.train.engines import megatron as engines
 from testing import jobs
 from testing.op_tape import TapeRecorder
@@ -32,6 +33,13 @@ def curve(**arguments: Any) -> dict:
     """Run `jobs.curve`. Adds the number of tapes, and of their replays."""
     with tapes() as recorders:
         return jobs.curve(**arguments) | _counts(recorders)
+
+
+def both_curves(train: dict, **arguments: Any) -> list[dict]:
+    """Run `curve` without graphs, then with them."""
+    plain = curve(train=train, **arguments)
+    leave_groups()
+    return [plain, curve(train=train | GRAPHS, **arguments)]
 
 
 def pretrain_run(config: dict) -> dict:

@@ -63,6 +63,7 @@ LONGEST = (
     "kernels/test_cuda_scan.py",
     "distributed/test_repetitions.py",
     "distributed/test_muon_curves.py",
+    "train/test_cuda_graphs.py",
     "launch/test_environment.py",
     "tools/test_commands.py",
     "launch/test_preflight.py",

@@ -47,38 +47,32 @@ def arguments(more: dict) -> dict:
     return dict(model=MODEL, parallel={}, steps=STEPS) | more | dict(train=TRAIN | more.get("train", {}))
 
 
-def assert_same(plain: list[dict], taped: list[dict]) -> None:
-    for one, other in zip(plain, taped, strict=True):
-        assert other["losses"] == one["losses"] and other["norms"] == one["norms"]
-        assert all(torch.equal(value, other["parameters"][name]) for name, value in one["parameters"].items())
+def assert_same(plain: dict, taped: dict) -> None:
+    assert taped["losses"] == plain["losses"] and taped["norms"] == plain["norms"]
+    assert all(torch.equal(value, taped["parameters"][name]) for name, value in plain["parameters"].items())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_bits_are_those_without_graphs(ranks, name):
     count, more = CASES[name]
-    found = arguments(more)
-    plain = ranks.run(jobs.curve, count, **found)
-    taped = ranks.run(graph_jobs.curve, count, **found | {"train": found["train"] | graph_jobs.GRAPHS})
-    assert_same(plain, taped)
     expected = REPLAYS // 2 if name.endswith("plain optimizer") else REPLAYS - ("skipped" in name)
-    if name == "DP2, pack":  # every rank has graphs for the numbers of documents that it met
-        assert all(REPLAYS // 2 < one["replays"] < REPLAYS for one in taped)
-    else:
-        assert {one["replays"] for one in taped} == {expected}
+    for plain, taped in ranks.run(graph_jobs.both_curves, count, **arguments(more)):
+        assert_same(plain, taped)
+        assert plain["replays"] == 0
+        if name == "DP2, pack":  # every rank has graphs for the numbers of documents that it met
+            assert REPLAYS // 2 < taped["replays"] < REPLAYS
+        else:
+            assert taped["replays"] == expected
 
 
 def test_a_resumed_run_has_the_same_bits(ranks, tmp_path):
-    found = arguments(dict(train=graph_jobs.GRAPHS))
-    straight = ranks.run(jobs.curve, 2, **found | {"train": TRAIN})
+    straight, found = arguments(dict(steps=STEPS + 2)), arguments(dict(train=graph_jobs.GRAPHS))
+    plain = ranks.run(jobs.curve, 2, **straight)
     half = ranks.run(graph_jobs.curve, 2, **found | dict(steps=3, save=str(tmp_path)))
     rest = ranks.run(graph_jobs.curve, 2, **found | dict(start=3, steps=STEPS + 2, load=half[0]["path"]))
-    longer = ranks.run(jobs.curve, 2, **found | {"train": TRAIN, "steps": STEPS + 2})
-    for one, first, second in zip(longer, half, rest, strict=True):
-        assert first["losses"] + second["losses"] == one["losses"]
-        assert first["norms"] + second["norms"] == one["norms"]
-        assert all(torch.equal(value, second["parameters"][name]) for name, value in one["parameters"].items())
+    for one, first, second in zip(plain, half, rest, strict=True):
+        assert_same(one, second | {what: first[what] + second[what] for what in ("losses", "norms")})
         assert first["replays"] == 2 and second["replays"] == 4
-    assert straight[0]["losses"] == longer[0]["losses"][:STEPS]
 
 
 def test_a_whole_run_with_ramp_evaluations_and_checkpoints_has_the_same_lines(ranks, config, tmp_path):  # noqa: F811
