@@ -29,6 +29,7 @@ def format_table(
     batch_size: int,
     optimizer: str,
     documents: bool = False,
+    launches: tuple[str, str] | None = None,
 ) -> list[str]:
     """Return the aligned table of this rank's stage. Layers are numbered from 0, the model's first.
 
@@ -37,6 +38,7 @@ def format_table(
     Args:
         sequence_length: length of whole sequences.
         documents: sequences hold several documents, which do not see each other.
+        launches: how kernels are launched, and why; None: no row.
 
     Raises:
         ConfigError: attention to documents, or FP8 attention, that does not run or is wrong on this machine.
@@ -52,6 +54,8 @@ def format_table(
         sent = f"fp8 {precision.fp8_recipe}" if precision.fp8_recipe else dtype
         rows.append((_stage(chunks), "TP communication", sent, "Transformer Engine's user buffers", WORDS))
     rows.append(("all", "optimizer", "fp32", optimizer, "the fastest installed"))
+    if launches is not None:
+        rows.append(("all", "launches", "", *launches))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return ["  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[-1]]) for row in rows]  # noqa: B905 - the last is free
 

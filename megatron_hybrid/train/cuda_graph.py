@@ -38,6 +38,7 @@ all engines and shapes. It copies batches as dictionaries. It captures the reduc
 are used here.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
@@ -94,7 +95,7 @@ class CudaRecorder:
         # thread_local: NCCL's watchdog and the loader's threads, which pin memory, call CUDA at any time
         capture = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
         try:
-            with capture:
+            with _without_garbage_collection(), capture:
                 function()
         except torch.OutOfMemoryError:
             raise
@@ -103,6 +104,19 @@ class CudaRecorder:
             raise UserError(f"train.cuda_graph_impl: a step cannot be captured ({reason}); set it to none") from error
         torch.cuda.synchronize()
         return _Replay(graph, list(get_global_memory_buffer().buffer.values()))
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Collect garbage first: graphs and events that are destroyed during a capture could invalidate it."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Replay:
@@ -133,16 +147,14 @@ def make_recorder(train: TrainConfig) -> Recorder | None:
     )
 
 
-def describe(train: TrainConfig, recorder: Recorder | None) -> list[str]:
-    """Return the lines about graphs for the table of what a run uses; none if graphs are not requested."""
+def describe(train: TrainConfig, recorder: Recorder | None) -> tuple[str, str] | None:
+    """Return how steps are launched, and why, for the table of what a run uses; None if graphs are not requested."""
     if train.cuda_graph_impl == "none":
-        return []
+        return None
+    why = f"train.cuda_graph_impl = {train.cuda_graph_impl}"
     if recorder is None:
-        return ["CUDA graphs: none (train.cuda_graph_impl = auto, and there is no GPU)"]
-    return [
-        f"CUDA graphs: full_iteration, after {train.cuda_graph_warmup_steps} steps of each shape of global batch "
-        f"(train.cuda_graph_impl = {train.cuda_graph_impl})"
-    ]
+        return "no CUDA graphs", f"{why}, and there is no GPU"
+    return f"CUDA graphs, after {train.cuda_graph_warmup_steps} steps of each shape", why
 
 
 def side_stream(recorder: Recorder | None) -> AbstractContextManager[None]:

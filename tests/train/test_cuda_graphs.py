@@ -87,6 +87,11 @@ def test_a_whole_run_with_ramp_evaluations_and_checkpoints_has_the_same_lines(ra
     for one, other in zip(found["plain"], found["taped"], strict=True):
         assert all(torch.equal(value, other["moments"][name]) for name, value in one["moments"].items())
         assert one["tapes"] == 0 and other["tapes"] == 3, "passes of both batch sizes, and the copy of parameters"
+    row = (tmp_path / "taped" / "formats.txt").read_text().splitlines()[-1].split("  ")
+    assert [x.strip() for x in row if x][-2:] == [
+        "CUDA graphs, after 1 steps of each shape",
+        "train.cuda_graph_impl = full_iteration",
+    ]
 
 
 def test_evaluations_and_attributions_between_steps_change_nothing(ranks):
@@ -182,10 +187,11 @@ def test_graphs_need_a_gpu():
     assert make_recorder(TrainConfig(**common)) is None
     automatic = TrainConfig(**common, cuda_graph_impl="auto")
     assert make_recorder(automatic) is None
-    assert "no GPU" in describe(automatic, None)[0]
+    assert describe(automatic, None) == ("no CUDA graphs", "train.cuda_graph_impl = auto, and there is no GPU")
     asked = TrainConfig(**common, cuda_graph_impl="full_iteration")
     with pytest.raises(
         ConfigError, match=r"train.cuda_graph_impl: full_iteration needs a GPU.*set it to none, or to auto"
     ):
         make_recorder(asked)
-    assert "after 3 steps" in describe(asked, TapeRecorder())[0]
+    how = ("CUDA graphs, after 3 steps of each shape", "train.cuda_graph_impl = full_iteration")
+    assert describe(asked, TapeRecorder()) == how and describe(TrainConfig(**common), None) is None

@@ -1,6 +1,7 @@
 """Captures of CUDA graphs, with stand-ins for CUDA: order of calls, and what keeps a graph's memory alive."""
 
 import contextlib
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,6 +87,17 @@ def test_a_call_warms_up_and_is_captured_on_the_stream_of_captures(cuda):
         *("registers state 1", "registers state 2", "synchronizes", "captures on capture in pool, thread_local"),
         *("launches", "ends", "synchronizes", "replays", "replays"),
     ]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_during_a_capture(cuda, enabled):
+    seen, before = [], gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        CudaRecorder(seed=7).record(lambda: seen.append(gc.isenabled()))
+        assert seen == [False] and gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_a_graph_keeps_the_buffers_it_reads(cuda):

@@ -64,7 +64,7 @@ class MegatronEngine:
         self._update_pending, self._norm = False, 0.0
         prepare_for_training(self.wrapped, self.optimizer)
         self.run = BatchRunner(self.wrapped, groups, train.z_loss, train.eval_accuracy)
-        self.graph_lines = describe(train, recorder)
+        self.launches = describe(train, recorder)
         self.graphed: GraphedPasses | None = None
         if recorder is not None:
             self.use_graphs(recorder, train.cuda_graph_warmup_steps)
@@ -101,8 +101,7 @@ class MegatronEngine:
             ConfigError: attention to documents, or FP8 attention, that does not run or is wrong on this machine.
         """
         sizes = (self.dtype, self.sequence_length, batch_size)
-        table = format_table(self.chunks, self.precision, *sizes, self.optimizer.name, self.documents)
-        return [*table, *self.graph_lines]
+        return format_table(self.chunks, self.precision, *sizes, self.optimizer.name, self.documents, self.launches)
 
     def close(self) -> None:
         """Release GPU memory.
