@@ -30,7 +30,7 @@ def tapes() -> Iterator[list[TapeRecorder]]:
 
 
 def curve(**arguments: Any) -> dict:
-    """Run `jobs.curve`. Adds the number of tapes, and of their replays."""
+    """Run `jobs.curve`. Adds the numbers of tapes, of their replays, and of recorders that were not released."""
     with tapes() as recorders:
         return jobs.curve(**arguments) | _counts(recorders)
 
@@ -43,7 +43,7 @@ def both_curves(train: dict, **arguments: Any) -> list[dict]:
 
 
 def pretrain_run(config: dict) -> dict:
-    """Run `jobs.pretrain_run`. Adds the number of tapes, and of their replays."""
+    """Run `jobs.pretrain_run`. Adds the numbers of tapes, of their replays, and of recorders that were not released."""
     with tapes() as recorders:
         return jobs.pretrain_run(config) | _counts(recorders)
 
@@ -71,4 +71,8 @@ def _batches(engine: Any, model: dict, step: int, size: int) -> list:
 
 
 def _counts(recorders: list[TapeRecorder]) -> dict[str, int]:
-    return {"tapes": sum(len(one.tapes) for one in recorders), "replays": sum(one.replays for one in recorders)}
+    return {
+        "tapes": sum(len(one.tapes) for one in recorders),
+        "replays": sum(one.replays for one in recorders),
+        "kept": sum(not one.released for one in recorders),
+    }

@@ -97,10 +97,11 @@ class TapeRecorder:
 
     Attributes:
         replays: number of replays so far.
+        released: whether the tapes were released.
     """
 
     def __init__(self) -> None:
-        self.replays, self.tapes = 0, list[OpTape]()
+        self.replays, self.tapes, self.released = 0, list[OpTape](), False
 
     def side_stream(self) -> Any:
         return nullcontext()
@@ -123,6 +124,9 @@ class TapeRecorder:
             tape.replay()
 
         return replay
+
+    def release(self) -> None:
+        self.released = True
 
 
 def _written(func: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:

@@ -1,5 +1,8 @@
 """Form and leave the tensor, context, data and pipeline parallel groups."""
 
+from typing import Protocol
+from weakref import WeakSet
+
 import torch
 import torch.distributed as dist
 
@@ -13,10 +16,38 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hybrid.config.parallel import ParallelConfig
 
-__all__ = ["LONGEST_WAIT_MINUTES", "ProcessGroupCollection", "form_groups", "leave_groups", "stop_distributed"]
+__all__ = [
+    "LONGEST_WAIT_MINUTES",
+    "ProcessGroupCollection",
+    "form_groups",
+    "leave_groups",
+    "release_before_leaving",
+    "stop_distributed",
+]
 
 LONGEST_WAIT_MINUTES = 30
 """Minutes after which a collective that waits for a missing rank ends the run."""
+
+
+class HoldsCommunicators(Protocol):
+    """Keeps communicators of groups in use, as CUDA graphs of collectives do. NCCL waits for those to end before it destroys one."""
+
+    def release(self) -> None:
+        """Let them go. Called when groups are about to be destroyed; may be called twice."""
+
+
+_holders: WeakSet[HoldsCommunicators] = WeakSet()
+
+
+def release_before_leaving(holder: HoldsCommunicators) -> None:
+    """Release an object before groups are destroyed, also after an error. Without it, destroying them would wait forever."""
+    _holders.add(holder)
+
+
+def _release() -> None:
+    for holder in list(_holders):
+        holder.release()
+    _holders.clear()
 
 
 def form_groups(
@@ -45,6 +76,7 @@ def leave_groups() -> None:
 
     megatron-core only forgets its groups; this also frees their communicators and NCCL's memory.
     """
+    _release()
     parallel_state.destroy_model_parallel()
     in_order = list(dist.distributed_c10d._world.pg_map)  # in the order of creation, which is the same on all ranks
     for group in in_order:
@@ -55,5 +87,6 @@ def leave_groups() -> None:
 def stop_distributed() -> None:
     """Destroy the process groups. A second call has no effect."""
     if dist.is_initialized():
+        _release()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -30,6 +30,8 @@ step is divided by what depends on the host.
 - Recompute of whole layers, Transformer Engine's attention and megatron-core's embedding save and restore random states, although
   nothing here draws random numbers. Reading the state of a generator during a capture is an error. So megatron-core's tracker is
   seeded again in the form that graphs can read, and its states are registered with each graph.
+- NCCL does not destroy a communicator while a graph of its collectives exists. So the graphs are released before the groups are
+  destroyed, also when an error ends the run. Otherwise the process would wait forever.
 - Triton and megatron-core's fused functions compile in the warm-up. The kernels of this project take sizes from shapes. Their tables
   of chunks and segments are arguments or on the device.
 
@@ -42,6 +44,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from megatron.core import tensor_parallel
@@ -52,6 +55,7 @@ from megatron.core.tensor_parallel.random import get_all_rng_states
 from megatron_hybrid.base.errors import ConfigError, UserError
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.distributed.device import has_cuda
+from megatron_hybrid.distributed.process_groups import release_before_leaving
 
 
 class Recorder(Protocol):
@@ -63,12 +67,20 @@ class Recorder(Protocol):
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Run a function without running its kernels, and return a function that runs these kernels."""
 
+    def release(self) -> None:
+        """Free what was recorded. Its functions must not be called any more."""
+
 
 class CudaRecorder:
-    """Captures CUDA graphs in one memory pool. They are replayed one at a time, and their results are read before the next replay."""
+    """Captures CUDA graphs in one memory pool. They are replayed one at a time, and their results are read before the next replay.
+
+    They are released before process groups are destroyed.
+    """
 
     def __init__(self, seed: int) -> None:
         self.stream, self.pool = get_shared_capture_stream(), torch.cuda.graph_pool_handle()
+        self._replays: WeakSet[_Replay] = WeakSet()
+        release_before_leaving(self)
         # as distributed/process_groups.py does, with states that graphs can read
         tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=True, force_reset_rng=True)
         torch.manual_seed(seed)
@@ -103,7 +115,14 @@ class CudaRecorder:
             reason = str(error.__context__ or error).splitlines()[0]  # ending a capture that failed is an error as well
             raise UserError(f"train.cuda_graph_impl: a step cannot be captured ({reason}); set it to none") from error
         torch.cuda.synchronize()
-        return _Replay(graph, list(get_global_memory_buffer().buffer.values()))
+        replay = _Replay(graph, list(get_global_memory_buffer().buffer.values()))
+        self._replays.add(replay)
+        return replay
+
+    def release(self) -> None:
+        """Destroy the graphs that still exist. A graph that nothing refers to any more is destroyed by itself."""
+        for replay in list(self._replays):
+            replay.release()
 
 
 @contextmanager
@@ -127,6 +146,10 @@ class _Replay:
 
     def __call__(self) -> None:
         self.graph.replay()
+
+    def release(self) -> None:
+        self.graph.reset()
+        self.buffers.clear()
 
 
 def make_recorder(train: TrainConfig) -> Recorder | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.distributed import process_groups
 from megatron_hybrid.train import cuda_graph
 from megatron_hybrid.train.cuda_graph import CudaRecorder, GraphedCall
 
@@ -30,6 +31,9 @@ class Graph:
 
     def replay(self) -> None:
         self.calls.append("replays")
+
+    def reset(self) -> None:
+        self.calls.append("is destroyed")
 
 
 @pytest.fixture
@@ -104,6 +108,26 @@ def test_a_graph_keeps_the_buffers_it_reads(cuda):
     replay: Any = CudaRecorder(seed=7).record(lambda: None)
     held = cuda.buffers.pop("mpu")
     assert replay.buffers == [held]
+
+
+@pytest.mark.parametrize("leave", [process_groups.leave_groups, process_groups.stop_distributed])
+def test_graphs_are_destroyed_before_the_groups_whose_communicators_they_use(cuda, monkeypatch, leave):
+    recorder = CudaRecorder(seed=7)
+    replays = [recorder.record(lambda: None) for _ in range(2)]
+    del replays[0]  # of a shape that was forgotten
+    gc.collect()
+    cuda.calls.clear()
+    groups = SimpleNamespace(
+        is_initialized=lambda: True,
+        destroy_process_group=lambda *group: cuda.calls.append("destroys a group"),
+        distributed_c10d=SimpleNamespace(_world=SimpleNamespace(pg_map=["tp"])),
+        group=SimpleNamespace(WORLD="all"),
+    )
+    monkeypatch.setattr(process_groups, "dist", groups)
+    monkeypatch.setattr(process_groups.parallel_state, "destroy_model_parallel", lambda: None)
+    leave()
+    assert cuda.calls == ["is destroyed", "destroys a group"]
+    assert not replays[0].buffers
 
 
 def test_what_cannot_be_captured_is_an_error_that_names_the_field(cuda):

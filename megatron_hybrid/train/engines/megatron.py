@@ -49,7 +49,7 @@ class MegatronEngine:
     ) -> None:
         self.groups, self.parallel, self.precision, self.sequence_length = groups, parallel, precision, sequence_length
         self.dtype, self.documents = train.dtype, documents
-        recorder = make_recorder(train)
+        self.recorder = recorder = make_recorder(train)
         if parallel.tp_comm_overlap:
             require_transformer_engine("parallel.tp_comm_overlap", model.backend, precision, train.dtype)
             tokens = sequence_length // groups.cp.size() * train.micro_batch_size
@@ -114,6 +114,8 @@ class MegatronEngine:
             chunk.grad_accs.clear()
             config = chunk.module.config
             config.grad_scale_func = config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
+        if self.recorder is not None:
+            self.recorder.release()
         self.graphed = None
         if self.parallel.tp_comm_overlap:
             stop_overlap()
