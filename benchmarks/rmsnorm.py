@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from kernel_timing import copy_tb_s, cpu_ms, gpu_ms, write_gpu
 from report import row
