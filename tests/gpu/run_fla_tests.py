@@ -94,6 +94,7 @@ def pytest_configure(config):
 
 def _register():
     """Register our backend and count its calls. fla reads FLA_DISABLE_BACKEND_DISPATCH when fla.backends is imported: here."""
+    os.environ.pop("FLA_DISABLE_BACKEND_DISPATCH", None)  # pytest-xdist's workers inherit what the first process set
     from hybrid_kernels.fla_backend import HybridKernelsBackend
 
     run = HybridKernelsBackend.chunk_gated_delta_rule
