@@ -90,7 +90,11 @@ def headline() -> str:
 
 def kernels() -> str:
     """Times of kernels and blocks against the baselines."""
-    rule, four, step = "B 1, T 8192, H 30, hopper, saving scores", "B 4, T 8192, H 30, hopper, saving scores", "forward + backward"
+    rule, four, step = (
+        "B 1, T 8192, H 30, hopper, saving scores",
+        "B 4, T 8192, H 30, hopper, saving scores",
+        "forward + backward",
+    )
     names = {"fla": "fla 0.6.0", "megatron": "megatron-core 0.19.2", "FlashQLA": "FlashQLA, see below"}
     rows = []
     for label, result, case, peer in (
@@ -106,6 +110,35 @@ def kernels() -> str:
         ours, other = (figure(result, case, step, column, peer) for column in ("ours", "peer"))
         rows.append([label, f"{ours:.2f} ms", f"{other:.2f} ms ({names[peer]})", f"{other / ours:.2f}"])
     return table(["forward and backward, 8,192 tokens, bf16", "ours", "baseline", "ratio"], rows)
+
+
+def gradients() -> str:
+    """Times of the delta rule with its last kernel in CUDA C++ and in Triton."""
+    rows = []
+    for label, case in (("one sequence", "B 1, T 8192, H 30"), ("four sequences", "B 4, T 8192, H 30")):
+        for what, metric in (
+            ("gradients alone", "gradients"),
+            ("forward and backward", "forward and backward, gradients"),
+        ):
+            ours, other = (figure("hopper_trial-H200", case, metric, column) for column in ("ours", "peer"))
+            rows.append([f"{label}, {what}", f"{ours:.2f} ms", f"{other:.2f} ms", f"{other / ours:.2f}"])
+    return table(["gated delta rule, one H200", "gradients in CUDA C++", "in Triton", "ratio"], rows)
+
+
+def small_models() -> str:
+    """Training steps of small models on one GPU, with CUDA graphs and without."""
+    rows = []
+    for label, case in (
+        ("hybrid of examples/expressivity, 32 x 256 tokens", "hybrid_negative, 32 x 256 tokens"),
+        ("the same, 32 x 1,024 tokens", "hybrid_negative, 32 x 1024 tokens"),
+        ("its transformer, 32 x 1,024 tokens", "transformer, 32 x 1024 tokens"),
+        ("hybrid of 100 M parameters, 64 x 1,024 tokens", "hybrid of 100 M parameters, 64 x 1024 tokens"),
+    ):
+        (graphs, plain), (rate, before) = (
+            [figure("small_models-H200", case, metric, column) for column in ("ours", "peer")] for metric in ("step", "tokens/s")
+        )  # fmt: skip
+        rows.append([label, f"{plain:.1f} ms", f"{graphs:.1f} ms", f"{before:,.0f}", f"{rate:,.0f}"])
+    return table(["one H200, bf16", "step", "with graphs", "tokens/s", "with graphs"], rows)
 
 
 def whole_models() -> str:
@@ -306,6 +339,7 @@ TABLES = {
     "documents": documents, "document-attention": document_attention, "long-context": long_context,
     "training": training, "headline": headline, "kernels": kernels, "tiny": tiny, "fp8-loss": fp8_loss,
     "test-suite": test_suite, "whole-models": whole_models, "qwen": qwen,
+    "gradients": gradients, "small-models": small_models,
     "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs,
     "expressivity-state-tracking": partial(expressivity, "state_tracking"),
     "expressivity-recall": partial(expressivity, "recall"),
