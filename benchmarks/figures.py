@@ -106,6 +106,7 @@ def kernels() -> str:
         ("Gated DeltaNet block, H100", "blocks-H100", "Gated DeltaNet block, TP1, bf16", "megatron"),
         ("attention block, H100", "blocks-H100", "attention block, TP1, bf16", "megatron"),
         ("Gated DeltaNet block, TP2, two H200s", "blocks_tp2-H200", "Gated DeltaNet block, TP2, bf16", "megatron"),
+        ("Kimi Delta Attention layer, H200", "kda_layer-H200", "B 1, T 8192, 32 heads of 128, bf16", "fla"),
     ):
         ours, other = (figure(result, case, step, column, peer) for column in ("ours", "peer"))
         rows.append([label, f"{ours:.2f} ms", f"{other:.2f} ms ({names[peer]})", f"{other / ours:.2f}"])
