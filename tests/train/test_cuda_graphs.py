@@ -18,23 +18,28 @@ REPLAYS = 2 * (STEPS - graph_jobs.GRAPHS["cuda_graph_warmup_steps"])
 """Replays of the passes, and of the copy of parameters."""
 TRANSFORMER = MODEL | {"layer_pattern": "AA"}
 KDA = dict(key_head_dim=8, value_head_dim=8, num_heads=6)
-CASES = {
+CASES = {  # independent parameters are paired
     # name: (ranks, arguments)
-    "hybrid": (1, {}),
-    "transformer": (1, dict(model=TRANSFORMER)),
-    "bf16": (1, dict(train=dict(dtype="bf16"))),
-    "one micro-batch": (1, dict(train=dict(micro_batch_size=8))),
-    "Kimi Delta Attention": (1, dict(model=MODEL | dict(layer_pattern="KA", kda=KDA))),
-    "windows, norms everywhere, tied": (1, dict(model=PERI_NORM | dict(tie_embeddings=True), lr=1e-3)),
-    "YaRN": (1, dict(model=MODEL | dict(rope_scaling=dict(factor=8.0, original_max_position_embeddings=32)))),
-    "plain optimizer": (1, dict(parallel=layout(distributed_optimizer=False))),
-    "Muon": (1, dict(train=dict(optimizer=dict(kind="muon")))),
-    "selective recompute": (1, dict(parallel=layout(recompute_granularity="selective"))),
-    "full recompute": (1, dict(parallel=layout(recompute_granularity="full"))),
+    "hybrid, a skipped update": (1, dict(skipped=(3,))),
+    "transformer, plain optimizer": (1, dict(model=TRANSFORMER, parallel=layout(distributed_optimizer=False))),
+    "bf16, one micro-batch": (1, dict(train=dict(dtype="bf16", micro_batch_size=8))),
+    "Kimi Delta Attention, Muon": (
+        1,
+        dict(model=MODEL | dict(layer_pattern="KA", kda=KDA), train=dict(optimizer=dict(kind="muon"))),
+    ),
+    "windows, norms everywhere, tied, full recompute": (
+        1,
+        dict(model=PERI_NORM | dict(tie_embeddings=True), lr=1e-3, parallel=layout(recompute_granularity="full")),
+    ),
+    "YaRN, selective recompute": (
+        1,
+        dict(
+            model=MODEL | dict(rope_scaling=dict(factor=8.0, original_max_position_embeddings=32)),
+            parallel=layout(recompute_granularity="selective"),
+        ),
+    ),
     "mask": (1, dict(documents="mask")),
     "pack": (1, dict(documents="pack", train=dict(micro_batch_size=1))),
-    "a skipped update": (1, dict(skipped=(3,))),
-    "DP2": (2, {}),
     "DP2, pack": (2, dict(documents="pack")),
     "DP2, plain optimizer": (2, dict(parallel=layout(distributed_optimizer=False))),
     "TP2": (2, dict(parallel=layout(2))),
