@@ -89,14 +89,15 @@ WRITTEN = {"prepare": slice(4, 7), "forward_scan": slice(5, 7), "reverse_scan": 
 
 
 def calls_on_cpu(folder: Path) -> Callable:
-    """Return a replacement of the CUDA backend's `_call`. Each kernel is compiled at its first call; skips without g++."""
+    """Return a replacement of the CUDA backend's `_call`. Each kernel is compiled at its first call; skips without g++.
+
+    Args:
+        folder: of `cuda_sources.shared_builds`.
+    """
 
     @cache
     def library(name: str, key_dim: int) -> ctypes.CDLL:
-        source, entry = KERNELS[name]
-        of_kernel = folder / f"{name}-{key_dim}"
-        of_kernel.mkdir()
-        return compiled(of_kernel, source, entry, key_dim)
+        return compiled(folder, *KERNELS[name], key_dim)
 
     def call(name, k, tensors, args, *counts) -> None:
         for x in tensors[WRITTEN[name]]:

@@ -11,13 +11,13 @@ from hybrid_kernels.gated_delta_rule.backends.cuda import op as cuda_op  # noqa:
 from hybrid_kernels.gated_delta_rule.backends.triton.chunks import Chunks  # noqa: E402
 from hybrid_kernels.nvcc import find_nvcc  # noqa: E402
 from hybrid_kernels.testing import delta_rule_inputs, random_positions, relative_error  # noqa: E402
-from tests.kernels.cuda_sources import assembler_says  # noqa: E402
+from tests.kernels.cuda_sources import assembler_says, shared_builds  # noqa: E402
 from tests.kernels.kernels_on_cpu import PREPARE, calls_on_cpu  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
-    return calls_on_cpu(tmp_path_factory.mktemp("prepare"))
+    return calls_on_cpu(shared_builds(tmp_path_factory))
 
 
 def exact(q, k, g, beta, scale, positions=None) -> tuple[torch.Tensor, ...]:

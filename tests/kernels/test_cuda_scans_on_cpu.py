@@ -14,6 +14,7 @@ from hybrid_kernels.gated_delta_rule.reference import (  # noqa: E402
     gated_delta_rule_recurrent,
 )
 from hybrid_kernels.testing import delta_rule_inputs, random_positions, relative_error  # noqa: E402
+from tests.kernels.cuda_sources import shared_builds  # noqa: E402
 from tests.kernels.kernels_on_cpu import calls_on_cpu  # noqa: E402
 
 TOLERANCE = 6e-3  # those of tests/gpu/test_kernels.py
@@ -22,7 +23,7 @@ TOLERANCES = dict(dq=8e-3, dk=8e-3, dg=2e-2, dbeta=2e-2)
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
-    return calls_on_cpu(tmp_path_factory.mktemp("scans"))
+    return calls_on_cpu(shared_builds(tmp_path_factory))
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,13 @@ from hybrid_kernels.gated_delta_rule.backends.triton import op as triton_op
 from hybrid_kernels.gated_delta_rule.backends.triton.chunks import Chunks
 from hybrid_kernels.gated_delta_rule.kernels import Kernels
 from hybrid_kernels.testing import delta_rule_inputs, random_positions, relative_error
+from tests.kernels.cuda_sources import shared_builds
 from tests.kernels.kernels_on_cpu import calls_on_cpu
 
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
-    return calls_on_cpu(tmp_path_factory.mktemp("kernels"))
+    return calls_on_cpu(shared_builds(tmp_path_factory))
 
 
 def results(inputs, given, backend, save="scores", bounds=None, positions=None):
