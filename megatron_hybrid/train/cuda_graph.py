@@ -6,8 +6,8 @@ step is divided by what depends on the host.
 | part of a step | how it runs |
 |---|---|
 | forward and backward passes of all micro-batches, sums of their losses | one graph per shape of global batch |
-| zeroing of gradients, reduction over data parallel ranks, sums of losses over ranks, gradient norm | host, without waiting |
-| loss and norm are read, skip or update | host, waits once |
+| zeroing of gradients, reduction over data parallel ranks, sums of losses over ranks | host, without waiting |
+| losses are read, then the gradient norm; skip or update | host, waits for each |
 | clipping, Adam | host |
 | copy of the shards of master weights to the model's weights, one kernel per parameter | one graph |
 | all-gather of weights | host |

@@ -61,7 +61,7 @@ class MegatronEngine:
         with side_stream(recorder):
             self.wrapped = wrap_data_parallel(self.chunks, parallel, precision, spec, self.layout, groups)
         self.optimizer = Optimizer(self.wrapped, self.layout, train, parallel, precision)
-        self._update_pending, self._norm = False, 0.0
+        self._update_pending = False
         prepare_for_training(self.wrapped, self.optimizer)
         self.run = BatchRunner(self.wrapped, groups, train.z_loss, train.eval_accuracy)
         self.launches = describe(train, recorder)
@@ -88,11 +88,7 @@ class MegatronEngine:
                 chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        global_batch = (self.graphed or self.run).start(batches)
-        # the host prepares the norm while the GPU still computes: only then does it wait, for both
-        global_batch.reduce()
-        self._norm = self.optimizer.gradient_norm()
-        return global_batch.losses()
+        return (self.graphed or self.run).start(batches).losses()
 
     def backends(self, batch_size: int) -> list[str]:
         """Return a table of the formats and kernels that this rank runs, with reasons.
@@ -121,7 +117,7 @@ class MegatronEngine:
             stop_overlap()
 
     def gradient_norm(self) -> float:
-        """Return the global gradient norm of the last `forward_backward`, before clipping.
+        """Return the global gradient norm before clipping.
 
         Without the distributed optimizer, every data parallel rank computes it from its own copy of the gradients. The ranks compare
         their results, because they must decide alike whether to update.
@@ -129,7 +125,7 @@ class MegatronEngine:
         Raises:
             ReplicaError: data parallel ranks have different norms.
         """
-        norm = self._norm
+        norm = self.optimizer.gradient_norm()
         if self.parallel.distributed_optimizer or self.groups.dp_cp.size() == 1:
             return norm
         return agreed_norm(norm, self.groups.dp_cp)
