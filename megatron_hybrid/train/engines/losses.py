@@ -91,7 +91,6 @@ class GlobalBatch:
         self.groups = groups
         self.slots = groups.dp.size() * sum(batch.labels.numel() for batch in batches)
         self._totals: Tensor | None = None
-        self._packed: Tensor | None = None
         scale = None
         if batches[0].counts is not None:
             self._totals = _totals(batches, groups)
@@ -100,8 +99,8 @@ class GlobalBatch:
         sources = batches[0].sources
         self.sums = LossSums(scale, None if sources is None else sources.shape[1], count_correct)
 
-    def reduce(self) -> None:
-        """Sum over all ranks, on the device. Pipeline stages without losses contribute zeros."""
+    def losses(self) -> BatchLosses:
+        """Sum over all ranks and return the losses. Pipeline stages without losses contribute zeros."""
         sums = self.sums
         mean = torch.stack(sums.means).mean(0) if sums.means else torch.zeros(2, device=local_device())
         self._sum_over_ranks(mean, divide=True)
@@ -111,19 +110,10 @@ class GlobalBatch:
         if sums.by_source is not None:
             self._sum_over_ranks(sums.by_source)
             parts.append(sums.by_source[:, 0] / sums.by_source[:, 1])
-        if sums.correct is not None:
-            self._sum_over_ranks(sums.correct)
-            parts.append(sums.correct)
-        self._packed = torch.cat(parts)
-
-    def losses(self) -> BatchLosses:
-        """Return the losses over all ranks: wait for the device."""
-        if self._packed is None:
-            self.reduce()
-        assert self._packed is not None
-        if self.sums.correct is None:
-            return self._read(self._packed.tolist())
-        *values, correct = self._packed.tolist()
+        if sums.correct is None:
+            return self._read(torch.cat(parts).tolist())
+        self._sum_over_ranks(sums.correct)
+        *values, correct = torch.cat([*parts, sums.correct]).tolist()
         return replace(self._read(values), correct=round(correct))
 
     def _sum_over_ranks(self, values: Tensor, divide: bool = False) -> None:
