@@ -7,16 +7,22 @@ a decay there are no A_log, dt_bias and g.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 
-from hybrid_kernels.conv_gates.backends.triton.backward import conv_gates_backward_kernel
+from hybrid_kernels.conv_gates.backends.triton.backward import conv_gates_backward_kernel, sum_kernel
 from hybrid_kernels.conv_gates.backends.triton.forward import conv_gates_kernel
 from hybrid_kernels.conv_gates.reference import widths
 from hybrid_kernels.custom_op import OptionalTensors, custom_op
 
 SEGMENTS, FORWARD_SEGMENT, BACKWARD_SEGMENT = 8, 32, 64
-"""Segments per program, and tokens per segment in each direction."""
+"""Segments per program, and tokens per segment in each direction: a multiple of `rows.AHEAD`. Heads wider than 96 have half as many
+segments."""
+DOCUMENT_REGISTERS = 168
+"""Registers per thread with which three programs of the backward pass share an SM. With documents the compiler would take 240, without
+168 at most. Heads wider than 192 need more."""
+GATE_TILE = 2048
+"""Elements of the gates that a program processes at a time."""
+SUM_ROWS, SUM_COLUMNS = 16, 128
 BACK = 3
 """Tokens that the convolution looks back on: taps - 1."""
 KEY_DIMS = (16, 32, 64, 96, 128, 192, 256)
@@ -36,12 +42,17 @@ def unsupported_reason(taps: int, dims: list[int]) -> str | None:
     return None
 
 
-def _constants(dims: list[int], width: int, documents: bool) -> dict[str, Any]:
+def _constants(dims: list[int], width: int, documents: bool, tokens: int) -> dict[str, Any]:
+    """Return the kernels' constants for segments of `tokens` tokens. A row of q or k fits in one warp."""
     key_heads, heads, dim_k, dim_v, gate, with_decay = dims
-    value_tile, gate_tile = (next(t for t in (64, 32, 16) if n % t == 0) for n in (heads * dim_v, gate))
+    segments = SEGMENTS if dim_k <= 96 else SEGMENTS // 2
+    tiles = [tile for tile in (192, 128, 96, 64, 32, 16) if tile * segments <= 96 * SEGMENTS]
+    value_tile, gate_tile = (next(tile for tile in tiles if n % tile == 0) for n in (heads * dim_v, gate))
+    heads_pow2 = triton.next_power_of_2(heads)
     return dict(
         W=width, HK=key_heads, HV=heads, K=dim_k, V=dim_v, VT=value_tile, GATE=gate, GT=gate_tile,
-        DECAY=bool(with_decay), HEADS_POW2=triton.next_power_of_2(heads), DOCUMENTS=documents,
+        DECAY=bool(with_decay), HEADS_POW2=heads_pow2, ROWS=min(segments * tokens, max(16, GATE_TILE // heads_pow2)),
+        DOCUMENTS=documents, S=segments, L=tokens,
     )  # fmt: skip
 
 
@@ -71,10 +82,10 @@ def _forward(
     """Return q, k, v, g, beta."""
     length, batch, width = packed.shape
     out = _forward_like(packed, weight, A_log, dt_bias, positions, dims, beta_max)
-    c = _constants(dims, width, positions is not None)
-    conv_gates_kernel[(_units(c, with_gate=False), triton.cdiv(length, SEGMENTS * FORWARD_SEGMENT), batch)](
+    c = _constants(dims, width, positions is not None, FORWARD_SEGMENT)
+    conv_gates_kernel[(_units(c, with_gate=False), triton.cdiv(length, c["S"] * c["L"]), batch)](
         packed, weight, *_given(packed, A_log, dt_bias, positions, *out), length, batch, beta_max, **c,
-        S=SEGMENTS, L=FORWARD_SEGMENT, num_warps=4,
+        num_warps=4,
     )  # fmt: skip
     return out
 
@@ -101,17 +112,22 @@ def _backward(
 ) -> OptionalTensors:  # fmt: skip
     """Return the gradients of packed and weight, and [2, value heads] those of A_log and dt_bias, if there are any."""
     length, batch, width = packed.shape
-    c = _constants(dims, width, positions is not None)
-    blocks = triton.cdiv(length, SEGMENTS * BACKWARD_SEGMENT)
+    c = _constants(dims, width, positions is not None, BACKWARD_SEGMENT)
+    blocks = triton.cdiv(length, c["S"] * c["L"])
     dpacked = torch.empty_like(packed)
-    dweight = torch.empty(blocks * batch, *weight.shape, device=weight.device, dtype=torch.float32)
-    sums = torch.empty(blocks * batch, 2, c["HV"], device=weight.device, dtype=torch.float32)
+    sums = torch.empty(2, c["HV"], device=weight.device, dtype=torch.float32)
+    dweight, gates = torch.empty_like(weight), c["DECAY"] * sums.numel()
+    partial = torch.empty(blocks * batch, weight.numel() + gates, device=weight.device, dtype=torch.float32)
     gate = None if dgate is None else dgate.contiguous()
     conv_gates_backward_kernel[(_units(c, with_gate=True), blocks, batch)](
-        packed, weight, *_given(packed, A_log, dt_bias, positions, dq, dk, dv, dg, dbeta, gate), dpacked, dweight, sums,
-        length, batch, beta_max, **c, WITH_GATE=gate is not None, S=SEGMENTS, L=BACKWARD_SEGMENT, num_warps=4,
+        packed, weight, *_given(packed, A_log, dt_bias, positions, dq, dk, dv, dg, dbeta, gate), dpacked, partial,
+        length, batch, beta_max, **c, WITH_GATE=gate is not None, num_warps=4,
+        maxnreg=DOCUMENT_REGISTERS if c["DOCUMENTS"] and c["K"] <= 192 else None,
     )  # fmt: skip
-    return [dpacked, dweight.sum(0).to(weight.dtype), None if A_log is None else sums.sum(0)]
+    sum_kernel[(triton.cdiv(partial.shape[1], SUM_COLUMNS),)](
+        partial, dweight, sums, len(partial), N=weight.numel(), GATES=gates, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS
+    )
+    return [dpacked, dweight, None if A_log is None else sums]
 
 
 # A halo. The kernels assume that a sequence starts with its first token, which is wrong for its first BACK tokens only. They run
@@ -119,8 +135,14 @@ def _backward(
 
 
 def _positions_of_start(positions: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the positions of the halo and the first tokens, [b, 2 * BACK]. Those of the halo do not matter."""
-    return None if positions is None else F.pad(positions[:, :BACK], (BACK, 0))
+    """Return the positions of the halo and the first tokens, [b, 2 * BACK].
+
+    The halo's count on those of the first token. Before the document of that token they are negative.
+    """
+    if positions is None:
+        return None
+    before = torch.arange(BACK, 0, -1, device=positions.device, dtype=positions.dtype)
+    return torch.cat((positions[:, :1] - before, positions[:, :BACK]), 1)
 
 
 def _correct_start(
