@@ -1,10 +1,15 @@
 """conv_gates and gated_rmsnorm at OLMo Hybrid's sizes, against fla's modules and torch.compile of the references.
 
---only REGEX    the cases whose name it finds, as gated_rmsnorm
+--only REGEX      the cases whose name it finds, as gated_rmsnorm
+--before FOLDER   also time conv_gates of an earlier commit, of which FOLDER holds the `kernels` folder (`git archive COMMIT kernels`)
 """
 
 import argparse
+import importlib
 import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from kernel_timing import copy_tb_s, cpu_ms, gpu_ms, kernels, write_gpu
@@ -35,6 +40,25 @@ def fla_conv_gates(packed, weight, A_log, dt_bias, cu_seqlens=None):
     q, k, v = mixed.split([KEY, KEY, VALUE], dim=-1)
     q, k = (l2norm(y.unflatten(-1, (H, K)).contiguous()) for y in (q, k))
     return q, k, v.unflatten(-1, (H, V)).contiguous(), fused_gdn_gate(a, A_log, dt_bias), 2 * b.float().sigmoid(), gate
+
+
+def conv_gates_before(folder: Path) -> Callable:
+    """Return the Triton backend of an earlier tree. Its modules leave `sys.modules` again, so that both trees run in this process."""
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "hybrid_kernels"}
+    sys.path.insert(0, str(folder.resolve() / "kernels"))
+    try:
+        op = importlib.import_module("hybrid_kernels.conv_gates.backends.triton.op")
+        if not Path(op.__file__).is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"--before: {folder}/kernels has no hybrid_kernels/conv_gates; unpack `git archive COMMIT kernels`"
+            )
+    finally:
+        sys.path.pop(0)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "hybrid_kernels"]:
+            del sys.modules[name]
+        sys.modules.update(ours)
+    dims = [*DIMS.values(), VALUE, 1]
+    return lambda *x: op.conv_gates_triton(*x, None, None, dims, 2.0, True)
 
 
 def torch_conv_gates(packed, weight, A_log, dt_bias):
@@ -103,7 +127,7 @@ def compare(op, inputs, exact, versions, floors, goal) -> list[dict]:
     return rows
 
 
-def conv_gates_rows(name: str) -> list[dict]:
+def conv_gates_rows(name: str, before: Path | None) -> list[dict]:
     packed = packed_inputs(T, 1, H, H, K, V, padding=PADDING, dtype=torch.bfloat16, device="cuda")
     packed = [x.requires_grad_() for x in packed]
     channels = 2 * KEY + VALUE
@@ -112,6 +136,7 @@ def conv_gates_rows(name: str) -> list[dict]:
         name, packed, torch_conv_gates,
         {
             "ours": lambda *x: conv_gates(*x, **DIMS, return_gate=True, backend="triton"),
+            **({} if before is None else {"before": conv_gates_before(before)}),
             "fla 0.6 modules": fla_conv_gates,
             "torch.compile of the reference": torch.compile(torch_conv_gates),
         },
@@ -137,9 +162,10 @@ def gated_rmsnorm_rows(name: str, batch: int, whole: bool) -> list[dict]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
+    parser.add_argument("--before", type=Path)
     options, _ = parser.parse_known_args()
     cases = {
-        "conv_gates": (conv_gates_rows,),
+        "conv_gates": (conv_gates_rows, options.before),
         "gated_rmsnorm, batch 1": (gated_rmsnorm_rows, 1, True),
         "gated_rmsnorm, batch 1, gate as a slice of the projection": (gated_rmsnorm_rows, 1, False),
         "gated_rmsnorm, batch 4": (gated_rmsnorm_rows, 4, True),
