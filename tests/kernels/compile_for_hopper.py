@@ -2,7 +2,7 @@
 
     python tests/kernels/compile_for_hopper.py CASE ...
 
-CASE: delta_rule,KEY_DIM,VALUE_DIM,SEGMENTS,RANKS,DOCUMENTS or rmsnorm,WIDTH,DTYPE
+CASE: delta_rule,KEY_DIM,VALUE_DIM,SEGMENTS,RANKS,DOCUMENTS or rmsnorm,WIDTH,DTYPE or conv_gates,HEADS,KEY_DIM,VALUE_DIM,DOCUMENTS
 RANKS: 2 for sequences in slices on several ranks. DOCUMENTS: 1 for documents in the sequences.
 
 Each line has the case, and the shared memory, registers, spills and assembler warnings of a run on an H100. Nothing is launched.
@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hybrid_kernels.testing import delta_rule_inputs
+from hybrid_kernels.testing import delta_rule_inputs, packed_inputs
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
@@ -117,11 +117,23 @@ def rmsnorm(width: int, dtype: str) -> None:
         op._backward(x, weight, rstd, x, residual, False)
 
 
+def conv_gates(heads: int, key_dim: int, value_dim: int, documents: int) -> None:
+    from hybrid_kernels.conv_gates.backends.triton.op import conv_gates_triton
+
+    inputs = packed_inputs(64, 1, heads, heads, key_dim, value_dim, padding=4, dtype=torch.bfloat16)
+    positions = torch.zeros(1, 64, dtype=torch.int32) if documents else None
+    dims = [heads, heads, key_dim, value_dim, heads * value_dim, 1]
+    results = conv_gates_triton(*(x.requires_grad_() for x in inputs), positions, None, dims, 2.0, True)
+    torch.autograd.grad(results, inputs, [torch.empty_like(x) for x in results])
+
+
 if __name__ == "__main__":
     for case in sys.argv[1:]:
         operation, *numbers = case.split(",")
         compile_instead_of_launching(case)
         if operation == "rmsnorm":
             rmsnorm(int(numbers[0]), numbers[1])
+        elif operation == "conv_gates":
+            conv_gates(*map(int, numbers))
         else:
             delta_rule(*map(int, numbers))

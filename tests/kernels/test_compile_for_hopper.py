@@ -1,4 +1,7 @@
-"""Triton kernels fit an SM of a Hopper GPU, as compiled without a GPU. GEMMs of the delta rule overlap, and so do loads of norms."""
+"""Triton kernels fit an SM of a Hopper GPU, as compiled without a GPU. GEMMs of the delta rule overlap, and so do loads of norms.
+
+Enough programs of the convolutions share an SM.
+"""
 
 import json
 import os
@@ -21,13 +24,15 @@ DELTA_RULES = [
 """Key and value dimensions, segments, ranks, and whether there are documents."""
 NORMS = {"rmsnorm,3840,bfloat16": 2, "rmsnorm,256,bfloat16": 2, "rmsnorm,8192,float32": 1}
 """Programs of the backward pass that share an SM, by width and dtype."""
+CONVOLUTIONS = {"conv_gates,30,96,192,0": (6, 3), "conv_gates,30,96,192,1": (5, 3)}
+"""Programs of the forward and of the backward pass that share an SM, by heads, head dimensions and documents."""
 
 
 @pytest.fixture(scope="module")
 def kernels(root):
     """Compile all cases in one process, because importing torch takes seconds. Return what the script prints of each kernel."""
     path = os.pathsep.join([str(root / "kernels"), str(root)])
-    command = [sys.executable, str(SCRIPT), *DELTA_RULES, *NORMS]
+    command = [sys.executable, str(SCRIPT), *DELTA_RULES, *NORMS, *CONVOLUTIONS]
     ran = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
@@ -54,5 +59,19 @@ def test_norms_fit(case, kernels):
     for kernel in found:
         assert kernel["spilled"] == 0, kernel
         assert kernel["pipelined"] == (kernel["kernel"] == "backward_kernel"), kernel
-        allocated = -(-kernel["registers"] // 8) * 8 * 32 * kernel["warps"]
-        assert allocated * NORMS[case] <= REGISTERS and kernel["shared"] * NORMS[case] <= SHARED, kernel
+        assert programs_per_sm(kernel) >= NORMS[case], kernel
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_fit(case, kernels):
+    """Enough programs share an SM to have a copy's bytes on their way. A program has four rows of each tensor on their way."""
+    found = [kernel for kernel in kernels if kernel["case"] == case]
+    assert [kernel["kernel"] for kernel in found] == ["conv_gates_kernel", "conv_gates_backward_kernel", "sum_kernel"]
+    for kernel, programs in zip(found, CONVOLUTIONS[case]):
+        assert programs_per_sm(kernel) >= programs, kernel
+    assert not any(kernel["spilled"] for kernel in found), found
+
+
+def programs_per_sm(kernel):
+    allocated = -(-kernel["registers"] // 8) * 8 * 32 * kernel["warps"]
+    return min(REGISTERS // allocated, SHARED // kernel["shared"])
