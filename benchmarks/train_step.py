@@ -74,8 +74,8 @@ KINDS = {  # of kernels, by parts of their names; the first that fits
     "delta rule": ("forward_scan", "reverse_scan", "prepare_kernel", "gradients_kernel", "join"),
     "convolution and gates": ("conv_gates",),
     "loss head": ("losses_kernel", "scale_kernel", "cross_entropy"),
-    "gated norm, q and k norm, RoPE": ("forward_kernel", "backward_kernel", "qk_", "halves"),
     "RMSNorm": ("rmsnorm",),
+    "gated norm, q and k norm, RoPE": ("forward_kernel", "backward_kernel", "qk_", "halves"),
     "casts to FP8": ("quantize", "cast_", "transpose", "amax"),
     "optimizer and gradient norm": ("multi_tensor", "adam", "l2norm"),
 }

@@ -55,10 +55,11 @@ def test_delta_rules_fit(case, kernels):
 def test_norms_fit(case, kernels):
     """Programs of the backward pass share an SM where rows are of the model's width, and load rows ahead."""
     found = [kernel for kernel in kernels if kernel["case"] == case]
-    assert [kernel["kernel"] for kernel in found] == ["forward_kernel", "backward_kernel", "sum_kernel"] * 2
+    names = [f"rmsnorm_{name}_kernel" for name in ("forward", "backward", "sum")]
+    assert [kernel["kernel"] for kernel in found] == names * 2
     for kernel in found:
         assert kernel["spilled"] == 0, kernel
-        assert kernel["pipelined"] == (kernel["kernel"] == "backward_kernel"), kernel
+        assert kernel["pipelined"] == (kernel["kernel"] == "rmsnorm_backward_kernel"), kernel
         assert programs_per_sm(kernel) >= NORMS[case], kernel
 
 

@@ -33,7 +33,7 @@ def _load_weight(weight, N: tl.constexpr, BLOCK: tl.constexpr, ZERO_CENTERED: tl
 
 
 @triton.jit
-def forward_kernel(
+def rmsnorm_forward_kernel(
     x, residual, weight, stream, y, rstd, rows, eps,
     N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, ADD: tl.constexpr, ZERO_CENTERED: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def rmsnorm_backward_kernel(
     x, weight, rstd, dy, dstream, dx, partial, rows,
     N: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
@@ -80,7 +80,7 @@ def backward_kernel(
 
 
 @triton.jit
-def sum_kernel(partial, dweight, programs, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def rmsnorm_sum_kernel(partial, dweight, programs, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Write the sums of partial [programs, N] over the programs, COLUMNS of them in each program of this kernel."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)

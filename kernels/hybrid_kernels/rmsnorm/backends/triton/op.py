@@ -7,7 +7,11 @@ import triton
 
 from hybrid_kernels import triton_support  # noqa: F401 - repairs Triton's interpreter before the kernels are defined
 from hybrid_kernels.custom_op import OptionalTensors, custom_op
-from hybrid_kernels.rmsnorm.backends.triton.kernels import backward_kernel, forward_kernel, sum_kernel
+from hybrid_kernels.rmsnorm.backends.triton.kernels import (
+    rmsnorm_backward_kernel,
+    rmsnorm_forward_kernel,
+    rmsnorm_sum_kernel,
+)
 
 LARGEST_WIDTH = 8192
 TILE = 2048
@@ -47,7 +51,7 @@ def _forward(
     stream, y, rstd = _forward_like(x, residual, weight, eps, zero_centered)
     assert rstd is not None
     rows, tile = rstd.numel(), _tile(x.shape[-1], FORWARD_CHANNELS)
-    forward_kernel[(triton.cdiv(rows, tile["R"]),)](
+    rmsnorm_forward_kernel[(triton.cdiv(rows, tile["R"]),)](
         x, x if residual is None else residual, weight, x if stream is None else stream, y, rstd, rows, eps,
         ADD=residual is not None, ZERO_CENTERED=zero_centered, **tile,
     )  # fmt: skip
@@ -72,11 +76,11 @@ def _backward(
     stages = BACKWARD_STAGES if tile["R"] * tile["BLOCK"] * x.element_size() <= LARGEST_STAGE else 2
     dx, dweight = _backward_like(x, weight, rstd, dy, dstream, zero_centered)
     partial = torch.empty(programs, width, device=x.device, dtype=torch.float32)
-    backward_kernel[(programs,)](
+    rmsnorm_backward_kernel[(programs,)](
         x, weight, rstd, dy, dy if dstream is None else dstream, dx, partial, rows, STAGES=stages,
         ADD=dstream is not None, ZERO_CENTERED=zero_centered, **tile,
     )  # fmt: skip
-    sum_kernel[(triton.cdiv(width, SUM_COLUMNS),)](
+    rmsnorm_sum_kernel[(triton.cdiv(width, SUM_COLUMNS),)](
         partial, dweight, programs, N=width, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4
     )
     return [dx, dweight]
