@@ -29,6 +29,11 @@ def norm_work(shard: Shard, direction: Direction) -> MemoryWork:
     return MemoryWork("norm", _stream_tokens(shard) * moved)
 
 
+def stream_gradient_work(shard: Shard) -> MemoryWork:
+    """Return the work that the stream's gradient adds to a pre-norm's backward pass, in place of an addition (`PreNorm`)."""
+    return MemoryWork("norm", _stream_tokens(shard) * (shard.element * shard.hidden))
+
+
 def residual_work(shard: Shard) -> MemoryWork:
     """Return the work of one addition to the residual stream."""
     return MemoryWork("residual", _stream_tokens(shard) * (3 * shard.element * shard.hidden))

@@ -15,7 +15,7 @@ from megatron_hybrid.arch.costs import (
 from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.activations import LOGITS_CHUNK_BYTES
-from megatron_hybrid.planner.block_costs import mlp_work, norm_work, residual_work
+from megatron_hybrid.planner.block_costs import mlp_work, norm_work, residual_work, stream_gradient_work
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.parts import GEMMS, MEMORY_BOUND, TP, TP_HIDDEN, Parts
 from megatron_hybrid.planner.plan import Plan
@@ -103,8 +103,10 @@ class LayerTimes:
         _, mlp = sublayers
         parts.add(self._between_linears(mlp, direction))
         norms = 2 if shard.block.norm == "peri" else 1
-        norm, residual = (self.seconds(one, direction) for one in (norm_work(shard, direction), residual_work(shard)))
-        parts[MEMORY_BOUND] += len(sublayers) * (norms * norm + residual)
+        in_norm = direction == "backward" and shard.block.norm != "post" and not self.plan.precision.norm_casts
+        addition = stream_gradient_work(shard) if in_norm else residual_work(shard)
+        norm, added = (self.seconds(one, direction) for one in (norm_work(shard, direction), addition))
+        parts[MEMORY_BOUND] += len(sublayers) * (norms * norm + added)
         return parts
 
     def _recomputed(self, shard: Shard) -> Parts:

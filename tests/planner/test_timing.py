@@ -86,6 +86,19 @@ def test_launches_of_a_layer_count_the_collectives_that_are_left():
     assert host(tp=4, tp_comm_overlap=True) == host("delayed", tp=4, tp_comm_overlap=True) == 0
 
 
+def test_a_pre_norm_adds_the_stream_s_gradient():
+    """Backward it reads one tensor more, and no addition moves three. Norms that write FP8 leave the addition to autograd."""
+
+    def seconds(symbol: str, recipe: str | None) -> float:
+        one = replace(plan(), precision=PrecisionConfig(fp8_recipe=recipe))
+        return LayerTimes(one, H100)._around(one.shards[symbol], ((), ()), "backward", False)["memory-bound operations"]
+
+    tensor = 2 * 2 * 3840 * 8192 / (H100.copy_bytes_per_second * H100.copy_efficiency["other"])  # of two sublayers
+    assert seconds("G", "delayed") - seconds("G", "tensorwise") == pytest.approx(2 * tensor)
+    assert seconds("A", "delayed") == seconds("A", "tensorwise"), "a post-norm reads no stream"
+    assert seconds("A", None) == pytest.approx(6 * tensor)
+
+
 def vars_of(one) -> dict:
     return {name: getattr(one, name) for name in one.__dataclass_fields__}
 
