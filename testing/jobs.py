@@ -162,6 +162,29 @@ def curve(
     }
 
 
+def first_gradients(
+    model: dict, parallel: dict, train: dict, sequence_length: int, precision: dict | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the gradients of the first step on the initial weights, by true tensor, in host memory. One tensor parallel rank."""
+    engine = make_engine(model, parallel, train, sequence_length, precision)
+    samples = samples_of_step(0, train["global_batch_size"], ModelConfig(**model).vocab_size, sequence_length)
+    engine.forward_backward(batches_of(engine, samples, train.get("micro_batch_size", 1)))
+    found = {
+        piece.tensor.name: piece.target.narrow(p.main_grad).float().cpu()
+        for _, p, pieces in engine.layout.parameters(engine.chunks)
+        for piece in pieces
+    }
+    engine.close()
+    return found
+
+
+def different_tensors(first: str, second: str) -> list[str]:
+    """Return the names of weights and moments that two checkpoints do not both hold with the same bits."""
+    with CheckpointReader(first) as a, CheckpointReader(second) as b:
+        one, other = a.index.tensors.keys(), b.index.tensors.keys()
+        return sorted(one ^ other) + [name for name in one & other if not torch.equal(a.read(name), b.read(name))]
+
+
 def curve_from_masters(**arguments) -> dict:
     """Run `curve` with every matrix saved and loaded as master weights, as is done with weights held in FP8."""
     from megatron_hybrid.train.optimizers import megatron as optimizer

@@ -32,7 +32,7 @@ class Shard:
     sequence_parallel: bool = False
     context_parallel_size: int = 1
     transformer_engine: bool = True
-    """Linears, norms and attention are Transformer Engine's. False: PyTorch's."""
+    """Linears and attention are Transformer Engine's, and norms run in Triton or are Transformer Engine's. False: PyTorch's."""
     fp8: bool = False
     """The linears multiply in FP8."""
     fp8_attention: bool = False

@@ -51,15 +51,6 @@ def setup_device(local_rank: int) -> str:
     return f"device: CPU over gloo, {torch.get_num_threads()} threads per rank (no CUDA device is visible)"
 
 
-def use_cudnn_norms() -> None:
-    """Let Transformer Engine run cuDNN's norms: its own are not tuned for widths such as 3840.
-
-    It reads the variables at its first norm. A user's own values stay.
-    """
-    for name in ("NVTE_NORM_FWD_USE_CUDNN", "NVTE_NORM_BWD_USE_CUDNN"):
-        os.environ.setdefault(name, "1")
-
-
 def device_index(local_rank: int, visible: int) -> int:
     """Return the index of a rank's GPU among the visible ones.
 

@@ -17,6 +17,7 @@ from megatron_hybrid.model.backends.choose import choose_backend
 from megatron_hybrid.model.backends.local import LOCAL
 from megatron_hybrid.model.hybrid_model import HybridLanguageModel
 from megatron_hybrid.model.megatron_config import DTYPES, apex_weight_gradients
+from megatron_hybrid.model.norms import RMSNorm
 
 Row = tuple[str, str, str, str, str]
 
@@ -110,7 +111,7 @@ def _linears(
 
 
 def _norms(chunks: Sequence[HybridLanguageModel], backend: Backend, dtype: str, reason: str) -> Row:
-    if backend is not LOCAL:
+    if backend.norm is not RMSNorm:
         return _stage(chunks), "norms", dtype, backend.name, reason
     row = torch.empty(1, chunks[0].config.hidden_size, dtype=DTYPES[dtype], device=local_device())
     choice = explain_rmsnorm(row, row[0])

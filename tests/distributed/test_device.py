@@ -1,6 +1,5 @@
 """Which GPU a rank takes, and ranks that cannot meet. torch.cuda is a stand-in: the rule is what is tested."""
 
-import os
 import socket
 from types import SimpleNamespace
 
@@ -28,15 +27,6 @@ def test_more_ranks_than_gpus(monkeypatch):
         LaunchError, match="local rank 2 has no GPU: 2 visible .CUDA_VISIBLE_DEVICES=GPU-1,GPU-2.; start at most 2"
     ):
         device.device_index(2, 2)
-
-
-def test_cudnn_norms_are_the_default_and_a_user_s_choice_stays(monkeypatch):
-    forward, backward = "NVTE_NORM_FWD_USE_CUDNN", "NVTE_NORM_BWD_USE_CUDNN"
-    monkeypatch.setenv(forward, "0")
-    monkeypatch.setenv(backward, "0")  # so that it is removed again
-    monkeypatch.delenv(backward)
-    device.use_cudnn_norms()
-    assert (os.environ[forward], os.environ[backward]) == ("0", "1")
 
 
 @pytest.mark.parametrize(

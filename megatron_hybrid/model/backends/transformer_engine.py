@@ -1,10 +1,11 @@
-"""The backend for GPUs: Transformer Engine's linears, norm and attention as megatron-core wraps them, and its SwiGLU.
+"""The backend for GPUs: Transformer Engine's linears and attention as megatron-core wraps them, its SwiGLU, and our norms.
 
 The GEMM of a weight's gradient adds it directly to DDP's fp32 buffer (`main_grad`). megatron-core's own switch for that would
 require Apex's kernel in its output layer as well, so only these modules get it.
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hybrid.config.precision import PrecisionConfig
-from megatron_hybrid.distributed.device import use_cudnn_norms
 from megatron_hybrid.mixers.attention.transformer_engine import TransformerEngineAttention
 from megatron_hybrid.mixers.backend import Backend
 from megatron_hybrid.model.mlp import SwiGLU
+from megatron_hybrid.model.norms import PreNorm, RMSNorm
 from megatron_hybrid.precision.recipes import attention_recipe
 
 
@@ -43,7 +44,7 @@ class ColumnLinear(TEColumnParallelLinear):
 
 
 class NormColumnLinear(TELayerNormColumnParallelLinear):
-    """RMSNorm, then a column-parallel linear: one cast to FP8 for both, and the norm's output is not kept twice."""
+    """Transformer Engine's RMSNorm, then a column-parallel linear. With delayed scaling the norm writes FP8."""
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=_into_main_grad(config), **kwargs)
@@ -99,18 +100,23 @@ class FusedSwiGLU(SwiGLU):
 def transformer_engine(precision: PrecisionConfig) -> Backend:
     """Return modules whose linears follow the FP8 context they run in.
 
-    Norms run in cuDNN, but for delayed scaling, whose norms write FP8: there it has not been measured.
+    Norms are ours, in front of plain linears. With delayed scaling they are Transformer Engine's, which write FP8: with another
+    recipe, and in bf16, they write bf16, and a fused norm and linear saves no bytes.
     """
-    if not precision.norm_casts:
-        use_cudnn_norms()
-    return Backend(
+    backend = Backend(
         name="Transformer Engine",
         column_linear=ColumnLinear,
-        norm_column_linear=NormColumnLinear,
+        norm_column_linear=None,
         row_linear=RowLinear,
-        norm=TENorm,
-        pre_norm=TENorm,
+        norm=RMSNorm,
+        pre_norm=PreNorm,
         attention=Fp8Attention if precision.fp8_attention else TransformerEngineAttention,
         plain_attention=TransformerEngineAttention,
         mlp=FusedSwiGLU,
     )
+    return transformer_engine_norms(backend) if precision.norm_casts else backend
+
+
+def transformer_engine_norms(backend: Backend) -> Backend:
+    """Return the backend with Transformer Engine's norms, fused into linears where they are in front of one."""
+    return replace(backend, norm_column_linear=NormColumnLinear, norm=TENorm, pre_norm=TENorm)
