@@ -8,11 +8,11 @@ torchrun --nproc-per-node 2 benchmarks/step_settings.py               two: the w
 
 The GPU is power-capped, so all settings must meet the same clocks. An engine is built again for each round, because two do not fit.
 
-- present: what the trainer does, with Transformer Engine's norms in cuDNN.
+- present: what the trainer does, with the norms of hybrid_kernels in front of plain linears.
 - gradients summed: divided before collectives sum them, instead of averaged in collectives.
-- rmsnorm of hybrid_kernels: our norms in front of plain linears, and in every other place of a norm.
+- Transformer Engine's norms: in cuDNN, fused into the linears behind them, and in every other place of a norm.
 
-To time Transformer Engine's own norms as well, set NVTE_NORM_FWD_USE_CUDNN=0 and NVTE_NORM_BWD_USE_CUDNN=0 in another call.
+To time Transformer Engine's own kernels as well, set NVTE_NORM_FWD_USE_CUDNN=0 and NVTE_NORM_BWD_USE_CUDNN=0 in another call.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import re
 import statistics
 import sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -31,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 from train_step import FORMATS, LAYOUTS, SEQUENCE, run_case  # noqa: E402
+
+from testing.norms import transformer_engine_norms  # noqa: E402
 
 CASES = {1: ("TP1", ("bf16", "FP8 tensorwise")), 2: ("TP1 x DP2", ("bf16", "FP8 tensorwise, parameters"))}
 SIXTEEN = "GGGA" * 4
@@ -45,22 +46,7 @@ def sums():
         yield
 
 
-@contextmanager
-def our_norms():
-    """Build layers with hybrid_kernels' RMSNorm."""
-    from megatron_hybrid.model.backends import transformer_engine as backends
-    from megatron_hybrid.model.norms import PreNorm, RMSNorm
-
-    made = backends.transformer_engine
-
-    def with_ours(precision):
-        return replace(made(precision), norm=RMSNorm, pre_norm=PreNorm, norm_column_linear=None)
-
-    with mock.patch.object(backends, "transformer_engine", with_ours):
-        yield
-
-
-SETTINGS = {"present": nullcontext, "gradients summed": sums, "rmsnorm of hybrid_kernels": our_norms}
+SETTINGS = {"present": nullcontext, "gradients summed": sums, "Transformer Engine's norms": transformer_engine_norms}
 
 
 def compare(case: str, model, parallel: dict, precision: dict, groups, args) -> list[dict]:

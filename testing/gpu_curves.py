@@ -5,6 +5,10 @@ results:
 - `resume`, a folder: the job saves halfway and resumes. Adds "resumed" (losses), "same_parameters" and "same_casts"
   (testing.jobs.same_casts, or null if it does not apply).
 - `other`, with `resume`: the second half also runs with these arguments. Adds "otherwise" (losses).
+- `norms`: "Transformer Engine" builds layers with its norms instead of ours.
+- `rewritten`, with `resume`: arguments of a run that loads the checkpoint and saves it again at once. Adds "different": names of
+  tensors whose bits have changed.
+- `gradients`, a file: the first step's gradients go there, by true tensor.
 - `poisoned`: one gradient is NaN. Adds "unchanged": whether that step was skipped without changing any state.
 """
 
@@ -13,6 +17,7 @@ import gc
 import json
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,13 +25,22 @@ import torch
 
 from megatron_hybrid.distributed.process_groups import leave_groups
 from testing import jobs
+from testing.norms import transformer_engine_norms
 
 STUCK_S = 120
 """A job that runs for longer prints where all of its threads are."""
 
 
-def run(steps: int, resume: str | None = None, other: dict | None = None, poisoned: bool = False, **arguments) -> dict:
-    result = jobs.curve(steps=steps, **arguments)
+def run(
+    steps: int,
+    resume: str | None = None,
+    other: dict | None = None,
+    rewritten: dict | None = None,
+    gradients: str | None = None,
+    poisoned: bool = False,
+    **arguments,
+) -> dict:
+    result = _curve(steps=steps, **arguments)
     found = {name: result[name] for name in ("losses", "norms", "graphs")}
     if resume:
         half, folder = steps // 2, Path(resume)
@@ -39,6 +53,16 @@ def run(steps: int, resume: str | None = None, other: dict | None = None, poison
         if other is not None:
             rest = _fresh(steps=steps, start=half, load=again["path"], **arguments | other)
             found["otherwise"] = again["losses"] + rest["losses"]
+        if rewritten is not None:
+            options = arguments | rewritten | dict(save=f"{folder} rewritten", load=again["path"])
+            found["different"] = jobs.different_tensors(
+                again["path"], _fresh(steps=half, start=half, **options)["path"]
+            )
+    if gradients:
+        _reset()
+        wanted = {name: arguments[name] for name in ("model", "parallel", "train", "sequence_length", "precision")}
+        with _norms(arguments.get("norms")):
+            torch.save(jobs.first_gradients(**wanted), gradients)
     if poisoned:
         _reset()
         found["unchanged"] = _unchanged(*(arguments[name] for name in ("model", "parallel", "train")))
@@ -59,7 +83,16 @@ def _unchanged(model: dict, parallel: dict, train: dict) -> bool:
 
 def _fresh(**arguments) -> dict:
     _reset()
-    return jobs.curve(**arguments)
+    return _curve(**arguments)
+
+
+def _curve(norms: str | None = None, **arguments) -> dict:
+    with _norms(norms):
+        return jobs.curve(**arguments)
+
+
+def _norms(kind: str | None) -> AbstractContextManager[None]:
+    return transformer_engine_norms() if kind == "Transformer Engine" else nullcontext()
 
 
 def _reset() -> None:
