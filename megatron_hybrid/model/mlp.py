@@ -29,6 +29,9 @@ class SwiGLU(MLP):
         if padding_mask is not None:
             raise UserError("padding_mask: this MLP treats all tokens alike; pass None")
         gate_up, _ = self.linear_fc1(hidden_states)
+        return self._down(gate_up)
+
+    def _down(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         recompute = self.config.recompute_granularity == "selective" and self.training
         return between_linears(self._activate, gate_up, self.linear_fc2, recompute)
 

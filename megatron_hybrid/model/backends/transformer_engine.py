@@ -23,6 +23,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.mixers.attention.transformer_engine import TransformerEngineAttention
 from megatron_hybrid.mixers.backend import Backend
+from megatron_hybrid.model.backends.current_scaling import (
+    HandedGradient,
+    current_scaling,
+    gradient_quantizer,
+    input_quantizer,
+)
 from megatron_hybrid.model.mlp import SwiGLU
 from megatron_hybrid.model.norms import PreNorm, RMSNorm
 from megatron_hybrid.precision.recipes import attention_recipe
@@ -87,11 +93,42 @@ class _Activation(torch.autograd.Function):
         return kernels.dswiglu(grad.contiguous(), gate_up, None)
 
 
+class _Fp8Activation(torch.autograd.Function):
+    """As _Activation, cast to FP8 with current scaling for the next linear. Its gradient is cast for the linear before.
+
+    The kernels find the largest value of what they write, in fp32, so the casts read it once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor, recipe: Any, with_gradient: bool) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.recipe = recipe
+        return kernels.swiglu(gate_up, input_quantizer(recipe, columnwise=with_gradient))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gate_up,) = ctx.saved_tensors
+        gradient = kernels.dswiglu(grad.contiguous(), gate_up, gradient_quantizer(ctx.recipe))
+        return HandedGradient.of(gradient), None, None
+
+
 class FusedSwiGLU(SwiGLU):
     """The MLP with one kernel each way for its activation.
 
     torch.compile's backward kernel moves twice as many bytes, and is slower still once it has seen several shapes.
     """
+
+    def _down(self, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        recipe = current_scaling()
+        if recipe is None:
+            return super()._down(gate_up)
+        # selective recompute has nothing to add: what is kept is gate_up and the cast that the linear saves
+        with_gradient = torch.is_grad_enabled()
+        x = _Fp8Activation.apply(gate_up, recipe, with_gradient)
+        y, bias = self.linear_fc2(x)
+        if with_gradient:  # as the linear does with casts of its own: its backward pass reads the column-wise one
+            x.update_usage(rowwise_usage=False, columnwise_usage=True)
+        return y, bias
 
     def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
         return _Activation.apply(gate_up)
