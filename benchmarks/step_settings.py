@@ -11,6 +11,7 @@ The GPU is power-capped, so all settings must meet the same clocks. An engine is
 - present: what the trainer does, with the norms of hybrid_kernels in front of plain linears.
 - gradients summed: divided before collectives sum them, instead of averaged in collectives.
 - Transformer Engine's norms: in cuDNN, fused into the linears behind them, and in every other place of a norm.
+- casts in linears: no kernel hands FP8 tensors to linears. Only in FP8.
 
 To time Transformer Engine's own kernels as well, set NVTE_NORM_FWD_USE_CUDNN=0 and NVTE_NORM_BWD_USE_CUDNN=0 in another call.
 """
@@ -31,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 from train_step import FORMATS, LAYOUTS, SEQUENCE, run_case  # noqa: E402
 
-from testing.norms import transformer_engine_norms  # noqa: E402
+from testing.gpu_settings import casts_in_linears, transformer_engine_norms  # noqa: E402
 
 CASES = {1: ("TP1", ("bf16", "FP8 tensorwise")), 2: ("TP1 x DP2", ("bf16", "FP8 tensorwise, parameters"))}
 SIXTEEN = "GGGA" * 4
@@ -46,7 +47,12 @@ def sums():
         yield
 
 
-SETTINGS = {"present": nullcontext, "gradients summed": sums, "Transformer Engine's norms": transformer_engine_norms}
+SETTINGS = {
+    "present": nullcontext,
+    "gradients summed": sums,
+    "Transformer Engine's norms": transformer_engine_norms,
+    "casts in linears": casts_in_linears,
+}
 
 
 def compare(case: str, model, parallel: dict, precision: dict, groups, args) -> list[dict]:
@@ -54,8 +60,9 @@ def compare(case: str, model, parallel: dict, precision: dict, groups, args) -> 
     from kernel_timing import forget
     from report import row
 
-    seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    for name in (*tuple(SETTINGS) * args.rounds, "present"):
+    settings = [name for name in SETTINGS if precision or name != "casts in linears"]
+    seconds: dict[str, list[float]] = {name: [] for name in settings}
+    for name in (*settings * args.rounds, "present"):
         with SETTINGS[name]():
             found = run_case(model, parallel, precision, groups, args)
         seconds[name].append(found["seconds"])
@@ -68,7 +75,7 @@ def compare(case: str, model, parallel: dict, precision: dict, groups, args) -> 
     present, *others = (statistics.median(values) for values in rates.values())
     return [
         row(f"{case}, {name}", "tokens", "tokens/s per GPU", other, present, "present settings", higher_is_better=True)
-        for name, other in zip(list(SETTINGS)[1:], others, strict=True)
+        for name, other in zip(settings[1:], others, strict=True)
     ]
 
 

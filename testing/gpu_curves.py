@@ -5,7 +5,7 @@ results:
 - `resume`, a folder: the job saves halfway and resumes. Adds "resumed" (losses), "same_parameters" and "same_casts"
   (testing.jobs.same_casts, or null if it does not apply).
 - `other`, with `resume`: the second half also runs with these arguments. Adds "otherwise" (losses).
-- `norms`: "Transformer Engine" builds layers with its norms instead of ours.
+- `setting`: one of testing/gpu_settings.py, under which it runs.
 - `rewritten`, with `resume`: arguments of a run that loads the checkpoint and saves it again at once. Adds "different": names of
   tensors whose bits have changed.
 - `gradients`, a file: the first step's gradients go there, by true tensor.
@@ -25,7 +25,7 @@ import torch
 
 from megatron_hybrid.distributed.process_groups import leave_groups
 from testing import jobs
-from testing.norms import transformer_engine_norms
+from testing.gpu_settings import SETTINGS
 
 STUCK_S = 120
 """A job that runs for longer prints where all of its threads are."""
@@ -61,7 +61,7 @@ def run(
     if gradients:
         _reset()
         wanted = {name: arguments[name] for name in ("model", "parallel", "train", "sequence_length", "precision")}
-        with _norms(arguments.get("norms")):
+        with _under(arguments.get("setting")):
             torch.save(jobs.first_gradients(**wanted), gradients)
     if poisoned:
         _reset()
@@ -86,13 +86,13 @@ def _fresh(**arguments) -> dict:
     return _curve(**arguments)
 
 
-def _curve(norms: str | None = None, **arguments) -> dict:
-    with _norms(norms):
+def _curve(setting: str | None = None, **arguments) -> dict:
+    with _under(setting):
         return jobs.curve(**arguments)
 
 
-def _norms(kind: str | None) -> AbstractContextManager[None]:
-    return transformer_engine_norms() if kind == "Transformer Engine" else nullcontext()
+def _under(setting: str | None) -> AbstractContextManager[None]:
+    return SETTINGS[setting]() if setting else nullcontext()
 
 
 def _reset() -> None:

@@ -1,4 +1,4 @@
-"""Layers on Transformer Engine with its norms instead of ours, to compare both."""
+"""Layers on Transformer Engine as they were, to compare with what the backend builds now."""
 
 import os
 from collections.abc import Iterator
@@ -22,3 +22,15 @@ def transformer_engine_norms() -> Iterator[None]:
         backends, "transformer_engine", lambda precision: backends.transformer_engine_norms(made(precision))
     ):
         yield
+
+
+@contextmanager
+def casts_in_linears() -> Iterator[None]:
+    """Let linears cast all of their inputs and gradients to FP8 themselves."""
+    from megatron_hybrid.model.backends import transformer_engine as backends
+
+    with mock.patch.object(backends, "current_scaling", lambda: None):
+        yield
+
+
+SETTINGS = {"Transformer Engine's norms": transformer_engine_norms, "casts in linears": casts_in_linears}

@@ -13,7 +13,7 @@ FORMATS = {"bf16": {}} | {name: jobs.FORMATS[name] for name in ("fp8 tensorwise"
 BLOCKS = {"": {}, jobs.SUITE: jobs.SMALL}
 """Layers with pre-norms and with post-norms, and blocks with both."""
 CASES = [f"{name}{more}" for name in FORMATS for more in BLOCKS]
-THEIRS = dict(norms="Transformer Engine")
+THEIRS = dict(setting="Transformer Engine's norms")
 NOISE = 1.2
 """Times as far from fp32 as Transformer Engine's norms are."""
 
@@ -31,7 +31,7 @@ def found(folder):
     }
     for name, precision in FORMATS.items():
         for more, blocks in BLOCKS.items():
-            for norms, mine, others in (("ours", {}, THEIRS), ("theirs", THEIRS, dict(norms=None))):
+            for norms, mine, others in (("ours", {}, THEIRS), ("theirs", THEIRS, dict(setting=None))):
                 case = f"{name}{more}, {norms}"
                 files = dict(resume=str(folder / case), gradients=str(folder / f"{case}.pt"))
                 todo[case] = jobs.job(
