@@ -12,6 +12,7 @@ The GPU is power-capped, so all settings must meet the same clocks. An engine is
 - gradients summed: divided before collectives sum them, instead of averaged in collectives.
 - Transformer Engine's norms: in cuDNN, fused into the linears behind them, and in every other place of a norm.
 - casts in linears: no kernel hands FP8 tensors to linears. Only in FP8.
+- states kept: parallel.keep_delta_rule_states.
 
 To time Transformer Engine's own kernels as well, set NVTE_NORM_FWD_USE_CUDNN=0 and NVTE_NORM_BWD_USE_CUDNN=0 in another call.
 """
@@ -47,11 +48,12 @@ def sums():
         yield
 
 
-SETTINGS = {
-    "present": nullcontext,
-    "gradients summed": sums,
-    "Transformer Engine's norms": transformer_engine_norms,
-    "casts in linears": casts_in_linears,
+SETTINGS = {  # context, fields of `parallel`
+    "present": (nullcontext, {}),
+    "gradients summed": (sums, {}),
+    "Transformer Engine's norms": (transformer_engine_norms, {}),
+    "casts in linears": (casts_in_linears, {}),
+    "states kept": (nullcontext, {"keep_delta_rule_states": True}),
 }
 
 
@@ -63,8 +65,9 @@ def compare(case: str, model, parallel: dict, precision: dict, groups, args) -> 
     settings = [name for name in SETTINGS if precision or name != "casts in linears"]
     seconds: dict[str, list[float]] = {name: [] for name in settings}
     for name in (*settings * args.rounds, "present"):
-        with SETTINGS[name]():
-            found = run_case(model, parallel, precision, groups, args)
+        context, fields = SETTINGS[name]
+        with context():
+            found = run_case(model, parallel | fields, precision, groups, args)
         seconds[name].append(found["seconds"])
         del found
         forget()

@@ -36,6 +36,8 @@ class Shard:
     fp8: bool = False
     """The linears multiply in FP8."""
     fp8_attention: bool = False
+    keep_delta_rule_states: bool = False
+    """Delta rules keep the states of their chunks for the backward pass, instead of computing them again."""
     attended_length: int | None = None
     """Attended length of documents (arch/documents.py). None: a sequence is one document."""
     padded: bool = True

@@ -47,6 +47,9 @@ class ParallelConfig(Section):
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """selective: recompute the operations between the projections of Gated DeltaNet mixers and MLPs, whose outputs are large and
     cheap; full: recompute whole layers."""
+    keep_delta_rule_states: bool = False
+    """Keep the states of Gated DeltaNet's chunks for the backward pass, which otherwise computes them again: 29 kB per token and layer
+    of OLMo Hybrid 7B. Recomputed layers always keep them, for the time of their own backward pass."""
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelConfig":
@@ -100,6 +103,10 @@ class ParallelConfig(Section):
     @property
     def sequence_parallel_on(self) -> bool:
         return self.tensor_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+    @property
+    def keeps_states(self) -> bool:
+        return self.keep_delta_rule_states or self.recompute_granularity != "none"
 
     @property
     def model_parallel_size(self) -> int:

@@ -41,3 +41,8 @@ def recomputes_between_linears(config: TransformerConfig) -> bool:
     """Return True if selective recompute covers what is between the linears: core_attn, in megatron-core's words."""
     modules = config.recompute_modules or ["core_attn"]  # this package's trainer names no modules
     return config.recompute_granularity == "selective" and "core_attn" in modules
+
+
+def recomputes_layers(config: TransformerConfig) -> bool:
+    """Return True if all layers are recomputed whole."""
+    return config.recompute_granularity == "full" and config.recompute_method == "uniform"

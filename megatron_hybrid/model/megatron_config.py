@@ -1,5 +1,6 @@
 """Translation of a run's configuration into megatron-core's."""
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +18,14 @@ from megatron_hybrid.distributed.tp_comm_overlap import scatters_gradients
 from megatron_hybrid.model.hybrid_stack import SLOT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class HybridTransformerConfig(TransformerConfig):
+    """megatron-core's configuration, with what this package's mixers look for in it."""
+
+    keep_delta_rule_states: bool = False
+    """ParallelConfig's field of this name."""
 
 
 def apex_weight_gradients() -> bool:
@@ -50,7 +59,7 @@ def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
 
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, dtype: str
-) -> TransformerConfig:
+) -> HybridTransformerConfig:
     """Return the TransformerConfig of a run. Heads are padded. Everything else is the model's.
 
     Its context_parallel_size stays 1: otherwise Transformer Engine's attention would exchange keys on its own. megatron-core
@@ -72,7 +81,7 @@ def transformer_config(
         "selective": dict(recompute_granularity="selective", recompute_modules=[]),
         "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
     }
-    return TransformerConfig(
+    return HybridTransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -113,6 +122,7 @@ def transformer_config(
         overlap_p2p_comm=virtual > 1 and parallel.overlap_p2p_comm,
         deallocate_pipeline_outputs=True,
         moe_token_dispatcher_type="alltoall",
+        keep_delta_rule_states=parallel.keep_delta_rule_states,
         **window,
         **modes[parallel.recompute_granularity],
         **_fp8(precision),

@@ -173,6 +173,7 @@ class Plan:
             transformer_engine=self.transformer_engine,
             fp8=self.precision.fp8_recipe is not None,
             fp8_attention=self.precision.fp8_attention,
+            keep_delta_rule_states=self.parallel.keeps_states,
             attended_length=self.attended_length,
         )
 
@@ -184,6 +185,8 @@ class Plan:
         if self.tp > 1 and not self.parallel.sequence_parallel_on:
             parts.append("no-SP")
         parts += [f"DP{self.dp}", f"mbs{self.micro_batch_size}", f"recompute-{self.parallel.recompute_granularity}"]
+        if self.parallel.keep_delta_rule_states:
+            parts.append("states-kept")
         if not self.parallel.distributed_optimizer:
             parts.append("plain-optimizer")
         return " ".join(parts)

@@ -76,6 +76,8 @@ def format_candidate(candidate: Candidate, job: Job) -> str:
     lines = [candidate.plan.label]
     if split := candidate.plan.parallel.pipeline_split:
         lines.append(f"  pipeline_split {list(split)}: layers of each virtual stage")
+    if candidate.plan.parallel.keep_delta_rule_states:
+        lines.append("  keep_delta_rule_states true: Gated DeltaNet's states are not computed again")
     lines.append(f"  memory of the fullest GPU (pipeline rank {memory.pipeline_rank})")
     lines += [size_line(name, size) for name, size in memory.parts().items()]
     lines.append(size_line("peak of all tensors", memory.total))
@@ -159,6 +161,8 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
     step, memory = candidate.step, candidate.memory
     return {
         **degrees_of(candidate.plan),
+        "pipeline_split": candidate.plan.parallel.pipeline_split,
+        "keep_delta_rule_states": candidate.plan.parallel.keep_delta_rule_states,
         "seconds": step.seconds,
         "tokens_per_s_per_gpu": step.tokens_per_gpu,
         "mfu": step.mfu,

@@ -16,8 +16,8 @@ from megatron_hybrid.planner.timing import StepPredictor, StepTime
 GB = 1e9
 SIMULATED = 40
 """Number of best candidates whose pipeline schedule is simulated event by event."""
-SPLIT = 4
-"""Number of best candidates whose pipeline split is searched."""
+REFINED = 4
+"""Number of best candidates whose pipeline split is searched, and which keep the delta rule's states where memory is left."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def search(job: Job) -> SearchResult:
         found.append(Candidate(outcome, memory, predictor.step(outcome), need))
     found.sort(key=_slowness)
     top = sorted((_candidate(c.plan, job, predictor) for c in found[:SIMULATED]), key=_slowness)
-    top = sorted([*(_with_faster_split(c, job, predictor) for c in top[:SPLIT]), *top[SPLIT:]], key=_slowness)
+    top = sorted([*(_refined(c, job, predictor) for c in top[:REFINED]), *top[REFINED:]], key=_slowness)
     return SearchResult(job, (*top, *found[SIMULATED:]), tuple(rejected))
 
 
@@ -80,6 +80,20 @@ def _candidate(plan: Plan, job: Job, predictor: StepPredictor) -> Candidate:
     """Return the candidate of a plan, with its schedule simulated."""
     memory = fullest(plan)
     return Candidate(plan, memory, predictor.step(plan, simulated=True), device_bytes(memory, job.hardware))
+
+
+def _refined(candidate: Candidate, job: Job, predictor: StepPredictor) -> Candidate:
+    return _with_states(_with_faster_split(candidate, job, predictor), job, predictor)
+
+
+def _with_states(candidate: Candidate, job: Job, predictor: StepPredictor) -> Candidate:
+    parallel = candidate.plan.parallel
+    if parallel.keeps_states:
+        return candidate
+    kept = parallel.model_copy(update={"keep_delta_rule_states": True})
+    other = _candidate(replace(candidate.plan, parallel=kept), job, predictor)
+    fits = other.need <= job.hardware.memory_bytes
+    return other if fits and other.step.seconds < candidate.step.seconds else candidate
 
 
 def _with_faster_split(candidate: Candidate, job: Job, predictor: StepPredictor) -> Candidate:

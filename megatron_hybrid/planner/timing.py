@@ -98,8 +98,8 @@ class StepPredictor:
 
     def _layer_times(self, plan: Plan) -> LayerTimes:
         key = (plan.tp, plan.cp, plan.parallel.sequence_parallel_on, plan.parallel.tp_comm_overlap, plan.micro_batch_size,
-               plan.parallel.recompute_granularity, plan.precision, plan.dtype, plan.sequence_length, plan.attended_length,
-               plan.model)  # fmt: skip
+               plan.parallel.recompute_granularity, plan.parallel.keep_delta_rule_states, plan.precision, plan.dtype,
+               plan.sequence_length, plan.attended_length, plan.model)  # fmt: skip
         if key not in self._layers:
             self._layers[key] = LayerTimes(plan, self.hardware)
         return self._layers[key]

@@ -82,6 +82,25 @@ def test_recomputation_keeps_less_and_needs_more_at_a_time(kind):
     assert full.saved + full.transient == pytest.approx(none.saved + none.transient, rel=1e-6)
 
 
+def test_kept_states_by_hand():
+    """Of each chunk of 64 tokens a state [96, 192] per head, and its new values, which are as many as v's."""
+    none, kept = (plan(keep_delta_rule_states=on).shards["G"] for on in (False, True))
+    before, after = layer_bytes(none, "none"), layer_bytes(kept, "none")
+    assert after.saved - before.saved == 30 * 2 * (96 * 192 / 64 + 192) == 28_800
+    of_attention = (layer_bytes(plan(keep_delta_rule_states=on).shards["A"], "none") for on in (False, True))
+    assert len(set(of_attention)) == 1
+
+
+@pytest.mark.parametrize(("recompute", "most"), [("selective", 0), ("full", 28_800)])
+def test_recomputed_layers_keep_states(recompute, most):
+    """No longer than for one layer's backward pass. Selective recompute makes them when the MLP's larger tensors are gone."""
+    shard = plan(recompute_granularity=recompute).shards["G"]
+    assert shard.keep_delta_rule_states
+    other = replace(shard, keep_delta_rule_states=False)
+    assert layer_bytes(shard, recompute).saved == layer_bytes(other, recompute).saved
+    assert layer_bytes(shard, recompute).transient - layer_bytes(other, recompute).transient == most
+
+
 def test_backward_peak_counts_what_is_freed_on_the_way():
     ops = [
         Operation("a", saved=10, gradient=4),

@@ -45,6 +45,12 @@ def test_recomputation_costs_time_and_no_mfu_is_claimed_for_it():
     assert none.mfu * none.seconds == pytest.approx(full.mfu * full.seconds)
 
 
+def test_kept_states_save_time():
+    again, kept = (PREDICTOR.step(plan(keep_delta_rule_states=on)) for on in (False, True))
+    assert 0.85 < kept.parts["delta rule"] / again.parts["delta rule"] < 0.95
+    assert again.seconds - kept.seconds == pytest.approx(again.parts["delta rule"] - kept.parts["delta rule"])
+
+
 def test_slices_cost_exchanges_and_second_scans():
     """Eight GPUs, a sequence on one of them or on two: half the tokens at a time, twice as often."""
     whole, halves = (PREDICTOR.step(plan(gpus=8, sequence=65536, context_parallel_size=n)) for n in (1, 2))

@@ -22,6 +22,10 @@ SLICE_SCAN = {"forward": 0.75, "backward": 0.3}
 """Time of a context parallel slice's first scan, as a share of the delta rule's. Measured with 15 heads in two segments: 192 us
 of 255 us forward, of 647 us backward (docs/development/lab-notes.md)."""
 
+WITH_KEPT_STATES = 0.85
+"""Time of a backward pass that finds the states kept, as a share of that of one that computes them again. Measured with 30 heads at
+8,192 tokens: 0.83 with one sequence, 0.87 with four (benchmarks/delta_rule.py)."""
+
 
 @dataclass(frozen=True)
 class Widths:
@@ -73,6 +77,8 @@ def operations(shard: Shard) -> list[Operation]:
     w, e = Widths.of(shard), shard.element
     scores = w.heads * (2 * e * CHUNK + 4)  # A and P [64, 64] of every chunk, and G
     states = e * w.value * w.key_head_dim / CHUNK  # incoming state of every chunk, and as much for its gradient
+    kept = states + e * w.value  # with the chunks' new values
+    saved, made = (kept, states) if shard.keep_delta_rule_states else (0.0, kept + states)
     slice_states, exchanged = _slice_states(shard, w)
     return [
         *input_linear(shard, "in_proj", w.packed),
@@ -80,9 +86,9 @@ def operations(shard: Shard) -> list[Operation]:
         Operation("conv_gates", e * w.packed, e * w.packed, recomputed=True, input=e * w.packed),
         Operation(
             "delta rule",
-            e * w.conv_outputs + 8 * w.heads + scores + slice_states,
+            e * w.conv_outputs + 8 * w.heads + scores + slice_states + saved,
             e * w.conv_outputs + 8 * w.heads,
-            extra=2 * states + e * w.value + 4 * w.heads * w.transition_tiles + exchanged,
+            extra=made + 4 * w.heads * w.transition_tiles + exchanged,
             recomputed=True,
         ),
         Operation("gated norm", e * w.value, 2 * e * w.value, recomputed=True),
@@ -109,6 +115,8 @@ def work(shard: Shard, direction: Direction) -> list[Work]:
     w, tokens = Widths.of(shard), shard.tokens
     in_slices, rows = shard.context_parallel_size > 1, w.heads * shard.micro_batch_size
     factor = 1 + SLICE_SCAN[direction] if in_slices else 1.0
+    if shard.keep_delta_rule_states and direction == "backward":
+        factor *= WITH_KEPT_STATES
     found: list[Work] = [
         Gemm(tokens, w.packed, shard.hidden, "column"),
         RecurrenceWork(rows, w.state, shard.slice_length, factor, part="delta rule"),

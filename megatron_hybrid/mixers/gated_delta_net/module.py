@@ -38,7 +38,7 @@ from megatron_hybrid.mixers.backend import Backend, Linears
 from megatron_hybrid.mixers.documents import Documents
 from megatron_hybrid.mixers.gated_delta_net.config import GatedDeltaNetConfig
 from megatron_hybrid.mixers.gated_delta_net.spec import parameters, sizes
-from megatron_hybrid.mixers.linears import build_linears, recomputes_between_linears
+from megatron_hybrid.mixers.linears import build_linears, recomputes_between_linears, recomputes_layers
 from megatron_hybrid.mixers.mixer import Mixer
 from megatron_hybrid.mixers.recompute import between_linears
 
@@ -60,6 +60,14 @@ def mixer_module_spec(gdn: GatedDeltaNetConfig, linears: Linears) -> ModuleSpec:
     """Return the spec of a mixer of these sizes in any megatron-core model."""
     submodules = GatedDeltaNetSubmodules(in_proj=linears.input, out_proj=linears.output)
     return ModuleSpec(module=GatedDeltaNet, params=dict(gdn=gdn), submodules=submodules)
+
+
+def kept_by_rule(config: TransformerConfig) -> str:
+    """Return what the delta rule keeps for its backward pass, its argument `save`: states where a config asks for them or where the
+    pass that keeps them is a recomputation. A TransformerConfig that is not this package's cannot ask.
+    """
+    asked = getattr(config, "keep_delta_rule_states", False)
+    return "states" if asked or recomputes_between_linears(config) or recomputes_layers(config) else "scores"
 
 
 class GatedDeltaNet(Mixer):
@@ -88,6 +96,7 @@ class GatedDeltaNet(Mixer):
         self.q_width, _, self.v_width, self.gate_width, _, self.heads = self.packing["in_proj.weight"].rank_sizes(ranks)
         self.packed_width = self.packing["in_proj.weight"].rank_shape(ranks)[0]
         self.recompute = recomputes_between_linears(config)
+        self.kept_by_rule = kept_by_rule(config)
         self.in_proj, self.out_proj = build_linears(submodules, config, self.tp_group, self.packed_width, self.v_width)
         self._check_fp8()
         self.conv_weight = self.new_parameter("conv_weight")
@@ -134,7 +143,9 @@ class GatedDeltaNet(Mixer):
             positions_bs=positions_bs,
             return_gate=True,
         )
-        o = gated_delta_rule_of_slices(q, k, v, g, beta, group=self.cp_group, positions_bs=positions_bs)
+        o = gated_delta_rule_of_slices(
+            q, k, v, g, beta, group=self.cp_group, positions_bs=positions_bs, save=self.kept_by_rule
+        )
         weight = self.o_norm_weight
         if not self.config.sequence_parallel:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
