@@ -87,8 +87,9 @@ def _refined(candidate: Candidate, job: Job, predictor: StepPredictor) -> Candid
 
 
 def _with_states(candidate: Candidate, job: Job, predictor: StepPredictor) -> Candidate:
+    """Return the candidate with the delta rule's states kept, if they fit. In FP8 that made a step slower (lab notes)."""
     parallel = candidate.plan.parallel
-    if parallel.keeps_states:
+    if parallel.keeps_states or candidate.plan.precision.fp8:
         return candidate
     kept = parallel.model_copy(update={"keep_delta_rule_states": True})
     other = _candidate(replace(candidate.plan, parallel=kept), job, predictor)

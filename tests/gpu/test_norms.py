@@ -49,6 +49,11 @@ def blocks_of(name: str) -> str:
     return next(more for more in reversed(BLOCKS) if name.endswith(more))
 
 
+def mean_difference(expected: list[float], found: list[float]) -> float:
+    """Return the mean relative difference of two curves. In FP8 a single gradient norm may be a fifth off, with either norm."""
+    return sum(abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True)) / len(expected)
+
+
 def error(found: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor], names: Iterable[str]) -> float:
     """Return the relative error of some gradients, taken as one vector."""
     pairs = [(found[name] - oracle[name], oracle[name]) for name in names]
@@ -63,8 +68,8 @@ def test_curves_agree(name, found):
     tolerance = 5e-3 if name.startswith("bf16") else 1e-2
     assert jobs.difference(theirs, ours, "losses") <= tolerance, (theirs["losses"], ours["losses"])
     oracle = found[f"fp32{blocks_of(name)}"]
-    mine, other = (jobs.difference(oracle, one, "norms") for one in (ours, theirs))
-    assert mine <= max(10 * tolerance, 1.5 * other), f"gradient norms: {mine} and {other} away from fp32"
+    mine, other = (mean_difference(oracle["norms"], one["norms"]) for one in (ours, theirs))
+    assert mine <= max(5 * tolerance, 1.5 * other), f"gradient norms: {mine} and {other} away from fp32"
 
 
 @pytest.mark.parametrize("name", CASES)

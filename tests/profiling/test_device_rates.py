@@ -1,5 +1,6 @@
 """Measurements for the planner's hardware files: every mixer's operations, with positive times, from which rates are fitted."""
 
+import pytest
 import torch
 
 from megatron_hybrid.config.presets import olmo_hybrid_tiny, preset
@@ -36,3 +37,32 @@ def test_the_backward_pass_accumulates_nothing():
     points = list(both_passes({"op": "linear"}, lambda: x @ w, (x, w)))
     assert [point["pass"] for point in points] == ["forward", "backward"]
     assert x.grad is None and w.grad is None
+
+
+class _IntoMainGrad(torch.autograd.Function):
+    """x @ w, whose weight gradient goes to `main_grad`, as in Transformer Engine's linears with fuse_wgrad_accumulation."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        w.main_grad += x.t() @ grad
+        return grad @ w.t(), None
+
+
+def test_a_weight_gradient_may_go_to_the_buffer_of_training():
+    x, w = torch.randn(8, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    w.main_grad = torch.zeros(4, 4)
+    points = list(both_passes({"op": "linear"}, lambda: _IntoMainGrad.apply(x, w), (x, w)))
+    assert [point["pass"] for point in points] == ["forward", "backward"]
+    assert w.main_grad.abs().sum() > 0 and w.grad is None
+
+
+def test_an_input_that_the_operation_leaves_out_is_an_error():
+    x, w = torch.randn(8, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    with pytest.raises(AssertionError, match="an input has no gradient"):
+        list(both_passes({"op": "linear"}, lambda: x * 2.0, (x, w)))
