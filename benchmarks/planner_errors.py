@@ -26,7 +26,7 @@ from megatron_hybrid.planner.memory import fullest  # noqa: E402
 from megatron_hybrid.planner.plan import Plan  # noqa: E402
 from megatron_hybrid.planner.search import device_bytes  # noqa: E402
 
-MEMORY_GOALS, TIME_GOALS = (0.05, 0.10), (0.20, 0.10)
+MEMORY_GOALS, TIME_GOALS, BIAS_GOAL = (0.05, 0.10), (0.20, 0.10), 0.03
 
 
 def predicted(case: dict, hardware: Hardware) -> dict:
@@ -95,6 +95,14 @@ def main() -> None:
             sizes = [abs(error) for _, error in some]
             rows.append(bounded(f"{name}, {which} ({len(sizes)})", "mean error", "share", mean(sizes), goals[0]))
             rows.append(bounded(f"{name}, {which} ({len(sizes)})", "worst error", "share", max(sizes), goals[1]))
+    for name, errors in (("step", before), ("step, calibrated", calibrated)):
+        several = [error for case, (_, error) in zip(cases, errors, strict=True) if case["world"] > 1]
+        bias = abs(mean(several))
+        rows.append(
+            bounded(
+                f"{name}, several GPUs ({len(several)})", "size of the mean error, with signs", "share", bias, BIAS_GOAL
+            )
+        )
     wrong = [c for c in everything if c.get("out_of_memory") and c["device"] <= hardware.memory_bytes]
     rows.append(bounded("every case", "said to fit, and ran out of memory", "cases", len(wrong), 0))
     rows += ranking(cases, *predictions)
@@ -104,6 +112,8 @@ def main() -> None:
     notes = [
         f"Measured {data['date']} by benchmarks/planner_memory.py at {data['commit']}; rates: {hardware.measured}."
     ]
+    worst = max(zip(cases, before, strict=True), key=lambda pair: abs(pair[1][1]))
+    notes.append(f"Worst step time before calibration: {worst[0]['case']}, {worst[1][1]:+.1%}.")
     notes += [f"Said to fit, and ran out of memory: {case['case']}; why is not known yet." for case in wrong]
     notes += [f"{case['case']}: {case['measured']}." for case in cases if "measured" in case]
     write("planner_errors", rows, ("torch",), machine=data["device"], notes=notes, printed=len(rows))

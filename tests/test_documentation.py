@@ -39,7 +39,7 @@ def test_tables_are_those_of_the_result_files(figures):
     for page in figures.pages():
         text = page.read_text()
         assert figures.with_figures(text) == text, f"{name(page)}: run python benchmarks/tables.py"
-    assert "12,390" in figures.headline() and figures.figure("main_job-cpu", *MAIN_JOB) > 1
+    assert "12,860" in figures.headline() and figures.figure("main_job-cpu", *MAIN_JOB) > 1
 
 
 MAIN_JOB = "examples/pretrain_hybrid_tiny.sh, TP2 x PP2 on 4 ranks", "validation loss at the end"

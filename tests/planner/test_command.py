@@ -52,7 +52,7 @@ def test_more_memory_never_slows_the_best():
 
 @pytest.mark.parametrize(("gigabytes", "kept"), [(141, True), (110, False)])
 def test_states_are_kept_where_memory_is_left(gigabytes, kept):
-    """OLMo Hybrid's states are 6 GB on one GPU; without them its best layout for 16 GPUs needs 107 GB."""
+    """OLMo Hybrid's states are 6 GB on one GPU. Without them its best layout for 16 GPUs needs 107 GB."""
     job = Job(MODEL, 16, replace(load("h200"), memory_bytes=gigabytes * 1e9), 8192, 512)
     best = search(job).candidates[0]
     assert best.plan.parallel.recompute_granularity == "none"
