@@ -83,7 +83,7 @@ def test_recomputation_keeps_less_and_needs_more_at_a_time(kind):
 
 
 def test_kept_states_by_hand():
-    """Of each chunk of 64 tokens a state [96, 192] per head, and its new values, which are as many as v's."""
+    """Count for each chunk of 64 tokens a state [96, 192] per head, and its new values, which are as many as v's."""
     none, kept = (plan(keep_delta_rule_states=on).shards["G"] for on in (False, True))
     before, after = layer_bytes(none, "none"), layer_bytes(kept, "none")
     assert after.saved - before.saved == 30 * 2 * (96 * 192 / 64 + 192) == 28_800
