@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +50,16 @@ class Run:
 
 
 class Scheduler:
-    """Keeps every slot of the GPUs, or of the CPU, busy with a run."""
+    """Keeps every slot of the GPUs, or of the CPU, busy with a run.
 
-    def __init__(self, runs: Sequence[Run], gpus: int, per_device: int, deadline: float) -> None:
+    Args:
+        service: variables of `multi_process_service`.
+    """
+
+    def __init__(
+        self, runs: Sequence[Run], gpus: int, per_device: int, deadline: float, service: Mapping[str, str] | None = None
+    ) -> None:
+        self.service = service or {}
         self.waiting = [run for run in runs if not run.is_finished]
         self.slots = [number % max(gpus, 1) for number in range(max(gpus, 1) * per_device)]
         self.gpus, self.deadline, self.stopping = gpus, deadline, False
@@ -81,9 +88,9 @@ class Scheduler:
                 process.send_signal(signal.SIGTERM)
 
     def _start(self, run: Run, slot: int) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | self.service
         if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = _visible_gpus()[slot]
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot) if self.service else _visible_gpus()[slot]
         self.running[run] = run.start(environment), slot
 
     def _end(self, run: Run, status: int, slot: int) -> None:

@@ -17,6 +17,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(HERE.parent)]
 
 from concurrent_runs import STOPPING_S, Run, Scheduler  # noqa: E402
+from multi_process_service import multi_process_service  # noqa: E402
 
 from megatron_hybrid.base.errors import REQUEUE, no_traceback  # noqa: E402
 from megatron_hybrid.config.load import load_run  # noqa: E402
@@ -60,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--runs-per-gpu", type=int, help="runs side by side on a GPU (default 6), or on the CPU (default: cores)"
     )
+    parser.add_argument("--mps", action="store_true", help="let runs share a GPU at the same time (NVIDIA MPS)")
     parser.add_argument(
         "--time-limit", type=float, default=float("inf"), metavar="S", help="stop after S seconds, with checkpoints"
     )
@@ -78,9 +80,11 @@ def main() -> None:
     with no_traceback():
         runs = list(grid(arguments))
     per_device = arguments.runs_per_gpu or (6 if arguments.gpus else os.cpu_count() or 1)
-    scheduler = Scheduler(runs, arguments.gpus, per_device, begin + arguments.time_limit - STOPPING_S)
-    print(f"{len(runs)} runs, {len(runs) - len(scheduler.waiting)} of them finished before", flush=True)
-    scheduler.work()
+    deadline = begin + arguments.time_limit - STOPPING_S
+    with no_traceback(), multi_process_service(arguments.mps) as service:
+        scheduler = Scheduler(runs, arguments.gpus, per_device, deadline, service)
+        print(f"{len(runs)} runs, {len(runs) - len(scheduler.waiting)} of them finished before", flush=True)
+        scheduler.work()
     report(arguments.task, [(run.model, run.folder) for run in runs], arguments.out)
     unfinished = sum(not run.is_finished for run in runs)
     sys.exit(1 if scheduler.failed else REQUEUE if unfinished else 0)

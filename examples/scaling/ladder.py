@@ -23,6 +23,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(HERE.parent), str(HERE)]
 
 from concurrent_runs import STOPPING_S, Run, Scheduler  # noqa: E402
+from multi_process_service import multi_process_service  # noqa: E402
 from points import Point, read_endpoints, write_points  # noqa: E402
 from shapes import (  # noqa: E402
     ARCHITECTURES,
@@ -225,6 +226,7 @@ def parser() -> CommandLine:
     add("--tflops", type=float, default=100.0, help="with --list: TFLOP/s of a GPU, over all runs on it (default: 100)")
     add("--gpus", type=int, default=0, help="GPUs to use (default: 0, on CPU)")
     add("--runs-per-gpu", type=positive, help="runs side by side on a GPU (default: 4), or on the CPU (default: 1)")
+    add("--mps", action="store_true", help="let runs share a GPU at the same time (NVIDIA MPS)")
     add("--time-limit", type=float, default=float("inf"), metavar="S", help="stop after S seconds, with checkpoints")
     add(
         "overrides",
@@ -247,9 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*describe(runs, arguments.tflops), sep="\n")
         return 0
     per_device = arguments.runs_per_gpu or (4 if arguments.gpus else 1)
-    scheduler = Scheduler(runs, arguments.gpus, per_device, begin + arguments.time_limit - STOPPING_S)
-    print(f"{len(runs)} runs, {len(runs) - len(scheduler.waiting)} of them finished before", flush=True)
-    scheduler.work()
+    deadline = begin + arguments.time_limit - STOPPING_S
+    with no_traceback(), multi_process_service(arguments.mps) as service:
+        scheduler = Scheduler(runs, arguments.gpus, per_device, deadline, service)
+        print(f"{len(runs)} runs, {len(runs) - len(scheduler.waiting)} of them finished before", flush=True)
+        scheduler.work()
     count = write_all(runs, machine_name(arguments.gpus))
     print(f"{count} of {len(runs) * len(budgets)} endpoints are evaluated", flush=True)
     unfinished = sum(not run.is_finished for run in runs)
