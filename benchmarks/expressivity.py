@@ -110,19 +110,20 @@ def draw(task: str, best: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for number, model in enumerate(LABELS):
         color = f"C{number}"
         if model in best:
             points = sorted(best[model]["accuracies"].items())
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=LABELS[model])
+            style = "--" if model.startswith("gdn") else "-"  # two models may have the same accuracies
+            axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=color, label=LABELS[model])
         paper = [(size, values[number]) for size, values in PAPER.get(task, {}).items()]
         if paper:
             axes.plot(*zip(*paper, strict=True), "o", markersize=11, markerfacecolor="none", color=color)
     axes.set(xlabel="n", ylabel="accuracy of the last token", title=task.replace("_", " "), ylim=(0, 1.05))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     if task in PAPER:
         figure.text(0.99, 0.005, "rings: the paper", ha="right", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
