@@ -116,7 +116,8 @@ def draw(task: str, best: dict[str, dict[str, Any]], path: Path) -> None:
         if model in best:
             points = sorted(best[model]["accuracies"].items())
             style = "--" if model.startswith("gdn") else "-"  # two models may have the same accuracies
-            axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=color, label=LABELS[model])
+            line = dict(marker="o", markersize=4, color=color, label=LABELS[model], zorder=3 if style == "--" else 2)
+            axes.plot(*zip(*points, strict=True), style, **line)
         paper = [(size, values[number]) for size, values in PAPER.get(task, {}).items()]
         if paper:
             axes.plot(*zip(*paper, strict=True), "o", markersize=11, markerfacecolor="none", color=color)
