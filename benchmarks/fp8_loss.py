@@ -5,7 +5,7 @@ The text is the Python standard library's sources, byte by byte. Runs go through
 A run in bf16 whose micro-batches are half as large, which rounds elsewhere, shows how far two equal runs drift apart. It is further
 than the goal: what counts is the mean gap over several seeds, each of which has its own weights and order of data.
 
-python benchmarks/fp8_loss.py [--steps 300] [--seeds 3] [--formats bf16,fp8_tensorwise+attention]
+python benchmarks/fp8_loss.py [--steps 300] [--seeds 3] [--formats bf16,fp8_tensorwise+attention] [--at-once 2]
 """
 
 import argparse
@@ -31,8 +31,6 @@ LAST = 50
 GOAL = 0.005
 AGAIN = "bf16 in micro-batches of 4"
 FORMATS = ["fp8_tensorwise", "fp8_delayed", "fp8_blockwise", "fp8_tensorwise+attention", "fp8_delayed+attention"]
-RUNS_AT_ONCE = 2
-"""On a GPU; much of such a run's time is start-up."""
 
 
 def prepare(folder: Path) -> Path:
@@ -96,10 +94,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=2, help="runs on a GPU, of whose time much is start-up")
     parser.add_argument("--formats", default=f"bf16,{AGAIN},{','.join(FORMATS)}")
     args, _ = parser.parse_known_args()
     free: Queue = Queue()
-    for _ in range(RUNS_AT_ONCE):
+    for _ in range(args.at_once):
         for gpu in range(torch.cuda.device_count()):
             free.put(str(gpu))
     if free.empty():
