@@ -27,7 +27,7 @@ MODEL = dict(
     gdn=dict(num_key_heads=6, num_value_heads=6, key_head_dim=96, value_head_dim=192),
 )
 STEPS = 10
-LIMIT_S = 400
+LIMIT_S = 900
 """Seconds of one launch; after curves.STUCK_S in one job it says where it is."""
 
 
