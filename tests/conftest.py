@@ -24,6 +24,9 @@ os.environ.setdefault("HYBRID_EXTRAS", "dev")
 with suppress(OSError):  # a sandbox may not have it
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
+# Collections would traverse several times what the test modules import: `pytest_collection_finish` turns them on.
+gc.disable()
+
 # A shell starts background jobs with SIGINT ignored, and a process that begins so keeps it. Tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -96,6 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what all test modules have imported: no collection looks through it again, also in forked processes
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

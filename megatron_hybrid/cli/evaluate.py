@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_hybrid.base.errors import UserError, no_traceback
 from megatron_hybrid.base.numbers import positive
+from megatron_hybrid.base.permanent_imports import permanent_imports
 from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.config.command_options import add_checkpoint, add_plugins
 
@@ -40,13 +41,14 @@ def main() -> int:
         from megatron_hybrid.launch.environment import Launch
 
         rank = Launch.from_environment().export().rank
-        from megatron_hybrid.distributed.deferred_compilation import defer_compilation
+        with permanent_imports():
+            from megatron_hybrid.distributed.deferred_compilation import defer_compilation
 
-        defer_compilation()
-        from megatron_hybrid.distributed.process_groups import stop_distributed
-        from megatron_hybrid.evaluation.loaded_model import mean_loss, open_validation_sets, parse_sets
-        from megatron_hybrid.evaluation.report import as_json, as_table
-        from megatron_hybrid.inference.load import load_model
+            defer_compilation()
+            from megatron_hybrid.distributed.process_groups import stop_distributed
+            from megatron_hybrid.evaluation.loaded_model import mean_loss, open_validation_sets, parse_sets
+            from megatron_hybrid.evaluation.report import as_json, as_table
+            from megatron_hybrid.inference.load import load_model
 
         paths = parse_sets(arguments.data)
         model = load_model(arguments.checkpoint, arguments.precision, plugins=arguments.plugin)

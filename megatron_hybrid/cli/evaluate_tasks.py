@@ -8,6 +8,7 @@ import json
 
 from megatron_hybrid.base.errors import no_traceback
 from megatron_hybrid.base.numbers import non_negative, positive
+from megatron_hybrid.base.permanent_imports import permanent_imports
 from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.config.command_options import add_checkpoint, add_eos_token_id, add_plugins
 
@@ -36,13 +37,14 @@ def main() -> int:
         from megatron_hybrid.launch.environment import Launch
 
         rank = Launch.from_environment().export().rank
-        from megatron_hybrid.distributed.deferred_compilation import defer_compilation
+        with permanent_imports():
+            from megatron_hybrid.distributed.deferred_compilation import defer_compilation
 
-        defer_compilation()
-        from megatron_hybrid.distributed.process_groups import stop_distributed
-        from megatron_hybrid.evaluation.run_tasks import check_tasks, run_tasks
-        from megatron_hybrid.evaluation.task_model import TaskModel
-        from megatron_hybrid.inference.load import load_model
+            defer_compilation()
+            from megatron_hybrid.distributed.process_groups import stop_distributed
+            from megatron_hybrid.evaluation.run_tasks import check_tasks, run_tasks
+            from megatron_hybrid.evaluation.task_model import TaskModel
+            from megatron_hybrid.inference.load import load_model
 
         check_tasks(arguments.tasks, arguments.lm_eval)
         size, end = arguments.tensor_parallel_size, arguments.eos_token_id

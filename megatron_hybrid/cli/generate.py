@@ -10,6 +10,7 @@ import sys
 
 from megatron_hybrid.base.errors import no_traceback
 from megatron_hybrid.base.numbers import non_negative, non_negative_real, positive
+from megatron_hybrid.base.permanent_imports import permanent_imports
 from megatron_hybrid.config.command_line import CommandLine
 from megatron_hybrid.config.command_options import add_checkpoint, add_eos_token_id, add_plugins
 
@@ -50,13 +51,14 @@ def main() -> int:
         launch = Launch.from_environment().export()
         if launch.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-        from megatron_hybrid.distributed.deferred_compilation import defer_compilation
+        with permanent_imports():
+            from megatron_hybrid.distributed.deferred_compilation import defer_compilation
 
-        defer_compilation()
-        from megatron_hybrid.distributed.process_groups import stop_distributed
-        from megatron_hybrid.inference.load import load_model
-        from megatron_hybrid.inference.prompt_text import print_continuations
-        from megatron_hybrid.inference.sampling import Sampling
+            defer_compilation()
+            from megatron_hybrid.distributed.process_groups import stop_distributed
+            from megatron_hybrid.inference.load import load_model
+            from megatron_hybrid.inference.prompt_text import print_continuations
+            from megatron_hybrid.inference.sampling import Sampling
 
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed).check()
         model = load_model(

@@ -1,5 +1,6 @@
 """Dispatch of `megatron-hybrid COMMAND ...`. Only the module of the called command is imported."""
 
+import gc
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from typing import NoReturn
 
 from megatron_hybrid import __version__
 from megatron_hybrid.base.output import quiet_on_closed_pipe
+from megatron_hybrid.base.permanent_imports import permanent_imports
 from megatron_hybrid.cli.table import COMMANDS, find_command
 
 PROGRAM = "megatron-hybrid"
@@ -22,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_tool(command: Callable[[], int | None]) -> NoReturn:
     """Run a command as a script of its own (tools/), and exit with its status."""
+    gc.freeze()  # the command's imports: see permanent_imports
     with quiet_on_closed_pipe():
         sys.exit(command())
 
@@ -35,7 +38,9 @@ def _run(words: list[str]) -> int:
     if command.stops_gracefully:
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # pending until the command handles them
     sys.argv = [f"{PROGRAM} {name}", *rest]  # the name in usage and messages
-    status: int | None = import_module(f"megatron_hybrid.cli.{command.module}").main()
+    with permanent_imports():
+        module = import_module(f"megatron_hybrid.cli.{command.module}")
+    status: int | None = module.main()
     return status or 0
 
 

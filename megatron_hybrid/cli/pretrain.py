@@ -27,6 +27,7 @@ def main() -> int:
     from megatron_hybrid.base.errors import REQUEUE, no_traceback
     from megatron_hybrid.base.heartbeat import heartbeat
     from megatron_hybrid.base.numbers import positive
+    from megatron_hybrid.base.permanent_imports import permanent_imports
     from megatron_hybrid.config.command_line import RunCommandLine
     from megatron_hybrid.config.load import load_run
     from megatron_hybrid.config.run_dir import check_run_dir
@@ -54,10 +55,11 @@ def main() -> int:
         config.check_world(launch.world_size)
         check_run_dir(config, launch.world_size)
         heartbeat.beat("importing torch")  # and megatron-core, only once the config is right
-        from megatron_hybrid.distributed.deferred_compilation import defer_compilation
+        with permanent_imports():
+            from megatron_hybrid.distributed.deferred_compilation import defer_compilation
 
-        defer_compilation()
-        from megatron_hybrid.train.trainer import pretrain
+            defer_compilation()
+            from megatron_hybrid.train.trainer import pretrain
 
         progress = pretrain(config, launch)
         return 0 if progress.step >= config.train.steps else REQUEUE
