@@ -6,6 +6,7 @@
 // for, not before, so that a missing wait gives wrong results.
 #pragma once
 #define HYBRID_KERNELS_MMA
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -53,10 +54,11 @@ struct Copy {
 };
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t beginning;
+    jmp_buf place;  // where it waits
     std::vector<char> stack = std::vector<char>(1 << 16);
     std::vector<Copy> copies;  // that have not landed
-    bool done = false;
+    bool begun, done;
 };
 
 struct Barrier {
@@ -64,12 +66,24 @@ struct Barrier {
     long generation = 0;
 };
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<std::unique_ptr<Thread>> threads;
 inline int current;
 inline Barrier of_block, of_warp[32];
 inline char exchanged[32][32][64];  // by warp and lane
 inline std::function<void()> body, each_round = [] {};  // each_round: runs whenever every thread has had its turn
+
+// Switches by jumps between stacks: swapcontext makes a system call each time
+inline void yield() {
+    if (!_setjmp(threads[current]->place)) _longjmp(scheduler, 1);
+}
+
+inline void resume(Thread &thread) {
+    if (_setjmp(scheduler)) return;
+    if (thread.begun) _longjmp(thread.place, 1);
+    thread.begun = true;
+    setcontext(&thread.beginning);
+}
 
 inline void wait(Barrier &barrier, int count) {
     const long mine = barrier.generation;
@@ -77,7 +91,7 @@ inline void wait(Barrier &barrier, int count) {
         barrier.arrived = 0;
         ++barrier.generation;
     }
-    while (barrier.generation == mine) swapcontext(&threads[current]->context, &scheduler);
+    while (barrier.generation == mine) yield();
 }
 
 inline uint32_t draw(uint32_t bound) {  // the same numbers in every run
@@ -89,6 +103,7 @@ inline uint32_t draw(uint32_t bound) {  // the same numbers in every run
 inline void start() {
     body();
     threads[current]->done = true;
+    _longjmp(scheduler, 1);
 }
 
 // What every lane of this warp hands in; valid until the warp's next exchange
@@ -129,15 +144,15 @@ Lanes<T> exchange(const T &mine) {
 inline void run_block(int x, int y, int count, std::function<void()> kernel) {
     blockIdx = {x, y};
     body = kernel;
-    threads.clear();
-    for (int i = 0; i < count; ++i) {
-        threads.push_back(std::make_unique<Thread>());
-        Thread &thread = *threads.back();
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.data();
-        thread.context.uc_stack.ss_size = thread.stack.size();
-        thread.context.uc_link = &scheduler;
-        makecontext(&thread.context, start, 0);
+    threads.resize(count);
+    for (auto &thread : threads) {
+        if (!thread) thread = std::make_unique<Thread>();
+        thread->begun = thread->done = false;
+        thread->copies.clear();
+        getcontext(&thread->beginning);
+        thread->beginning.uc_stack.ss_sp = thread->stack.data();
+        thread->beginning.uc_stack.ss_size = thread->stack.size();
+        makecontext(&thread->beginning, start, 0);
     }
     int pauses[32] = {};
     for (bool left = true; left;) {
@@ -145,7 +160,7 @@ inline void run_block(int x, int y, int count, std::function<void()> kernel) {
         for (int &pause : pauses) pause = pause ? pause - 1 : draw(32) ? 0 : draw(64);
         for (current = 0; current < count; ++current)
             if (!threads[current]->done) {
-                if (!pauses[current / 32]) swapcontext(&scheduler, &threads[current]->context);
+                if (!pauses[current / 32]) resume(*threads[current]);
                 left = left || !threads[current]->done;
             }
         each_round();

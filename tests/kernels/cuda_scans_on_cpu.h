@@ -70,7 +70,8 @@ inline std::map<int, Issued> issued;  // by thread
 inline void land_fetches() {
     for (auto &fetch : fetches)
         if (--fetch.rounds == 0) fetch.land();
-    std::erase_if(fetches, [](const Fetch &fetch) { return fetch.rounds <= 0; });
+    auto landed = [](const Fetch &fetch) { return fetch.rounds <= 0; };
+    fetches.erase(std::remove_if(fetches.begin(), fetches.end(), landed), fetches.end());
 }
 
 inline void restart() {
@@ -83,8 +84,6 @@ inline void perform(std::vector<Action> &actions) {
     for (const Action &act : actions) act();
     actions.clear();
 }
-
-inline void yield() { swapcontext(&threads[current]->context, &scheduler); }
 
 inline void check(bool condition, const char *what) {
     if (condition) return;
