@@ -8,16 +8,19 @@ RANKS: 2 for sequences in slices on several ranks. DOCUMENTS: 1 for documents in
 Each line has the case, and the shared memory, registers, spills and assembler warnings of a run on an H100. Nothing is launched.
 """
 
+import io
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -52,6 +55,7 @@ class TwoRanks:
 
 @cache
 def assembler_says(ptx: str) -> str:
+    """Return the assembler's report on a kernel that Triton had in its cache."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -60,15 +64,20 @@ def assembler_says(ptx: str) -> str:
 
 
 RUN = JITFunction.run
+REPORTS: dict[str, str] = {}
+"""The assembler's reports on the kernels that this process has compiled, by their PTX."""
 
 
 def compile_instead_of_launching(case: str) -> None:
     """Make every Triton launch of this process compile its kernel and print a JSON line."""
     driver.set_active(Hopper())
+    knobs.nvidia.dump_ptxas_log = True
 
     def compile_only(self, *args, grid, warmup, **options):
-        kernel = RUN(self, *args, grid=grid, warmup=True, **options)
-        log = assembler_says(kernel.asm["ptx"])
+        with redirect_stdout(io.StringIO()) as said:
+            kernel = RUN(self, *args, grid=grid, warmup=True, **options)
+        ptx = kernel.asm["ptx"]
+        log = REPORTS.setdefault(ptx, said.getvalue()) or assembler_says(ptx)
         print(
             json.dumps(
                 dict(
