@@ -40,11 +40,11 @@ def _work(rank: int, world_size: int, store: str, function: Callable, kwargs: di
 
 
 class RankPool:
-    """Starts ranks; one server process a test session."""
+    """Starts ranks; one server process a test session. `preload`: more modules that the server imports."""
 
-    def __init__(self):
+    def __init__(self, *preload: str):
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
+        self._context.set_forkserver_preload([*_PRELOAD, *preload])
 
     def run(self, function: Callable, world_size: int, timeout: float = 280, **kwargs: Any) -> list[Any]:
         """function(**kwargs) on ranks 0 .. world_size - 1; their results in rank order. A failing rank fails the test."""

@@ -2,4 +2,19 @@
 
 import os
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*"]
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import tests.kernels.quick_interpreter  # noqa: F401
+
+    collect_ignore_glob = []
+else:
+    collect_ignore_glob = ["*"]
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """As in tests/conftest.py, with the quick interpreter."""
+    from testing.ranks import RankPool
+
+    return RankPool("tests.kernels.quick_interpreter")
