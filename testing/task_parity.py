@@ -52,12 +52,15 @@ def by_hf_backend(export: Path, tasks: Path, limit: int) -> dict[str, dict]:
     """Return the results of lm-eval's own `hf` backend on an export."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     from megatron_hybrid.evaluation.task_files import read_config, task_paths
 
     model = HFLM(pretrained=str(export), device="cpu", dtype="float32", batch_size=4, max_length=LENGTH)
     configs = [read_config(path) for path in task_paths(tasks)]
-    return simple_evaluate(model, tasks=configs, limit=limit, bootstrap_iters=0, log_samples=False)["results"]
+    manager = TaskManager(include_defaults=False)  # it would read 13,000 files
+    options = dict(limit=limit, bootstrap_iters=0, log_samples=False)
+    return simple_evaluate(model, tasks=configs, task_manager=manager, **options)["results"]
 
 
 def ours(checkpoint: Path, tasks: Path, limit: int, lm_eval: bool) -> dict[str, dict]:
