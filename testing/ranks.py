@@ -10,7 +10,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
+
+from megatron_hybrid.base.permanent_imports import permanent_imports
 
 # pytest, because every process starts by importing what the main program is.
 _PRELOAD = ["torch", "pytest", "megatron_hybrid.train.trainer", "testing.jobs"]
@@ -21,6 +24,13 @@ _PRELOAD += [
     f"hybrid_kernels.{op}.reference"
     for op in ("conv_gates", "gated_delta_rule", "gated_rmsnorm", "head_norm_rope", "qk_norm_rope", "sigmoid_gate")
 ]
+
+
+def preload() -> None:
+    """Import in this process what a run imports, before it forks ranks of its own."""
+    with permanent_imports():
+        for name in _PRELOAD:
+            import_module(name)
 
 
 def _work(rank: int, world_size: int, store: str, function: Callable, kwargs: dict, outbox, end) -> None:

@@ -18,6 +18,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from testing.ranks import preload as preload_run
+
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).with_name("shim.c")
 COUNT, KILL, FAIL = 0, 1, 2
@@ -59,10 +61,9 @@ def seen() -> int:
 
 def preload() -> None:
     """Import what ranks import."""
-    sys.path.insert(0, str(ROOT))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import megatron_hybrid.train.trainer  # noqa: F401
+    preload_run()
 
 
 @dataclass

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from testing import ranks
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "pretrain.py"
 LAUNCHERS = {
@@ -26,11 +28,7 @@ def preload() -> None:
     """Import what a rank imports, so that a forked rank starts at once."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.path[:0] = [str(ROOT)]
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
-
-    import megatron_hybrid.train.trainer  # noqa: F401
+    ranks.preload()
 
 
 class Forked:
