@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLE = ROOT / "examples" / "megatron_lm"
 sys.path[:0] = [str(EXAMPLE), str(ROOT), str(ROOT / "kernels")]
 
-from megatron_hybrid.spec import enable_cpu_backend  # noqa: E402
+from megatron_hybrid.base.permanent_imports import permanent_imports  # noqa: E402
+
+with permanent_imports():
+    from megatron_hybrid.spec import enable_cpu_backend
 
 
 def main() -> None:
@@ -28,7 +31,8 @@ def main() -> None:
     torch.cuda.memory_stats = lambda device=None: defaultdict(int)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(torch.cuda, name, lambda device=None: 0)
-    from megatron.training import training
+    with permanent_imports():
+        from megatron.training import training
 
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     training.set_jit_fusion_options = lambda **_: None
