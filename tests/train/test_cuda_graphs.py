@@ -108,28 +108,30 @@ def test_evaluations_and_attributions_between_steps_change_nothing(ranks):
         assert taped[what] == plain[what], what
 
 
-@pytest.mark.parametrize("what", ["batches", "scale"])
-def test_inputs_that_are_not_refreshed_are_seen(ranks, what):
-    ((plain, stale),) = ranks.run(stale_curves, 1, what=what)
-    assert stale[:3] == plain[:3] and stale[3:] != plain[3:]
+def test_inputs_that_are_not_refreshed_are_seen(ranks):
+    ((plain, *stale),) = ranks.run(stale_curves, 1)
+    for what, losses in zip(("batches", "scale"), stale, strict=True):
+        assert losses[:3] == plain[:3] and losses[3:] != plain[3:], what
 
 
-def stale_curves(what: str) -> list[list[float]]:
+def stale_curves() -> list[list[float]]:
+    """Return the losses of a curve, then of those whose graphs do not receive new batches, or a new scale."""
     load = _Step.load
 
-    def forget(step: _Step, mine: list, scale: torch.Tensor | None) -> None:
+    def without_batches(step: _Step, mine: list, scale: torch.Tensor | None) -> None:
         if step.passes.replay is None:
             load(step, mine, scale)
-        elif what == "batches":
-            step.scale.copy_(scale)
         else:
-            load(step, mine, None)
+            step.scale.copy_(scale)
+
+    def without_scale(step: _Step, mine: list, scale: torch.Tensor | None) -> None:
+        load(step, mine, scale if step.passes.replay is None else None)
 
     from megatron_hybrid.distributed.process_groups import leave_groups
 
     found = []
-    for broken in (False, True):
-        _Step.load = forget if broken else load
+    for function in (load, without_batches, without_scale):
+        _Step.load = function
         result = graph_jobs.curve(
             **arguments(dict(documents="pack", train=dict(micro_batch_size=1, **graph_jobs.GRAPHS)))
         )
