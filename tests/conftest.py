@@ -24,9 +24,6 @@ os.environ.setdefault("HYBRID_EXTRAS", "dev")
 with suppress(OSError):  # a sandbox may not have it
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
-# Collections would traverse several times what the test modules import: `pytest_collection_finish` turns them on.
-gc.disable()
-
 # A shell starts background jobs with SIGINT ignored, and a process that begins so keeps it. Tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -95,6 +92,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         places = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collectstart() -> None:
+    gc.disable()  # it would traverse several times what test modules import
 
 
 def pytest_collection_finish() -> None:
