@@ -22,10 +22,10 @@ def _replace_once(function: Callable) -> Any:
     return _replace(function)
 
 
-def _launch_anew(self: interpreter.GridExecutor, *arguments: Any, **options: Any) -> None:
+def _launch_replacing(self: interpreter.GridExecutor, *arguments: Any, **options: Any) -> None:
     _done.clear()
     _launch(self, *arguments, **options)
 
 
 interpreter._patch_lang = _replace_once
-interpreter.GridExecutor.__call__ = _launch_anew
+interpreter.GridExecutor.__call__ = _launch_replacing
