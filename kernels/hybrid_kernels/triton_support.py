@@ -157,3 +157,15 @@ def cast_tiles(tiles, dtype: tl.constexpr, DIM: tl.constexpr):
     for i in tl.static_range(tile_count(DIM)):
         cast = cast + (tiles[i].to(dtype),)
     return cast
+
+
+@triton.jit
+def sum_over_parts(partial, parts, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return this program's COLUMNS of partial [parts, N] and their fp32 sums over the parts, of which it adds ROWS at a time."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, parts, ROWS):
+        part = start + tl.arange(0, ROWS)
+        at = part.to(tl.int64)[:, None] * N + column[None, :]
+        total += tl.load(partial + at, mask=(part < parts)[:, None] & (column < N)[None, :], other=0.0)
+    return column, tl.sum(total, 0)

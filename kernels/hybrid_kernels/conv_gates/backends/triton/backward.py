@@ -28,7 +28,7 @@ from hybrid_kernels.conv_gates.backends.triton.rows import (
     where,
     zero_rows,
 )
-from hybrid_kernels.triton_support import even_width, sigmoid
+from hybrid_kernels.triton_support import even_width, sigmoid, sum_over_parts
 
 
 @triton.jit
@@ -149,16 +149,10 @@ def conv_gates_backward_kernel(
 
 
 @triton.jit
-def sum_kernel(
+def conv_gates_sum_kernel(
     partial, dweight, dgates, parts, N: tl.constexpr, GATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Sum partial [parts, N + GATES] over the parts: dweight [N], then dgates [GATES]."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    rows = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, parts, ROWS):
-        part = start + tl.arange(0, ROWS)
-        at = part.to(tl.int64)[:, None] * (N + GATES) + column[None, :]
-        rows += tl.load(partial + at, mask=(part < parts)[:, None] & (column < N + GATES)[None, :], other=0.0)
-    total = tl.sum(rows, 0)
+    column, total = sum_over_parts(partial, parts, N + GATES, ROWS, COLUMNS)
     tl.store(dweight + column, total.to(dweight.dtype.element_ty), mask=column < N)
     tl.store(dgates + column - N, total, mask=(column >= N) & (column < N + GATES))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from hybrid_kernels.conv_gates.backends.triton.backward import conv_gates_backward_kernel, sum_kernel
+from hybrid_kernels.conv_gates.backends.triton.backward import conv_gates_backward_kernel, conv_gates_sum_kernel
 from hybrid_kernels.conv_gates.backends.triton.forward import conv_gates_kernel
 from hybrid_kernels.conv_gates.reference import widths
 from hybrid_kernels.custom_op import OptionalTensors, custom_op
@@ -124,7 +124,7 @@ def _backward(
         length, batch, beta_max, **c, WITH_GATE=gate is not None, num_warps=4,
         maxnreg=DOCUMENT_REGISTERS if c["DOCUMENTS"] and c["K"] <= 192 else None,
     )  # fmt: skip
-    sum_kernel[(triton.cdiv(partial.shape[1], SUM_COLUMNS),)](
+    conv_gates_sum_kernel[(triton.cdiv(partial.shape[1], SUM_COLUMNS),)](
         partial, dweight, sums, len(partial), N=weight.numel(), GATES=gates, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS
     )
     return [dpacked, dweight, None if A_log is None else sums]

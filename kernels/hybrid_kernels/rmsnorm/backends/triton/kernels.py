@@ -7,6 +7,8 @@ second sums over the programs.
 import triton
 import triton.language as tl
 
+from hybrid_kernels.triton_support import sum_over_parts
+
 
 @triton.jit
 def _load(x, row, rows, N: tl.constexpr, BLOCK: tl.constexpr):
@@ -82,10 +84,5 @@ def rmsnorm_backward_kernel(
 @triton.jit
 def rmsnorm_sum_kernel(partial, dweight, programs, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Write the sums of partial [programs, N] over the programs, COLUMNS of them in each program of this kernel."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, programs, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < programs)[:, None] & (column < N)[None, :]
-        total += tl.load(partial + row[:, None] * N + column[None, :], mask=mask, other=0.0)
-    tl.store(dweight + column, tl.sum(total, 0).to(dweight.dtype.element_ty), mask=column < N)
+    column, total = sum_over_parts(partial, programs, N, ROWS, COLUMNS)
+    tl.store(dweight + column, total.to(dweight.dtype.element_ty), mask=column < N)
