@@ -2,6 +2,7 @@
 
 - `Run`: a configuration of the trainer with a folder of its own.
 - `Scheduler`: keeps all GPUs busy with several runs each, until they are finished, a time limit, or a signal.
+- `train_all`: does so for a list of runs.
 """
 
 import os
@@ -13,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hybrid.base.errors import REQUEUE
+from multi_process_service import multi_process_service
+
+from megatron_hybrid.base.errors import REQUEUE, no_traceback
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.observe.metrics import read_metrics
 
@@ -101,6 +104,20 @@ class Scheduler:
         elif not (self.stopping and status in (REQUEUE, -signal.SIGTERM)):
             self.failed.append(run)
             print(f"{run.folder.name}: failed with status {status}; see {run.folder / 'log.txt'}", flush=True)
+
+
+def train_all(runs: Sequence[Run], gpus: int, per_device: int, deadline: float, mps: bool) -> list[Run]:
+    """Train all runs that are not finished, until the deadline, and return those that failed.
+
+    Args:
+        per_device: runs side by side on a GPU, or on the CPU.
+        mps: runs share a GPU at the same time (multi_process_service.py).
+    """
+    with no_traceback(), multi_process_service(mps) as service:
+        scheduler = Scheduler(runs, gpus, per_device, deadline - STOPPING_S, service)
+        print(f"{len(runs)} runs, {len(runs) - len(scheduler.waiting)} of them finished before", flush=True)
+        scheduler.work()
+    return scheduler.failed
 
 
 def _visible_gpus() -> list[str]:

@@ -16,8 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(HERE.parent)]
 
-from concurrent_runs import STOPPING_S, Run, Scheduler  # noqa: E402
-from multi_process_service import multi_process_service  # noqa: E402
+from concurrent_runs import Run, train_all  # noqa: E402
 
 from megatron_hybrid.base.errors import REQUEUE, no_traceback  # noqa: E402
 from megatron_hybrid.config.load import load_run  # noqa: E402
@@ -80,14 +79,10 @@ def main() -> None:
     with no_traceback():
         runs = list(grid(arguments))
     per_device = arguments.runs_per_gpu or (6 if arguments.gpus else os.cpu_count() or 1)
-    deadline = begin + arguments.time_limit - STOPPING_S
-    with no_traceback(), multi_process_service(arguments.mps) as service:
-        scheduler = Scheduler(runs, arguments.gpus, per_device, deadline, service)
-        print(f"{len(runs)} runs, {len(runs) - len(scheduler.waiting)} of them finished before", flush=True)
-        scheduler.work()
+    failed = train_all(runs, arguments.gpus, per_device, begin + arguments.time_limit, arguments.mps)
     report(arguments.task, [(run.model, run.folder) for run in runs], arguments.out)
     unfinished = sum(not run.is_finished for run in runs)
-    sys.exit(1 if scheduler.failed else REQUEUE if unfinished else 0)
+    sys.exit(1 if failed else REQUEUE if unfinished else 0)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(HERE.parent), str(HERE)]
 
-from concurrent_runs import STOPPING_S, Run, Scheduler  # noqa: E402
-from multi_process_service import multi_process_service  # noqa: E402
+from concurrent_runs import Run, train_all  # noqa: E402
 from points import Point, read_endpoints, write_points  # noqa: E402
 from shapes import (  # noqa: E402
     ARCHITECTURES,
@@ -249,15 +248,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*describe(runs, arguments.tflops), sep="\n")
         return 0
     per_device = arguments.runs_per_gpu or (4 if arguments.gpus else 1)
-    deadline = begin + arguments.time_limit - STOPPING_S
-    with no_traceback(), multi_process_service(arguments.mps) as service:
-        scheduler = Scheduler(runs, arguments.gpus, per_device, deadline, service)
-        print(f"{len(runs)} runs, {len(runs) - len(scheduler.waiting)} of them finished before", flush=True)
-        scheduler.work()
+    failed = train_all(runs, arguments.gpus, per_device, begin + arguments.time_limit, arguments.mps)
     count = write_all(runs, machine_name(arguments.gpus))
     print(f"{count} of {len(runs) * len(budgets)} endpoints are evaluated", flush=True)
     unfinished = sum(not run.is_finished for run in runs)
-    return 1 if scheduler.failed else REQUEUE if unfinished else 0
+    return 1 if failed else REQUEUE if unfinished else 0
 
 
 if __name__ == "__main__":

@@ -82,22 +82,26 @@ FINISH = "(F / 'metrics.jsonl').write_text('{}')"
 
 
 def test_the_scheduler_fills_its_slots_and_resumes(grid, tmp_path, monkeypatch):
+    from concurrent_runs import Scheduler
+
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     write = "import os\n(F / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
     runs = [script(tmp_path / str(number), write + FINISH) for number in range(5)]
     runs.append(script(tmp_path / "broken", "sys.exit(3)"))
-    first = grid.Scheduler(runs, gpus=2, per_device=2, deadline=time.monotonic() + 60)
+    first = Scheduler(runs, gpus=2, per_device=2, deadline=time.monotonic() + 60)
     first.work()
     assert first.failed == runs[-1:] and sorted(first.slots) == [0, 0, 1, 1]
     assert {(run.folder / "gpu").read_text() for run in runs[:5]} == {"3", "5"}
-    assert grid.Scheduler(runs, 2, 2, 0.0).waiting == runs[-1:]
+    assert Scheduler(runs, 2, 2, 0.0).waiting == runs[-1:]
 
 
 def test_the_time_limit_stops_all_runs_with_a_request(grid, tmp_path):
+    from concurrent_runs import Scheduler
+
     patient = "signal.signal(signal.SIGTERM, lambda *_: ((F / 'saved').touch(), sys.exit(75)))\n(F / 'ready').touch()\ntime.sleep(60)"
     runs = [script(tmp_path / str(number), patient) for number in range(3)]
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    scheduler = grid.Scheduler(runs, gpus=0, per_device=2, deadline=time.monotonic() + 1.5)
+    scheduler = Scheduler(runs, gpus=0, per_device=2, deadline=time.monotonic() + 1.5)
     try:
         scheduler.work()
     finally:
