@@ -48,12 +48,12 @@ def both_passes(sizes: Point, forward: Callable[[], torch.Tensor], inputs: Seque
             gradient the call itself adds to `main_grad`, as Transformer Engine's linears do, gets none.
     """
 
-    def forward_backward() -> None:
+    def forward_backward() -> tuple[torch.Tensor | None, ...]:
         y = forward()
-        gradients = torch.autograd.grad(y, inputs, y.detach(), allow_unused=True)
-        for one, gradient in zip(inputs, gradients, strict=True):
-            assert gradient is not None or hasattr(one, "main_grad"), "an input has no gradient"
+        return torch.autograd.grad(y, inputs, y.detach(), allow_unused=True)
 
+    for one, gradient in zip(inputs, forward_backward(), strict=True):
+        assert gradient is not None or hasattr(one, "main_grad"), "an input has no gradient"
     alone, both = seconds_of(forward), seconds_of(forward_backward)
     yield {**sizes, "pass": "forward", "seconds": alone}
     yield {**sizes, "pass": "backward", "seconds": max(both - alone, 0.0)}

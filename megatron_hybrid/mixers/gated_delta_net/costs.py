@@ -24,7 +24,7 @@ of 255 us forward, of 647 us backward (docs/development/lab-notes.md)."""
 
 WITH_KEPT_STATES = 0.85
 """Time of a backward pass that finds the states kept, as a share of that of one that computes them again. Measured with 30 heads at
-8,192 tokens: 0.83 with one sequence, 0.87 with four (benchmarks/delta_rule.py)."""
+8,192 tokens: 0.83 with one sequence, 0.87 with four (benchmarks/kept_states.py)."""
 
 
 @dataclass(frozen=True)
