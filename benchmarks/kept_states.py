@@ -3,19 +3,12 @@
 python benchmarks/kept_states.py
 """
 
-import sys
-from pathlib import Path
-
 import torch
+from delta_rule_before_after import inputs_of
 from kernel_timing import gpu_ms, kernels, write_gpu
 from report import bounded, row
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "benchmarks")]
-
-from delta_rule_before_after import inputs_of  # noqa: E402
-
-from hybrid_kernels.gated_delta_rule import gated_delta_rule  # noqa: E402
+from hybrid_kernels.gated_delta_rule import gated_delta_rule
 
 CASES = {  # batch, length, heads, K, V, and the goal in ms of both passes
     "96/192, 30 heads": ((1, 8192, 30, 96, 192), 0.62),
