@@ -34,4 +34,19 @@ __device__ __forceinline__ int position_of(const int *positions, int token, int 
     return positions[place] + token - place;
 }
 
+// One warp: the sum of the earlier lanes from the last one of them that `begins`. Lane 0 gets its own.
+__device__ __forceinline__ float sum_before_lane(float sum, int begins) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const float before = __shfl_up_sync(~0u, sum, step);
+        const int begins_before = __shfl_up_sync(~0u, begins, step);
+        if (lane >= step) {
+            if (!begins) sum += before;
+            begins |= begins_before;
+        }
+    }
+    return __shfl_up_sync(~0u, sum, 1);
+}
+
 }  // namespace

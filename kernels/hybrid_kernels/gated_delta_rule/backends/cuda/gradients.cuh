@@ -156,7 +156,7 @@ __device__ __forceinline__ void load_gates(Unit &to, const Given &given, int uni
 }
 
 // Write a unit's dg, the sum of G's gradients from the token to the end of its document, and dbeta, R's diagonal divided by beta twice.
-// Lane 0 has the last two tokens: a sum over later tokens is one over earlier lanes, in segments as in prepare.cu.
+// Lane 0 has the last two tokens: a sum over later tokens is one over earlier lanes.
 __device__ __forceinline__ void store_gates(const Unit &of, const Results &results, int heads) {
     const int lane = threadIdx.x % 32, t = CHUNK - 2 - 2 * lane;
     float last = of.at_end[t] + of.at_end[t + 1];
@@ -166,17 +166,8 @@ __device__ __forceinline__ void store_gates(const Unit &of, const Results &resul
     const float second = of.of_q[t + 1] + of.of_k[t + 1], first = of.of_q[t] + of.of_k[t];
     const bool second_ends = of.position[t + 2] == 0, first_ends = of.position[t + 1] == 0;
     float sum = first_ends ? first : second + first;
-    int begins = first_ends || second_ends;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const float before = __shfl_up_sync(~0u, sum, step);
-        const int begins_before = __shfl_up_sync(~0u, begins, step);
-        if (lane >= step) {
-            if (!begins) sum += before;
-            begins |= begins_before;
-        }
-    }
-    const float later = __shfl_up_sync(~0u, sum, 1);
+    const bool begins = first_ends || second_ends;
+    const float later = sum_before_lane(sum, begins);
     float dG[2];
     dG[1] = (lane && !second_ends ? later : 0.0f) + second;
     dG[0] = (first_ends ? 0.0f : dG[1]) + first;

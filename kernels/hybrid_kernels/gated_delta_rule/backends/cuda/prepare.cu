@@ -57,18 +57,9 @@ __device__ __forceinline__ void sum_gates_in_documents(Shared &shared, float fir
     const int last = position_of(positions, CHUNK - 1, valid);
     if (position[0] == 0) first = 0.f;  // a document's first token decays no state
     if (position[1] == 0) second = 0.f;
-    int begins = position[0] == 0 || position[1] == 0;
+    const bool begins = position[0] == 0 || position[1] == 0;
     float sum = position[1] == 0 ? 0.f : first + second;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const float before = __shfl_up_sync(~0u, sum, step);
-        const int begins_before = __shfl_up_sync(~0u, begins, step);
-        if (lane >= step) {
-            if (!begins) sum += before;
-            begins |= begins_before;
-        }
-    }
-    const float earlier = __shfl_up_sync(~0u, sum, 1);
+    const float earlier = sum_before_lane(sum, begins);
     float of[2];
     of[0] = position[0] == 0 ? 0.f : (lane ? earlier : 0.f) + first;
     of[1] = position[1] == 0 ? 0.f : of[0] + second;
