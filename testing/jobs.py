@@ -255,7 +255,8 @@ def step_with_bad_gradient(model: dict, parallel: dict, train: dict, value: floa
     states, reasons, norms = [], [], []
     for step in range(3):
         poison = step == 1 and torch.distributed.get_rank() == bad_rank
-        victim = next(p for name, p in engine.chunks[0].named_parameters() if "in_proj" in name)
+        # Transformer Engine's linears return no gradient of their weights, which a hook could change
+        victim = next(p for name, p in engine.chunks[0].named_parameters() if "A_log" in name)
         hook = victim.register_hook(lambda gradient: gradient.clone().fill_(value)) if poison else None
         batches = batches_of(engine, samples_of_step(step, train["global_batch_size"], config.vocab_size), 1)
         losses = engine.forward_backward(batches)
