@@ -25,10 +25,15 @@ OPTIMIZERS = {
 }
 
 
-def median_ms(step, synchronized=torch.cuda.synchronize) -> float:
-    """Return the median milliseconds of a call that leaves the GPU idle before and after."""
+def median_ms(step, prepare=lambda: None, synchronized=torch.cuda.synchronize) -> float:
+    """Return the median milliseconds of a call, before and after which the GPU is idle.
+
+    Args:
+        prepare: is called before each, and not timed.
+    """
     times = []
     for _ in range(WARMUP + STEPS):
+        prepare()
         synchronized()
         start = time.perf_counter()
         step()
@@ -54,8 +59,8 @@ def measure(model, optimizer: dict, groups, sequences: int) -> dict[str, float]:
         engine.update(1e-5, engine.gradient_norm())
 
     found = {"step": median_ms(step)}
-    engine.forward_backward(batches)
-    found["update"] = median_ms(lambda: engine.update(1e-5, 1.0))
+    # an update takes the gradients: without a backward pass before it, it would do nothing
+    found["update"] = median_ms(lambda: engine.update(1e-5, 1.0), prepare=lambda: engine.forward_backward(batches[:1]))
     states = (state for shard in engine.optimizer.shards().values() for state in shard.states.values())
     found["state"] = sum(state.nbytes for state in states) / 1e9
     found["peak"] = torch.cuda.max_memory_allocated() / 1e9
