@@ -1,19 +1,50 @@
-"""Time operations on this process's device. A measurement is a point: a dictionary of sizes and seconds."""
+"""Time operations on this process's device. A measurement is a point: a dictionary of sizes and seconds.
 
+A GPU lowers its clocks under a load that exceeds its power limit, as training does: an H200 runs GEMMs at 800 TFLOP/s for a moment
+and at 670 later. So a GPU is under load before each measurement.
+"""
+
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 
-from megatron_hybrid.distributed.device import has_cuda
+from megatron_hybrid.distributed.device import has_cuda, local_device
 
 Point = dict[str, Any]
 """`op`, `pass` (forward, backward, or none), sizes, and the median `seconds` of one call."""
+LOAD_SECONDS = 0.5
+"""Time under load after which an H200's clocks are steady."""
+LOAD_SIZE = 8192
+"""Rows and columns of the load's matrices."""
+
+
+@cache
+def _load() -> tuple[Callable[[], object], float]:
+    """Return a GEMM in bf16, and its seconds."""
+    a, b = (torch.randn(LOAD_SIZE, LOAD_SIZE, device=local_device(), dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(a)
+
+    def gemm() -> None:
+        torch.mm(a, b, out=product)
+
+    for _ in range(10):
+        gemm()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        gemm()
+    torch.cuda.synchronize()
+    return gemm, (time.perf_counter() - start) / 10
 
 
 def seconds_of(call: Callable[[], object], samples: int = 8) -> float:
-    """Return the median seconds of one call. On a GPU, calls are queued behind a sleep kernel, so that launches are not timed."""
+    """Return the median seconds of one call. On a GPU, calls are queued behind GEMMs: they meet the clocks of training, and launches
+    are not timed.
+    """
     call()
     start = time.perf_counter()
     call()
@@ -26,8 +57,9 @@ def seconds_of(call: Callable[[], object], samples: int = 8) -> float:
             times.append(time.perf_counter() - start)
         return sorted(times)[samples // 2]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
-    torch.cuda.synchronize()
-    torch.cuda._sleep(int(min(0.05, 1.5 * host * samples) * 2e9))  # clock cycles
+    gemm, seconds = _load()
+    for _ in range(math.ceil(max(LOAD_SECONDS, 1.5 * host * samples) / seconds)):
+        gemm()
     for mark in marks[:-1]:
         mark.record()
         call()
