@@ -29,34 +29,46 @@ def solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[flo
     return [rows[i][n] / rows[i][column] if i >= 0 else 0.0 for column, i in enumerate(used)]
 
 
-def fit_nonnegative(columns: Sequence[Sequence[float]], times: Sequence[float]) -> list[float]:
-    """Return coefficients >= 0 for which sum(coefficient * column) has the least squared relative errors against `times`.
+def fit_nonnegative(
+    columns: Sequence[Sequence[float]], times: Sequence[float], least: Sequence[float] = ()
+) -> list[float]:
+    """Return coefficients for which sum(coefficient * column) has the least squared relative errors against `times`.
 
     Solves for every subset of the terms: there are at most three of them.
 
     Args:
         columns: one sequence per term, as long as `times`.
+        least: least value of each coefficient; by default, 0.
     """
+    least = least or [0.0] * len(columns)
+    right = [1 - sum(c * x for c, x in zip(least, point)) / time for point, time in zip(zip(*columns), times)]
     scaled = [[value / time for value, time in zip(column, times)] for column in columns]
     size = [max(map(abs, column)) or 1.0 for column in scaled]
     scaled = [[value / s for value in column] for column, s in zip(scaled, size)]
     fits = [
-        _fit_terms(scaled, terms) for n in range(len(columns) + 1) for terms in combinations(range(len(columns)), n)
+        _fit_terms(scaled, right, terms)
+        for n in range(len(columns) + 1)
+        for terms in combinations(range(len(columns)), n)
     ]
-    best = min((fit for fit in fits if min(fit, default=0.0) >= 0), key=lambda fit: _squared_errors(scaled, fit))
-    return [value / s for value, s in zip(best, size)]
+    fits = [fit for fit in fits if min(fit, default=0.0) >= 0]
+    best = min(fits, key=lambda fit: _squared_errors(scaled, right, fit))
+    return [low + value / s for low, value, s in zip(least, best, size)]
 
 
-def _fit_terms(columns: Sequence[Sequence[float]], terms: Sequence[int]) -> list[float]:
-    """Return the coefficients of least squares against ones if only these terms are not zero."""
-    normal = [[sum(a * b for a, b in zip(columns[i], columns[j])) for j in terms] for i in terms]
-    found = dict(zip(terms, solve(normal, [sum(columns[i]) for i in terms])))
+def _fit_terms(columns: Sequence[Sequence[float]], right: Sequence[float], terms: Sequence[int]) -> list[float]:
+    """Return the coefficients of least squares against `right` if only these terms are not zero."""
+    normal = [[_dot(columns[i], columns[j]) for j in terms] for i in terms]
+    found = dict(zip(terms, solve(normal, [_dot(columns[i], right) for i in terms])))
     return [found.get(i, 0.0) for i in range(len(columns))]
 
 
-def _squared_errors(columns: Sequence[Sequence[float]], coefficients: Sequence[float]) -> float:
-    errors = [sum(c * x for c, x in zip(coefficients, point)) - 1 for point in zip(*columns)]
+def _squared_errors(columns: Sequence[Sequence[float]], right: Sequence[float], coefficients: Sequence[float]) -> float:
+    errors = [_dot(coefficients, point) - y for point, y in zip(zip(*columns), right)]
     return math.fsum(error * error for error in errors)
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b))
 
 
 def fit_near_one(
@@ -72,8 +84,6 @@ def fit_near_one(
     scaled = [[value / scale for value, scale in zip(column, scales)] for column in columns]
     right = [target / scale for target, scale in zip(targets, scales)]
     n = len(columns)
-    normal = [
-        [sum(a * b for a, b in zip(scaled[i], scaled[j])) + strength * (i == j) for j in range(n)] for i in range(n)
-    ]
-    found = solve(normal, [sum(a * b for a, b in zip(column, right)) + strength for column in scaled])
+    normal = [[_dot(scaled[i], scaled[j]) + strength * (i == j) for j in range(n)] for i in range(n)]
+    found = solve(normal, [_dot(column, right) + strength for column in scaled])
     return [min(max(factor, SMALLEST_FACTOR), LARGEST_FACTOR) for factor in found]

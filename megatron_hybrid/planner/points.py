@@ -30,9 +30,9 @@ def from_points(points: Sequence[Point], model: ModelConfig, base: Hardware, **c
     if copies := by_op.get("copy"):
         found["copy_bytes_per_second"] = max(p["bytes"] / p["seconds"] for p in copies)
     if linear := by_op.get("linear"):
-        found["linear"] = {**base.linear, **_fit(linear, _linear_work)}
+        found["linear"] = {**base.linear, **_fit(linear, _linear_work, base.peak_flops)}
     if attention := by_op.get("attention"):
-        found["attention"] = {**base.attention, **_fit(attention, _attention_work)}
+        found["attention"] = {**base.attention, **_fit(attention, _attention_work, base.peak_flops)}
     if recurrence := by_op.get("recurrence"):
         found["recurrence"] = _recurrence_table(recurrence)
     copy = found.get("copy_bytes_per_second", base.copy_bytes_per_second)
@@ -52,12 +52,16 @@ def _attention_work(p: Point) -> tuple[float, float, float]:
     return 1.0, attention_flops(p["sequence"], p["batch"], p["heads"] * p["head_dim"], p["pass"]), 0.0
 
 
-def _fit(points: Sequence[Point], work: Callable[[Point], tuple[float, ...]]) -> dict[str, dict[str, Rate]]:
+def _fit(
+    points: Sequence[Point], work: Callable[[Point], tuple[float, ...]], peak_flops: float
+) -> dict[str, dict[str, Rate]]:
+    """Fit the rate of each format and direction, which is at most the device's peak: in bf16 `peak_flops`, and in FP8 twice that."""
     fitted: dict[str, dict[str, Rate]] = {}
     for form, direction in dict.fromkeys((p["format"], p["pass"]) for p in points):
         mine = [p for p in points if (p["format"], p["pass"]) == (form, direction) and p["seconds"] > 0]
         columns = list(zip(*(work(p) for p in mine)))
-        fitted.setdefault(form, {})[direction] = Rate(*fit_nonnegative(columns, [p["seconds"] for p in mine]))
+        least = (0.0, 1 / (peak_flops if form == "bf16" else 2 * peak_flops), 0.0)
+        fitted.setdefault(form, {})[direction] = Rate(*fit_nonnegative(columns, [p["seconds"] for p in mine], least))
     return fitted
 
 

@@ -32,6 +32,20 @@ def test_no_rate_is_negative():
     assert latency == 0 and per_flop > 0
 
 
+def test_no_rate_is_above_its_limit():
+    flops, size = [1e12, 2e12, 5e12, 1e13], [3e8, 1e9, 2e9, 1e9]
+    times = [2e-5 + f / 2e15 + b / 3e12 for f, b in zip(flops, size)]
+
+    def error(latency, per_byte):
+        found = [latency + 1e-15 * f + per_byte * b for f, b in zip(flops, size)]
+        return sum((y / time - 1) ** 2 for y, time in zip(found, times))
+
+    latency, per_flop, per_byte = fit_nonnegative([[1.0] * 4, flops, size], times, least=(0.0, 1e-15, 0.0))
+    assert per_flop == 1e-15 and latency >= 0 and per_byte >= 0
+    nearby = itertools.product((latency, latency * 1.01 + 1e-7, latency * 0.99), (per_byte * 0.99, per_byte * 1.01))
+    assert all(error(latency, per_byte) <= error(*other) for other in nearby)
+
+
 def test_factors_stay_at_one_where_nothing_is_said():
     times = [1.2, 2.4]
     compute, host = fit_near_one([[1.0, 2.0], [0.0, 0.0]], times, times, strength=1e-6)

@@ -20,6 +20,8 @@ def test_what_ships_reads_back(name, tmp_path):
     assert hardware.measured and 4e10 < hardware.memory_bytes < 3e11
     for form in ("bf16", "tensorwise", "delayed", "blockwise"):
         assert set(hardware.linear[form]) == {"forward", "backward"}
+        peak = hardware.peak_flops * (1 if form == "bf16" else 2)
+        assert all(1 / rate.per_flop <= peak for rate in hardware.linear[form].values())
 
 
 def test_files_with_earlier_names_load(tmp_path):
