@@ -5,13 +5,14 @@ python benchmarks/peers.py                  bf16 and FP8, 8,192 tokens per step
 
 All cases run in one process, one after the other, with random weights and tokens:
 - ours: the megatron engine, in bf16 and with tensorwise FP8 linears;
-- OLMo-core 3.0: its own model, compiled block by block, with fla and torch's fused AdamW;
+- OLMo-core 3.0: its own model, compiled block by block, with fla and torch's fused AdamW; in bf16 throughout, and with weights,
+  gradients and moments in fp32, which its FSDP casts to bf16, as its recipes train;
 - transformers with fla, SDPA and torch's fused AdamW;
 - megatron-core 0.19.2: HybridModel with its own Gated DeltaNet, which has no negative eigenvalues, pre-norm and no QK norm. 32 heads
   instead of 30 give its projections aligned columns.
 
-The first and the last keep fp32 master weights and moments. torch's AdamW keeps both in bf16, which moves fewer bytes. A baseline
-whose package is missing, or that fails, is left out, and a note of the result file says so.
+Ours and megatron-core's keep fp32 master weights and moments. torch's AdamW keeps both in bf16 unless the weights are fp32, which
+moves fewer bytes. A baseline whose package is missing, or that fails, is left out, and a note of the result file says so.
 """
 
 import argparse
@@ -97,8 +98,8 @@ def transformers_fla(model, samples: torch.Tensor, groups) -> Iterator[Step]:
     yield from with_torch_adamw(peer, lambda: peer(tokens, labels=tokens, use_cache=False).loss)
 
 
-def olmo_core(model, samples: torch.Tensor, groups) -> Iterator[Step]:
-    """Yield a training step of OLMo-core's own model."""
+def olmo_core(model, samples: torch.Tensor, groups, dtype: torch.dtype = torch.bfloat16) -> Iterator[Step]:
+    """Yield a training step of OLMo-core's own model, whose weights, gradients and moments have this type."""
     from olmo_core.nn.attention import AttentionBackendName, AttentionConfig
     from olmo_core.nn.attention.recurrent import GatedDeltaNetConfig
     from olmo_core.nn.feed_forward import FeedForwardConfig
@@ -106,6 +107,7 @@ def olmo_core(model, samples: torch.Tensor, groups) -> Iterator[Step]:
     from olmo_core.nn.lm_head import LMHeadConfig
     from olmo_core.nn.rope import RoPEConfig
     from olmo_core.nn.transformer.config import TransformerBlockConfig, TransformerConfig
+    from torch.distributed.device_mesh import init_device_mesh
 
     norm, gdn = LayerNormConfig(name="rms", eps=model.norm_eps, bias=False), model.gdn
     shared = dict(layer_norm=norm, feed_forward=FeedForwardConfig(hidden_size=model.ffn_hidden_size, bias=False))
@@ -125,9 +127,11 @@ def olmo_core(model, samples: torch.Tensor, groups) -> Iterator[Step]:
         block_pattern=["gdn" if symbol == "G" else "attn" for symbol in model.layers[:4]],
         lm_head=LMHeadConfig(layer_norm=norm, bias=False),
     )  # fmt: skip
-    peer = config.build(init_device="cuda").to(torch.bfloat16).train()
+    peer = config.build(init_device="cuda").to(dtype).train()
     peer.init_weights(device=torch.device("cuda"), max_seq_len=samples.shape[1] - 1)
     peer.apply_compile()
+    if dtype != torch.bfloat16:
+        peer.apply_fsdp(init_device_mesh("cuda", (1,)), param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     tokens, labels = samples[:, :-1], samples[:, 1:].contiguous()
     yield from with_torch_adamw(peer, lambda: peer(tokens, labels=labels, z_loss_multiplier=1e-5).loss)
 
@@ -173,6 +177,7 @@ def megatron_core(model, samples: torch.Tensor, groups) -> Iterator[Step]:
 
 BASELINES = {
     "OLMo-core 3.0": olmo_core,
+    "OLMo-core 3.0, fp32 weights and moments": partial(olmo_core, dtype=torch.float32),
     "transformers, fla": transformers_fla,
     "megatron-core 0.19.2, 32 heads": megatron_core,
 }
