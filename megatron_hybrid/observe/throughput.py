@@ -23,9 +23,6 @@ PEAK_BF16_TFLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("L40S",), 362.0),
 )
 
-FP8_SPEEDUP = 2.0
-"""Peak of dense FP8 GEMMs over that of bf16, on every GPU that has FP8."""
-
 
 def peak_tflops(device_name: str | None) -> float | None:
     """Return the peak dense bf16 TFLOP/s of a device by its name in `torch.cuda.get_device_name`. None: unknown."""
@@ -84,7 +81,7 @@ def rates(
 
     Args:
         peak: dense bf16 TFLOP/s, against which `mfu` is taken.
-        format_speedup: peak of the linears' format over that of bf16: FP8_SPEEDUP in FP8. None: unknown, no
+        format_speedup: peak of the linears' format over that of bf16: arch.fp8_recipes.FP8_SPEEDUP in FP8. None: unknown, no
             `format_mfu`, which is taken against it.
     """
     per_second = tokens / seconds

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from megatron_hybrid.arch.costs import Direction, Gemm, MemoryWork, attention_flops
+from megatron_hybrid.arch.fp8_recipes import FP8_SPEEDUP
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.config.parallel import ParallelConfig
@@ -55,12 +56,12 @@ def _attention_work(p: Point) -> tuple[float, float, float]:
 def _fit(
     points: Sequence[Point], work: Callable[[Point], tuple[float, ...]], peak_flops: float
 ) -> dict[str, dict[str, Rate]]:
-    """Fit the rate of each format and direction, which is at most the device's peak: in bf16 `peak_flops`, and in FP8 twice that."""
+    """Fit the rate of each format and direction, which is at most the device's peak in that format, in bf16 `peak_flops`."""
     fitted: dict[str, dict[str, Rate]] = {}
     for form, direction in dict.fromkeys((p["format"], p["pass"]) for p in points):
         mine = [p for p in points if (p["format"], p["pass"]) == (form, direction) and p["seconds"] > 0]
         columns = list(zip(*(work(p) for p in mine)))
-        least = (0.0, 1 / (peak_flops if form == "bf16" else 2 * peak_flops), 0.0)
+        least = (0.0, 1 / (peak_flops if form == "bf16" else FP8_SPEEDUP * peak_flops), 0.0)
         fitted.setdefault(form, {})[direction] = Rate(*fit_nonnegative(columns, [p["seconds"] for p in mine], least))
     return fitted
 

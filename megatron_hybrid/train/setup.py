@@ -8,6 +8,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_hybrid.arch.flops import training_flops_per_token
+from megatron_hybrid.arch.fp8_recipes import FP8_SPEEDUP
 from megatron_hybrid.config.load import dump_run
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.attended_length import blend_attended_length
@@ -18,7 +19,6 @@ from megatron_hybrid.distributed.device import has_cuda
 from megatron_hybrid.evaluation.validation_set import ValidationSet
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.observe import RunLogger
-from megatron_hybrid.observe.throughput import FP8_SPEEDUP
 from megatron_hybrid.train.progress import Progress
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_hybrid.observe.throughput import FP8_SPEEDUP, StepClock, memory_gb, peak_tflops, rates
+from megatron_hybrid.arch.fp8_recipes import FP8_SPEEDUP
+from megatron_hybrid.observe.throughput import StepClock, memory_gb, peak_tflops, rates
 
 
 def test_rates_of_olmo_hybrid_7b():
