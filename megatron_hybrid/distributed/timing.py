@@ -16,8 +16,8 @@ from megatron_hybrid.distributed.device import has_cuda, local_device
 
 Point = dict[str, Any]
 """`op`, `pass` (forward, backward, or none), sizes, and the median `seconds` of one call."""
-LOAD_SECONDS = 0.5
-"""Time under load after which an H200's clocks are steady."""
+LOAD_SECONDS = 1.5
+"""Time under load after which an H200's clocks are steady: after half a second they are too low, after one too high."""
 LOAD_SIZE = 8192
 """Rows and columns of the load's matrices."""
 
