@@ -11,8 +11,8 @@ All cases run in one process, one after the other, with random weights and token
 - megatron-core 0.19.2: HybridModel with its own Gated DeltaNet, which has no negative eigenvalues, pre-norm and no QK norm. 32 heads
   instead of 30 give its projections aligned columns.
 
-Ours and megatron-core's keep fp32 master weights and moments. torch's AdamW keeps both in bf16 unless the weights are fp32, which
-moves fewer bytes. A baseline whose package is missing, or that fails, is left out, and a note of the result file says so.
+Ours and megatron-core's keep fp32 master weights and moments, as OLMo-core does in fp32. The two cases in bf16 throughout move fewer
+bytes. A baseline whose package is missing, or that fails, is left out, and a note of the result file says so.
 """
 
 import argparse
