@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import time
 
 import pytest
 
@@ -11,6 +10,7 @@ from megatron_hybrid.arch.patterns import MAX_LAYERS, expand_pattern, fold_patte
 from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.presets import preset
+from testing.bounded import outcome
 
 TITLES = {"G": "Gated DeltaNet", "A": "attention", "W": "sliding-window attention"}
 
@@ -44,13 +44,14 @@ def test_malformed_patterns(pattern: str) -> None:
 
 
 def test_absurd_patterns_neither_hang_nor_eat_memory() -> None:
-    start = time.process_time()
-    for pattern in ("GGGA*999999999", "G*" + "9" * 10**5, "G" * 10**6, ",".join(["GGGA*999"] * 10**4)):
-        with pytest.raises(ValueError, match=f"more than {MAX_LAYERS} layers") as caught:
-            expand_pattern(pattern, TITLES)
-        assert len(str(caught.value)) < 300
-    assert len(expand_pattern(f"G*{MAX_LAYERS}", TITLES)) == MAX_LAYERS
-    assert time.process_time() - start < 1
+    def expand() -> None:
+        for pattern in ("GGGA*999999999", "G*" + "9" * 10**5, "G" * 10**6, ",".join(["GGGA*999"] * 10**4)):
+            with pytest.raises(ValueError, match=f"more than {MAX_LAYERS} layers") as caught:
+                expand_pattern(pattern, TITLES)
+            assert len(str(caught.value)) < 300
+        assert len(expand_pattern(f"G*{MAX_LAYERS}", TITLES)) == MAX_LAYERS
+
+    assert outcome(expand) == "no error"
 
 
 def test_stage_layers_of_many_splits() -> None:
