@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,12 @@ def measured(engine: Any, vocab_size: int, sequences: int, length: int) -> dict[
     from torch.profiler import ProfilerActivity, profile
 
     from megatron_hybrid.data.batch import Batch
+    from megatron_hybrid.profiling.engine_steps import train_one_step
 
     samples = torch.randint(vocab_size, (sequences, length + 1), generator=torch.Generator().manual_seed(0))
     batch = Batch.of_samples(samples).pin_memory()
 
-    def step() -> None:
-        engine.forward_backward([batch])
-        engine.update(1e-5, engine.gradient_norm())
-
+    step = partial(train_one_step, engine, [batch], 1e-5)
     for _ in range(WARMUP):
         step()
     torch.cuda.synchronize()

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,11 +91,9 @@ KINDS = {  # of kernels, by parts of their names; the first that fits
 
 def timed(engine, batches, steps: int) -> dict:
     """Median seconds of a step, and peak bytes, on this rank; ready to be profiled afterwards."""
+    from megatron_hybrid.profiling.engine_steps import train_one_step
 
-    def step():
-        engine.forward_backward(batches)
-        engine.update(1e-5, engine.gradient_norm())
-
+    step = partial(train_one_step, engine, batches, 1e-5)
     seconds = []
     for _ in range(steps + 2):
         torch.cuda.synchronize()

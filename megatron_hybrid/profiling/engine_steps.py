@@ -24,6 +24,7 @@ from megatron_hybrid.distributed.process_groups import ProcessGroupCollection, s
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
 from megatron_hybrid.precision.fp8_parameters import initial_values
+from megatron_hybrid.train.engines.base import Engine
 from megatron_hybrid.train.engines.build import build_engine
 from megatron_hybrid.train.engines.losses import GlobalBatch
 
@@ -65,6 +66,14 @@ def random_batches(count: int, micro_batch_size: int, sequence_length: int, voca
     generator = torch.Generator().manual_seed(seed)
     shape = (micro_batch_size, sequence_length + 1)
     return [Batch.of_samples(torch.randint(0, vocab_size, shape, generator=generator)) for _ in range(count)]
+
+
+def train_one_step(engine: Engine, batches: list[Batch], lr: float) -> None:
+    """Train one step as the trainer does."""
+    read_losses = engine.start_passes(batches)
+    norm = engine.gradient_norm()
+    read_losses()
+    engine.update(lr, norm)
 
 
 def measure(

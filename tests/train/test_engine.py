@@ -38,3 +38,18 @@ def test_a_closed_engine_leaves_no_memory_behind(dtype, offloaded, ranks):
 def test_nor_does_one_that_overlaps_its_collectives(ranks):
     train, overlap = dict(steps=1, global_batch_size=2), dict(overlap_grad_reduce=True, overlap_param_gather=True)
     assert ranks.run(what_is_left, 2, train=train, parallel=overlap) == [[], []]
+
+
+def read_late(train: dict) -> dict:
+    """Losses that are read when the next step has started, next to those that are read at once."""
+    engine = jobs.make_engine(SMALL, {}, train)
+    first, second = (jobs.batches_of(engine, jobs.samples_of_step(step, 2, 257), 1) for step in range(2))
+    at_once = [engine.forward_backward(batches).loss for batches in (first, second)]
+    readers = [engine.start_passes(batches) for batches in (first, second)]
+    return dict(at_once=at_once, late=[read().loss for read in readers])
+
+
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_losses_may_be_read_after_the_next_step_has_started(engine, ranks):
+    (found,) = ranks.run(read_late, 1, train=dict(steps=1, global_batch_size=2, engine=engine))
+    assert found["late"] == found["at_once"] and len(set(found["late"])) == 2

@@ -5,8 +5,9 @@ where the weight is the sum of all loss masks of the global batch. The mean of t
 the counted tokens of the global batch, and the gradients are those of this mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -101,6 +102,10 @@ class GlobalBatch:
 
     def losses(self) -> BatchLosses:
         """Sum over all ranks and return the losses. Pipeline stages without losses contribute zeros."""
+        return self.start_reading()()
+
+    def start_reading(self) -> Callable[[], BatchLosses]:
+        """Sum over all ranks, without waiting for the device. Return the function that waits and returns the losses."""
         sums = self.sums
         mean = torch.stack(sums.means).mean(0) if sums.means else torch.zeros(2, device=local_device())
         self._sum_over_ranks(mean, divide=True)
@@ -110,11 +115,10 @@ class GlobalBatch:
         if sums.by_source is not None:
             self._sum_over_ranks(sums.by_source)
             parts.append(sums.by_source[:, 0] / sums.by_source[:, 1])
-        if sums.correct is None:
-            return self._read(torch.cat(parts).tolist())
-        self._sum_over_ranks(sums.correct)
-        *values, correct = torch.cat([*parts, sums.correct]).tolist()
-        return replace(self._read(values), correct=round(correct))
+        if sums.correct is not None:
+            self._sum_over_ranks(sums.correct)
+            parts.append(sums.correct)
+        return partial(self._read, _to_host(torch.cat(parts)))
 
     def _sum_over_ranks(self, values: Tensor, divide: bool = False) -> None:
         """Sum over data, context and pipeline parallel ranks, or average over the first two."""
@@ -125,14 +129,31 @@ class GlobalBatch:
         if self.groups.pp.size() > 1:
             dist.all_reduce(values, group=self.groups.pp)
 
-    def _read(self, values: list[float]) -> BatchLosses:
-        (loss, z_loss), rest = values[:2], values[2:]
+    def _read(self, arrived: Callable[[], list[float]]) -> BatchLosses:
+        loss, z_loss, *rest = arrived()
+        correct = None if self.sums.correct is None else round(rest.pop())
         if self._totals is None:
-            return BatchLosses(loss, z_loss, self.slots, by_source=tuple(rest))
+            return BatchLosses(loss, z_loss, self.slots, by_source=tuple(rest), correct=correct)
         weight, counts = rest[0], SampleCounts(*map(int, rest[1 : 1 + _NUM_COUNTS]))
         if weight == 0:
             loss = z_loss = float("nan")
-        return BatchLosses(loss, z_loss, weight, counts, tuple(rest[1 + _NUM_COUNTS :]))
+        return BatchLosses(loss, z_loss, weight, counts, tuple(rest[1 + _NUM_COUNTS :]), correct)
+
+
+def _to_host(values: Tensor) -> Callable[[], list[float]]:
+    """Start to copy values from the device. Return the function that waits for them."""
+    if not values.is_cuda:
+        return values.tolist
+    kept, copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True), torch.cuda.Event()
+    kept.copy_(values, non_blocking=True)
+    copied.record()
+
+    def arrived() -> list[float]:
+        copied.synchronize()
+        found: list[float] = kept.tolist()
+        return found
+
+    return arrived
 
 
 def _totals(batches: Sequence[Batch], groups: ProcessGroupCollection) -> Tensor:

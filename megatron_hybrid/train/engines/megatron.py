@@ -75,7 +75,11 @@ class MegatronEngine:
         self.optimizer.use_graphs(recorder, warmup)
 
     def forward_backward(self, batches: list[Batch]) -> BatchLosses:
-        """Run forward and backward over this rank's micro-batches and return the mean losses of the global batch.
+        """Run forward and backward over this rank's micro-batches and return the mean losses of the global batch."""
+        return self.start_passes(batches)()
+
+    def start_passes(self, batches: list[Batch]) -> Callable[[], BatchLosses]:
+        """Launch `forward_backward`, and return the function that waits for the losses.
 
         Gradients of a skipped step are discarded.
         """
@@ -88,7 +92,7 @@ class MegatronEngine:
                 chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return (self.graphed or self.run).start(batches).losses()
+        return (self.graphed or self.run).start(batches).start_reading()
 
     def backends(self, batch_size: int) -> list[str]:
         """Return a table of the formats and kernels that this rank runs, with reasons.

@@ -5,6 +5,8 @@ parallelism replicates are summed over the tensor parallel ranks, and A_log and 
 this project's own format (checkpoint/), so a run can continue under either engine.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -89,7 +91,11 @@ class DeepSpeedEngine:
                     parameter.register_hook(over_tensor_parallel_ranks)
 
     def forward_backward(self, batches: list[Batch]) -> BatchLosses:
-        """Run forward and backward over this rank's micro-batches and return the mean losses of the global batch.
+        """Run forward and backward over this rank's micro-batches and return the mean losses of the global batch."""
+        return self.start_passes(batches)()
+
+    def start_passes(self, batches: list[Batch]) -> Callable[[], BatchLosses]:
+        """Launch `forward_backward`, and return the function that waits for the losses.
 
         Gradients of a skipped step are discarded.
         """
@@ -101,7 +107,7 @@ class DeepSpeedEngine:
             losses = self._forward(batch, global_batch)
             self.engine.backward(losses.total / len(batches), scale_wrt_gas=False)
         self.optimizer.scalars.reduce()
-        return global_batch.losses()
+        return global_batch.start_reading()
 
     def _forward(self, batch: Batch, global_batch: GlobalBatch, count_correct: bool = False) -> TokenLosses:
         batch = global_batch.sums.weigh(batch.to(local_device()))
