@@ -10,6 +10,7 @@ same kernels and waits for the GPU as often.
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,11 +69,9 @@ def calls(step) -> dict[str, int]:
 
 def measured(engine, batches, steps: int) -> dict[str, float]:
     """Return the median seconds of a step, its peak bytes, and its calls, on this rank."""
+    from megatron_hybrid.profiling.engine_steps import train_one_step
 
-    def step():
-        engine.forward_backward(batches)
-        engine.update(1e-5, engine.gradient_norm())
-
+    step = partial(train_one_step, engine, batches, 1e-5)
     seconds = []
     for _ in range(2):
         step()

@@ -9,6 +9,7 @@ same matrices, unpacked, in fp32. A step has `--sequences` micro-batches of 8,19
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def measure(model, optimizer: dict, groups, sequences: int) -> dict[str, float]:
     """Return milliseconds of an update and of a whole step, and bytes, of one engine."""
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.config.train import TrainConfig
-    from megatron_hybrid.profiling.engine_steps import fill_at_random, random_batches
+    from megatron_hybrid.profiling.engine_steps import fill_at_random, random_batches, train_one_step
     from megatron_hybrid.train.engines.megatron import MegatronEngine
 
     train = TrainConfig(steps=1, global_batch_size=sequences, dtype="bf16", optimizer=optimizer)
@@ -54,11 +55,7 @@ def measure(model, optimizer: dict, groups, sequences: int) -> dict[str, float]:
     engine = MegatronEngine(model, train, ParallelConfig(), SEQUENCE, groups, fill=fill_at_random)
     batches = random_batches(sequences, 1, SEQUENCE, model.vocab_size, seed=0)
 
-    def step():
-        engine.forward_backward(batches)
-        engine.update(1e-5, engine.gradient_norm())
-
-    found = {"step": median_ms(step)}
+    found = {"step": median_ms(partial(train_one_step, engine, batches, 1e-5))}
     # an update takes the gradients: without a backward pass before it, it would do nothing
     found["update"] = median_ms(lambda: engine.update(1e-5, 1.0), prepare=lambda: engine.forward_backward(batches[:1]))
     states = (state for shard in engine.optimizer.shards().values() for state in shard.states.values())

@@ -43,7 +43,7 @@ def our_engine(model, precision: dict, samples: torch.Tensor, groups) -> Iterato
     from megatron_hybrid.config.precision import PrecisionConfig
     from megatron_hybrid.config.train import TrainConfig
     from megatron_hybrid.data.batch import Batch
-    from megatron_hybrid.profiling.engine_steps import fill_at_random
+    from megatron_hybrid.profiling.engine_steps import fill_at_random, train_one_step
     from megatron_hybrid.train.engines.megatron import MegatronEngine
 
     train = TrainConfig(steps=1, global_batch_size=1, micro_batch_size=1, dtype="bf16")
@@ -52,11 +52,7 @@ def our_engine(model, precision: dict, samples: torch.Tensor, groups) -> Iterato
     print(*engine.backends(1), sep="\n", flush=True)
     batches = [Batch.of_samples(samples.cpu())]
 
-    def step() -> None:
-        engine.forward_backward(batches)
-        engine.update(1e-5, engine.gradient_norm())
-
-    yield step
+    yield partial(train_one_step, engine, batches, 1e-5)
     engine.close()
 
 

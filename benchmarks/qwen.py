@@ -114,14 +114,11 @@ def seconds_of(step: Callable[[], None], steps: int) -> tuple[float, float]:
 
 def our_step(engine, samples: torch.Tensor, micro: int) -> Callable[[], None]:
     from megatron_hybrid.data.batch import Batch
+    from megatron_hybrid.profiling.engine_steps import train_one_step
 
     batches = [Batch.of_samples(part.cpu()) for part in samples.split(micro)]
 
-    def step() -> None:
-        engine.forward_backward(batches)
-        engine.update(1e-5, engine.gradient_norm())
-
-    return step
+    return partial(train_one_step, engine, batches, 1e-5)
 
 
 def their_step(peer, samples: torch.Tensor, micro: int) -> Callable[[], None]:

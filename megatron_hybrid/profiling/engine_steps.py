@@ -107,8 +107,9 @@ def _measured(engine: Any, batches: list[Batch], steps: int, warmup: int, lr: fl
     for _ in range(warmup + steps):
         synchronize()
         start = time.perf_counter()
-        engine.forward_backward(batches)
+        read_losses = engine.start_passes(batches)
         norm = engine.gradient_norm()
+        read_losses()
         peak = max(peak, _take_peak())
         engine.update(lr, norm)
         synchronize()
