@@ -57,7 +57,7 @@ def curve_with_evaluations(model: dict, train: dict, steps: int) -> dict:
         engine: Any = jobs.make_engine(model, {}, train)
         for step in range(steps):
             batches = _batches(engine, model, step, train["micro_batch_size"])
-            losses.append(engine.forward_backward(batches).loss)
+            losses.append(engine.forward_backward(batches)().loss)
             norms.append(engine.gradient_norm())
             attribute(engine, batches)
             engine.forward_backward(batches)

@@ -136,7 +136,7 @@ def curve(
             batches = batches_of_documents(engine, samples, mbs)
         else:
             batches = batches_of(engine, samples_of_step(step, gbs, config.vocab_size, sequence_length), mbs)
-        losses.append(engine.forward_backward(batches).loss)
+        losses.append(engine.forward_backward(batches)().loss)
         norms.append(engine.gradient_norm())
         if step not in skipped:
             engine.update(lr, norms[-1])
@@ -259,7 +259,7 @@ def step_with_bad_gradient(model: dict, parallel: dict, train: dict, value: floa
         victim = next(p for name, p in engine.chunks[0].named_parameters() if "A_log" in name)
         hook = victim.register_hook(lambda gradient: gradient.clone().fill_(value)) if poison else None
         batches = batches_of(engine, samples_of_step(step, train["global_batch_size"], config.vocab_size), 1)
-        losses = engine.forward_backward(batches)
+        losses = engine.forward_backward(batches)()
         if hook:
             hook.remove()
         norms.append(engine.gradient_norm())

@@ -98,9 +98,9 @@ class Watch:
         for number, batch in enumerate(batches):
             yield from ((f"{number}.{name}", tensor) for name, tensor in batch.tensors().items())
 
-    def _after_forward_backward(self, losses) -> None:
+    def _after_forward_backward(self, read_losses) -> None:
         self.after_schedule()
-        self.record.losses.append(losses.loss)
+        self.record.losses.append(read_losses().loss)
         self._digest("gradients", self._gradients())
 
     def _after_gradient_norm(self, norm: float) -> None:

@@ -70,7 +70,7 @@ def random_batches(count: int, micro_batch_size: int, sequence_length: int, voca
 
 def train_one_step(engine: Engine, batches: list[Batch], lr: float) -> None:
     """Train one step as the trainer does."""
-    read_losses = engine.start_passes(batches)
+    read_losses = engine.forward_backward(batches)
     norm = engine.gradient_norm()
     read_losses()
     engine.update(lr, norm)
@@ -107,7 +107,7 @@ def _measured(engine: Any, batches: list[Batch], steps: int, warmup: int, lr: fl
     for _ in range(warmup + steps):
         synchronize()
         start = time.perf_counter()
-        read_losses = engine.start_passes(batches)
+        read_losses = engine.forward_backward(batches)
         norm = engine.gradient_norm()
         read_losses()
         peak = max(peak, _take_peak())

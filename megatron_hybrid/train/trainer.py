@@ -149,7 +149,7 @@ class Trainer:
         read_length = self.batches[0].tokens.shape[1]
         length = config.train.sequence_length_at(progress.samples, read_length)
         self.batches = [batch.split(length) for batch in self.batches]
-        read_losses = self.engine.start_passes(self.batches)
+        read_losses = self.engine.forward_backward(self.batches)
         norm = self.engine.gradient_norm()  # before the losses, so that the device computes it without a pause
         losses = read_losses()
 

@@ -17,7 +17,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_module_imports_more_than_pydantic_and_yaml() -> None:
-    """What lies in site-packages and is loaded, apart from what an installation loads into every process."""
+    """Modules of site-packages count, unless the installation loads them into every process."""
     modules = [f"megatron_hybrid.config.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
     assert len(modules) > 10
     done = python(f"""

@@ -49,10 +49,10 @@ def _damaged_gradient(value: float) -> Callable[[int], None]:
     def hook(rank: int) -> None:
         from megatron_hybrid.train.engines.megatron import MegatronEngine
 
-        def damage(self: Any, losses: Any) -> Any:
+        def damage(self: Any, read_losses: Any) -> Any:
             if rank == 1:
                 next(iter(self.wrapped[0].buffers)).grad_data.view(-1)[7] = value
-            return losses
+            return read_losses
 
         _once(MegatronEngine, "forward_backward", damage)
 

@@ -35,7 +35,7 @@ def masked_step(model: dict, parallel: dict, train: dict, zero: dict | None = No
     engine = jobs.make_engine(model, parallel, train | {"optimizer": optimizer}, zero=zero)
     batches = masked_batches(engine, **data)
     before = {name: jobs.values_of(p) for name, p, _ in jobs.named_parameters(engine)}
-    evaluated, losses = engine.evaluate(batches), engine.forward_backward(batches)
+    evaluated, losses = engine.evaluate(batches), engine.forward_backward(batches)()
     norm = engine.gradient_norm()
     engine.update(MAGNIFICATION * 1e6, norm)
     gradients: list[tuple[str, Any, torch.Tensor]] = []

@@ -50,6 +50,6 @@ def split_by_hand(config: dict, lengths: list[int]) -> list[float]:
     for step, length in enumerate(lengths):
         samples = np.stack([data.sample(step * size + i) for i in range(size)])
         tokens, labels = (torch.from_numpy(x.reshape(-1, length)) for x in (samples[:, :-1], samples[:, 1:]))
-        losses.append(engine.forward_backward([Batch(tokens, labels, torch.ones(tokens.shape))]).loss)
+        losses.append(engine.forward_backward([Batch(tokens, labels, torch.ones(tokens.shape))])().loss)
         engine.update(learning_rate(step + 1, run.train), engine.gradient_norm())
     return losses

@@ -44,8 +44,8 @@ def read_late(train: dict) -> dict:
     """Losses that are read when the next step has started, next to those that are read at once."""
     engine = jobs.make_engine(SMALL, {}, train)
     first, second = (jobs.batches_of(engine, jobs.samples_of_step(step, 2, 257), 1) for step in range(2))
-    at_once = [engine.forward_backward(batches).loss for batches in (first, second)]
-    readers = [engine.start_passes(batches) for batches in (first, second)]
+    at_once = [engine.forward_backward(batches)().loss for batches in (first, second)]
+    readers = [engine.forward_backward(batches) for batches in (first, second)]
     return dict(at_once=at_once, late=[read().loss for read in readers])
 
 

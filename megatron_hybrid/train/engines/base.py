@@ -32,11 +32,9 @@ class Engine(Protocol):
     def optimizer(self) -> UpdateCount:
         """The optimizer, with its count of updates."""
 
-    def forward_backward(self, batches: list[Batch]) -> BatchLosses:
-        """Run forward and backward over this rank's micro-batches and return the mean losses of the global batch."""
-
-    def start_passes(self, batches: list[Batch]) -> Callable[[], BatchLosses]:
-        """Launch `forward_backward`, and return the function that waits for the losses.
+    def forward_backward(self, batches: list[Batch]) -> Callable[[], BatchLosses]:
+        """Launch forward and backward passes over this rank's micro-batches, and return the function that waits for the mean losses of
+        the global batch.
 
         Gradients of a skipped step are discarded.
         """
