@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +17,14 @@ from megatron_hybrid.checkpoint.reader import CheckpointReader
 from testing.models import SMALLEST
 
 STEPS = 40
-STAGES = [
+STAGES: list[dict[str, Any]] = [
     {"name": "first", "config": "run.yaml"},
     {"name": "second", "config": "run.yaml", "overrides": ["data.seed=1"], "from": "first", "take": "moments"},
     {"name": "last", "config": "long.yaml", "from": "average(first, second)", "take": "moments"},
 ]
 
 
-def write_stages(folder: Path) -> Path:
+def write_stages(folder: Path, stages: list[dict[str, Any]]) -> Path:
     """Write tokens, configurations and the file of stages, and return the last."""
     tokens = np.cumsum(np.random.default_rng(0).integers(0, 3, 20_000)) % SMALLEST["vocab_size"]
     tokens.astype("uint16").tofile(folder / "tokens.npy")
@@ -38,7 +39,7 @@ def write_stages(folder: Path) -> Path:
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     (folder / "long.yaml").write_text("extends: run.yaml\nmodel: {rope_theta: null}\ndata: {sequence_length: 32}")
     file = folder / "stages.yaml"
-    file.write_text(yaml.safe_dump({"folder": "unused", "stages": STAGES}))
+    file.write_text(yaml.safe_dump({"folder": "unused", "stages": stages}))
     return file
 
 
@@ -66,9 +67,11 @@ def last_tensors(folder: Path) -> dict[str, torch.Tensor]:
         return {name: reader.read(name) for name in reader.index.tensors}
 
 
-def values_that_differ(root: Path, folder: Path, kills: int, seed: int = 0) -> int:
+def values_that_differ(
+    root: Path, folder: Path, kills: int, seed: int = 0, stages: list[dict[str, Any]] = STAGES
+) -> int:
     """Run the stages undisturbed and killed `kills` times, and return the number of final values that differ."""
-    file, dice, began = write_stages(folder), random.Random(seed), time.monotonic()
+    file, dice, began = write_stages(folder, stages), random.Random(seed), time.monotonic()
     finish(start(root, file, folder / "straight"))
     length = time.monotonic() - began
     for _ in range(kills):

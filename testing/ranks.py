@@ -24,6 +24,11 @@ _PRELOAD += [
     f"hybrid_kernels.{op}.reference"
     for op in ("conv_gates", "gated_delta_rule", "gated_rmsnorm", "head_norm_rope", "qk_norm_rope", "sigmoid_gate")
 ]
+_OF_SOME = [
+    "deepspeed",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("olmo3", "olmo_hybrid", "qwen3_5")),
+]
+"""What ranks of some tests import. The server goes on without what is not installed."""
 
 
 def preload() -> None:
@@ -54,7 +59,7 @@ class RankPool:
 
     def __init__(self, *preload: str):
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload([*_PRELOAD, *preload])
+        self._context.set_forkserver_preload([*_PRELOAD, *_OF_SOME, *preload])
 
     def run(self, function: Callable, world_size: int, timeout: float = 280, **kwargs: Any) -> list[Any]:
         """function(**kwargs) on ranks 0 .. world_size - 1; their results in rank order. A failing rank fails the test."""

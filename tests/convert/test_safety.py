@@ -228,19 +228,19 @@ def test_what_fails_midway_leaves_nothing(folder, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_fuzzing(tmp_path):
-    """3,000 damaged files, headers and indices of both formats: refused or harmless, in bounded time and memory."""
+    """2,000 damaged files, headers and indices of both formats: refused or harmless, in bounded time and memory."""
     small = BASE | dict(layer_pattern="GA", vocab_size=11)
     write_folder(tmp_path / "hf", small, shard="6KB")
     for path in (tmp_path / "hf").glob("generation*"):
         path.unlink()
     assert to_ours(tmp_path / "hf", tmp_path / "ours") == 0
     (tmp_path / "ours/model.yaml").unlink()
-    command = [sys.executable, "-m", "tests.convert.fuzz", str(tmp_path), "20260101", "3000", "150"]
+    command = [sys.executable, "-m", "tests.convert.fuzz", str(tmp_path), "20260101", "2000", "150"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report["done"] == 3000, report
-    assert report["refused"] > 1800 and report["converted"] > 30, report
+    assert report["done"] == 2000, report
+    assert report["refused"] > 1200 and report["converted"] > 20, report
     assert report["strange"] == [], report
     assert report["slowest"] < 10 and report["grown_kib"] < 300_000, report
 

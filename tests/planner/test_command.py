@@ -69,8 +69,8 @@ def test_every_layout_has_one_outcome(found):
 def test_emitted_runs_load_and_pass_the_trainers_checks(tmp_path):
     for number, question in enumerate(
         (
-            ASK,
-            replace(ASK, gpus=8, sequence_length=65536, global_batch_size=64),
+            FEW,
+            replace(FEW, sequence_length=65536),
             replace(ASK, model="examples/configs/pretrain_hybrid_7b.yaml", global_batch_size=None, precision="fp8"),
             replace(ASK, model="olmo_hybrid_tiny", gpus=4, sequence_length=64, global_batch_size=8),
         )
@@ -88,7 +88,7 @@ def test_emitted_runs_load_and_pass_the_trainers_checks(tmp_path):
 def test_an_emitted_run_is_a_whole_recipe(tmp_path):
     """A preset's published recipe, or everything that the given run states, extended files included."""
     path = tmp_path / "run.yaml"
-    answer(replace(ASK, emit=path))
+    answer(replace(FEW, global_batch_size=512, emit=path))
     run = load_run(str(path))
     assert (
         run.train.steps == 1_413_822 and run.train.schedule.warmup_steps == 2000 and run.train.schedule.kind == "cosine"
@@ -204,16 +204,16 @@ def test_measurements_calibrate(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure", measured)
     monkeypatch.setattr(measure, "check_local_devices", lambda hardware, gpus: None)
     path = tmp_path / "calibration.yaml"
-    text = answer(replace(ASK, measure=3, calibration=path))
+    text = answer(replace(FEW, measure=3, calibration=path))
     assert text.startswith("measured:") and "before -20.0%" in text
     plain, calibrated = (
-        json.loads(answer(replace(ASK, json=True, calibration=c)))["candidates"][0] for c in (None, path)
+        json.loads(answer(replace(FEW, json=True, calibration=c)))["candidates"][0] for c in (None, path)
     )
     assert calibrated["seconds"] == pytest.approx(1.25 * plain["seconds"], rel=0.03)
     shares = [one["device_bytes"] / one["memory_bytes"] for one in (plain, calibrated)]
     assert shares[1] == pytest.approx(1.02 * shares[0], rel=5e-3)
     with pytest.raises(ConfigError, match="is a calibration of"):
-        answer(replace(ASK, gpu="h200", calibration=path))
+        answer(replace(FEW, gpu="h200", calibration=path))
 
 
 @pytest.fixture
