@@ -28,7 +28,7 @@ _OF_SOME = [
     "deepspeed",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("olmo3", "olmo_hybrid", "qwen3_5")),
 ]
-"""What ranks of some tests import. The server goes on without what is not installed."""
+"""What ranks of some tests import. The server leaves out what is not installed."""
 
 
 def preload() -> None:
@@ -47,7 +47,9 @@ def _work(rank: int, world_size: int, store: str, function: Callable, kwargs: di
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-        outbox.put((rank, True, function(**kwargs)))
+        result = function(**kwargs)
+        assert not (left := mp.active_children()), f"processes are left, which would outlive the tests: {left}"
+        outbox.put((rank, True, result))
     except BaseException:  # noqa: BLE001 - reported to the test
         outbox.put((rank, False, traceback.format_exc()))
     end.poll(300)  # tensors in a result are shared memory of this process; and the others may still talk to it

@@ -2,6 +2,8 @@
 
 import importlib.util
 import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -91,8 +93,8 @@ def reloaded(tp: int, folder: str, save: bool) -> dict[str, tuple[float, float]]
             if parallel_state.get_tensor_model_parallel_rank() == 0:
                 path.mkdir()
             torch.distributed.barrier()
-            share_write_results()
-            dist_checkpointing.save(state, str(path))
+            with shared_write_results():
+                dist_checkpointing.save(state, str(path))
         else:
             state = dist_checkpointing.load(state, str(path))
             module.load_state_dict(state["model"])
@@ -107,13 +109,16 @@ def reloaded(tp: int, folder: str, save: bool) -> dict[str, tuple[float, float]]
     return found
 
 
-def share_write_results() -> None:
+@contextmanager
+def shared_write_results() -> Iterator[None]:
     """Give megatron-core's writer the queue that it would start a process for: a test's ranks are daemons, which may not."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     process = multiprocessing.current_process()
     process._config["daemon"] = False
-    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+    with multiprocessing.get_context("fork").Manager() as manager:
+        filesystem_async._results_queue = manager.Queue()
+        yield
 
 
 def padded(module) -> list[str]:
