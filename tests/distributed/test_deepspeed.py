@@ -41,11 +41,8 @@ CURVES = {
     "ZeRO 3, TP2, DP2": (4, layout(2), {"stage": 3}),
     "ZeRO 2, state in host memory": (2, layout(), {"stage": 2, "offload_optimizer": "cpu"}),
     "ZeRO 3, all in host memory": (2, layout(), {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}),
-    "ZeRO 1, TP2, no sequence parallelism, full recompute": (
-        2,
-        layout(2, sequence_parallel=False, recompute_granularity="full"),
-        {"stage": 1},
-    ),
+    "ZeRO 3, one rank, full recompute": (1, layout(recompute_granularity="full"), {"stage": 3}),
+    "ZeRO 1, TP2, no sequence parallelism": (2, layout(2, sequence_parallel=False), {"stage": 1}),
     "ZeRO 3, TP4, padded heads": (4, layout(4), {"stage": 3}),
 }
 QUICK = ("ZeRO 1, DP2", "ZeRO 3, TP2, DP2", "ZeRO 3, all in host memory")
@@ -84,7 +81,7 @@ def test_the_curve_of_a_tied_model_is_megatron_s(ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_curve_in_bf16_is_near_megatron_s(stage, ranks):
     common = dict(model=MODEL, parallel=layout(), steps=STEPS, lr=LR)
     (expected,) = ranks.run(jobs.curve, 1, train=TRAIN | {"dtype": "bf16"}, **common)
@@ -95,6 +92,7 @@ def test_the_curve_in_bf16_is_near_megatron_s(stage, ranks):
 
 
 RESUMED = {
+    "ZeRO 1, bf16": ({"stage": 1}, {"dtype": "bf16"}),
     "ZeRO 2, bf16, state in host memory": ({"stage": 2, "offload_optimizer": "cpu"}, {"dtype": "bf16"}),
     "ZeRO 3, bf16": ({"stage": 3}, {"dtype": "bf16"}),
     "ZeRO 3, all in host memory": ({"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}, {}),

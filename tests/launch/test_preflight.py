@@ -165,13 +165,14 @@ def test_our_version_names_the_commit(root):
 
 @pytest.mark.slow
 def test_the_command(root, tmp_path):
-    """tools/preflight.py under the launcher, with a folder that it cannot write to. tests/test_example_tiny.py has one that it can."""
+    """tools/preflight.py under the launcher, with a folder that it can write to, and with one that it cannot."""
     (tmp_path / "file").write_text("")
     base = [sys.executable, "tools/launch.py", "--cpu-ranks", "2", "tools/preflight.py", "olmo_hybrid_tiny"]
     np.zeros(5000, dtype="uint16").tofile(tmp_path / "tokens.npy")
     fields = [f"data.train.0.path={tmp_path}/tokens.npy", "data.sequence_length=16", "train.steps=1"]
-    command = [*base, *fields, "train.global_batch_size=2", f"run_dir={tmp_path / 'file' / 'run'}"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 78, done.stdout + done.stderr
-    assert "preflight: 1 node, 2 ranks" in done.stdout
-    assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    for run_dir, status in ((tmp_path / "run", 0), (tmp_path / "file" / "run", 78)):
+        command = [*base, *fields, "train.global_batch_size=2", f"run_dir={run_dir}"]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "preflight: 1 node, 2 ranks" in done.stdout
+        assert ("cannot be written" in done.stderr) == (status == 78) and "Traceback" not in done.stderr
