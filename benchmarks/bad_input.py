@@ -1,6 +1,6 @@
 """CPU time until bad input is refused: hostile files of every format, and a wrong configuration.
 
-python benchmarks/bad_input.py           two minutes on an idle machine
+python benchmarks/bad_input.py           a minute on an idle machine
 
 The files are those of tests/hostile, each read in a forked process; for each test, the slowest of its files. Writes
 benchmarks/results/bad_input-cpu.json.
@@ -61,20 +61,13 @@ def main() -> None:
     if pytest.main(["-q", "-p", "no:cacheprovider", "tests/hostile"], plugins=[times]):
         sys.exit("tests/hostile failed: no result is written")
     del times.seconds["test_the_limits_are_in_force"]  # it uses its time up
-    rows = [
-        bounded(
-            f"{name.removeprefix('test_').replace('_', ' ')}, slowest of {len(seconds)}",
-            "CPU time",
-            "s",
-            max(seconds),
-            1,
-        )
+    figures = {
+        f"{name.removeprefix('test_').replace('_', ' ')}, slowest of {len(seconds)}": (max(seconds), 1)
         for name, seconds in times.seconds.items()
-    ]
-    rows.append(
-        bounded("an unknown field in the configuration, whole command", "CPU time", "s", of_command(WRONG, 78), 2)
-    )
-    rows.append(bounded("import of the configuration, whole process", "CPU time", "s", of_command(IMPORT, 0), 0.5))
+    }
+    figures["an unknown field in the configuration, whole command"] = (of_command(WRONG, 78), 2)
+    figures["import of the configuration, whole process"] = (of_command(IMPORT, 0), 0.5)
+    rows = [bounded(case, "CPU time", "s", seconds, goal) for case, (seconds, goal) in figures.items()]
     write("bad_input", rows, ("torch", "pydantic", "pyyaml"))
 
 
