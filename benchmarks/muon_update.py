@@ -56,8 +56,9 @@ def measure(model, optimizer: dict, groups, sequences: int) -> dict[str, float]:
     batches = random_batches(sequences, 1, SEQUENCE, model.vocab_size, seed=0)
 
     found = {"step": median_ms(partial(train_one_step, engine, batches, 1e-5))}
-    # an update takes the gradients: without a backward pass before it, it would do nothing
-    found["update"] = median_ms(lambda: engine.update(1e-5, 1.0), prepare=lambda: engine.forward_backward(batches[:1]))
+    found["update"] = median_ms(
+        lambda: engine.update(1e-5, engine.gradient_norm()), prepare=lambda: engine.forward_backward(batches[:1])()
+    )
     states = (state for shard in engine.optimizer.shards().values() for state in shard.states.values())
     found["state"] = sum(state.nbytes for state in states) / 1e9
     found["peak"] = torch.cuda.max_memory_allocated() / 1e9
