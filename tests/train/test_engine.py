@@ -4,6 +4,7 @@ import gc
 import weakref
 
 import pytest
+import torch
 
 from testing import jobs
 from testing.models import SMALL
@@ -53,3 +54,18 @@ def read_late(train: dict) -> dict:
 def test_losses_may_be_read_after_the_next_step_has_started(engine, ranks):
     (found,) = ranks.run(read_late, 1, train=dict(steps=1, global_batch_size=2, engine=engine))
     assert found["late"] == found["at_once"] and len(set(found["late"])) == 2
+
+
+def updated_unprepared() -> tuple[str, bool]:
+    """Message of an update without a gradient norm, and whether the weights stayed."""
+    engine = jobs.make_engine(SMALL, {}, dict(steps=1, global_batch_size=2))
+    engine.forward_backward(jobs.batches_of(engine, jobs.samples_of_step(0, 2, 257), 1))()
+    before = [parameter.clone() for parameter in engine.chunks[0].parameters()]
+    with pytest.raises(RuntimeError) as error:
+        engine.update(1e-3, 1.0)
+    return str(error.value), all(map(torch.equal, before, engine.chunks[0].parameters()))
+
+
+def test_an_update_without_a_gradient_norm_is_refused(ranks):
+    ((message, stayed),) = ranks.run(updated_unprepared, 1)
+    assert "needs a call of gradient_norm first" in message and stayed

@@ -43,7 +43,7 @@ class Engine(Protocol):
         """Return the global gradient norm, averaged over the batch, before clipping."""
 
     def update(self, lr: float, gradient_norm: float) -> None:
-        """Clip by the given norm and update. To skip a step, do not call this: then nothing has changed."""
+        """Clip by the given norm and update, after `gradient_norm`. To skip a step, do not call this: then nothing has changed."""
 
     def evaluate(self, batches: list[Batch]) -> BatchLosses:
         """Return the mean losses over a global batch, without gradients."""

@@ -109,6 +109,7 @@ class Optimizer:
             implementation.make_known()
         self.wrapped, self.chunks = wrapped, [w.module for w in wrapped]
         self.overlap_param_gather = parallel.overlap_param_gather
+        self._prepared = False
         self.in_fp8 = [p for chunk in self.chunks for p in chunk.parameters() if is_fp8_param(p)]
         self.clip, self.weight_decay = settings.clip_grad, settings.weight_decay
         exempt = exempt_from_decay(layout, self.chunks, set(settings.no_decay))
@@ -150,16 +151,27 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Discard all gradients."""
         self.megatron.zero_grad()
+        self._prepared = False
 
     @torch.no_grad()
     def gradient_norm(self) -> float:
-        """Return the global norm over all parameters of the model, after reduction and before clipping."""
+        """Prepare the gradients for `step`, and return their global norm over all parameters of the model, after reduction and before
+        clipping.
+        """
         self.megatron.prepare_grads()
+        self._prepared = True
         return float(self.megatron.get_grad_norm())
 
     @torch.no_grad()
     def step(self, lr: float, gradient_norm: float) -> None:
-        """Clip by the given norm, then update."""
+        """Clip by the given norm, then update.
+
+        Raises:
+            RuntimeError: `gradient_norm` was not called for these gradients. megatron-core would update by none.
+        """
+        if not self._prepared:
+            raise RuntimeError("update needs a call of gradient_norm first, which prepares the gradients")
+        self._prepared = False
         for group in self.megatron.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
