@@ -1,5 +1,7 @@
 """Hardware files, and rates fitted to measured points."""
 
+import json
+
 import pytest
 
 from megatron_hybrid.arch.costs import Gemm, attention_flops
@@ -7,7 +9,7 @@ from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.presets import olmo_hybrid_7b
 from megatron_hybrid.planner.hardware import FOLDER, RENAMED, Rate, dump, interpolate, load
 from megatron_hybrid.planner.network import hops, wire_bytes
-from megatron_hybrid.planner.points import from_points, memory_bytes_per_token
+from megatron_hybrid.planner.points import COLLECTIVES, from_points, memory_bytes_per_token
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -73,6 +75,16 @@ def test_rates_are_found_again_in_the_points_they_made():
         (5e-6, 3e11)
     )
     assert found.intra_node["all_reduce"] == base.intra_node["all_reduce"], "what was not measured stays"
+
+
+def test_rates_of_the_h200_are_those_of_its_points(root):
+    measured = json.loads((root / "benchmarks" / "measured" / "points-h200.json").read_text())
+    # collectives were measured on two GPUs for the points, and on four for the file
+    points = [point for point in measured if point["op"] not in COLLECTIVES]
+    operations = {"copy", "linear", "attention", "recurrence", "conv_gates", "gated_norm"}
+    assert {point["op"] for point in points} == operations
+    shipped = load("h200")
+    assert dump(from_points(points, olmo_hybrid_7b(), shipped)) == dump(shipped)
 
 
 def test_between_points_times_are_linear():
