@@ -272,8 +272,26 @@ def planner() -> str:
         for result, count in (("planner_errors-H100", 12), ("planner_errors-H200", 27)):
             mean, worst = (figure(result, f"{name}, all ({count})", f"{kind} error") for kind in ("mean", "worst"))
             cells += [f"{mean:.1%}", f"{worst:.1%}"]
-        rows.append(cells)
-    return table(["prediction", "H100, mean of 12", "worst", "H200, mean of 27", "worst"], rows)
+        bias = f"{name}, several GPUs (15)", "size of the mean error, with signs"
+        rows.append([*cells, _or_dash("{:.1%}", "planner_errors-H200", *bias)])
+    head = ["prediction", "H100, mean of 12", "worst", "H200, mean of 27", "worst", "15 on several H200s, bias"]
+    return table(head, rows)
+
+
+def muon_update() -> str:
+    """An update by each optimizer, on one GPU."""
+    result, rows = "muon_update-H200", []
+    for label, case, column in (
+        ("AdamW", "Muon", "peer"),
+        ("Muon", "Muon", "ours"),
+        ("Muon, `muon_nesterov`", "Muon, Nesterov", "ours"),
+        ("Muon, `muon_fp32_matmul_prec: high`", "Muon, fp32 GEMMs in TF32", "ours"),
+    ):
+        update, state = (figure(result, case, metric, column, "AdamW") for metric in ("update", "state"))
+        rows.append([label, f"{update:.0f} ms", f"{state:.1f} GB"])
+    torch = figure(result, "Muon", "update", "peer", "torch.optim.Muon")
+    rows.append(["`torch.optim.Muon`, matrices alone", f"{torch:.0f} ms", ""])
+    return table(["one H200, 8 layers of the 7B, bf16", "update", "state"], rows)
 
 
 def planner_runs() -> str:
@@ -367,7 +385,7 @@ TABLES = {
     "training": training, "headline": headline, "kernels": kernels, "kept-states": kept_states, "tiny": tiny, "fp8-loss": fp8_loss,
     "test-suite": test_suite, "whole-models": whole_models, "qwen": qwen,
     "gradients": gradients, "small-models": small_models,
-    "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs,
+    "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs, "muon-update": muon_update,
     "expressivity-state-tracking": partial(expressivity, "state_tracking"),
     "expressivity-recall": partial(expressivity, "recall"),
     "expressivity-state-based-recall": partial(expressivity, "state_based_recall"),
