@@ -1,10 +1,11 @@
 """Accuracies of the five models on the paper's tasks, from the runs of examples/expressivity: a result file and a figure.
 
-bash examples/expressivity/run.sh calls it. Alone, it reports runs that exist:
-python benchmarks/expressivity.py --task state_tracking
+bash examples/expressivity/run.sh calls it. Alone, it reports runs that exist, or the evaluations that were kept of them:
+python benchmarks/expressivity.py --task state_tracking --runs benchmarks/measured/expressivity --machine 'NVIDIA H200'
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -32,20 +33,48 @@ GOALS = {"state_tracking": (128, 0.99, 0.5), "state_tracking_small": (16, 0.95, 
 """Size, the accuracy that models with negative eigenvalues must reach there, and the accuracy below which the others must stay."""
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """Return the accuracies of a run's last evaluation by size, with its step; None: it has not been evaluated."""
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's metrics.jsonl; none: the run has not begun."""
     from megatron_hybrid.observe.metrics import read_metrics
 
-    path, found = folder / "metrics.jsonl", None
-    records = list(read_metrics(path)) if path.exists() else []
+    path = folder / "metrics.jsonl"
+    return list(read_metrics(path)) if path.exists() else []
+
+
+def accuracies_of(record: dict[str, Any]) -> dict[int, float]:
+    """Return the accuracies of a record by size; none: the record is not of an evaluation."""
+    return {int(m[1]): v for key, v in record.items() if (m := re.fullmatch(r"eval/n(\d+)/accuracy", key))}
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Return the accuracies of a run's last evaluation by size, with its step; None: it has not been evaluated."""
+    records, found = records_of(folder), None
     for record in records:
-        accuracies = {int(m[1]): v for key, v in record.items() if (m := re.fullmatch(r"eval/n(\d+)/accuracy", key))}
-        if accuracies:
+        if accuracies := accuracies_of(record):
             found = {"accuracies": accuracies, "step": record["step"]}
     if found is not None:
         seconds = sorted(record["seconds"] for record in records[1:] if record.get("seconds"))
         found["seconds"] = seconds[len(seconds) // 2] if seconds else None
     return found
+
+
+def keep_evaluations(task: str, folders: Iterable[Path], target: Path, interval: int = 1000) -> None:
+    """Write the evaluations of runs to a folder that grid.py and `report` can read in place of the runs.
+
+    Args:
+        target: folder of all tasks.
+        interval: steps between kept evaluations. The last one is always kept.
+    """
+    for folder in folders:
+        evaluated = [record for record in records_of(folder) if accuracies_of(record)]
+        kept = [record for record in evaluated if record["step"] % interval == 0 or record is evaluated[-1]]
+        path = target / task / folder.name / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chosen = [
+            {key: record[key] for key in record if key in ("step", "loss", "seconds") or key.endswith("/accuracy")}
+            for record in kept
+        ]
+        path.write_text("".join(json.dumps(record) + "\n" for record in chosen))
 
 
 def best_runs(runs: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
@@ -65,6 +94,24 @@ def best_runs(runs: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
             found[model] = run | {"folder": folder.name}
         found[model] |= {"runs": count, "lowest": lowest}
     return {model: found[model] for model in LABELS if model in found}
+
+
+def rows_of_runs(runs: Iterable[tuple[str, Path]]) -> list[dict]:
+    """Return the rows of every run: its accuracy at the largest size, and its steps."""
+    from report import row
+
+    rows = []
+    for model, folder in runs:
+        if (run := read_run(folder)) is None:
+            continue
+        settings = re.search(r"-lr([^-]+(?:e-\d+)?)-(\w+)-seed(\d+)$", folder.name)
+        if settings is None:
+            raise ValueError(f"{folder}: its name does not end with -lrRATE-SCHEDULE-seedNUMBER")
+        size, (lr, kind, seed) = max(run["accuracies"]), settings.groups()
+        case = f"{LABELS[model]}, {float(lr):.0e}, {kind}, seed {seed}".replace("e-0", "e-")
+        rows.append(row(case, f"accuracy of the run at n = {size}", "share", run["accuracies"][size]))
+        rows.append(row(case, "steps of the run", "", run["step"]))
+    return rows
 
 
 def rows_of(task: str, best: dict[str, dict[str, Any]]) -> list[dict]:
@@ -132,13 +179,20 @@ def draw(task: str, best: dict[str, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def report(task: str, runs: Iterable[tuple[str, Path]], out: Path | None = None, command: str | None = None) -> None:
+def report(
+    task: str,
+    runs: Iterable[tuple[str, Path]],
+    out: Path | None = None,
+    command: str | None = None,
+    machine: str | None = None,
+) -> None:
     """Write the result file and the figure of a task, and print the table.
 
     Args:
         runs: model and folder of each run.
         out: folder of both; None: benchmarks/results and docs/results.
         command: command to record; None: the running one.
+        machine: GPU that the runs trained on; None: this machine's.
     """
     import torch
     from report import RESULTS, write
@@ -148,12 +202,13 @@ def report(task: str, runs: Iterable[tuple[str, Path]], out: Path | None = None,
     if not best:
         print("no run has been evaluated yet: there is nothing to report")
         return
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if machine is None and torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
     notes = [f"best of {run['runs']} runs of {LABELS[model]}: {run['folder']}" for model, run in best.items()]
     words = " ".join(sys.argv[1:]) if Path(sys.argv[0]).name == "grid.py" else f"--task {task}"
     write(
         f"expressivity_{task}",
-        rows_of(task, best),
+        rows_of(task, best) + rows_of_runs(runs),
         ("torch", "megatron-core"),
         machine,
         notes,
@@ -168,10 +223,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="state_tracking")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "expressivity")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of the result file and the figure (default: the project's)")
+    parser.add_argument("--machine", help="GPU that the runs trained on (default: this machine's)")
+    parser.add_argument("--command", help="command that trained the runs")
+    parser.add_argument("--keep", type=Path, help="write the evaluations to this folder, and report nothing")
     arguments = parser.parse_args()
     folders = sorted((arguments.runs / arguments.task).glob("*-seed*"))
-    report(arguments.task, [(folder.name.split("-lr")[0], folder) for folder in folders], arguments.out)
+    if arguments.keep:
+        keep_evaluations(arguments.task, folders, arguments.keep)
+        return
+    runs = [(folder.name.split("-lr")[0], folder) for folder in folders]
+    report(arguments.task, runs, arguments.out, arguments.command, arguments.machine)
 
 
 if __name__ == "__main__":

@@ -325,6 +325,19 @@ def expressivity(task: str) -> str:
     return table(["run", "model", *(f"n = {size}" for size in sorted(sizes))], rows) if rows else "Not run yet.\n"
 
 
+def expressivity_runs(task: str) -> str:
+    """Accuracies of every run of a task at the largest size, on GPUs."""
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted(RESULTS.glob(f"expressivity_{task}-*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["metric"].startswith("accuracy of the run"):
+                model, settings = re.fullmatch(r"(transformer|.+tive), (.+)", row["case"]).groups()
+                found.setdefault(model, {})[settings] = f"{row['ours']:.3f}"
+    settings = sorted({name for of_model in found.values() for name in of_model})
+    rows = [[model, *(of_model.get(name, "") for name in settings)] for model, of_model in found.items()]
+    return table(["model", *settings], rows) if rows else "Not run yet.\n"
+
+
 def documents() -> str:
     """Training steps with documents as in web text, against rows without boundaries."""
     rows = []
@@ -387,6 +400,7 @@ TABLES = {
     "gradients": gradients, "small-models": small_models,
     "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs, "muon-update": muon_update,
     "expressivity-state-tracking": partial(expressivity, "state_tracking"),
+    "expressivity-state-tracking-runs": partial(expressivity_runs, "state_tracking"),
     "expressivity-recall": partial(expressivity, "recall"),
     "expressivity-state-based-recall": partial(expressivity, "state_based_recall"),
     "scaling-corpus": partial(scaling_page.corpus, table), "scaling-points": partial(scaling_page.points, table),

@@ -111,9 +111,8 @@ def test_the_time_limit_stops_all_runs_with_a_request(grid, tmp_path):
     assert scheduler.failed == [] and scheduler.waiting == runs[2:]
 
 
-def test_the_report_takes_the_best_run_of_each_model(grid, tmp_path):
-    from expressivity import report
-
+def evaluated_runs(tmp_path) -> list:
+    """Two runs each of two models, evaluated at steps 2 and 3."""
     runs = []
     for model, accuracies in {"hybrid_negative": (0.4, 1.0), "transformer": (0.3, 0.25)}.items():
         for seed, accuracy in enumerate(accuracies, 1):
@@ -126,9 +125,20 @@ def test_the_report_takes_the_best_run_of_each_model(grid, tmp_path):
             records.append({"step": 3, "seconds": 0.5, "eval/n4/accuracy": 1.0, "eval/n128/accuracy": accuracy})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
             runs.append((model, folder))
-    report("state_tracking", runs, tmp_path / "out")
-    (path,) = (tmp_path / "out").glob("*.json")
-    rows = {(row["case"], row["metric"]): row for row in json.loads(path.read_text())["rows"]}
+    return runs
+
+
+def reported(runs, out) -> dict:
+    """Return the rows of a report by case and metric."""
+    from expressivity import report
+
+    report("state_tracking", runs, out)
+    (path,) = out.glob("*.json")
+    return {(row["case"], row["metric"]): row for row in json.loads(path.read_text())["rows"]}
+
+
+def test_the_report_takes_the_best_run_of_each_model(grid, tmp_path):
+    rows = reported(evaluated_runs(tmp_path), tmp_path / "out")
     best = rows["hybrid, negative", "accuracy at n = 128"]
     assert (best["ours"], best["peer"], best["goal"], best["met"]) == (1.0, 1, 0.99, True)
     other = rows["transformer", "accuracy at n = 128"]
@@ -136,6 +146,30 @@ def test_the_report_takes_the_best_run_of_each_model(grid, tmp_path):
     assert rows["hybrid, negative", "lowest accuracy of all runs at n = 128"]["ours"] == 0.4
     assert rows["transformer", "runs"]["ours"] == 2 and rows["transformer", "steps"]["ours"] == 3
     assert [*(tmp_path / "out").glob("expressivity_state_tracking-*.png")]
+    each = [rows[f"hybrid, negative, 1e-1, cosine, seed {seed}", "accuracy of the run at n = 128"] for seed in (1, 2)]
+    assert [row["ours"] for row in each] == [0.4, 1.0]
+    assert rows["transformer, 1e-1, cosine, seed 2", "steps of the run"]["ours"] == 3
+
+
+def test_kept_evaluations_give_the_same_report(grid, tmp_path):
+    from expressivity import keep_evaluations
+
+    runs = evaluated_runs(tmp_path)
+    keep_evaluations("state_tracking", [folder for _, folder in runs], tmp_path / "kept", interval=2)
+    kept = [(model, tmp_path / "kept" / "state_tracking" / folder.name) for model, folder in runs]
+    assert reported(kept, tmp_path / "b") == reported(runs, tmp_path / "a")
+    steps = [json.loads(line)["step"] for line in (kept[0][1] / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 3]
+    chosen = dict(models=["transformer"], lrs=[0.1], overrides=["train.steps=3", "train.schedule.warmup_steps=1"])
+    (run,) = grid.grid(arguments(grid, tmp_path / "kept", "state_tracking", **chosen))
+    assert run.is_finished
+
+
+def test_a_report_names_a_folder_that_is_no_run(grid, tmp_path):
+    (model, folder), *_ = evaluated_runs(tmp_path)
+    other = folder.rename(tmp_path / "hybrid")
+    with pytest.raises(ValueError, match="hybrid: its name does not end with -lrRATE-SCHEDULE-seedNUMBER"):
+        reported([(model, other)], tmp_path / "out")
 
 
 def test_the_recorded_accuracies_have_the_order_of_the_paper(root):
