@@ -82,7 +82,7 @@ def forget() -> None:
 
 def write_gpu(benchmark: str, rows: list[dict], notes: Sequence[str] = ()) -> None:
     """Write the result file of this GPU. It may be called again as rows come in."""
-    packages = ("torch", "triton", "flash-linear-attention", "tilelang")
+    packages = ("torch", "triton", "transformers", "flash-linear-attention", "tilelang", "causal-conv1d")
     write(
         benchmark, rows, packages, machine=torch.cuda.get_device_name(), notes=notes, printed=_printed.get(benchmark, 0)
     )
