@@ -58,23 +58,19 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def keep_evaluations(task: str, folders: Iterable[Path], target: Path, interval: int = 1000) -> None:
-    """Write the evaluations of runs to a folder that grid.py and `report` can read in place of the runs.
+def keep_evaluations(task: str, folders: Iterable[Path], target: Path) -> None:
+    """Write what `report` reads of runs to a folder that takes their place. For grid.py, too, finished runs are finished there.
 
     Args:
         target: folder of all tasks.
-        interval: steps between kept evaluations. The last one is always kept.
     """
     for folder in folders:
-        evaluated = [record for record in records_of(folder) if accuracies_of(record)]
-        kept = [record for record in evaluated if record["step"] % interval == 0 or record is evaluated[-1]]
         path = target / task / folder.name / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        chosen = [
-            {key: record[key] for key in record if key in ("step", "loss", "seconds") or key.endswith("/accuracy")}
-            for record in kept
-        ]
-        path.write_text("".join(json.dumps(record) + "\n" for record in chosen))
+        with open(path, "w") as file:
+            for record in records_of(folder):
+                kept = {k: v for k, v in record.items() if k in ("step", "seconds") or k.endswith("/accuracy")}
+                file.write(json.dumps(kept) + "\n")
 
 
 def best_runs(runs: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
@@ -104,11 +100,11 @@ def rows_of_runs(runs: Iterable[tuple[str, Path]]) -> list[dict]:
     for model, folder in runs:
         if (run := read_run(folder)) is None:
             continue
-        settings = re.search(r"-lr([^-]+(?:e-\d+)?)-(\w+)-seed(\d+)$", folder.name)
+        settings = re.search(r"-lr(.+)-(\w+)-seed(\d+)$", folder.name)
         if settings is None:
             raise ValueError(f"{folder}: its name does not end with -lrRATE-SCHEDULE-seedNUMBER")
         size, (lr, kind, seed) = max(run["accuracies"]), settings.groups()
-        case = f"{LABELS[model]}, {float(lr):.0e}, {kind}, seed {seed}".replace("e-0", "e-")
+        case = f"{LABELS[model]}, lr {lr}, {kind}, seed {seed}"
         rows.append(row(case, f"accuracy of the run at n = {size}", "share", run["accuracies"][size]))
         rows.append(row(case, "steps of the run", "", run["step"]))
     return rows

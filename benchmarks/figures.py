@@ -331,11 +331,11 @@ def expressivity_runs(task: str) -> str:
     for path in sorted(RESULTS.glob(f"expressivity_{task}-*.json")):
         for row in json.loads(path.read_text())["rows"]:
             if row["metric"].startswith("accuracy of the run"):
-                model, settings = re.fullmatch(r"(transformer|.+tive), (.+)", row["case"]).groups()
+                model, _, settings = row["case"].partition(", lr ")
                 found.setdefault(model, {})[settings] = f"{row['ours']:.3f}"
     settings = sorted({name for of_model in found.values() for name in of_model})
     rows = [[model, *(of_model.get(name, "") for name in settings)] for model, of_model in found.items()]
-    return table(["model", *settings], rows) if rows else "Not run yet.\n"
+    return table(["model", *(f"lr {name}" for name in settings)], rows) if rows else "Not run yet.\n"
 
 
 def documents() -> str:

@@ -122,7 +122,7 @@ def evaluated_runs(tmp_path) -> list:
                 {"step": 1, "seconds": 9.0},
                 {"step": 2, "seconds": 0.5, "eval/n4/accuracy": 0.1, "eval/n128/accuracy": 0.0},
             ]
-            records.append({"step": 3, "seconds": 0.5, "eval/n4/accuracy": 1.0, "eval/n128/accuracy": accuracy})
+            records.append({"step": 3, "seconds": 0.4, "eval/n4/accuracy": 1.0, "eval/n128/accuracy": accuracy})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
             runs.append((model, folder))
     return runs
@@ -144,22 +144,23 @@ def test_the_report_takes_the_best_run_of_each_model(grid, tmp_path):
     other = rows["transformer", "accuracy at n = 128"]
     assert (other["ours"], other["peer"], other["goal"], other["met"]) == (0.3, 0.23, 0.5, True)
     assert rows["hybrid, negative", "lowest accuracy of all runs at n = 128"]["ours"] == 0.4
+    assert rows["transformer", "median step"]["ours"] == 0.5, "without the first step, which compiles"
     assert rows["transformer", "runs"]["ours"] == 2 and rows["transformer", "steps"]["ours"] == 3
     assert [*(tmp_path / "out").glob("expressivity_state_tracking-*.png")]
-    each = [rows[f"hybrid, negative, 1e-1, cosine, seed {seed}", "accuracy of the run at n = 128"] for seed in (1, 2)]
+    each = [rows[f"hybrid, negative, lr 0.1, cosine, seed {seed}", "accuracy of the run at n = 128"] for seed in (1, 2)]
     assert [row["ours"] for row in each] == [0.4, 1.0]
-    assert rows["transformer, 1e-1, cosine, seed 2", "steps of the run"]["ours"] == 3
+    assert rows["transformer, lr 0.1, cosine, seed 2", "steps of the run"]["ours"] == 3
 
 
 def test_kept_evaluations_give_the_same_report(grid, tmp_path):
     from expressivity import keep_evaluations
 
     runs = evaluated_runs(tmp_path)
-    keep_evaluations("state_tracking", [folder for _, folder in runs], tmp_path / "kept", interval=2)
+    keep_evaluations("state_tracking", [folder for _, folder in runs], tmp_path / "kept")
     kept = [(model, tmp_path / "kept" / "state_tracking" / folder.name) for model, folder in runs]
     assert reported(kept, tmp_path / "b") == reported(runs, tmp_path / "a")
     steps = [json.loads(line)["step"] for line in (kept[0][1] / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [2, 3]
+    assert steps == [1, 2, 3]
     chosen = dict(models=["transformer"], lrs=[0.1], overrides=["train.steps=3", "train.schedule.warmup_steps=1"])
     (run,) = grid.grid(arguments(grid, tmp_path / "kept", "state_tracking", **chosen))
     assert run.is_finished
