@@ -1,16 +1,17 @@
 """Accuracies of the five models on the paper's tasks, from the runs of examples/expressivity: a result file and a figure.
 
 bash examples/expressivity/run.sh calls it. Alone, it reports runs that exist, or the evaluations that were kept of them:
-python benchmarks/expressivity.py --task state_tracking --runs benchmarks/measured/expressivity --machine 'NVIDIA H200'
+python benchmarks/expressivity.py --task state_tracking --runs benchmarks/measured/expressivity
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
@@ -31,6 +32,37 @@ PAPER = {
 """Accuracies of arXiv 2604.03444, section 3.5, by size and in the order of LABELS."""
 GOALS = {"state_tracking": (128, 0.99, 0.5), "state_tracking_small": (16, 0.95, 0.6)}
 """Size, the accuracy that models with negative eigenvalues must reach there, and the accuracy below which the others must stay."""
+
+
+@dataclass(frozen=True)
+class RunName:
+    """Name of a run's folder: what differs between the runs of a task."""
+
+    model: str
+    lr: float
+    schedule: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.model}-lr{self.lr:g}-{self.schedule}-seed{self.seed}"
+
+    @property
+    def settings(self) -> str:
+        return f"lr {self.lr:g}, {self.schedule}, seed {self.seed}"
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """Return the name that a folder has.
+
+        Raises:
+            ValueError: the folder is not named so.
+        """
+        parts = re.fullmatch(r"(\w+)-lr(.+)-(\w+)-seed(\d+)", folder.name)
+        if parts is None or parts[1] not in LABELS:
+            raise ValueError(
+                f"{folder}: its name is not MODEL-lrRATE-SCHEDULE-seedNUMBER, with one of the models {[*LABELS]}"
+            )
+        return cls(parts[1], float(parts[2]), parts[3], int(parts[4]))
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
@@ -64,22 +96,26 @@ def keep_evaluations(task: str, folders: Iterable[Path], target: Path) -> None:
     Args:
         target: folder of all tasks.
     """
+    from origins import read_origins, write_origin
+
     for folder in folders:
-        path = target / task / folder.name / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
+        kept_folder = target / task / folder.name
+        kept_folder.mkdir(parents=True, exist_ok=True)
+        write_origin(kept_folder, read_origins([folder]))
+        with open(kept_folder / "metrics.jsonl", "w") as file:
             for record in records_of(folder):
                 kept = {k: v for k, v in record.items() if k in ("step", "seconds") or k.endswith("/accuracy")}
                 file.write(json.dumps(kept) + "\n")
 
 
-def best_runs(runs: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
+def best_runs(folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Return the run of each model with the highest accuracy at the largest size, as the paper reports.
 
     With it come the number of runs, and the lowest accuracy of all runs at that size.
     """
     found: dict[str, dict[str, Any]] = {}
-    for model, folder in runs:
+    for folder in folders:
+        model = RunName.of(folder).model
         if (run := read_run(folder)) is None:
             continue
         other, size = found.get(model), max(run["accuracies"])
@@ -92,19 +128,16 @@ def best_runs(runs: Iterable[tuple[str, Path]]) -> dict[str, dict[str, Any]]:
     return {model: found[model] for model in LABELS if model in found}
 
 
-def rows_of_runs(runs: Iterable[tuple[str, Path]]) -> list[dict]:
+def rows_of_runs(folders: Iterable[Path]) -> list[dict]:
     """Return the rows of every run: its accuracy at the largest size, and its steps."""
     from report import row
 
     rows = []
-    for model, folder in runs:
+    for folder in folders:
         if (run := read_run(folder)) is None:
             continue
-        settings = re.search(r"-lr(.+)-(\w+)-seed(\d+)$", folder.name)
-        if settings is None:
-            raise ValueError(f"{folder}: its name does not end with -lrRATE-SCHEDULE-seedNUMBER")
-        size, (lr, kind, seed) = max(run["accuracies"]), settings.groups()
-        case = f"{LABELS[model]}, lr {lr}, {kind}, seed {seed}"
+        name, size = RunName.of(folder), max(run["accuracies"])
+        case = f"{LABELS[name.model]}, {name.settings}"
         rows.append(row(case, f"accuracy of the run at n = {size}", "share", run["accuracies"][size]))
         rows.append(row(case, "steps of the run", "", run["step"]))
     return rows
@@ -175,43 +208,34 @@ def draw(task: str, best: dict[str, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def report(
-    task: str,
-    runs: Iterable[tuple[str, Path]],
-    out: Path | None = None,
-    command: str | None = None,
-    machine: str | None = None,
-) -> None:
+def report(task: str, folders: Sequence[Path], out: Path | None = None, command: str | None = None) -> None:
     """Write the result file and the figure of a task, and print the table.
 
     Args:
-        runs: model and folder of each run.
+        folders: folders of the runs.
         out: folder of both; None: benchmarks/results and docs/results.
         command: command to record; None: the running one.
-        machine: GPU that the runs trained on; None: this machine's.
     """
-    import torch
+    from origins import read_origins
     from report import RESULTS, write
 
-    runs = list(runs)
-    best = best_runs(runs)
+    best = best_runs(folders)
     if not best:
         print("no run has been evaluated yet: there is nothing to report")
         return
-    if machine is None and torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
+    origin = read_origins(folder for folder in folders if records_of(folder))
     notes = [f"best of {run['runs']} runs of {LABELS[model]}: {run['folder']}" for model, run in best.items()]
     words = " ".join(sys.argv[1:]) if Path(sys.argv[0]).name == "grid.py" else f"--task {task}"
     write(
         f"expressivity_{task}",
-        rows_of(task, best) + rows_of_runs(runs),
-        ("torch", "megatron-core"),
-        machine,
-        notes,
+        rows_of(task, best) + rows_of_runs(folders),
+        (),
+        notes=notes,
         command=command or f"bash examples/expressivity/run.sh {re.sub(r'/[^ ]+', 'PATH', words)}",
         out=out or RESULTS,
+        origin=origin,
     )
-    suffix = "cpu" if machine is None else "gpu"
+    suffix = "cpu" if origin.is_cpu else "gpu"
     draw(task, best, (out or ROOT / "docs" / "results") / f"expressivity_{task}-{suffix}.png")
 
 
@@ -220,7 +244,6 @@ def main() -> None:
     parser.add_argument("--task", default="state_tracking")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "expressivity")
     parser.add_argument("--out", type=Path, help="folder of the result file and the figure (default: the project's)")
-    parser.add_argument("--machine", help="GPU that the runs trained on (default: this machine's)")
     parser.add_argument("--command", help="command that trained the runs")
     parser.add_argument("--keep", type=Path, help="write the evaluations to this folder, and report nothing")
     arguments = parser.parse_args()
@@ -228,8 +251,7 @@ def main() -> None:
     if arguments.keep:
         keep_evaluations(arguments.task, folders, arguments.keep)
         return
-    runs = [(folder.name.split("-lr")[0], folder) for folder in folders]
-    report(arguments.task, runs, arguments.out, arguments.command, arguments.machine)
+    report(arguments.task, folders, arguments.out, arguments.command)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 import argparse
 import datetime
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
+
+from origins import Origin, origin_of_process
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -53,6 +51,7 @@ def write(
     printed: int = 0,
     command: str | None = None,
     out: Path | None = None,
+    origin: Origin | None = None,
 ) -> Path:
     """Write the result file, print its rows, and return its path.
 
@@ -62,29 +61,22 @@ def write(
         printed: number of rows that were printed before.
         command: None: the running script with its arguments.
         out: folder of the file; None: the argument --out, or benchmarks/results.
+        origin: of what was measured; None: this process, with `packages`, `machine` and the argument --commit.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", default=None, help="where git is not at hand")
     args, _ = parser.parse_known_args()
-    name = machine or f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    short = next(
-        (x for x in ("H100", "H200", "A100", "B200") if x in name), "cpu" if machine is None else name.replace(" ", "-")
-    )
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    origin = origin or origin_of_process(packages, machine, args.commit)
+    known = (x for x in ("H100", "H200", "A100", "B200") if x in origin.machine)
+    short = next(known, "cpu" if origin.is_cpu else origin.machine.replace(" ", "-"))
     result = dict(
         benchmark=benchmark,
         date=datetime.date.today().isoformat(),
-        commit=args.commit or git.stdout.strip() or None,
+        commit=origin.commit,
         command=command or running_command(),
-        machine=name,
-        versions=versions,
+        machine=origin.machine,
+        versions=origin.versions,
         notes=list(notes),
     )
     lines = json.dumps(result, indent=1)[:-2]

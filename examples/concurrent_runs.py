@@ -2,7 +2,7 @@
 
 - `Run`: a configuration of the trainer with a folder of its own.
 - `Scheduler`: keeps all GPUs busy with several runs each, until they are finished, a time limit, or a signal.
-- `train_all`: does so for a list of runs.
+- `train_all`: does so for a list of runs. The folder of each run says where it trained (benchmarks/origins.py).
 """
 
 import os
@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multi_process_service import multi_process_service
+from origins import Origin, origin_of_process, write_origin
 
 from megatron_hybrid.base.errors import REQUEUE, no_traceback
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.observe.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine")
+"""Packages whose versions a run records."""
 STOPPING_S = 20.0
 """Seconds before the time limit at which runs are asked to save and stop."""
 
@@ -56,13 +59,20 @@ class Scheduler:
     """Keeps every slot of the GPUs, or of the CPU, busy with a run.
 
     Args:
+        origin: what the folders of the runs say of this machine.
         service: variables of `multi_process_service`.
     """
 
     def __init__(
-        self, runs: Sequence[Run], gpus: int, per_device: int, deadline: float, service: Mapping[str, str] | None = None
+        self,
+        runs: Sequence[Run],
+        gpus: int,
+        per_device: int,
+        deadline: float,
+        origin: Origin,
+        service: Mapping[str, str] | None = None,
     ) -> None:
-        self.service = service or {}
+        self.origin, self.service = origin, service or {}
         self.waiting = [run for run in runs if not run.is_finished]
         self.slots = [number % max(gpus, 1) for number in range(max(gpus, 1) * per_device)]
         self.gpus, self.deadline, self.stopping = gpus, deadline, False
@@ -95,6 +105,7 @@ class Scheduler:
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot) if self.service else _visible_gpus()[slot]
         self.running[run] = run.start(environment), slot
+        write_origin(run.folder, self.origin)
 
     def _end(self, run: Run, status: int, slot: int) -> None:
         del self.running[run]
@@ -114,7 +125,8 @@ def train_all(runs: Sequence[Run], gpus: int, per_device: int, deadline: float, 
         mps: runs share a GPU at the same time (multi_process_service.py).
     """
     with no_traceback(), multi_process_service(mps) as service:
-        scheduler = Scheduler(runs, gpus, per_device, deadline - STOPPING_S, service)
+        origin = origin_of_process(PACKAGES, _gpu_name() if gpus else None)
+        scheduler = Scheduler(runs, gpus, per_device, deadline - STOPPING_S, origin, service)
         print(f"{len(runs)} runs, {len(runs) - len(scheduler.waiting)} of them finished before", flush=True)
         scheduler.work()
     return scheduler.failed
@@ -123,3 +135,9 @@ def train_all(runs: Sequence[Run], gpus: int, per_device: int, deadline: float, 
 def _visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else [str(number) for number in range(64)]
+
+
+def _gpu_name() -> str:
+    """Return the GPU's name from its driver. Asking CUDA would give this process a share of the GPU."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()

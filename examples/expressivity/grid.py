@@ -17,6 +17,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(HERE.parent)]
 
 from concurrent_runs import Run, train_all  # noqa: E402
+from expressivity import RunName, report  # noqa: E402
 
 from megatron_hybrid.base.errors import REQUEUE, no_traceback  # noqa: E402
 from megatron_hybrid.config.load import load_run  # noqa: E402
@@ -42,7 +43,7 @@ def grid(arguments: argparse.Namespace) -> Iterator[Run]:
     rates = arguments.lrs or [base.train.optimizer.lr]
     kinds = arguments.schedules or [base.train.schedule.kind]
     for seed, lr, kind, model in product(range(1, arguments.seeds + 1), rates, kinds, arguments.models):
-        folder = Path(arguments.runs) / arguments.task / f"{model}-lr{lr:g}-{kind}-seed{seed}"
+        folder = Path(arguments.runs) / arguments.task / str(RunName(model, lr, kind, seed))
         own = [f"run_dir={folder.resolve()}", f"train.seed={seed}", f"data.seed={seed}", f"train.optimizer.lr={lr}"]
         own += [f"train.schedule.kind={kind}", *model_overrides(model, base.model.layer_pattern)]
         overrides = (*own, *arguments.overrides)
@@ -73,14 +74,12 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    from expressivity import report
-
     begin, arguments = time.monotonic(), parse()
     with no_traceback():
         runs = list(grid(arguments))
     per_device = arguments.runs_per_gpu or (6 if arguments.gpus else os.cpu_count() or 1)
     failed = train_all(runs, arguments.gpus, per_device, begin + arguments.time_limit, arguments.mps)
-    report(arguments.task, [(run.model, run.folder) for run in runs], arguments.out)
+    report(arguments.task, [run.folder for run in runs], arguments.out)
     unfinished = sum(not run.is_finished for run in runs)
     sys.exit(1 if failed else REQUEUE if unfinished else 0)
 

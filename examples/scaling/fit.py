@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(
 
 from fitting import RESAMPLES, SEED, Fit, Points, bootstrap, fit, interval  # noqa: E402
 from law import CHINCHILLA, PAPER, PAPER_FIXED, PAPER_OPTIMAL, PAPER_SAVINGS, Law, token_savings  # noqa: E402
+from origins import Origin, read_origins  # noqa: E402
 from points import Point, read_points  # noqa: E402
 from shapes import ARCHITECTURES  # noqa: E402
 
@@ -183,29 +184,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     with no_traceback():
         if not (points := read_points(arguments.runs)):
             raise UserError(f"--runs: {arguments.runs} has no points; run ladder.py, which writes */points.json")
-        machines = {point.machine for point in points}
-        if len(machines) > 1:
-            raise UserError(
-                f"--runs: {arguments.runs} has runs of several machines ({', '.join(sorted(machines))}); keep them apart"
-            )
-        write(points, machines.pop(), arguments.resamples, arguments.out)
+        try:
+            origin = read_origins(path.parent for path in sorted(arguments.runs.glob("*/points.json")))
+        except ValueError as error:
+            raise UserError(f"--runs: {error}") from error
+        write(points, origin, arguments.resamples, arguments.out)
     return 0
 
 
-def write(points: Sequence[Point], machine: str, resamples: int, out: Path | None) -> None:
+def write(points: Sequence[Point], origin: Origin, resamples: int, out: Path | None) -> None:
     """Write the result file and the figure, and print the rows of the fits."""
     import scaling_page
     from report import RESULTS
     from report import write as write_result
 
     rows, notes = analyse(points, resamples)
-    is_cpu = machine.endswith("CPU cores")
     shown = sum(1 for _ in point_rows(points))
     sizes = " ".join(dict.fromkeys(point.size for point in sorted(points, key=lambda point: point.parameters)))
     budgets = " ".join(f"{budget:g}" for budget in sorted({point.budget for point in points}))
     command = f"bash examples/scaling/run.sh --sizes {sizes} --budgets {budgets}"
-    packages = ("torch", "megatron-core", "tokenizers")
-    path = write_result("scaling", rows, packages, None if is_cpu else machine, notes, shown, command, out or RESULTS)
+    path = write_result("scaling", rows, (), None, notes, shown, command, out or RESULTS, origin)
     scaling_page.draw(json.loads(path.read_text()), out or scaling_page.PAGE)
 
 

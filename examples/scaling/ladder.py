@@ -9,7 +9,6 @@ runs. SIGTERM and Ctrl-C stop all runs with a checkpoint. Exit codes: 0 all runs
 78 wrong arguments.
 """
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(HERE.parent), str(HERE)]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(HERE.parent), str(HERE)]
 
 from concurrent_runs import Run, train_all  # noqa: E402
 from points import Point, read_endpoints, write_points  # noqa: E402
@@ -74,7 +73,7 @@ class LadderRun(Run):
         """Return how often the training data has been read after a step."""
         return self.tokens_at(step) / self.train_tokens if self.train_tokens else None
 
-    def points(self, machine: str) -> list[Point]:
+    def points(self) -> list[Point]:
         """Return the endpoints that have been evaluated."""
         found = read_endpoints(self.folder / "metrics.jsonl", self.plan.endpoints)
         return [
@@ -86,7 +85,6 @@ class LadderRun(Run):
                 tokens=self.tokens_at(step),
                 flops=self.flops_at(step),
                 epochs=self.epochs_at(step),
-                machine=machine,
                 **found[step],
             )
             for budget, step in zip(sorted(self.budgets), self.plan.endpoints, strict=True)
@@ -183,23 +181,14 @@ def _hours(flops: float, tflops: float) -> float:
     return flops / (tflops * 1e12) / 3600
 
 
-def write_all(runs: Sequence[LadderRun], machine: str) -> int:
+def write_all(runs: Sequence[LadderRun]) -> int:
     """Write points.json of each run that has points. Return their number."""
     count = 0
     for run in runs:
-        if found := run.points(machine):
+        if found := run.points():
             write_points(run.folder / "points.json", found)
             count += len(found)
     return count
-
-
-def machine_name(gpus: int) -> str:
-    """Return the machine that runs train on: a GPU's name, or the CPU's cores."""
-    if not gpus:
-        return f"{os.cpu_count()} CPU cores"
-    import torch
-
-    return torch.cuda.get_device_name()
 
 
 def parser() -> CommandLine:
@@ -249,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     per_device = arguments.runs_per_gpu or (4 if arguments.gpus else 1)
     failed = train_all(runs, arguments.gpus, per_device, begin + arguments.time_limit, arguments.mps)
-    count = write_all(runs, machine_name(arguments.gpus))
+    count = write_all(runs)
     print(f"{count} of {len(runs) * len(budgets)} endpoints are evaluated", flush=True)
     unfinished = sum(not run.is_finished for run in runs)
     return 1 if failed else REQUEUE if unfinished else 0

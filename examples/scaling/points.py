@@ -35,7 +35,6 @@ class Point:
     """Of training, with the output layer."""
     epochs: float | None
     """How often the training data has been read; None: its tokens are unknown."""
-    machine: str
     losses: dict[str, float]
     """Nats per token by validation set."""
     bits_per_byte: dict[str, float]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +15,21 @@ TASKS = ("state_tracking", "recall", "state_based_recall", "state_tracking_small
 
 @pytest.fixture
 def grid(root):
-    sys.path[:0] = [str(root / "examples" / "expressivity"), str(root / "benchmarks")]
+    folders = [str(root / "examples" / "expressivity"), str(root / "examples"), str(root / "benchmarks")]
+    sys.path[:0] = folders
     try:
         import grid
 
         yield grid
     finally:
-        del sys.path[:2]
+        del sys.path[: len(folders)]
+
+
+@pytest.fixture
+def origin(grid):
+    from origins import Origin
+
+    return Origin("abc1234", "NVIDIA H200", {"python": "3.12.3", "torch": "2.11.0"})
 
 
 def arguments(grid, tmp_path, task: str, **changes) -> SimpleNamespace:
@@ -81,27 +90,29 @@ def script(folder, text: str):
 FINISH = "(F / 'metrics.jsonl').write_text('{}')"
 
 
-def test_the_scheduler_fills_its_slots_and_resumes(grid, tmp_path, monkeypatch):
+def test_the_scheduler_fills_its_slots_and_resumes(grid, origin, tmp_path, monkeypatch):
     from concurrent_runs import Scheduler
+    from origins import read_origins
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     write = "import os\n(F / 'gpu').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
     runs = [script(tmp_path / str(number), write + FINISH) for number in range(5)]
     runs.append(script(tmp_path / "broken", "sys.exit(3)"))
-    first = Scheduler(runs, gpus=2, per_device=2, deadline=time.monotonic() + 60)
+    first = Scheduler(runs, gpus=2, per_device=2, deadline=time.monotonic() + 60, origin=origin)
     first.work()
     assert first.failed == runs[-1:] and sorted(first.slots) == [0, 0, 1, 1]
     assert {(run.folder / "gpu").read_text() for run in runs[:5]} == {"3", "5"}
-    assert Scheduler(runs, 2, 2, 0.0).waiting == runs[-1:]
+    assert read_origins(run.folder for run in runs) == origin, "also of the one that failed"
+    assert Scheduler(runs, 2, 2, 0.0, origin).waiting == runs[-1:]
 
 
-def test_the_time_limit_stops_all_runs_with_a_request(grid, tmp_path):
+def test_the_time_limit_stops_all_runs_with_a_request(grid, origin, tmp_path):
     from concurrent_runs import Scheduler
 
     patient = "signal.signal(signal.SIGTERM, lambda *_: ((F / 'saved').touch(), sys.exit(75)))\n(F / 'ready').touch()\ntime.sleep(60)"
     runs = [script(tmp_path / str(number), patient) for number in range(3)]
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    scheduler = Scheduler(runs, gpus=0, per_device=2, deadline=time.monotonic() + 1.5)
+    scheduler = Scheduler(runs, gpus=0, per_device=2, deadline=time.monotonic() + 1.5, origin=origin)
     try:
         scheduler.work()
     finally:
@@ -111,9 +122,12 @@ def test_the_time_limit_stops_all_runs_with_a_request(grid, tmp_path):
     assert scheduler.failed == [] and scheduler.waiting == runs[2:]
 
 
-def evaluated_runs(tmp_path) -> list:
-    """Two runs each of two models, evaluated at steps 2 and 3."""
-    runs = []
+@pytest.fixture
+def evaluated_runs(tmp_path, origin) -> list:
+    """Folders of two runs each of two models, evaluated at steps 2 and 3."""
+    from origins import write_origin
+
+    folders = []
     for model, accuracies in {"hybrid_negative": (0.4, 1.0), "transformer": (0.3, 0.25)}.items():
         for seed, accuracy in enumerate(accuracies, 1):
             folder = tmp_path / f"{model}-lr0.1-cosine-seed{seed}"
@@ -124,21 +138,22 @@ def evaluated_runs(tmp_path) -> list:
             ]
             records.append({"step": 3, "seconds": 0.4, "eval/n4/accuracy": 1.0, "eval/n128/accuracy": accuracy})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-            runs.append((model, folder))
-    return runs
+            write_origin(folder, origin)
+            folders.append(folder)
+    return folders
 
 
-def reported(runs, out) -> dict:
+def reported(folders, out) -> dict:
     """Return the rows of a report by case and metric."""
     from expressivity import report
 
-    report("state_tracking", runs, out)
+    report("state_tracking", folders, out)
     (path,) = out.glob("*.json")
     return {(row["case"], row["metric"]): row for row in json.loads(path.read_text())["rows"]}
 
 
-def test_the_report_takes_the_best_run_of_each_model(grid, tmp_path):
-    rows = reported(evaluated_runs(tmp_path), tmp_path / "out")
+def test_the_report_takes_the_best_run_of_each_model(evaluated_runs, tmp_path):
+    rows = reported(evaluated_runs, tmp_path / "out")
     best = rows["hybrid, negative", "accuracy at n = 128"]
     assert (best["ours"], best["peer"], best["goal"], best["met"]) == (1.0, 1, 0.99, True)
     other = rows["transformer", "accuracy at n = 128"]
@@ -152,25 +167,43 @@ def test_the_report_takes_the_best_run_of_each_model(grid, tmp_path):
     assert rows["transformer, lr 0.1, cosine, seed 2", "steps of the run"]["ours"] == 3
 
 
-def test_kept_evaluations_give_the_same_report(grid, tmp_path):
+def test_kept_evaluations_give_the_same_report(grid, evaluated_runs, tmp_path):
     from expressivity import keep_evaluations
 
-    runs = evaluated_runs(tmp_path)
-    keep_evaluations("state_tracking", [folder for _, folder in runs], tmp_path / "kept")
-    kept = [(model, tmp_path / "kept" / "state_tracking" / folder.name) for model, folder in runs]
-    assert reported(kept, tmp_path / "b") == reported(runs, tmp_path / "a")
-    steps = [json.loads(line)["step"] for line in (kept[0][1] / "metrics.jsonl").read_text().splitlines()]
+    keep_evaluations("state_tracking", evaluated_runs, tmp_path / "kept")
+    kept = [tmp_path / "kept" / "state_tracking" / folder.name for folder in evaluated_runs]
+    assert reported(kept, tmp_path / "b") == reported(evaluated_runs, tmp_path / "a")
+    steps = [json.loads(line)["step"] for line in (kept[0] / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
     chosen = dict(models=["transformer"], lrs=[0.1], overrides=["train.steps=3", "train.schedule.warmup_steps=1"])
     (run,) = grid.grid(arguments(grid, tmp_path / "kept", "state_tracking", **chosen))
     assert run.is_finished
 
 
-def test_a_report_names_a_folder_that_is_no_run(grid, tmp_path):
-    (model, folder), *_ = evaluated_runs(tmp_path)
-    other = folder.rename(tmp_path / "hybrid")
-    with pytest.raises(ValueError, match="hybrid: its name does not end with -lrRATE-SCHEDULE-seedNUMBER"):
-        reported([(model, other)], tmp_path / "out")
+def test_a_report_says_where_the_runs_trained(evaluated_runs, origin, tmp_path):
+    from origins import write_origin
+
+    newer = replace(origin, commit="def5678", versions={"python": "3.12.3", "torch": "2.12.0", "triton": None})
+    write_origin(evaluated_runs[0], newer)
+    reported(evaluated_runs, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "expressivity_state_tracking-H200.json").read_text())
+    assert (found["machine"], found["commit"]) == ("NVIDIA H200", "abc1234, def5678")
+    assert found["versions"] == {"python": "3.12.3", "torch": "2.11.0, 2.12.0", "triton": None}
+
+
+def test_a_report_refuses_runs_that_do_not_belong_together(evaluated_runs, origin, tmp_path):
+    from origins import write_origin
+
+    first, *_, last = evaluated_runs
+    write_origin(first, replace(origin, machine="2 CPU cores, x86_64"))
+    with pytest.raises(ValueError, match=r"several machines \(2 CPU cores, x86_64, NVIDIA H200\); keep them apart"):
+        reported(evaluated_runs, tmp_path / "out")
+    (first / "origin.json").unlink()
+    with pytest.raises(ValueError, match=f"{first.name}: has no origin.json; train it again"):
+        reported(evaluated_runs, tmp_path / "out")
+    other = last.rename(tmp_path / "hybrid-lr0.1-cosine-seed2")
+    with pytest.raises(ValueError, match="hybrid-lr0.1-cosine-seed2: its name is not MODEL-lrRATE-SCHEDULE-seedNUMBER"):
+        reported([other], tmp_path / "out")
 
 
 def test_the_recorded_accuracies_have_the_order_of_the_paper(root):

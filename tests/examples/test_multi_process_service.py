@@ -59,14 +59,17 @@ def test_a_service_that_does_not_start_is_an_error(change, says, service, log, m
 
 def test_runs_of_the_service_count_its_gpus(service, log, tmp_path, monkeypatch):
     """The service sees GPUs 3 and 5, and numbers them from 0."""
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "benchmarks"))
     from concurrent_runs import Scheduler
+    from origins import Origin
 
     class Writes:
         is_finished = False
 
         def __init__(self, number):
-            self.path = tmp_path / f"run{number}"
-            self.folder = self.path
+            self.folder = tmp_path / f"run{number}"
+            self.folder.mkdir()
+            self.path = self.folder / "variables"
 
         def start(self, environment):
             names = "CUDA_VISIBLE_DEVICES", "CUDA_MPS_PIPE_DIRECTORY"
@@ -74,8 +77,8 @@ def test_runs_of_the_service_count_its_gpus(service, log, tmp_path, monkeypatch)
             return subprocess.Popen([sys.executable, "-c", code], env=environment)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    runs = [Writes(number) for number in range(2)]
+    runs, origin = [Writes(number) for number in range(2)], Origin(None, "NVIDIA H200", {})
     with service(True) as variables:
-        Scheduler(runs, 2, 1, time.monotonic() + 60, variables).work()
+        Scheduler(runs, 2, 1, time.monotonic() + 60, origin, variables).work()
         pipe = variables["CUDA_MPS_PIPE_DIRECTORY"]
     assert sorted(run.path.read_text() for run in runs) == [f"0{pipe}", f"1{pipe}"]

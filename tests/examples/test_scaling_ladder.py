@@ -32,6 +32,13 @@ def ladder(root):
         del sys.path[: len(folders)]
 
 
+@pytest.fixture
+def origin(ladder):
+    from origins import Origin
+
+    return Origin("abc1234", "2 CPU cores, x86_64", {"python": "3.12.3"})
+
+
 def test_architectures_of_a_size_have_equal_parameters(ladder):
     import shapes
 
@@ -131,7 +138,7 @@ def test_points_are_the_endpoints_that_were_evaluated(ladder, tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = points.read_endpoints(path, (5, 10))
     assert found == {5: {"losses": {"files": 3.0, "packages": 4.0}, "bits_per_byte": {"files": 1.0, "packages": 2.0}}}
-    common = dict(size="8/1/4", budget=1.0, parameters=1, tokens=2, flops=3, epochs=None, machine="one")
+    common = dict(size="8/1/4", budget=1.0, parameters=1, tokens=2, flops=3, epochs=None)
     point = points.Point(architecture="gdn", **common, **found[5])
     assert point.loss == 3.5 and point.mean_bits_per_byte == 1.5
     (tmp_path / "run").mkdir()
@@ -140,6 +147,17 @@ def test_points_are_the_endpoints_that_were_evaluated(ladder, tmp_path):
     (tmp_path / "run" / "points.json").write_text('[{"size": 1}]')
     with pytest.raises(UserError, match="is no list of points .*; run ladder.py again"):
         points.read_points(tmp_path)
+
+
+def test_the_fit_wants_to_know_where_runs_trained(ladder, tmp_path, capsys):
+    import fit
+    import points
+
+    (tmp_path / "run").mkdir()
+    points.write_points(tmp_path / "run" / "points.json", list(paper_points(0.0)))
+    with pytest.raises(SystemExit):
+        fit.main(["--runs", str(tmp_path)])
+    assert re.search(r"--runs: .*/run: has no origin.json; train it again", capsys.readouterr().err)
 
 
 def paper_points(noise: float):
@@ -154,17 +172,17 @@ def paper_points(noise: float):
             n = shapes.body_parameters(shapes.make_model(size, name, 16384))
             for budget in (0.5, 1.0, 2.0, 4.0):
                 loss = float(law.PAPER[name].loss(n, 20 * n * budget) * np.exp(noise * random.standard_normal()))
-                common = dict(epochs=5.0, machine="2 CPU cores", losses={"files": loss}, bits_per_byte={})
+                common = dict(epochs=5.0, losses={"files": loss}, bits_per_byte={})
                 tokens = round(20 * n * budget)
                 yield points.Point(name, str(size), budget, n, tokens, flops=6 * n * tokens, **common)
 
 
-def test_the_report_holds_the_laws_and_draws_the_figure(ladder, tmp_path):
+def test_the_report_holds_the_laws_and_draws_the_figure(ladder, origin, tmp_path):
     import fit
     import law
     import scaling_page
 
-    fit.write(list(paper_points(1e-4)), "2 CPU cores", 20, tmp_path)
+    fit.write(list(paper_points(1e-4)), origin, 20, tmp_path)
     found = json.loads((tmp_path / "scaling-cpu.json").read_text())
     assert found["command"].endswith(
         "run.sh --sizes 256/4/4 320/5/4 384/6/4 384/6/8 512/8/8 640/10/8 --budgets 0.5 1 2 4"
@@ -193,7 +211,7 @@ def test_points_that_follow_no_law_have_wide_intervals_and_no_infinite_values(la
     assert values[case, "E, high"] > 1.5 * values[case, "E, low"]
 
 
-def test_the_page_says_what_was_not_run_and_shows_what_was(ladder, tmp_path, monkeypatch):
+def test_the_page_says_what_was_not_run_and_shows_what_was(ladder, origin, tmp_path, monkeypatch):
     import figures
     import fit
     import scaling_page
@@ -201,7 +219,7 @@ def test_the_page_says_what_was_not_run_and_shows_what_was(ladder, tmp_path, mon
     monkeypatch.setattr(scaling_page, "RESULTS", tmp_path)
     tables = (scaling_page.points, scaling_page.laws, scaling_page.optimal, scaling_page.savings, scaling_page.corpus)
     assert {table(figures.table) for table in tables} == {"Not run yet.\n"}
-    fit.write(list(paper_points(1e-4)), "2 CPU cores", 20, tmp_path)
+    fit.write(list(paper_points(1e-4)), origin, 20, tmp_path)
     points, laws, optimal, savings, _ = (table(figures.table) for table in tables)
     assert points.count("\n| ") == 1 + 24 and "scaling.svg" in points
     assert "| hybrid 3:1 | fitted exponents |" in laws and "(83.65)" in laws and "| fixed |" in laws
