@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, machine and versions. Runs of a grid keep them in `origin.json`, since a report is often written
+"""Origins of results: commit, machine and versions. Runs of a grid keep theirs in `origin.json`, since a report is often written
 elsewhere and later.
 
 - `origin_of_process`: of the running process.
