@@ -314,7 +314,8 @@ def expressivity(task: str) -> str:
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"expressivity_{task}*-*.json"))]
     found: dict[tuple[str, str], dict[int, tuple[str, str]]] = {}
     for result in results:
-        scale = "reduced, CPU" if result["benchmark"].endswith("_small") else result["machine"]
+        kind = result["benchmark"].removeprefix(f"expressivity_{task}")
+        scale = {"": result["machine"], "_mixed": f"{result['machine']}, mixed sizes", "_small": "reduced, CPU"}[kind]
         for row in result["rows"]:
             if size := re.fullmatch(r"accuracy at n = (\d+)", row["metric"]):
                 paper = "" if row["peer"] is None else f" ({row['peer']:g})"

@@ -23,7 +23,7 @@ from megatron_hybrid.base.errors import REQUEUE, no_traceback  # noqa: E402
 from megatron_hybrid.config.load import load_run  # noqa: E402
 
 MODELS = ("hybrid_negative", "gdn_negative", "transformer", "gdn_positive", "hybrid_positive")
-TASKS = ("state_tracking", "recall", "state_based_recall", "state_tracking_small")
+TASKS = ("state_tracking", "recall", "recall_mixed", "state_based_recall", "state_tracking_small")
 
 
 def model_overrides(name: str, hybrid_pattern: str) -> list[str]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-TASKS = ("state_tracking", "recall", "state_based_recall", "state_tracking_small")
+TASKS = ("state_tracking", "recall", "recall_mixed", "state_based_recall", "state_tracking_small")
 
 
 @pytest.fixture
