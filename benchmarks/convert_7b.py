@@ -18,9 +18,10 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from origins import origin_of_process
 
 ROOT = Path(__file__).resolve().parents[1]
 GOAL_RATIO, GOAL_GB = 1.5, 3.0
@@ -198,18 +199,16 @@ def main() -> int:
         results, same = measure(a.work, a.ranks, a.repeats)
     finally:
         shutil.rmtree(a.work, ignore_errors=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory; {nbytes / 1e9:.2f} GB converted"
+    origin = origin_of_process(("torch", "safetensors", "mpi4py"), machine)
     report = {
         "benchmark": "convert_7b",
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
+        "commit": origin.commit,
         "command": "python benchmarks/convert_7b.py --work DIR" + (f" --repeats {a.repeats}" if a.repeats > 1 else ""),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory; {nbytes / 1e9:.2f} GB converted",
-        "versions": {name: version(name) for name in ("torch", "safetensors", "mpi4py")}
-        | {"python": platform.python_version()},
+        "machine": origin.machine,
+        "versions": origin.versions,
         "runs": results,
         "rows": rows(results, same),
     }

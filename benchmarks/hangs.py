@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import report
+from origins import gpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S, SLACK_S, REQUEUE = 10.0, 10.0, 75
@@ -119,8 +120,7 @@ def main() -> None:
     if arguments.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:
-        names = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        machine = subprocess.run(names, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        machine = gpu_name()
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             row

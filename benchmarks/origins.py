@@ -2,6 +2,7 @@
 elsewhere and later.
 
 - `origin_of_process`: of the running process.
+- `gpu_name`: the GPU's name, for processes that leave it to others.
 - `write_origin`, `read_origins`: of a run, and of all runs of a report together.
 """
 
@@ -50,6 +51,16 @@ def origin_of_process(packages: Iterable[str], machine: str | None = None, commi
             versions[package] = None
     cores = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     return Origin(commit or _commit(), machine or cores, versions)
+
+
+def gpu_name() -> str:
+    """Return the GPU's name from its driver. Asking CUDA would give this process a share of the GPU.
+
+    Raises:
+        subprocess.CalledProcessError: there is no GPU.
+    """
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
 
 
 def _commit() -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multi_process_service import multi_process_service
-from origins import Origin, origin_of_process, write_origin
+from origins import Origin, gpu_name, origin_of_process, write_origin
 
 from megatron_hybrid.base.errors import REQUEUE, no_traceback
 from megatron_hybrid.config.run import RunConfig
@@ -125,7 +125,7 @@ def train_all(runs: Sequence[Run], gpus: int, per_device: int, deadline: float, 
         mps: runs share a GPU at the same time (multi_process_service.py).
     """
     with no_traceback(), multi_process_service(mps) as service:
-        origin = origin_of_process(PACKAGES, _gpu_name() if gpus else None)
+        origin = origin_of_process(PACKAGES, gpu_name() if gpus else None)
         scheduler = Scheduler(runs, gpus, per_device, deadline - STOPPING_S, origin, service)
         print(f"{len(runs)} runs, {len(runs) - len(scheduler.waiting)} of them finished before", flush=True)
         scheduler.work()
@@ -135,9 +135,3 @@ def train_all(runs: Sequence[Run], gpus: int, per_device: int, deadline: float, 
 def _visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",") if named else [str(number) for number in range(64)]
-
-
-def _gpu_name() -> str:
-    """Return the GPU's name from its driver. Asking CUDA would give this process a share of the GPU."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
