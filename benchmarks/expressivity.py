@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -74,16 +74,12 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
     return list(read_metrics(path)) if path.exists() else []
 
 
-def accuracies_of(record: dict[str, Any]) -> dict[int, float]:
-    """Return the accuracies of a record by size; none: the record is not of an evaluation."""
-    return {int(m[1]): v for key, v in record.items() if (m := re.fullmatch(r"eval/n(\d+)/accuracy", key))}
-
-
 def read_run(folder: Path) -> dict[str, Any] | None:
     """Return the accuracies of a run's last evaluation by size, with its step; None: it has not been evaluated."""
     records, found = records_of(folder), None
     for record in records:
-        if accuracies := accuracies_of(record):
+        accuracies = {int(m[1]): v for key, v in record.items() if (m := re.fullmatch(r"eval/n(\d+)/accuracy", key))}
+        if accuracies:
             found = {"accuracies": accuracies, "step": record["step"]}
     if found is not None:
         seconds = sorted(record["seconds"] for record in records[1:] if record.get("seconds"))
@@ -109,35 +105,30 @@ def keep_evaluations(task: str, folders: Iterable[Path], target: Path) -> None:
                 file.write(json.dumps(kept) + "\n")
 
 
-def best_runs(folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def best_runs(runs: Mapping[RunName, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the run of each model with the highest accuracy at the largest size, as the paper reports.
 
     With it come the number of runs, and the lowest accuracy of all runs at that size.
     """
     found: dict[str, dict[str, Any]] = {}
-    for folder in folders:
-        model = RunName.of(folder).model
-        if (run := read_run(folder)) is None:
-            continue
-        other, size = found.get(model), max(run["accuracies"])
+    for name, run in runs.items():
+        other, size = found.get(name.model), max(run["accuracies"])
         accuracy = run["accuracies"][size]
         count = 1 + (other["runs"] if other else 0)
         lowest = min(accuracy, other["lowest"]) if other else accuracy
         if other is None or accuracy > other["accuracies"][size]:
-            found[model] = run | {"folder": folder.name}
-        found[model] |= {"runs": count, "lowest": lowest}
+            found[name.model] = run | {"folder": str(name)}
+        found[name.model] |= {"runs": count, "lowest": lowest}
     return {model: found[model] for model in LABELS if model in found}
 
 
-def rows_of_runs(folders: Iterable[Path]) -> list[dict]:
+def rows_of_runs(runs: Mapping[RunName, dict[str, Any]]) -> list[dict]:
     """Return the rows of every run: its accuracy at the largest size, and its steps."""
     from report import row
 
     rows = []
-    for folder in folders:
-        if (run := read_run(folder)) is None:
-            continue
-        name, size = RunName.of(folder), max(run["accuracies"])
+    for name, run in runs.items():
+        size = max(run["accuracies"])
         case = f"{LABELS[name.model]}, {name.settings}"
         rows.append(row(case, f"accuracy of the run at n = {size}", "share", run["accuracies"][size]))
         rows.append(row(case, "steps of the run", "", run["step"]))
@@ -220,17 +211,18 @@ def report(task: str, folders: Sequence[Path], out: Path | None = None, command:
     from origins import read_origins
     from report import RESULTS, write
 
-    best = best_runs(folders)
+    found = {RunName.of(folder): read_run(folder) for folder in folders}
+    runs = {name: run for name, run in found.items() if run}
+    best = best_runs(runs)
     if not best:
         print("no run has been evaluated yet: there is nothing to report")
         return
-    origin = read_origins(folder for folder in folders if records_of(folder))
+    origin = read_origins(folder for folder in folders if (folder / "metrics.jsonl").exists())
     notes = [f"best of {run['runs']} runs of {LABELS[model]}: {run['folder']}" for model, run in best.items()]
     words = " ".join(sys.argv[1:]) if Path(sys.argv[0]).name == "grid.py" else f"--task {task}"
     write(
         f"expressivity_{task}",
-        rows_of(task, best) + rows_of_runs(folders),
-        (),
+        rows_of(task, best) + rows_of_runs(runs),
         notes=notes,
         command=command or f"bash examples/expressivity/run.sh {re.sub(r'/[^ ]+', 'PATH', words)}",
         out=out or RESULTS,

@@ -45,7 +45,7 @@ def _short(x):
 def write(
     benchmark: str,
     rows: list[dict],
-    packages: tuple[str, ...],
+    packages: tuple[str, ...] = (),
     machine: str | None = None,
     notes=(),
     printed: int = 0,

@@ -203,7 +203,7 @@ def write(points: Sequence[Point], origin: Origin, resamples: int, out: Path | N
     sizes = " ".join(dict.fromkeys(point.size for point in sorted(points, key=lambda point: point.parameters)))
     budgets = " ".join(f"{budget:g}" for budget in sorted({point.budget for point in points}))
     command = f"bash examples/scaling/run.sh --sizes {sizes} --budgets {budgets}"
-    path = write_result("scaling", rows, (), None, notes, shown, command, out or RESULTS, origin)
+    path = write_result("scaling", rows, notes=notes, printed=shown, command=command, out=out or RESULTS, origin=origin)
     scaling_page.draw(json.loads(path.read_text()), out or scaling_page.PAGE)
 
 
