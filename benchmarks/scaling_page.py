@@ -18,7 +18,10 @@ FREE = "fitted exponents"
 FIXED = "alpha = 0.22, beta = 0.22"
 SAVING = re.compile(r"token saving at N = (\d+)")
 OPTIMAL = re.compile(r"compute-optimal loss at (1e\d+) FLOPs")
+INTERPOLATED = re.compile(r"(\w+), (\S+), interpolated")
 MARKERS = "osD^vPX*"
+MOST_SAVED = 4.0
+"""Upper end of the figure's savings. Savings with an interval beyond it are left out: the points do not determine them."""
 
 Values = dict[str, dict[str, dict]]
 """Rows by case and metric."""
@@ -112,6 +115,25 @@ def savings(table: MakeTable) -> str:
     return table(["tokens saved", "fit", *(f"N = {_millions(size)}" for size in sizes)], rows)
 
 
+def interpolated(table: MakeTable) -> str:
+    """Token savings against the transformer by size, between the endpoints."""
+    if (found := result()) is None:
+        return NOT_RUN
+    rows, head = [], list[str]()
+    for architecture, size, metrics in _interpolated(values_of(found)):
+        names = [name for name in metrics if name.startswith("token saving, ")]
+        head = [name.removeprefix("token saving, ").replace("mean", "mean of both") for name in names]
+        cells = [_number(metrics[name]["ours"], ".2f") for name in names]
+        rows.append([LABELS[architecture], size, f"{metrics['parameters']['ours'] / 1e6:.1f}M", *cells])
+    return table(["tokens saved", "d/heads/layers", "N", *head], rows)
+
+
+def _interpolated(values: Values) -> list[tuple[str, str, dict[str, dict]]]:
+    """Return architecture, size and metrics of the savings between endpoints."""
+    found = [(INTERPOLATED.fullmatch(case), metrics) for case, metrics in values.items()]
+    return [(match[1], match[2], metrics) for match, metrics in found if match]
+
+
 def corpus(table: MakeTable) -> str:
     """Bytes and tokens of the corpus."""
     if (found := result("scaling_corpus")) is None:
@@ -176,7 +198,8 @@ def _draw_savings(axis, values: Values) -> None:
     for architecture in ("hybrid", "gdn"):
         for kind, line in ((FREE, "-"), (FIXED, "--")):
             metrics = values.get(f"{architecture}, {kind}", {})
-            names = [(int(m[1]), name) for name in metrics if (m := SAVING.fullmatch(name))]
+            named = [(int(m[1]), name) for name in metrics if (m := SAVING.fullmatch(name))]
+            names = [(size, name) for size, name in named if metrics[f"{name}, high"]["ours"] <= MOST_SAVED]
             if not names:
                 continue
             sizes, columns = [size for size, _ in names], ("", ", low", ", high")
@@ -184,15 +207,24 @@ def _draw_savings(axis, values: Values) -> None:
             label = f"{LABELS[architecture]}, {kind}"
             axis.plot(sizes, value, color=COLORS[architecture], linestyle=line, marker=".", label=label)
             axis.fill_between(sizes, low, high, color=COLORS[architecture], alpha=0.12)
-            paper = [(size, metrics[name]["peer"]) for size, name in names if metrics[name]["peer"] is not None]
+            paper = [(size, metrics[name]["peer"]) for size, name in named if metrics[name]["peer"] is not None]
             if kind == FREE and paper:
                 style = dict(markersize=9, markerfacecolor="none", color="#111827", label="the paper's hybrid")
                 axis.plot(*zip(*paper, strict=True), "o", **style)
+        _draw_interpolated(axis, values, architecture)
     axis.axhline(1, color="#9ca3af", linewidth=1)
     low, high = axis.get_ylim()
     axis.set(xlabel="parameters without embeddings", ylabel="tokens saved (x)", xscale="log")
-    axis.set_ylim(max(0.0, low), min(4.0, np.nextafter(high, np.inf)))
+    axis.set_ylim(max(0.0, low), min(MOST_SAVED, np.nextafter(high, np.inf)))
     axis.set_title("tokens of the transformer over those of the model at equal loss", fontsize=10)
+
+
+def _draw_interpolated(axis, values: Values, architecture: str) -> None:
+    own = [metrics for name, _, metrics in _interpolated(values) if name == architecture]
+    pairs = [tuple(metrics[name]["ours"] for name in ("parameters", "token saving, mean")) for metrics in own]
+    if known := [pair for pair in pairs if None not in pair]:
+        label = f"{LABELS[architecture]}, interpolated"
+        axis.plot(*zip(*known, strict=True), "D", markersize=5, color=COLORS[architecture], label=label)
 
 
 def write() -> None:

@@ -2,7 +2,8 @@
 
 Loss is the mean over the validation sets. Constants have 95% bootstrap intervals. The token saving of an architecture at a size is the
 ratio of the tokens that the transformer and it need for one loss: the transformer's after 20 tokens per parameter. Draws of the
-bootstrap are shared by the architectures, so savings compare the same sizes and budgets.
+bootstrap are shared by the architectures, so savings compare the same sizes and budgets. Savings that are interpolated between the
+endpoints of a size need no law.
 """
 
 import json
@@ -10,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(HERE)]
 
 from fitting import RESAMPLES, SEED, Fit, Points, bootstrap, fit, interval  # noqa: E402
+from interpolation import interpolated_saving  # noqa: E402
 from law import CHINCHILLA, PAPER, PAPER_FIXED, PAPER_OPTIMAL, PAPER_SAVINGS, Law, token_savings  # noqa: E402
 from origins import Origin, read_origins  # noqa: E402
 from points import Point, read_points  # noqa: E402
@@ -132,6 +135,20 @@ def saving_rows(laws: Laws, sizes: Iterable[float]) -> Iterator[dict]:
             yield from with_interval(f"{architecture}, {laws.kind}", metric, "x", value, values, paper)
 
 
+def interpolated_rows(points: Sequence[Point]) -> Iterator[dict]:
+    """Yield the savings between the endpoints of each size: of the mean loss, and of each validation set."""
+    base = ARCHITECTURES[0]
+    for architecture, size in product(ARCHITECTURES[1:], dict.fromkeys(point.size for point in points)):
+        pair = [[p for p in points if (p.size, p.architecture) == (size, name)] for name in (base, architecture)]
+        if not all(pair):
+            continue
+        case = f"{architecture}, {size}, interpolated"
+        yield figure(case, "parameters", "", pair[0][0].parameters)
+        for name in ("mean", *pair[0][0].losses):
+            curves = [[(p.tokens, p.loss if name == "mean" else p.losses[name]) for p in own] for own in pair]
+            yield figure(case, f"token saving, {name}", "x", interpolated_saving(*curves))
+
+
 def with_interval(
     case: str, metric: str, unit: str, value: float, draws: Sequence[float], paper: float | None
 ) -> Iterator[dict]:
@@ -153,7 +170,8 @@ def figure(case: str, metric: str, unit: str, value: float | None, paper: float 
 
 def analyse(points: Sequence[Point], resamples: int) -> tuple[list[dict], list[str]]:
     """Return the rows and notes of a result file."""
-    rows, notes = list(point_rows(points)), [f"{resamples} resamples, seed {SEED}, intervals of 95%"]
+    rows = [*point_rows(points), *interpolated_rows(points)]
+    notes = [f"{resamples} resamples, seed {SEED}, intervals of 95%"]
     smallest, largest = (pick(point.parameters for point in points) for pick in (min, max))
     inside = {float(f"{size:.2g}") for size in np.geomspace(smallest, largest, 5)}
     for exponents in (None, FIXED):

@@ -12,9 +12,10 @@ def law(root):
     sys.path.insert(0, str(root / "examples" / "scaling"))
     try:
         import fitting
+        import interpolation
         import law
 
-        yield type("Modules", (), {**vars(law), **vars(fitting)})
+        yield type("Modules", (), {**vars(law), **vars(fitting), **vars(interpolation)})
     finally:
         sys.path.pop(0)
 
@@ -146,6 +147,26 @@ def test_the_papers_constants_do_not_give_its_savings(law):
     budgets = np.geomspace(1, 1e4, 400)
     by_budget = {size: [law.token_savings(base, hybrid, size, size * b) for b in budgets] for size in found}
     assert min(by_budget[70e9]) > 2.1 and min(by_budget[1e9]) < 1.32
+
+
+def test_savings_between_endpoints(law):
+    """The second model has the first one's last loss, 3.0, a quarter of the way (in log tokens) from 100 to 200 tokens."""
+    base, other = [(100, 4.0), (200, 3.5), (400, 3.0)], [(100, 3.1), (200, 2.7), (400, 2.5)]
+    assert law.interpolated_saving(base, other) == pytest.approx(400 / (100 * 2**0.25))
+    assert law.interpolated_saving(other, base) == pytest.approx((100 * 2**0.25) / 400), "the same loss, the other way"
+    assert law.interpolated_saving(base, base) == 1
+    assert law.interpolated_saving(base, [(100, 2.9), (400, 2.0)]) is None, "it is never that bad"
+    assert law.interpolated_saving([(100, 2.9), (400, 2.0)], base) is None
+    assert law.tokens_at_loss(base, 2.9) is None and law.tokens_at_loss(base, 3.5) == pytest.approx(200)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "gdn"])
+def test_savings_between_endpoints_agree_with_the_law(law, name):
+    size = 1e9
+    tokens = [int(20 * size * budget) for budget in np.geomspace(0.05, 1, 200)]
+    base, other = ([(d, float(law.PAPER[key].loss(size, d))) for d in tokens] for key in ("transformer", name))
+    expected = law.token_savings(law.PAPER["transformer"], law.PAPER[name], size, 20 * size)
+    assert law.interpolated_saving(base, other) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_loss_that_is_never_reached(law):
