@@ -205,7 +205,8 @@ def test_points_that_follow_no_law_have_wide_intervals_and_no_infinite_values(la
     import fit
 
     rows, _ = fit.analyse(list(paper_points(0.5)), 10)
-    values = {(row["case"], row["metric"]): row["ours"] for row in rows if row["metric"] != "bits per byte"}
+    rows = [row for row in rows if row["metric"] != "bits per byte" and "interpolated" not in row["case"]]
+    values = {(row["case"], row["metric"]): row["ours"] for row in rows}
     assert all(value is not None and np.isfinite(value) for value in values.values())
     case = "hybrid, fitted exponents"
     assert values[case, "E, high"] > 1.5 * values[case, "E, low"]
@@ -217,13 +218,28 @@ def test_the_page_says_what_was_not_run_and_shows_what_was(ladder, origin, tmp_p
     import scaling_page
 
     monkeypatch.setattr(scaling_page, "RESULTS", tmp_path)
-    tables = (scaling_page.points, scaling_page.laws, scaling_page.optimal, scaling_page.savings, scaling_page.corpus)
+    names = ("points", "laws", "optimal", "savings", "interpolated", "corpus")
+    tables = [getattr(scaling_page, name) for name in names]
     assert {table(figures.table) for table in tables} == {"Not run yet.\n"}
     fit.write(list(paper_points(1e-4)), origin, 20, tmp_path)
-    points, laws, optimal, savings, _ = (table(figures.table) for table in tables)
+    points, laws, optimal, savings, interpolated, _ = (table(figures.table) for table in tables)
     assert points.count("\n| ") == 1 + 24 and "scaling.svg" in points
     assert "| hybrid 3:1 | fitted exponents |" in laws and "(83.65)" in laws and "| fixed |" in laws
     assert "1e18 FLOPs" in optimal and "(3.46)" in optimal and "(1.68)" in savings and "N = 70B" in savings
+    assert interpolated.count("\n| hybrid 3:1 |") == 6 and "| files |" in interpolated
+
+
+def test_the_measured_ladder_is_in_the_result_file(ladder, root):
+    """The result file has the points of benchmarks/measured/scaling, and the savings that follow from them."""
+    import fit
+    import points
+    import scaling_page
+
+    found = points.read_points(root / "benchmarks" / "measured" / "scaling")
+    assert len(found) == 36
+    values = scaling_page.values_of(scaling_page.result())
+    for row in (*fit.point_rows(found), *fit.interpolated_rows(found)):
+        assert values[row["case"]][row["metric"]] == row
 
 
 TINY = ("--sizes", "16/1/4", "24/1/4", "--architectures", "transformer", "hybrid", "--budgets", "0.1", "0.2")
