@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import drope_yarn_page
+import paper_page
 import scaling_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -308,37 +309,6 @@ def planner_runs() -> str:
     return table(["layout", "GB, predicted", "measured", "s per step, predicted", "measured"], lines)
 
 
-def expressivity(task: str) -> str:
-    """Accuracies of a task by model and size, of all result files, next to the paper's."""
-    rows, sizes = [], set[int]()
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"expressivity_{task}*-*.json"))]
-    found: dict[tuple[str, str], dict[int, tuple[str, str]]] = {}
-    for result in results:
-        kind = result["benchmark"].removeprefix(f"expressivity_{task}")
-        scale = {"": result["machine"], "_mixed": f"{result['machine']}, mixed sizes", "_small": "reduced, CPU"}[kind]
-        for row in result["rows"]:
-            if size := re.fullmatch(r"accuracy at n = (\d+)", row["metric"]):
-                paper = "" if row["peer"] is None else f" ({row['peer']:g})"
-                found.setdefault((scale, row["case"]), {})[int(size[1])] = f"{row['ours']:.3f}", paper
-                sizes.add(int(size[1]))
-    for (scale, model), of_size in found.items():
-        rows.append([scale, model, *("".join(of_size.get(size, ("", ""))) for size in sorted(sizes))])
-    return table(["run", "model", *(f"n = {size}" for size in sorted(sizes))], rows) if rows else "Not run yet.\n"
-
-
-def expressivity_runs(task: str) -> str:
-    """Accuracies of every run of a task at the largest size, on GPUs."""
-    found: dict[str, dict[str, str]] = {}
-    for path in sorted(RESULTS.glob(f"expressivity_{task}-*.json")):
-        for row in json.loads(path.read_text())["rows"]:
-            if row["metric"].startswith("accuracy of the run"):
-                model, _, settings = row["case"].partition(", lr ")
-                found.setdefault(model, {})[settings] = f"{row['ours']:.3f}"
-    settings = sorted({name for of_model in found.values() for name in of_model})
-    rows = [[model, *(of_model.get(name, "") for name in settings)] for model, of_model in found.items()]
-    return table(["model", *(f"lr {name}" for name in settings)], rows) if rows else "Not run yet.\n"
-
-
 def documents() -> str:
     """Training steps with documents as in web text, against rows without boundaries."""
     rows = []
@@ -400,10 +370,11 @@ TABLES = {
     "test-suite": test_suite, "whole-models": whole_models, "qwen": qwen,
     "gradients": gradients, "small-models": small_models,
     "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs, "muon-update": muon_update,
-    "expressivity-state-tracking": partial(expressivity, "state_tracking"),
-    "expressivity-state-tracking-runs": partial(expressivity_runs, "state_tracking"),
-    "expressivity-recall": partial(expressivity, "recall"),
-    "expressivity-state-based-recall": partial(expressivity, "state_based_recall"),
+    "expressivity-state-tracking": partial(paper_page.accuracies, table, "state_tracking"),
+    "expressivity-state-tracking-runs": partial(paper_page.runs, table, "state_tracking"),
+    "expressivity-recall": partial(paper_page.accuracies, table, "recall"),
+    "expressivity-state-based-recall": partial(paper_page.accuracies, table, "state_based_recall"),
+    "paper-claims": partial(paper_page.claims, table),
     "scaling-corpus": partial(scaling_page.corpus, table), "scaling-points": partial(scaling_page.points, table),
     "scaling-laws": partial(scaling_page.laws, table), "scaling-optimal": partial(scaling_page.optimal, table),
     "scaling-savings": partial(scaling_page.savings, table),

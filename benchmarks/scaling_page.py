@@ -128,6 +128,17 @@ def interpolated(table: MakeTable) -> str:
     return table(["tokens saved", "d/heads/layers", "N", *head], rows)
 
 
+def range_of_savings(architecture: str) -> tuple[str, str]:
+    """Return the smallest and largest token saving between endpoints, and the sizes of the ladder."""
+    found = result()
+    own = [metrics for name, _, metrics in _interpolated(values_of(found or {"rows": []})) if name == architecture]
+    if not own:
+        return "-", "-"
+    sizes, savings = ([metrics[name]["ours"] for metrics in own] for name in ("parameters", "token saving, mean"))
+    low, high = min(savings), max(savings)
+    return f"{low:.2f} to {high:.2f}", f"{min(sizes) / 1e6:.0f}M to {max(sizes) / 1e6:.0f}M"
+
+
 def _interpolated(values: Values) -> list[tuple[str, str, dict[str, dict]]]:
     """Return architecture, size and metrics of the savings between endpoints."""
     found = [(INTERPOLATED.fullmatch(case), metrics) for case, metrics in values.items()]
