@@ -1,25 +1,16 @@
 """Tables and plots of docs/results/drope-yarn.md, from the result file: `python benchmarks/tables.py` calls it."""
 
-import json
 import re
-from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import mean
 
-from report import RESULTS
+from pages import PAGE, MakeTable, newest_result
 
-PAGE = RESULTS.parents[1] / "docs" / "results"
-MakeTable = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
-"""Makes a Markdown table of a head and rows."""
+result = partial(newest_result, "drope_yarn")
 MODELS = {"no extension": "#9ca3af", "DroPE": "#2563eb", "YaRN": "#ea580c"}
 """Colors by model."""
 NOT_MEASURED = "There is no result file yet.\n"
 TRAINED_ON = {"no extension": 1024, "DroPE": 8192, "YaRN": 8192}
-
-
-def result() -> dict | None:
-    """Return the newest result file, or None if there is none."""
-    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("drope_yarn-*.json"))]
-    return max(files, key=lambda found: found["date"], default=None)
 
 
 def recalled(found: dict, model: str) -> dict[int, dict[float, float]]:

@@ -7,8 +7,9 @@ import json
 import re
 from collections.abc import Iterator
 
+import scaling_page
+from pages import NOT_RUN, MakeTable
 from report import RESULTS
-from scaling_page import NOT_RUN, MakeTable, range_of_savings
 
 Accuracies = dict[int, tuple[float, float | None]]
 """Ours and the paper's by size."""
@@ -74,8 +75,7 @@ def claims(table: MakeTable) -> str:
     for task, label, size, models in CLAIMS:
         for result in _results(f"{task}-*"):
             of_model = _accuracies(result)
-            cells = [(model, of_model[model][size]) for model in models]
-            rows += [[f"{label}, n = {size}: {model}", f"{ours:.3f}", f"{paper:g}"] for model, (ours, paper) in cells]
-    savings, sizes = range_of_savings("hybrid")
-    rows.append([f"tokens of a transformer over a hybrid's at equal loss, {sizes} parameters", savings, "1.32 at 1B"])
-    return table(["accuracy of the last token on an H200, and tokens saved", "here", "paper"], rows)
+            for model in models:
+                ours, paper = of_model[model][size]
+                rows.append([f"accuracy, {label}, n = {size}: {model}", result["machine"], f"{ours:.3f}", f"{paper:g}"])
+    return table(["claim", "machine", "here", "paper"], [*rows, *scaling_page.claim()])

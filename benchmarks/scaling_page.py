@@ -1,17 +1,13 @@
 """Tables and the figure of the scaling law in docs/results/paper.md, from the result files: `python benchmarks/tables.py` calls it."""
 
-import json
 import re
-from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from report import RESULTS
+from pages import NOT_RUN, PAGE, MakeTable, newest_result
 
-PAGE = RESULTS.parents[1] / "docs" / "results"
-MakeTable = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
-"""Makes a Markdown table of a head and rows."""
-NOT_RUN = "Not run yet.\n"
+result = partial(newest_result, "scaling")
 COLORS = {"transformer": "#6b7280", "hybrid": "#2563eb", "gdn": "#ea580c"}
 LABELS = {"transformer": "transformer", "hybrid": "hybrid 3:1", "gdn": "pure GDN"}
 FREE = "fitted exponents"
@@ -19,18 +15,14 @@ FIXED = "alpha = 0.22, beta = 0.22"
 SAVING = re.compile(r"token saving at N = (\d+)")
 OPTIMAL = re.compile(r"compute-optimal loss at (1e\d+) FLOPs")
 INTERPOLATED = re.compile(r"(\w+), (\S+), interpolated")
+PAPER_SIZE = 1_000_000_000
+"""Smallest size whose token saving the paper prints."""
 MARKERS = "osD^vPX*"
 MOST_SAVED = 4.0
 """Upper end of the figure's savings. Savings with an interval beyond it are left out: the points do not determine them."""
 
 Values = dict[str, dict[str, dict]]
 """Rows by case and metric."""
-
-
-def result(name: str = "scaling") -> dict | None:
-    """Return the newest result file of a name, or None if there is none."""
-    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
-    return max(files, key=lambda found: found["date"], default=None)
 
 
 def values_of(found: dict) -> Values:
@@ -128,15 +120,21 @@ def interpolated(table: MakeTable) -> str:
     return table(["tokens saved", "d/heads/layers", "N", *head], rows)
 
 
-def range_of_savings(architecture: str) -> tuple[str, str]:
-    """Return the smallest and largest token saving between endpoints, and the sizes of the ladder."""
-    found = result()
-    own = [metrics for name, _, metrics in _interpolated(values_of(found or {"rows": []})) if name == architecture]
-    if not own:
-        return "-", "-"
+def claim() -> list[list[str]]:
+    """Rows of the paper's claim on tokens: label, machine, the hybrid's range between endpoints, and the paper's value."""
+    if (found := result()) is None:
+        return []
+    values = values_of(found)
+    own = [metrics for name, _, metrics in _interpolated(values) if name == "hybrid"]
     sizes, savings = ([metrics[name]["ours"] for metrics in own] for name in ("parameters", "token saving, mean"))
-    low, high = min(savings), max(savings)
-    return f"{low:.2f} to {high:.2f}", f"{min(sizes) / 1e6:.0f}M to {max(sizes) / 1e6:.0f}M"
+    known = [saving for saving in savings if saving is not None]
+    if not known:
+        return []
+    range_of_sizes = f"{min(sizes) / 1e6:.0f}M to {max(sizes) / 1e6:.0f}M parameters"
+    of_law = values.get(f"hybrid, {FREE}", {}).get(f"token saving at N = {PAPER_SIZE}")
+    paper = "-" if of_law is None else f"{of_law['peer']:g} at {_millions(PAPER_SIZE)}"
+    label = f"tokens of a transformer over a hybrid's at equal loss, {range_of_sizes}"
+    return [[label, found["machine"], f"{min(known):.2f} to {max(known):.2f}", paper]]
 
 
 def _interpolated(values: Values) -> list[tuple[str, str, dict[str, dict]]]:
@@ -147,7 +145,7 @@ def _interpolated(values: Values) -> list[tuple[str, str, dict[str, dict]]]:
 
 def corpus(table: MakeTable) -> str:
     """Bytes and tokens of the corpus."""
-    if (found := result("scaling_corpus")) is None:
+    if (found := newest_result("scaling_corpus")) is None:
         return NOT_RUN
     rows = []
     for case, metrics in values_of(found).items():

@@ -215,9 +215,10 @@ def test_points_that_follow_no_law_have_wide_intervals_and_no_infinite_values(la
 def test_the_page_says_what_was_not_run_and_shows_what_was(ladder, origin, tmp_path, monkeypatch):
     import figures
     import fit
+    import pages
     import scaling_page
 
-    monkeypatch.setattr(scaling_page, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
     names = ("points", "laws", "optimal", "savings", "interpolated", "corpus")
     tables = [getattr(scaling_page, name) for name in names]
     assert {table(figures.table) for table in tables} == {"Not run yet.\n"}

@@ -1,0 +1,18 @@
+"""Folder, table type and newest result of the pages of results: drope_yarn_page.py, paper_page.py and scaling_page.py use them."""
+
+import json
+from collections.abc import Callable, Iterable
+
+from report import RESULTS
+
+PAGE = RESULTS.parents[1] / "docs" / "results"
+"""Folder of the pages and their figures."""
+MakeTable = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
+"""Makes a Markdown table of a head and rows."""
+NOT_RUN = "Not run yet.\n"
+
+
+def newest_result(name: str) -> dict | None:
+    """Return the newest result file of a benchmark, or None if there is none."""
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
+    return max(files, key=lambda found: found["date"], default=None)
