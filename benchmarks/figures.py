@@ -378,7 +378,7 @@ TABLES = {
     "scaling-corpus": partial(scaling_page.corpus, table), "scaling-points": partial(scaling_page.points, table),
     "scaling-laws": partial(scaling_page.laws, table), "scaling-optimal": partial(scaling_page.optimal, table),
     "scaling-savings": partial(scaling_page.savings, table),
-    "scaling-interpolated": partial(scaling_page.interpolated, table),
+    "scaling-interpolated": partial(scaling_page.interpolated, table), "scaling-keys": partial(scaling_page.keys, table),
     "drope-yarn": partial(drope_yarn_page.retrieval, table), "drope-yarn-loss": partial(drope_yarn_page.loss, table),
 }  # fmt: skip
 

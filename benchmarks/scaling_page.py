@@ -120,6 +120,23 @@ def interpolated(table: MakeTable) -> str:
     return table(["tokens saved", "d/heads/layers", "N", *head], rows)
 
 
+def keys(table: MakeTable) -> str:
+    """Losses and tokens saved with wider keys in Gated DeltaNet, at the largest budget."""
+    if (found := newest_result("scaling_keys")) is None:
+        return NOT_RUN
+    values = values_of(found)
+    budgets = {case.rpartition(", ")[0]: case for case, metrics in values.items() if "loss" in metrics}  # the last one
+    rows = []
+    for name, case in budgets.items():
+        metrics, saved = values[case], values[f"{name}, interpolated"]["token saving, mean"]
+        architecture, _, size = name.partition(", ")
+        cells = [LABELS[architecture], size, _number(metrics["loss of the transformer"]["ours"], ".3f")]
+        cells += [_number(metrics["loss"][who], ".3f") for who in ("peer", "ours")]
+        rows.append([*cells, *(_number(saved[who], ".2f") for who in ("peer", "ours"))])
+    head = ["model", "d/heads/layers", "loss, transformer", "loss, keys of 64", "loss, keys of 128"]
+    return table([*head, "tokens saved, keys of 64", "tokens saved, keys of 128"], rows)
+
+
 def claim() -> list[list[str]]:
     """Rows of the paper's claim on tokens: label, machine, the hybrid's range between endpoints, and the paper's value."""
     if (found := result()) is None:

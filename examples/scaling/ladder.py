@@ -35,6 +35,7 @@ from shapes import (  # noqa: E402
     training_flops,
 )
 
+from megatron_hybrid.arch.model import ModelConfig  # noqa: E402
 from megatron_hybrid.base.errors import REQUEUE, UserError, no_traceback  # noqa: E402
 from megatron_hybrid.base.numbers import positive  # noqa: E402
 from megatron_hybrid.config.command_line import CommandLine  # noqa: E402
@@ -99,11 +100,13 @@ def ladder(
     data: Path,
     runs: Path,
     overrides: Sequence[str] = (),
+    key_head_dim: int | None = None,
 ) -> Iterator[LadderRun]:
     """Yield all runs, the smallest first.
 
     Args:
         data: folder that corpus.py wrote.
+        key_head_dim: width of the keys of Gated DeltaNet; None: that of attention's heads.
         overrides: fields of all runs. They win over those of the ladder.
 
     Raises:
@@ -118,7 +121,8 @@ def ladder(
     for size, architecture in product(sorted(sizes, key=lambda size: _count(size, vocab_size)), architectures):
         plan = make_plan(_count(size, vocab_size), budgets, base.data.sequence_length)
         folder = runs.resolve() / f"{architecture}-{str(size).replace('/', '-')}"
-        own = [f"run_dir={folder}", *sources, *_model_overrides(size, architecture, vocab_size), *_plan_overrides(plan)]
+        model = make_model(size, architecture, vocab_size, key_head_dim)
+        own = [f"run_dir={folder}", *sources, *_model_overrides(model), *_plan_overrides(plan)]
         given = (*own, *overrides)
         config = load_run(str(BASE), list(given))
         yield LadderRun(architecture, given, config, BASE, size, plan, budgets, summary.tokens if summary else None)
@@ -135,8 +139,7 @@ def _summary(prefix: str) -> StatedData | None:
         raise UserError(str(error)) from error
 
 
-def _model_overrides(size: Size, architecture: str, vocab_size: int) -> list[str]:
-    model = make_model(size, architecture, vocab_size)
+def _model_overrides(model: ModelConfig) -> list[str]:
     names = ("layer_pattern", "hidden_size", "ffn_hidden_size", "vocab_size", "num_attention_heads")
     found = [f"model.{name}={getattr(model, name)}" for name in names]
     gdn = model.section("gdn")
@@ -204,6 +207,11 @@ def parser() -> CommandLine:
         help="multiples of 20 tokens per parameter (default: 0.5 1 2)",
     )
     add(
+        "--key-head-dim",
+        type=positive,
+        help="width of the keys of Gated DeltaNet; its values are twice as wide (default: that of attention's heads)",
+    )
+    add(
         "--data",
         type=Path,
         default=ROOT / "data" / "scaling",
@@ -232,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with no_traceback():
         sizes = [Size.parse(text) for text in arguments.sizes]
         budgets = tuple(arguments.budgets)
-        runs = [*ladder(sizes, arguments.architectures, budgets, arguments.data, arguments.runs, arguments.overrides)]
+        given = (arguments.data, arguments.runs, arguments.overrides, arguments.key_head_dim)
+        runs = [*ladder(sizes, arguments.architectures, budgets, *given)]
     if arguments.list:
         print(*describe(runs, arguments.tflops), sep="\n")
         return 0

@@ -64,23 +64,35 @@ SIZES = tuple(map(Size.parse, ("256/4/4", "320/5/4", "384/6/4", "384/6/8", "512/
 
 
 @cache
-def make_model(size: Size, architecture: str, vocab_size: int) -> ModelConfig:
+def make_model(size: Size, architecture: str, vocab_size: int, key_head_dim: int | None = None) -> ModelConfig:
     """Return a model.
 
     The transformer's FFN is four times as wide as the model. The FFN of the others is narrower, because their mixers are larger.
-    Gated DeltaNet has three quarters as many heads as attention. Its keys are as wide as attention's, its values twice as wide.
+    Gated DeltaNet has three quarters as many heads as attention, and values twice as wide as keys.
+
+    Args:
+        key_head_dim: width of the keys of Gated DeltaNet; None: that of attention's heads.
+
+    Raises:
+        UserError: the mixers alone have more parameters than the transformer.
     """
     if architecture == "transformer":
-        return _model(size, architecture, vocab_size, 4 * size.hidden)
+        return _model(size, architecture, vocab_size, 4 * size.hidden, key_head_dim)
     goal = body_parameters(make_model(size, "transformer", vocab_size))
-    low, high = (body_parameters(_model(size, architecture, vocab_size, FFN_UNIT * k)) for k in (1, 2))
-    units = max(1, 1 + round((goal - low) / (high - low)))
-    return _model(size, architecture, vocab_size, FFN_UNIT * units)
+    low, high = (body_parameters(_model(size, architecture, vocab_size, FFN_UNIT * k, key_head_dim)) for k in (1, 2))
+    units = 1 + round((goal - low) / (high - low))
+    if units < 1:
+        field = f"--key-head-dim: {key_head_dim}" if key_head_dim else f"--sizes: {size}"
+        raise UserError(
+            f"{field}: the {architecture} of size {size} without FFN has more parameters than the transformer's {goal:,}; "
+            "give narrower keys or a larger size"
+        )
+    return _model(size, architecture, vocab_size, FFN_UNIT * units, key_head_dim)
 
 
-def _model(size: Size, architecture: str, vocab_size: int, ffn: int) -> ModelConfig:
+def _model(size: Size, architecture: str, vocab_size: int, ffn: int, key_head_dim: int | None) -> ModelConfig:
     pattern = PATTERNS[architecture]
-    heads, width = max(1, round(0.75 * size.heads)), size.hidden // size.heads
+    heads, width = max(1, round(0.75 * size.heads)), key_head_dim or size.hidden // size.heads
     gdn = dict(num_key_heads=heads, num_value_heads=heads, key_head_dim=width, value_head_dim=2 * width)
     return ModelConfig(
         layer_pattern=pattern * (size.layers // len(pattern)),

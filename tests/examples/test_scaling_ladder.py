@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -39,12 +40,13 @@ def origin(ladder):
     return Origin("abc1234", "2 CPU cores, x86_64", {"python": "3.12.3"})
 
 
-def test_architectures_of_a_size_have_equal_parameters(ladder):
+@pytest.mark.parametrize("key_head_dim", [None, 128])
+def test_architectures_of_a_size_have_equal_parameters(ladder, key_head_dim):
     import shapes
 
     counts = []
     for size in shapes.SIZES:
-        models = {name: shapes.make_model(size, name, 16384) for name in shapes.ARCHITECTURES}
+        models = {name: shapes.make_model(size, name, 16384, key_head_dim) for name in shapes.ARCHITECTURES}
         bodies = {name: shapes.body_parameters(model) for name, model in models.items()}
         goal = bodies["transformer"]
         assert all(abs(body / goal - 1) <= shapes.TOLERANCE for body in bodies.values()), (str(size), bodies)
@@ -54,8 +56,11 @@ def test_architectures_of_a_size_have_equal_parameters(ladder):
         assert models["hybrid"].layers == ("G", "G", "G", "A") * (size.layers // 4)
         assert set(models["gdn"].layers) == {"G"} and set(models["transformer"].layers) == {"A"}
         gdn = models["hybrid"].gdn
-        assert (gdn.key_head_dim, gdn.value_head_dim) == (64, 128), "sizes for which there are kernels"
+        width = key_head_dim or 64
+        assert (gdn.key_head_dim, gdn.value_head_dim) == (width, 2 * width), "sizes for which there are kernels"
         counts.append(goal)
+    with pytest.raises(UserError, match="--sizes: 4/1/4: the hybrid .*; give narrower keys or a larger size"):
+        shapes.make_model(shapes.Size.parse("4/1/4"), "hybrid", 256)
     assert counts == sorted(counts) and counts[0] > 3e6 and counts[-1] < 60e6 and len(counts) >= 4
 
 
@@ -113,6 +118,7 @@ def test_the_list_shows_all_runs(ladder, tmp_path, capsys):
         (["--sizes", "384/6/6"], "the hybrid needs a multiple of 4 layers"),
         (["--sizes", "384/5/8"], "384 does not divide into 5 heads"),
         (["--budgets", "1", "1"], "--budgets: .*give distinct positive multiples"),
+        (["--key-head-dim", "1024", "--sizes", "256/4/4"], "--key-head-dim: 1024: the hybrid .*; give narrower keys"),
         (["--budgets", "0.01"], "--budgets: 0.01 ends after .* steps, in the warm-up"),
     ],
 )
@@ -241,6 +247,22 @@ def test_the_measured_ladder_is_in_the_result_file(ladder, root):
     values = scaling_page.values_of(scaling_page.result())
     for row in (*fit.point_rows(found), *fit.interpolated_rows(found)):
         assert values[row["case"]][row["metric"]] == row
+
+
+def test_wider_keys_are_compared_at_equal_sizes_and_budgets(ladder):
+    import scaling_keys
+
+    baseline = list(paper_points(0.0))
+    wider = [replace(p, losses={"files": p.loss - 0.1}) for p in baseline if p.architecture == "hybrid"]
+    rows = list(scaling_keys.rows_of(baseline, wider))
+    losses = [row for row in rows if row["metric"] == "loss"]
+    gains = [row["peer"] - row["ours"] for row in losses]
+    assert len(losses) == len(wider) == 24 and gains == pytest.approx([0.1] * 24, abs=2e-3)
+    savings = [row for row in rows if row["metric"] == "token saving, mean"]
+    assert len(savings) == 6 and all(row["ours"] > row["peer"] > 1 for row in savings)
+    without = [point for point in baseline if point.architecture != "transformer"]
+    with pytest.raises(ValueError, match="hybrid, 256/4/4, 0.5x: the baseline has no such point or no transformer"):
+        list(scaling_keys.rows_of(without, wider))
 
 
 TINY = ("--sizes", "16/1/4", "24/1/4", "--architectures", "transformer", "hybrid", "--budgets", "0.1", "0.2")
