@@ -64,6 +64,7 @@ def runs(table: MakeTable, task: str) -> str:
 
 CLAIMS = (
     ("state_tracking", "state tracking", 128, ("hybrid, negative", "GDN, negative", "transformer", "GDN, positive")),
+    ("state_based_recall", "state-based recall", 128, ("hybrid, negative", "GDN, negative", "transformer")),
     ("recall_mixed", "recall, mixed sizes", 64, ("hybrid, negative", "transformer", "GDN, negative")),
 )
 """Task, label, size and models of the rows of `claims`."""
