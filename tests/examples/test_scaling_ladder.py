@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,6 +265,28 @@ def test_wider_keys_are_compared_at_equal_sizes_and_budgets(ladder):
     without = [point for point in baseline if point.architecture != "transformer"]
     with pytest.raises(ValueError, match="hybrid, 256/4/4, 0.5x: the baseline has no such point or no transformer"):
         list(scaling_keys.rows_of(without, wider))
+
+
+@pytest.mark.parametrize(
+    ("words", "corpus", "fit"),
+    [
+        (["--gpus", "1"], [], []),
+        (["--runs", "a b", "--data=c", "--gpus", "1"], ["--output", "c"], ["--runs", "a b"]),
+        (["--runs=a", "--data", "c", "train.steps=1"], ["--output", "c"], ["--runs", "a"]),
+    ],
+)
+def test_the_command_hands_its_folders_to_all_three_steps(root, tmp_path, words, corpus, fit):
+    """With --runs elsewhere, the law was fitted to runs/scaling."""
+    folder = tmp_path / "examples" / "scaling"
+    folder.mkdir(parents=True)
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "env.sh").write_text(f'python() {{ {sys.executable} "$@"; }}\n')
+    shutil.copy(root / "examples" / "scaling" / "run.sh", folder)
+    for name in ("corpus", "ladder", "fit"):
+        (folder / f"{name}.py").write_text("import json, sys\nprint(json.dumps(sys.argv))\n")
+    done = subprocess.run(["bash", folder / "run.sh", *words], capture_output=True, text=True, check=True)
+    calls = [[Path(name).stem, *rest] for name, *rest in map(json.loads, done.stdout.splitlines())]
+    assert calls == [["corpus", *corpus], ["ladder", *words], ["fit", *fit]]
 
 
 TINY = ("--sizes", "16/1/4", "24/1/4", "--architectures", "transformer", "hybrid", "--budgets", "0.1", "0.2")
