@@ -1,7 +1,7 @@
-"""Folder, table type and newest result of the pages of results: drope_yarn_page.py, paper_page.py and scaling_page.py use them."""
+"""Folder, table type and result files of the pages of results: drope_yarn_page.py, paper_page.py and scaling_page.py use them."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from report import RESULTS
 
@@ -12,7 +12,12 @@ MakeTable = Callable[[Iterable[str], Iterable[Iterable[str]]], str]
 NOT_RUN = "Not run yet.\n"
 
 
+def results_of(name: str) -> Iterator[dict]:
+    """Yield the result files of a benchmark, or of all whose names match a pattern, in the order of their names."""
+    for path in sorted(RESULTS.glob(f"{name}-*.json")):
+        yield json.loads(path.read_text())
+
+
 def newest_result(name: str) -> dict | None:
     """Return the newest result file of a benchmark, or None if there is none."""
-    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
-    return max(files, key=lambda found: found["date"], default=None)
+    return max(results_of(name), key=lambda found: found["date"], default=None)

@@ -1,24 +1,15 @@
-"""Tables of README.md and docs/results/paper.md on the paper's claims, from the result files: figures.py calls them.
+"""Tables of docs/results/paper.md on the paper's claims, from the result files: figures.py calls them.
 
 Those of the scaling law alone are in scaling_page.py.
 """
 
-import json
 import re
-from collections.abc import Iterator
 
 import scaling_page
-from pages import NOT_RUN, MakeTable
-from report import RESULTS
+from pages import NOT_RUN, MakeTable, results_of
 
 Accuracies = dict[int, tuple[float, float | None]]
 """Ours and the paper's by size."""
-
-
-def _results(pattern: str) -> Iterator[dict]:
-    """Yield the result files of a task, by name."""
-    for path in sorted(RESULTS.glob(f"expressivity_{pattern}.json")):
-        yield json.loads(path.read_text())
 
 
 def _accuracies(result: dict) -> dict[str, Accuracies]:
@@ -33,7 +24,7 @@ def _accuracies(result: dict) -> dict[str, Accuracies]:
 def accuracies(table: MakeTable, task: str) -> str:
     """Accuracies of a task by model and size, of all result files, next to the paper's."""
     found: dict[tuple[str, str], Accuracies] = {}
-    for result in _results(f"{task}*-*"):
+    for result in results_of(f"expressivity_{task}*"):
         kind = result["benchmark"].removeprefix(f"expressivity_{task}")
         scale = {"": result["machine"], "_mixed": f"{result['machine']}, mixed sizes", "_small": "reduced, CPU"}[kind]
         found |= {(scale, model): of_size for model, of_size in _accuracies(result).items()}
@@ -52,7 +43,7 @@ def _cell(accuracy: tuple[float, float | None] | None) -> str:
 def runs(table: MakeTable, task: str) -> str:
     """Accuracies of every run of a task at the largest size, on GPUs."""
     found: dict[str, dict[str, str]] = {}
-    for result in _results(f"{task}-*"):
+    for result in results_of(f"expressivity_{task}"):
         for row in result["rows"]:
             if row["metric"].startswith("accuracy of the run"):
                 model, _, settings = row["case"].partition(", lr ")
@@ -74,7 +65,7 @@ def claims(table: MakeTable) -> str:
     """The paper's two claims: accuracies of hybrids and their parents, and tokens saved."""
     rows = []
     for task, label, size, models in CLAIMS:
-        for result in _results(f"{task}-*"):
+        for result in results_of(f"expressivity_{task}"):
             of_model = _accuracies(result)
             for model in models:
                 ours, paper = of_model[model][size]

@@ -15,12 +15,12 @@ from fit import interpolated_rows  # noqa: E402
 from origins import read_origins  # noqa: E402
 from points import Point, read_points  # noqa: E402
 from report import row, write  # noqa: E402
+from shapes import ARCHITECTURES  # noqa: E402
 
 MEASURED = ROOT / "benchmarks" / "measured"
 BASELINE = "keys of 64"
-TRANSFORMER = "transformer"
 COMMAND = (
-    "bash examples/scaling/run.sh --gpus 1 --mps --sizes 384/6/4 --budgets 0.25 0.5 1 --architectures hybrid gdn "
+    "python examples/scaling/ladder.py --gpus 1 --mps --sizes 384/6/4 --budgets 0.25 0.5 1 --architectures hybrid gdn "
     "--key-head-dim 128 --runs runs/scaling_keys_128"
 )
 
@@ -37,18 +37,19 @@ def rows_of(baseline: Sequence[Point], wider: Sequence[Point]) -> Iterator[dict]
     """
     known = {(point.architecture, point.size, point.budget): point for point in baseline}
     for point in wider:
-        pair = [known.get((name, point.size, point.budget)) for name in (point.architecture, TRANSFORMER)]
-        case = f"{point.architecture}, {point.size}, {point.budget:g}x"
+        pair = [known.get((name, point.size, point.budget)) for name in (point.architecture, ARCHITECTURES[0])]
         if None in pair:
-            raise ValueError(f"{case}: the baseline has no such point or no transformer for it; measure them first")
+            raise ValueError(
+                f"{point.case}: the baseline has no such point or no transformer for it; measure them first"
+            )
         narrow, transformer = pair
-        yield row(case, "parameters", "", point.parameters, narrow.parameters, BASELINE)
-        yield row(case, "training", "FLOPs", point.flops, narrow.flops, BASELINE)
-        yield row(case, "loss", "nats per token", point.loss, narrow.loss, BASELINE)
-        yield row(case, "loss of the transformer", "nats per token", transformer.loss)
+        yield row(point.case, "parameters", "", point.parameters, narrow.parameters, BASELINE)
+        yield row(point.case, "training", "FLOPs", point.flops, narrow.flops, BASELINE)
+        yield row(point.case, "loss", "nats per token", point.loss, narrow.loss, BASELINE)
+        yield row(point.case, "loss of the transformer", "nats per token", transformer.loss)
         for name, loss in point.losses.items():
-            yield row(case, f"loss on {name}", "nats per token", loss, narrow.losses[name], BASELINE)
-    transformers = [point for point in baseline if point.architecture == TRANSFORMER]
+            yield row(point.case, f"loss on {name}", "nats per token", loss, narrow.losses[name], BASELINE)
+    transformers = [point for point in baseline if point.architecture == ARCHITECTURES[0]]
     peers = {(found["case"], found["metric"]): found["ours"] for found in interpolated_rows(baseline)}
     for found in interpolated_rows([*transformers, *wider]):
         if found["unit"] == "x":

@@ -83,15 +83,14 @@ def fit_all(points: Sequence[Point], exponents: tuple[float, float] | None, resa
 def point_rows(points: Iterable[Point]) -> Iterator[dict]:
     """Yield the rows of the points."""
     for point in points:
-        case = f"{point.architecture}, {point.size}, {point.budget:g}x"
-        yield figure(case, "parameters", "", point.parameters)
-        yield figure(case, "tokens", "", point.tokens)
-        yield figure(case, "training", "FLOPs", point.flops)
-        yield figure(case, "epochs", "", point.epochs)
-        yield figure(case, "loss", "nats per token", point.loss)
-        yield figure(case, "bits per byte", "", point.mean_bits_per_byte)
+        yield figure(point.case, "parameters", "", point.parameters)
+        yield figure(point.case, "tokens", "", point.tokens)
+        yield figure(point.case, "training", "FLOPs", point.flops)
+        yield figure(point.case, "epochs", "", point.epochs)
+        yield figure(point.case, "loss", "nats per token", point.loss)
+        yield figure(point.case, "bits per byte", "", point.mean_bits_per_byte)
         for name, loss in point.losses.items():
-            yield figure(case, f"loss on {name}", "nats per token", loss)
+            yield figure(point.case, f"loss on {name}", "nats per token", loss)
 
 
 def law_rows(laws: Laws) -> Iterator[dict]:

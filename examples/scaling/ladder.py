@@ -106,8 +106,8 @@ def ladder(
 
     Args:
         data: folder that corpus.py wrote.
-        key_head_dim: width of the keys of Gated DeltaNet; None: that of attention's heads.
         overrides: fields of all runs. They win over those of the ladder.
+        key_head_dim: width of the keys of Gated DeltaNet; None: that of attention's heads.
 
     Raises:
         UserError: budgets, sizes or overrides that do not fit.
@@ -240,8 +240,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with no_traceback():
         sizes = [Size.parse(text) for text in arguments.sizes]
         budgets = tuple(arguments.budgets)
-        given = (arguments.data, arguments.runs, arguments.overrides, arguments.key_head_dim)
-        runs = [*ladder(sizes, arguments.architectures, budgets, *given)]
+        runs = list(
+            ladder(
+                sizes,
+                arguments.architectures,
+                budgets,
+                arguments.data,
+                arguments.runs,
+                arguments.overrides,
+                arguments.key_head_dim,
+            )
+        )
     if arguments.list:
         print(*describe(runs, arguments.tflops), sep="\n")
         return 0

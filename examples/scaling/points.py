@@ -41,6 +41,11 @@ class Point:
     """By validation set; empty if the bytes of the tokens are unknown."""
 
     @property
+    def case(self) -> str:
+        """Name in result files."""
+        return f"{self.architecture}, {self.size}, {self.budget:g}x"
+
+    @property
     def loss(self) -> float:
         """Mean over the validation sets, as the paper's over its domains."""
         return mean(self.losses.values())
