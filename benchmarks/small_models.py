@@ -58,7 +58,7 @@ def large_overrides() -> list[str]:
     """Return the overrides of a hybrid of bytes with 12 layers of width 768."""
     from shapes import Size, make_model
 
-    model = make_model(Size(768, 12, 12), "hybrid", 256)
+    model = make_model(Size(768, 12, 12), "hybrid", 256, key_head_dim=64)
     names = ("layer_pattern", "hidden_size", "ffn_hidden_size", "vocab_size", "num_attention_heads")
     gdn = model.section("gdn")
     assert gdn is not None

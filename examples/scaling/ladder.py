@@ -26,6 +26,7 @@ from points import Point, read_endpoints, write_points  # noqa: E402
 from shapes import (  # noqa: E402
     ARCHITECTURES,
     DECAY,
+    KEY_HEAD_DIM,
     SIZES,
     Plan,
     Size,
@@ -100,14 +101,14 @@ def ladder(
     data: Path,
     runs: Path,
     overrides: Sequence[str] = (),
-    key_head_dim: int | None = None,
+    key_head_dim: int = KEY_HEAD_DIM,
 ) -> Iterator[LadderRun]:
     """Yield all runs, the smallest first.
 
     Args:
         data: folder that corpus.py wrote.
         overrides: fields of all runs. They win over those of the ladder.
-        key_head_dim: width of the keys of Gated DeltaNet; None: that of attention's heads.
+        key_head_dim: width of the keys of Gated DeltaNet.
 
     Raises:
         UserError: budgets, sizes or overrides that do not fit.
@@ -209,7 +210,8 @@ def parser() -> CommandLine:
     add(
         "--key-head-dim",
         type=positive,
-        help="width of the keys of Gated DeltaNet; its values are twice as wide (default: that of attention's heads)",
+        default=KEY_HEAD_DIM,
+        help="width of the keys of Gated DeltaNet; its values are twice as wide (default: %(default)s)",
     )
     add(
         "--data",

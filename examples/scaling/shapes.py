@@ -17,6 +17,8 @@ from megatron_hybrid.base.errors import UserError
 ARCHITECTURES = ("transformer", "hybrid", "gdn")
 PATTERNS = {"transformer": "A", "hybrid": "GGGA", "gdn": "G"}
 """Groups of layers that are repeated. The hybrid's last layer is attention."""
+KEY_HEAD_DIM = 128
+"""Default width of the keys of Gated DeltaNet. The paper's formula gives it at all of the paper's sizes."""
 FFN_UNIT = 16
 """The FFN's width is a multiple of this."""
 TOLERANCE = 0.01
@@ -64,14 +66,14 @@ SIZES = tuple(map(Size.parse, ("256/4/4", "320/5/4", "384/6/4", "384/6/8", "512/
 
 
 @cache
-def make_model(size: Size, architecture: str, vocab_size: int, key_head_dim: int | None = None) -> ModelConfig:
+def make_model(size: Size, architecture: str, vocab_size: int, key_head_dim: int = KEY_HEAD_DIM) -> ModelConfig:
     """Return a model.
 
     The transformer's FFN is four times as wide as the model. The FFN of the others is narrower, because their mixers are larger.
     Gated DeltaNet has three quarters as many heads as attention, and values twice as wide as keys.
 
     Args:
-        key_head_dim: width of the keys of Gated DeltaNet; None: that of attention's heads.
+        key_head_dim: width of the keys of Gated DeltaNet.
 
     Raises:
         UserError: the mixers alone have more parameters than the transformer.
@@ -82,18 +84,17 @@ def make_model(size: Size, architecture: str, vocab_size: int, key_head_dim: int
     low, high = (body_parameters(_model(size, architecture, vocab_size, FFN_UNIT * k, key_head_dim)) for k in (1, 2))
     units = 1 + round((goal - low) / (high - low))
     if units < 1:
-        field = f"--key-head-dim: {key_head_dim}" if key_head_dim else f"--sizes: {size}"
         raise UserError(
-            f"{field}: the {architecture} of size {size} without FFN has more parameters than the transformer's {goal:,}; "
-            "give narrower keys or a larger size"
+            f"--key-head-dim: {key_head_dim}: the {architecture} of size {size} without FFN has more parameters than "
+            f"the transformer's {goal:,}; give narrower keys or a larger size"
         )
     return _model(size, architecture, vocab_size, FFN_UNIT * units, key_head_dim)
 
 
-def _model(size: Size, architecture: str, vocab_size: int, ffn: int, key_head_dim: int | None) -> ModelConfig:
+def _model(size: Size, architecture: str, vocab_size: int, ffn: int, key_head_dim: int) -> ModelConfig:
     pattern = PATTERNS[architecture]
-    heads, width = max(1, round(0.75 * size.heads)), key_head_dim or size.hidden // size.heads
-    gdn = dict(num_key_heads=heads, num_value_heads=heads, key_head_dim=width, value_head_dim=2 * width)
+    heads = max(1, round(0.75 * size.heads))
+    gdn = dict(num_key_heads=heads, num_value_heads=heads, key_head_dim=key_head_dim, value_head_dim=2 * key_head_dim)
     return ModelConfig(
         layer_pattern=pattern * (size.layers // len(pattern)),
         hidden_size=size.hidden,

@@ -42,7 +42,7 @@ def origin(ladder):
     return Origin("abc1234", "2 CPU cores, x86_64", {"python": "3.12.3"})
 
 
-@pytest.mark.parametrize("key_head_dim", [None, 128])
+@pytest.mark.parametrize("key_head_dim", [64, 128])
 def test_architectures_of_a_size_have_equal_parameters(ladder, key_head_dim):
     import shapes
 
@@ -58,10 +58,13 @@ def test_architectures_of_a_size_have_equal_parameters(ladder, key_head_dim):
         assert models["hybrid"].layers == ("G", "G", "G", "A") * (size.layers // 4)
         assert set(models["gdn"].layers) == {"G"} and set(models["transformer"].layers) == {"A"}
         gdn = models["hybrid"].gdn
-        width = key_head_dim or 64
-        assert (gdn.key_head_dim, gdn.value_head_dim) == (width, 2 * width), "sizes for which there are kernels"
+        assert (gdn.key_head_dim, gdn.value_head_dim) == (key_head_dim, 2 * key_head_dim), (
+            "sizes for which there are kernels"
+        )
         counts.append(goal)
-    with pytest.raises(UserError, match="--sizes: 4/1/4: the hybrid .*; give narrower keys or a larger size"):
+    with pytest.raises(
+        UserError, match="--key-head-dim: 128: the hybrid of size 4/1/4 .*; give narrower keys or a larger size"
+    ):
         shapes.make_model(shapes.Size.parse("4/1/4"), "hybrid", 256)
     assert counts == sorted(counts) and counts[0] > 3e6 and counts[-1] < 60e6 and len(counts) >= 4
 
@@ -289,7 +292,8 @@ def test_the_command_hands_its_folders_to_all_three_steps(root, tmp_path, words,
     assert calls == [["corpus", *corpus], ["ladder", *words], ["fit", *fit]]
 
 
-TINY = ("--sizes", "16/1/4", "24/1/4", "--architectures", "transformer", "hybrid", "--budgets", "0.1", "0.2")
+SHAPES = ("--sizes", "16/1/4", "24/1/4", "--key-head-dim", "16")
+TINY = (*SHAPES, "--architectures", "transformer", "hybrid", "--budgets", "0.1", "0.2")
 
 
 def documents(count: int) -> list[list[int]]:
