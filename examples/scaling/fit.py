@@ -3,7 +3,7 @@
 Loss is the mean over the validation sets. Constants have 95% bootstrap intervals. The token saving of an architecture at a size is the
 ratio of the tokens that the transformer and it need for one loss: the transformer's after 20 tokens per parameter. Draws of the
 bootstrap are shared by the architectures, so savings compare the same sizes and budgets. Savings that are interpolated between the
-endpoints of a size need no law.
+endpoints of a size need no law. --min-budget leaves early endpoints out of the laws.
 """
 
 import json
@@ -21,7 +21,7 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), str(HERE)]
 
 from fitting import RESAMPLES, SEED, Fit, Points, bootstrap, fit, interval  # noqa: E402
-from interpolation import interpolated_saving  # noqa: E402
+from interpolation import interpolated_saving, saving_at_loss  # noqa: E402
 from law import CHINCHILLA, PAPER, PAPER_FIXED, PAPER_OPTIMAL, PAPER_SAVINGS, Law, token_savings  # noqa: E402
 from origins import Origin, read_origins  # noqa: E402
 from points import Point, read_points  # noqa: E402
@@ -135,7 +135,10 @@ def saving_rows(laws: Laws, sizes: Iterable[float]) -> Iterator[dict]:
 
 
 def interpolated_rows(points: Sequence[Point]) -> Iterator[dict]:
-    """Yield the savings between the endpoints of each size: of the mean loss, and of each validation set."""
+    """Yield the savings between the endpoints of each size: of the mean loss, and of each validation set.
+
+    Those of the mean loss are also yielded for the transformer's loss after each of its budgets.
+    """
     base = ARCHITECTURES[0]
     for architecture, size in product(ARCHITECTURES[1:], dict.fromkeys(point.size for point in points)):
         pair = [[p for p in points if (p.size, p.architecture) == (size, name)] for name in (base, architecture)]
@@ -143,9 +146,12 @@ def interpolated_rows(points: Sequence[Point]) -> Iterator[dict]:
             continue
         case = f"{architecture}, {size}, interpolated"
         yield figure(case, "parameters", "", pair[0][0].parameters)
+        means = [[(p.tokens, p.loss) for p in own] for own in pair]
         for name in ("mean", *pair[0][0].losses):
             curves = [[(p.tokens, p.loss if name == "mean" else p.losses[name]) for p in own] for own in pair]
             yield figure(case, f"token saving, {name}", "x", interpolated_saving(*curves))
+        for point in pair[0]:
+            yield figure(case, f"token saving at {point.budget:g}x", "x", saving_at_loss(*means, point.loss))
 
 
 def with_interval(
@@ -167,14 +173,17 @@ def figure(case: str, metric: str, unit: str, value: float | None, paper: float 
     return row(case, metric, unit, None) | found
 
 
-def analyse(points: Sequence[Point], resamples: int) -> tuple[list[dict], list[str]]:
-    """Return the rows and notes of a result file."""
+def analyse(points: Sequence[Point], resamples: int, min_budget: float = 0.0) -> tuple[list[dict], list[str]]:
+    """Return the rows and notes of a result file. The laws leave out budgets below `min_budget`."""
     rows = [*point_rows(points), *interpolated_rows(points)]
     notes = [f"{resamples} resamples, seed {SEED}, intervals of 95%"]
     smallest, largest = (pick(point.parameters for point in points) for pick in (min, max))
     inside = {float(f"{size:.2g}") for size in np.geomspace(smallest, largest, 5)}
+    late = [point for point in points if point.budget >= min_budget]
+    if count := len(points) - len(late):
+        notes.append(f"the laws leave out {count} of {len(points)} points, whose budgets are below {min_budget:g}")
     for exponents in (None, FIXED):
-        laws = fit_all(points, exponents, resamples)
+        laws = fit_all(late, exponents, resamples)
         beyond = PAPER_SAVINGS.keys() if exponents is None else set[float]()
         rows += [*law_rows(laws), *saving_rows(laws, sorted(inside | beyond))]
         notes += laws.notes
@@ -195,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=ROOT / "runs" / "scaling",
         help="folder of the ladder's runs (default: %(default)s)",
     )
+    add("--min-budget", type=float, default=0.0, help="smallest budget of the points of the laws (default: all points)")
     add("--resamples", type=positive, default=RESAMPLES, help="of the bootstrap (default: 1000)")
     add("--out", type=Path, help="folder of the result file and the figure (default: the project's)")
     arguments = parser.parse(argv)
@@ -205,23 +215,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             origin = read_origins(path.parent for path in sorted(arguments.runs.glob("*/points.json")))
         except ValueError as error:
             raise UserError(f"--runs: {error}") from error
-        write(points, origin, arguments.resamples, arguments.out)
+        write(points, origin, arguments.resamples, arguments.out, arguments.min_budget)
     return 0
 
 
-def write(points: Sequence[Point], origin: Origin, resamples: int, out: Path | None) -> None:
+def write(
+    points: Sequence[Point], origin: Origin, resamples: int, out: Path | None = None, min_budget: float = 0.0
+) -> None:
     """Write the result file and the figure, and print the rows of the fits."""
     import scaling_page
     from report import RESULTS
     from report import write as write_result
 
-    rows, notes = analyse(points, resamples)
+    rows, notes = analyse(points, resamples, min_budget)
     shown = sum(1 for _ in point_rows(points))
-    sizes = " ".join(dict.fromkeys(point.size for point in sorted(points, key=lambda point: point.parameters)))
-    budgets = " ".join(f"{budget:g}" for budget in sorted({point.budget for point in points}))
-    command = f"bash examples/scaling/run.sh --sizes {sizes} --budgets {budgets}"
-    path = write_result("scaling", rows, notes=notes, printed=shown, command=command, out=out or RESULTS, origin=origin)
+    commands = [
+        *ladders(points),
+        *([f"python examples/scaling/fit.py --min-budget {min_budget:g}"] if min_budget else []),
+    ]
+    settings = dict(notes=notes, printed=shown, command=" && ".join(commands), origin=origin)
+    path = write_result("scaling", rows, out=out or RESULTS, **settings)
     scaling_page.draw(json.loads(path.read_text()), out or scaling_page.PAGE)
+
+
+def ladders(points: Iterable[Point]) -> Iterator[str]:
+    """Yield the commands that train the points: one for the sizes of equal budgets."""
+    budgets: dict[str, set[float]] = {}
+    for point in sorted(points, key=lambda point: point.parameters):
+        budgets.setdefault(point.size, set()).add(point.budget)
+    for group in dict.fromkeys(tuple(sorted(own)) for own in budgets.values()):
+        sizes = " ".join(size for size, own in budgets.items() if own == set(group))
+        yield f"bash examples/scaling/run.sh --sizes {sizes} --budgets {' '.join(f'{budget:g}' for budget in group)}"
 
 
 if __name__ == "__main__":

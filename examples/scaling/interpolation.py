@@ -17,12 +17,16 @@ def tokens_at_loss(curve: Curve, loss: float) -> float | None:
     return None
 
 
+def saving_at_loss(base: Curve, other: Curve, loss: float) -> float | None:
+    """Return how many times fewer tokens `other` needs for a loss, or None if it is not between the endpoints of both."""
+    tokens = [tokens_at_loss(curve, loss) for curve in (base, other)]
+    return None if None in tokens else tokens[0] / tokens[1]
+
+
 def interpolated_saving(base: Curve, other: Curve) -> float | None:
     """Return how many times fewer tokens `other` needs for the higher one of the two last losses.
 
     Returns:
         None if one of the two had a lower loss at its first endpoint already.
     """
-    loss = max(base[-1][1], other[-1][1])
-    tokens = [tokens_at_loss(curve, loss) for curve in (base, other)]
-    return None if None in tokens else tokens[0] / tokens[1]
+    return saving_at_loss(base, other, max(base[-1][1], other[-1][1]))

@@ -155,6 +155,10 @@ def test_savings_between_endpoints(law):
     assert law.interpolated_saving(base, other) == pytest.approx(400 / (100 * 2**0.25))
     assert law.interpolated_saving(other, base) == pytest.approx((100 * 2**0.25) / 400), "the same loss, the other way"
     assert law.interpolated_saving(base, base) == 1
+    assert law.saving_at_loss(base, other, 3.05) == pytest.approx(2**1.9 / 2**0.125), (
+        "a higher loss, which both had earlier"
+    )
+    assert law.saving_at_loss(base, other, 2.8) is None, "the first never has it"
     assert law.interpolated_saving(base, [(100, 2.9), (400, 2.0)]) is None, "it is never that bad"
     assert law.interpolated_saving([(100, 2.9), (400, 2.0)], base) is None
     assert law.tokens_at_loss(base, 2.9) is None and law.tokens_at_loss(base, 3.5) == pytest.approx(200)
