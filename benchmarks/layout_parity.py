@@ -36,7 +36,7 @@ def main() -> None:
         QWEN,
         SHALLOW,
         TOLERANCE,
-        TRAIN,
+        few_micro_batches,
         layout,
         relative_difference,
     )
@@ -47,7 +47,9 @@ def main() -> None:
 
     def curve(count, pattern, parallel):
         changed = model | {"layer_pattern": pattern}
-        return pool.run(jobs.curve, count, model=changed, parallel=parallel, train=TRAIN, **length)[0]
+        return pool.run(
+            jobs.curve, count, model=changed, parallel=parallel, train=few_micro_batches(count, parallel), **length
+        )[0]
 
     one = {pattern: curve(1, pattern, layout()) for pattern in (SHALLOW, DEEP)}
     rows = []

@@ -74,6 +74,19 @@ LAYOUTS = {
     "CP2, PP2, VPP2": (4, layout(pp=2, vpp=2, cp=2)),
     "CP2, DP2": (4, layout(cp=2)),
     "CP2, DP2, overlapped": (4, layout(cp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
+    "DP8, overlapped": (8, layout(overlap_grad_reduce=True, overlap_param_gather=True)),
+    "TP8, padded heads": (8, layout(8)),
+    "TP4, padded heads, PP2": (8, layout(4, 2)),
+    "PP8": (8, layout(pp=8)),
+    "PP4, VPP2, DP2, overlapped": (8, layout(pp=4, vpp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
+    "TP2, PP2, DP2": (8, layout(2, 2)),
+    "TP2, PP2, VPP2, DP2, overlapped": (8, layout(2, 2, 2, overlap_grad_reduce=True, overlap_param_gather=True)),
+    "CP8": (8, layout(cp=8)),
+    "CP4, TP2": (8, layout(2, cp=4)),
+    "CP4, PP2": (8, layout(pp=2, cp=4)),
+    "CP2, TP2, PP2": (8, layout(2, 2, cp=2)),
+    "CP2, TP2, DP2": (8, layout(2, cp=2)),
+    "CP2, PP2, VPP2, DP2": (8, layout(pp=2, vpp=2, cp=2)),
 }
 
 
@@ -90,10 +103,18 @@ def assert_same(found: dict, expected: dict, tolerance: float = TOLERANCE) -> No
 
 def few_micro_batches(count: int, parallel: dict) -> dict:
     """TRAIN with two micro-batches a step, not four, where slices of one model fill all ranks and no pipeline needs more:
-    each costs as many exchanges over gloo, and the curve is that of one rank's four.
+    each costs as many exchanges over gloo, and the curve is that of one rank's four. Micro-batches are smaller where replicas leave
+    a rank too few for its pipeline.
     """
-    slices = parallel["tensor_parallel_size"] * parallel["context_parallel_size"]
-    return TRAIN | ({"micro_batch_size": 4} if count == slices > 1 else {})
+    slices, stages = (
+        parallel["tensor_parallel_size"] * parallel["context_parallel_size"],
+        parallel["pipeline_parallel_size"],
+    )
+    per_replica = TRAIN["global_batch_size"] * slices * stages // count
+    needed = stages if parallel["virtual_pipeline_parallel_size"] > 1 else 1
+    if count == slices > 1:
+        return TRAIN | {"micro_batch_size": 4}
+    return TRAIN | ({"micro_batch_size": 1} if per_replica // TRAIN["micro_batch_size"] < needed else {})
 
 
 def smallest_pattern(parallel: dict) -> str:

@@ -33,6 +33,8 @@ CASES = {
         dict(tie_embeddings=True),
     ),
     "CP2, full recompute": (2, "GA", layout(cp=2, recompute_granularity="full"), {}),
+    "TP2, PP2, DP2": (8, "GA", layout(2, 2), {}),
+    "CP4, TP2": (8, "GA", layout(2, cp=4), {}),
     "TP2, scale without a norm": (2, "GA", layout(2), dict(embedding_norm=False)),
 }
 

@@ -13,8 +13,14 @@ STEPS = 4
 
 @pytest.mark.parametrize(
     ("count", "pattern", "parallel"),
-    [(4, "GA", layout(4)), (2, "GA", layout(2, sequence_parallel=False)), (4, SHALLOW, layout(pp=2, vpp=2, cp=2))],
-    ids=["TP4", "TP2, no sequence parallelism", "PP2, VPP2, CP2"],
+    [
+        (4, "GA", layout(4)),
+        (2, "GA", layout(2, sequence_parallel=False)),
+        (4, SHALLOW, layout(pp=2, vpp=2, cp=2)),
+        (8, "GA", layout(2, 2)),
+        (8, "GA", layout(2, cp=4)),
+    ],
+    ids=["TP4", "TP2, no sequence parallelism", "PP2, VPP2, CP2", "TP2, PP2, DP2", "CP4, TP2"],
 )
 def test_layout(count, pattern, parallel, ranks):
     model = QWEN | {"layer_pattern": pattern}

@@ -22,6 +22,11 @@ SAME = {
     "CP2, bf16": (2, layout(cp=2), {"dtype": "bf16"}),
     "CP2, TP2": (4, layout(2, cp=2), {}),
     "DP4, bf16, written in the background": (4, layout(), {"dtype": "bf16", "async_save": True}),
+    "TP2, PP2, DP2, overlapped, bf16": (
+        8,
+        layout(2, 2, overlap_grad_reduce=True, overlap_param_gather=True),
+        {"dtype": "bf16"},
+    ),
 }
 
 
@@ -87,6 +92,7 @@ FROM = {
     "DP2, plain": (2, layout(distributed_optimizer=False)),
     "CP2, TP2": (4, layout(2, cp=2)),
     "CP2, DP2, plain": (4, layout(cp=2, distributed_optimizer=False)),
+    "TP2, PP2, DP2": (8, layout(2, 2)),
 }
 TO = {
     "one rank": (1, layout()),
@@ -97,6 +103,7 @@ TO = {
     "CP4": (4, layout(cp=4)),
     "CP2, DP2": (4, layout(cp=2)),
     "DP2, plain optimizer": (2, layout(distributed_optimizer=False)),
+    "CP2, TP2, PP2": (8, layout(2, 2, cp=2)),
 }
 
 
@@ -113,7 +120,7 @@ def saved(ranks, tmp_path_factory):
 
 
 PAIRS = [("TP2, PP2", to) for to in TO] + [(s, t) for s in list(FROM)[1:] for t in ("one rank", "TP2, DP2")]
-PAIRS += [("CP2, TP2", "CP4"), ("CP2, DP2, plain", "CP4")]
+PAIRS += [("CP2, TP2", "CP4"), ("CP2, DP2, plain", "CP4"), ("TP2, PP2, DP2", "CP2, TP2, PP2")]
 
 
 @pytest.mark.parametrize(("source", "to"), [pytest.param(*p, marks=slow_unless(p in QUICK)) for p in PAIRS])

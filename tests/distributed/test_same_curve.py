@@ -30,6 +30,7 @@ QUICK = (
     "TP4, padded heads",
     "CP2, full recompute",
     "CP2, TP2",
+    "TP2, PP2, DP2",
 )
 
 
