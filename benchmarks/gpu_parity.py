@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,10 +19,41 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 
+def rows_of(case: str, expected: dict, found: dict, goal: float) -> Iterator[dict]:
+    """Yield the differences of a curve from the expected one. Gradient norms may differ by ten times the goal."""
+    from report import bounded
+
+    from testing import gpu_jobs as jobs
+
+    yield bounded(case, "loss", "relative", jobs.difference(expected, found, "losses"), goal)
+    yield bounded(case, "gradient norm", "relative", jobs.difference(expected, found, "norms"), 10 * goal)
+    if "resumed" in found and not jobs.same_bits(case):
+        worst = jobs.difference(found, found | {"losses": found["resumed"]}, "losses")
+        yield bounded(f"{case}, resumed", "loss", "relative", worst, 1e-6)
+    elif "resumed" in found:
+        same = found["resumed"] == found["losses"] and found["same_parameters"]
+        yield bounded(f"{case}, resumed", "losses and parameters that differ", "", int(not same), 0)
+    if "otherwise" in found:
+        worst = jobs.difference(found, found | {"losses": found["otherwise"]}, "losses")
+        yield bounded(f"{case}, resumed without", "loss", "relative", worst, 2e-3)
+    if found.get("same_casts") is not None:
+        differ = int(not found["same_casts"])
+        yield bounded(f"{case}, against a cast of whole weights", "bytes that differ", "", differ, 0)
+
+
+def layout_rows(one_gpu: dict[str, dict], found: dict[str, dict]) -> Iterator[dict]:
+    """Yield the differences of layouts from the same training on one GPU."""
+    from testing import gpu_jobs as jobs
+
+    for name, result in found.items():
+        like = jobs.one_gpu_of(name)
+        goal = 1e-2 if like in jobs.FP8_FORMATS else 1e-4
+        yield from rows_of(f"{name}: from one GPU", one_gpu[like], result, goal)
+
+
 def main() -> None:
     import torch
     from kernel_timing import write_gpu
-    from report import bounded
 
     from testing import gpu_jobs as jobs
 
@@ -30,23 +62,13 @@ def main() -> None:
     parser.add_argument("--documents", dest="kind", action="store_const", const=jobs.DOCUMENTS, default="")
     parser.add_argument("--small-suite", dest="kind", action="store_const", const=jobs.SUITE)
     args, _ = parser.parse_known_args()
-    benchmark, rows = {"": "gpu_parity", jobs.DOCUMENTS: "document_parity", jobs.SUITE: "small_suite_parity"}[args.kind], []
+    benchmark, rows = (
+        {"": "gpu_parity", jobs.DOCUMENTS: "document_parity", jobs.SUITE: "small_suite_parity"}[args.kind],
+        [],
+    )
 
     def compare(case: str, expected: dict, found: dict, goal: float) -> None:
-        rows.append(bounded(case, "loss", "relative", jobs.difference(expected, found, "losses"), goal))
-        rows.append(bounded(case, "gradient norm", "relative", jobs.difference(expected, found, "norms"), 10 * goal))
-        if "resumed" in found and not jobs.same_bits(case):
-            worst = jobs.difference(found, found | {"losses": found["resumed"]}, "losses")
-            rows.append(bounded(f"{case}, resumed", "loss", "relative", worst, 1e-6))
-        elif "resumed" in found:
-            same = found["resumed"] == found["losses"] and found["same_parameters"]
-            rows.append(bounded(f"{case}, resumed", "losses and parameters that differ", "", int(not same), 0))
-        if "otherwise" in found:
-            worst = jobs.difference(found, found | {"losses": found["otherwise"]}, "losses")
-            rows.append(bounded(f"{case}, resumed without", "loss", "relative", worst, 2e-3))
-        if found.get("same_casts") is not None:
-            differ = int(not found["same_casts"])
-            rows.append(bounded(f"{case}, against a cast of whole weights", "bytes that differ", "", differ, 0))
+        rows.extend(rows_of(case, expected, found, goal))
 
     gpus = list(range(torch.cuda.device_count()))
     first, rest = (gpus[:2], gpus[2:4]) if len(gpus) >= 4 else (gpus, [])
@@ -86,17 +108,12 @@ def main() -> None:
             compare(f"{name}: from bf16", gpu["bf16"], gpu[name], 0.0)
     write_gpu(benchmark, rows)
 
-    def compare_layouts(found: dict) -> None:
-        for name, result in found.items():
-            like = jobs.one_gpu_of(name)
-            compare(f"{name}: from one GPU", gpu[like], result, 1e-2 if like in jobs.FP8_FORMATS else 1e-4)
-
     if on_four:
-        compare_layouts(on_four.result())
+        rows += layout_rows(gpu, on_four.result())
         write_gpu(benchmark, rows)
     if len(gpus) >= 2 and args.kind != jobs.SUITE:
         layouts, pairs = second.result() if second else on_two(gpus[:2], only)
-        compare_layouts(layouts)
+        rows += layout_rows(gpu, layouts)
         for name, (plain, found) in pairs.items():
             compare(f"TP2, overlapped, {name}: from TP2", plain, found, 5e-3)
         write_gpu(benchmark, rows)

@@ -39,6 +39,7 @@ def main() -> None:
         few_micro_batches,
         layout,
         relative_difference,
+        smallest_pattern,
     )
     from testing.ranks import RankPool
 
@@ -51,11 +52,10 @@ def main() -> None:
             jobs.curve, count, model=changed, parallel=parallel, train=few_micro_batches(count, parallel), **length
         )[0]
 
-    one = {pattern: curve(1, pattern, layout()) for pattern in (SHALLOW, DEEP)}
+    one = {pattern: curve(1, pattern, layout()) for pattern in ("GA", SHALLOW, DEEP)}
     rows = []
     for name, (count, parallel) in LAYOUTS.items():
-        deep = parallel["pipeline_parallel_size"] * parallel["virtual_pipeline_parallel_size"] > 2
-        pattern = DEEP if deep else SHALLOW
+        pattern = smallest_pattern(parallel)
         found = curve(count, pattern, parallel)
         for what, metric in (("losses", "loss"), ("norms", "gradient norm")):
             worst = relative_difference(found[what], one[pattern][what])

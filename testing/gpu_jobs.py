@@ -15,7 +15,10 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
+import torch
+
 from testing.models import small
+from testing.shared_gpu import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = dict(
@@ -106,14 +109,32 @@ LAYOUTS = {
         "CP4": layout(cp=4),
         "CP2, TP2": layout(2, cp=2),
     },
+    8: {
+        "TP8, padded heads": layout(8),
+        "PP4, VPP2, DP2, overlapped": layout(pp=4, vpp=2, **OVERLAP),
+        "DP8, overlapped": layout(**OVERLAP),
+        "TP2, PP2, DP2": layout(2, 2),
+        "TP2, PP2, VPP2, DP2, overlapped": layout(2, 2, 2, **OVERLAP),
+        "CP8": layout(cp=8),
+        "CP4, TP2": layout(2, cp=4),
+        "CP2, TP2, PP2": layout(2, 2, cp=2),
+    },
 }
 HALF = ", 50% on the host"
-OFFLOADED_LAYOUTS = {2: ("TP2", "DP2, overlapped"), 4: ("PP2, VPP2, DP2, overlapped",)}
-DOCUMENT_LAYOUTS = {2: ("TP2", "PP2, VPP2", "DP2, overlapped", "CP2"), 4: ("CP4", "CP2, TP2")}
+OFFLOADED_LAYOUTS = {2: ("TP2", "DP2, overlapped"), 4: ("PP2, VPP2, DP2, overlapped",), 8: ()}
+DOCUMENT_LAYOUTS = {
+    2: ("TP2", "PP2, VPP2", "DP2, overlapped", "CP2"),
+    4: ("CP4", "CP2, TP2"),
+    8: ("CP8", "CP4, TP2"),
+}
 DOCUMENT_FORMATS = ("fp8 delayed", "fp8 tensorwise", "fp8 blockwise")
 """Formats in which documents and the small suite's blocks are trained. Attention in FP8 does not take documents."""
-FP8_LAYOUTS = ("TP2", "PP2", "DP2, overlapped", "CP2")
-DEEP_LAYOUTS = ("PP4, VPP2",)
+FP8_LAYOUTS = {
+    2: ("TP2", "PP2", "DP2, overlapped", "CP2"),
+    4: (),
+    8: ("TP2, PP2, DP2", "TP2, PP2, VPP2, DP2, overlapped", "CP4, TP2"),
+}
+DEEP_LAYOUTS = ("PP4, VPP2", "PP4, VPP2, DP2, overlapped")
 OVERLAPPED = {  # name: (parallel, precision), at TP2
     "bf16": ({}, {}),
     "fp8 delayed": ({}, FORMATS["fp8 delayed"]),
@@ -149,7 +170,10 @@ IN_FP32 = {
 
 
 def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Sequence[int] = ()) -> dict[str, dict]:
-    """Results of the jobs (testing/gpu_curves.py), from one launch of that many ranks, on those GPUs if they are named."""
+    """Results of the jobs (testing/gpu_curves.py), from one launch of that many ranks, on those GPUs if they are named.
+
+    The ranks share the first GPU if there are fewer GPUs than ranks.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -159,32 +183,40 @@ def curves(jobs: dict[str, dict], ranks: int = 1, device: str = "gpu", gpus: Seq
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         )
-        launch = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-            "-m",
-            "testing.gpu_curves",
-        ]
-        command = [sys.executable, *launch, str(folder / "jobs.json"), str(folder / "results.json")]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        try:
-            _, said = process.communicate(timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its ranks
-            _, said = process.communicate()
+        command = ["-m", "testing.gpu_curves", str(folder / "jobs.json"), str(folder / "results.json")]
+        if device == "gpu" and shared(ranks, gpus):
+            status, said = run_ranks([sys.executable, *command], ranks, environment, folder, LIMIT_S)
+        else:
+            status, said = _run_under_torchrun(command, ranks, environment)
         results = folder / "results.json"
         found = json.loads(results.read_text()) if results.exists() else {}
-        if process.returncode:
+        if status:
             missing = ", ".join(name for name in jobs if name not in found)
-            raise RuntimeError(
-                f"{ranks} ranks ended with status {process.returncode}, without: {missing}\n{said[-6000:]}"
-            )
+            raise RuntimeError(f"{ranks} ranks ended with status {status}, without: {missing}\n{said[-6000:]}")
         return found
+
+
+def shared(ranks: int, gpus: Sequence[int] = ()) -> bool:
+    """Return whether that many ranks must share a GPU."""
+    return ranks > (len(gpus) or torch.cuda.device_count())
+
+
+def _run_under_torchrun(command: Sequence[str], ranks: int, environment: dict[str, str]) -> tuple[int, str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    process = subprocess.Popen(
+        [sys.executable, *launch, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, said = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks
+        _, said = process.communicate()
+    return process.returncode, said
 
 
 def side_by_side(
@@ -252,19 +284,29 @@ def _resumed(name: str, folder: Path) -> dict:
 
 
 def on_several(count: int, gpus: Sequence[int] = (), only: str = "") -> dict[str, dict]:
-    """Layouts of that many GPUs in fp32, some of two GPUs also in FP8; of these, those whose name `only`, a pattern, finds."""
+    """Results of `layout_jobs`. Ranks share a GPU if there are too few."""
+    with tempfile.TemporaryDirectory() as folder:
+        launches = 1 if shared(count, gpus) else {2: 3, 4: 2, 8: 1}[count]
+        return side_by_side(layout_jobs(count, Path(folder), only), launches, count, gpus=gpus)
+
+
+def layout_jobs(count: int, folder: Path, only: str = "") -> dict[str, dict]:
+    """Layouts of that many ranks in fp32, some also in FP8; of these, those whose name `only`, a pattern, finds."""
     jobs = {
         name: job(parallel, **(DEEP if name in DEEP_LAYOUTS else WIDE)) for name, parallel in LAYOUTS[count].items()
     }
     jobs |= {f"{name}{DOCUMENTS}": job(LAYOUTS[count][name], **WIDE, **PACKED) for name in DOCUMENT_LAYOUTS[count]}
     jobs |= {f"{name}{HALF}": job(LAYOUTS[count][name], offloaded=0.5, **WIDE) for name in OFFLOADED_LAYOUTS[count]}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in FP8_LAYOUTS if count == 2 and find_spec("transformer_engine") else ():
-            for fmt in FP8_FORMATS:
-                more = _resumed(fmt, Path(folder) / name.replace(" ", "_")) if fmt in HELD else {}
-                jobs[f"{name}, {fmt}"] = job(LAYOUTS[2][name], "bf16", FORMATS[fmt], **more)
-        jobs = {name: one for name, one in jobs.items() if re.search(only, name)}
-        return side_by_side(jobs, 3 if count == 2 else 2, count, gpus=gpus)
+    for name in FP8_LAYOUTS[count] if find_spec("transformer_engine") else ():
+        for fmt in fp8_formats(count):
+            more = _resumed(fmt, folder / name.replace(" ", "_")) if fmt in HELD else {}
+            jobs[f"{name}, {fmt}"] = job(LAYOUTS[count][name], "bf16", FORMATS[fmt], **more)
+    return {name: one for name, one in jobs.items() if re.search(only, name)}
+
+
+def fp8_formats(count: int) -> tuple[str, ...]:
+    """Return the formats in which layouts of that many ranks are trained."""
+    return FP8_FORMATS if count == 2 else ("fp8 delayed", "fp8 tensorwise")
 
 
 def one_gpu_of(name: str) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from testing import gpu_jobs as jobs
+from testing import two_launchers
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,8 @@ def on_one_gpu(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def on_several():
-    return {count: jobs.on_several(count) for count in jobs.LAYOUTS if torch.cuda.device_count() >= count}
+    """Results of layouts by the number of ranks, which share a GPU if there are too few."""
+    return {count: jobs.on_several(count) for count in jobs.LAYOUTS}
 
 
 def check(expected: dict, found: dict, tolerance: float, norms: float = 10) -> None:
@@ -72,8 +74,6 @@ def test_fp8_stays_near_bf16_with_more(name, more, on_one_gpu):
     ("count", "name"), [(count, name) for count, names in jobs.DOCUMENT_LAYOUTS.items() for name in names]
 )
 def test_documents_under_a_layout_have_one_gpus_curve(count, name, on_one_gpu, on_several):
-    if count not in on_several:
-        pytest.skip(f"needs {count} GPUs")
     name = f"{name}{jobs.DOCUMENTS}"
     check(on_one_gpu[jobs.one_gpu_of(name)], on_several[count][name], 1e-4)
 
@@ -117,38 +117,48 @@ def test_state_in_host_memory_changes_next_to_nothing(name, on_one_gpu):
     ("count", "name"), [(count, name) for count, names in jobs.OFFLOADED_LAYOUTS.items() for name in names]
 )
 def test_state_in_host_memory_under_a_layout_has_one_gpus_curve(count, name, on_one_gpu, on_several):
-    if count not in on_several:
-        pytest.skip(f"needs {count} GPUs")
     check(on_one_gpu["fp32, wide"], on_several[count][f"{name}{jobs.HALF}"], 1e-4)
 
 
 @pytest.mark.parametrize(("count", "name"), [(count, name) for count, names in jobs.LAYOUTS.items() for name in names])
 def test_every_layout_has_one_gpus_curve(count, name, on_one_gpu, on_several):
-    if count not in on_several:
-        pytest.skip(f"needs {count} GPUs")
     check(on_one_gpu[jobs.one_gpu_of(name)], on_several[count][name], 1e-4)
 
 
 @needs_te
-@pytest.mark.parametrize("parallel", jobs.FP8_LAYOUTS)
-@pytest.mark.parametrize("name", jobs.FP8_FORMATS)
-def test_fp8_under_a_layout_has_one_gpus_curve(parallel, name, on_one_gpu, on_several):
-    if 2 not in on_several:
-        pytest.skip("needs 2 GPUs")
-    check(on_one_gpu[name], on_several[2][f"{parallel}, {name}"], 1e-2)
+@pytest.mark.parametrize(
+    ("count", "parallel", "name"),
+    [
+        (count, parallel, name)
+        for count, layouts in jobs.FP8_LAYOUTS.items()
+        for parallel in layouts
+        for name in jobs.fp8_formats(count)
+    ],
+)
+def test_fp8_under_a_layout_has_one_gpus_curve(count, parallel, name, on_one_gpu, on_several):
+    check(on_one_gpu[name], on_several[count][f"{parallel}, {name}"], 1e-2)
 
 
 @needs_te
-@pytest.mark.parametrize("parallel", jobs.FP8_LAYOUTS)
+@pytest.mark.parametrize("parallel", jobs.FP8_LAYOUTS[2])
 @pytest.mark.parametrize("name", [name for name in jobs.FP8_FORMATS if name in jobs.HELD])
 def test_weights_held_in_fp8_change_next_to_nothing_under_a_layout(parallel, name, on_several):
-    if 2 not in on_several:
-        pytest.skip("needs 2 GPUs")
     found, without = (on_several[2][f"{parallel}, {fmt}"] for fmt in (name, jobs.HELD[name]))
     check_held(without, found)
     assert found["same_casts"]
     assert found["resumed"] == found["losses"]
     assert found["same_parameters"]
+
+
+@pytest.fixture(scope="session")
+def launchers(tmp_path_factory):
+    return two_launchers.curves(tmp_path_factory.mktemp("launchers"), two_launchers.STEPS)
+
+
+@pytest.mark.parametrize("layout", two_launchers.LAYOUTS)
+def test_two_launchers_have_the_curve_of_one(layout, launchers):
+    one, two = launchers
+    check(one, two[layout], 1e-4)
 
 
 @pytest.fixture(scope="session")
