@@ -30,6 +30,12 @@ def main() -> None:
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as name:
         folder, begin = Path(name), time.monotonic()
+        one, two = curves(folder, STEPS)
+        for layout, result in two.items():
+            rows += rows_of(f"two launchers, {layout}: from one", one, result, 1e-4)
+        print(f"launchers: {time.monotonic() - begin:.0f} s", flush=True)
+        write_gpu("shared_gpu", rows)
+        begin = time.monotonic()
         todo = {count: jobs.layout_jobs(count, folder, args.only) for count in args.ranks}
         one_gpu = jobs.on_one_gpu(folder / "one", [0], {jobs.one_gpu_of(job) for own in todo.values() for job in own})
         print(f"one rank: {time.monotonic() - begin:.0f} s", flush=True)
@@ -39,12 +45,6 @@ def main() -> None:
             rows += [row | {"case": f"{count} ranks, {row['case']}"} for row in layout_rows(one_gpu, found)]
             print(f"{count} ranks: {time.monotonic() - begin:.0f} s", flush=True)
             write_gpu("shared_gpu", rows)
-        begin = time.monotonic()
-        one, two = curves(folder, STEPS)
-        for layout, result in two.items():
-            rows += rows_of(f"two launchers, {layout}: from one", one, result, 1e-4)
-        print(f"launchers: {time.monotonic() - begin:.0f} s", flush=True)
-    write_gpu("shared_gpu", rows)
 
 
 if __name__ == "__main__":
