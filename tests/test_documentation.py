@@ -123,6 +123,13 @@ def test_the_readme_is_one_page():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+def test_the_readme_counts_the_layouts_that_are_tested():
+    from testing.layouts import LAYOUTS
+
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall(r"(\d+) (?:combinations of TP|layouts \|)", readme) == [str(len(LAYOUTS))] * 2
+
+
 def test_every_guide_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     for page in (ROOT / "docs").glob("guides/*.md"):
