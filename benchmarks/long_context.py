@@ -1,10 +1,12 @@
-"""Training steps of OLMo Hybrid 7B at 65,536 tokens on two GPUs: context and tensor parallelism against one GPU.
+"""Training steps of OLMo Hybrid 7B at 65,536 tokens under context and tensor parallelism.
 
 torchrun --nproc-per-node 2 benchmarks/long_context.py       [--only REGEX] [--steps N]
+torchrun --nproc-per-node 8 benchmarks/long_context.py
 
-Eight layers (GGGA*2) are divided by context or tensor parallelism, and compared with the same layers under data parallelism, where
-each GPU has a sequence of its own. That takes 135 GB. The last cases are the whole model with full recompute. One sequence per step,
-except under data parallelism.
+On two GPUs, eight layers (GGGA*2) are divided by context or tensor parallelism, and compared with the same layers under data
+parallelism, where each GPU has a sequence of its own. That takes 135 GB. The last cases are the whole model with full recompute. On
+eight GPUs, the whole model is compared with the planner's prediction, without documents and with documents as in web text. One
+sequence per step, except under data parallelism.
 """
 
 import argparse
@@ -24,6 +26,11 @@ FORMATS = {"bf16": {}, "FP8 tensorwise": {"fp8_recipe": "tensorwise"}}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 GOAL = 0.97
 """Least share of one GPU's rate that CP2 is to reach."""
+WHOLE = "GGGA*8"
+MEAN_DOCUMENT = 660
+"""Mean tokens of documents.py's documents: log-normal with a median of 400."""
+RATES = {"bf16": 9_500, "FP8 tensorwise": 12_000}
+"""Goals of the whole model on eight H200s, in tokens/s per GPU."""
 
 
 @dataclass(frozen=True)
@@ -35,30 +42,42 @@ class Case:
     parallel: dict
     sequences: int = 1
     goal: float | None = None
+    documents: bool = False
 
 
 BASELINE = Case("GGGA*2, one GPU (DP2)", "GGGA*2", OVERLAP, sequences=2)
-CASES = (
+CASES_OF_TWO = (
     Case("GGGA, one GPU (DP2)", "GGGA", OVERLAP, sequences=2),
     BASELINE,
     Case("GGGA*2, CP2", "GGGA*2", {"context_parallel_size": 2, **OVERLAP}, goal=GOAL),
     Case("GGGA*2, TP2", "GGGA*2", {"tensor_parallel_size": 2}),
     Case("GGGA*2, TP2, overlapped", "GGGA*2", {"tensor_parallel_size": 2, "tp_comm_overlap": True}),
-    Case(
-        "whole, CP2, full recompute", "GGGA*8", {"context_parallel_size": 2, "recompute_granularity": "full", **OVERLAP}
-    ),
-    Case("whole, TP2, full recompute", "GGGA*8", {"tensor_parallel_size": 2, "recompute_granularity": "full"}),
+    Case("whole, CP2, full recompute", WHOLE, {"context_parallel_size": 2, "recompute_granularity": "full", **OVERLAP}),
+    Case("whole, TP2, full recompute", WHOLE, {"tensor_parallel_size": 2, "recompute_granularity": "full"}),
 )
+CP8 = {"context_parallel_size": 8, **OVERLAP}
+TP2_CP4 = {"tensor_parallel_size": 2, "context_parallel_size": 4, **OVERLAP}
+CASES = {
+    2: CASES_OF_TWO,
+    8: (
+        Case("whole, CP8", WHOLE, CP8),
+        Case("whole, TP2 x CP4", WHOLE, TP2_CP4),
+        Case("whole, CP8, documents", WHOLE, CP8, documents=True),
+        Case("whole, TP2 x CP4, documents", WHOLE, TP2_CP4, documents=True),
+    ),
+}
+"""Cases by the number of GPUs."""
 
 
 def measure(case: Case, precision: dict, groups, steps: int) -> dict[str, float]:
     """Seconds of a step and peak bytes, of the slowest and the fullest rank."""
+    from documents import batches_of
     from train_step import timed
 
     from megatron_hybrid.config.parallel import ParallelConfig
     from megatron_hybrid.config.precision import PrecisionConfig
     from megatron_hybrid.config.train import TrainConfig
-    from megatron_hybrid.profiling.engine_steps import fill_at_random, random_batches
+    from megatron_hybrid.profiling.engine_steps import fill_at_random
     from megatron_hybrid.train.engines.megatron import MegatronEngine
 
     model, train = model_of(case), TrainConfig(steps=1, global_batch_size=case.sequences, dtype="bf16")
@@ -66,7 +85,7 @@ def measure(case: Case, precision: dict, groups, steps: int) -> dict[str, float]
     engine = MegatronEngine(
         model, train, ParallelConfig(**case.parallel), SEQUENCE, groups, PrecisionConfig(**precision), fill_at_random
     )
-    batches = random_batches(1, 1, SEQUENCE, model.vocab_size, seed=groups.dp.rank())
+    batches = batches_of("many" if case.documents else "none", 1, SEQUENCE, model.vocab_size, seed=groups.dp.rank())
     found = timed(engine, batches, steps)
     found.pop("step")
     engine.close()
@@ -93,12 +112,34 @@ def rows_of(case: Case, label: str, found: dict[str, float], baseline: float | N
     name = f"{case.name}, {label}"
     compared = baseline and case is not BASELINE and case.layer_pattern == BASELINE.layer_pattern
     peer = dict(peer=baseline, peer_name=BASELINE.name, goal=case.goal) if compared else {}
+    if dist.get_world_size() == 8:
+        peer = dict(peer=predicted(case, label), peer_name="planner")
     rows = [
         row(name, "tokens", "tokens/s per GPU", tokens, higher_is_better=True, **peer),
         row(name, "work", "TFLOP/s per GPU", tflops, higher_is_better=True),
         row(name, "peak memory", "GB", found["bytes"] / 1e9),
     ]
+    if dist.get_world_size() == 8:
+        rows[0] |= {"goal": RATES[label], "met": bool(tokens >= RATES[label])}
     return rows, tokens
+
+
+def predicted(case: Case, label: str) -> float:
+    """Return the planner's tokens per second and GPU on eight H200s. Documents are as long as those of web text."""
+    from megatron_hybrid.config.data import DataConfig
+    from megatron_hybrid.config.parallel import ParallelConfig
+    from megatron_hybrid.config.precision import PrecisionConfig
+    from megatron_hybrid.planner.hardware import load
+    from megatron_hybrid.planner.plan import Plan, planned_attended_length
+    from megatron_hybrid.planner.timing import StepPredictor
+
+    data = DataConfig(
+        train=[{"path": "none"}], sequence_length=SEQUENCE, documents="mask" if case.documents else "keep"
+    )
+    parallel, precision = ParallelConfig(**case.parallel), PrecisionConfig(**FORMATS[label])
+    attended = planned_attended_length(data, MEAN_DOCUMENT)
+    plan = Plan(model_of(case), parallel, 8, SEQUENCE, 1, case.sequences, precision=precision, attended_length=attended)
+    return StepPredictor(load("h200")).step(plan).tokens_per_gpu
 
 
 def main() -> None:
@@ -115,9 +156,9 @@ def main() -> None:
     args, _ = parser.parse_known_args()
     launch, done = Launch.from_environment(), list[dict]()
     baseline: dict[str, float] = {}
-    if launch.world_size != 2:
-        sys.exit("start it on two GPUs: torchrun --nproc-per-node 2 benchmarks/long_context.py")
-    for case in CASES:
+    if launch.world_size not in CASES:
+        sys.exit("start it on two or eight GPUs: torchrun --nproc-per-node 8 benchmarks/long_context.py")
+    for case in CASES[launch.world_size]:
         groups = start_distributed(launch, ParallelConfig(**case.parallel), seed=0, quiet=bool(done))
         for label, precision in FORMATS.items():
             if not re.search(args.only, f"{case.name}, {label}"):
@@ -129,7 +170,7 @@ def main() -> None:
             done += rows
             forget()
             if launch.rank == 0:
-                write_gpu("long_context_x2", done)
+                write_gpu(f"long_context_x{launch.world_size}", done)
         leave_groups()
     stop_distributed()
 

@@ -72,6 +72,14 @@ LAYOUTS = {
         "CP4": {"context_parallel_size": 4, **OVERLAP},
         "TP2 x CP2": {"tensor_parallel_size": 2, "context_parallel_size": 2, **OVERLAP},
     },
+    8: {
+        "TP1 x DP8": OVERLAP,
+        "TP2 x DP4, overlapped": {"tensor_parallel_size": 2, "tp_comm_overlap": True, **OVERLAP},
+        "PP2, VPP4, DP4": pipeline(2, 4, **OVERLAP),
+        "PP4, VPP2, DP2": pipeline(4, 2, **OVERLAP),
+        "TP2, PP2, VPP4, DP2": pipeline(2, 4, tensor_parallel_size=2, **OVERLAP),
+        "CP2 x DP4": {"context_parallel_size": 2, **OVERLAP},
+    },
 }
 KINDS = {  # of kernels, by parts of their names; the first that fits
     "waiting for other stages": ("pipeline",),
@@ -205,6 +213,10 @@ def main() -> None:
     parser.add_argument("--cases", type=Path, help="measured cases, as planner_errors.py reads them")
     args, _ = parser.parse_known_args()
     launch = Launch.from_environment()
+    if launch.world_size not in LAYOUTS:
+        sys.exit(
+            f"{launch.world_size} ranks: layouts are those of {', '.join(map(str, LAYOUTS))} GPUs; start as many ranks"
+        )
     whole = args.layers is None and launch.world_size > 1
     model = olmo_hybrid_7b()
     if not whole:
