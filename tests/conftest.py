@@ -61,6 +61,7 @@ LONGEST = (
     "kernels/test_compile_for_hopper.py",
     "evaluation/test_tasks.py",
     "kernels/test_cuda_scan.py",
+    "distributed/test_shared_gpu.py",
     "distributed/test_repetitions.py",
     "distributed/test_muon_curves.py",
     "train/test_cuda_graphs.py",
