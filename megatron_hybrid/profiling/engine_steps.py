@@ -1,10 +1,13 @@
 """Time and memory of steps of the trainer's engine on random tokens, to compare with the planner's predictions.
 
+Steps are timed once a GPU has been under load for as long as its clocks take to settle (distributed/timing.py).
+
 python -m megatron_hybrid.profiling.engine_steps CONFIG.yaml [--steps 10]     (torchrun for several ranks; writes one JSON line)
 """
 
 import gc
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +24,7 @@ from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.batch import Batch
 from megatron_hybrid.distributed.device import has_cuda, synchronize
 from megatron_hybrid.distributed.process_groups import ProcessGroupCollection, stop_distributed
+from megatron_hybrid.distributed.timing import LOAD_SECONDS
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
 from megatron_hybrid.precision.fp8_parameters import initial_values
@@ -79,10 +83,12 @@ def train_one_step(engine: Engine, batches: list[Batch], lr: float) -> None:
 def measure(
     config: RunConfig, groups: ProcessGroupCollection, steps: int = 10, warmup: int = 2, layers: bool = False
 ) -> Measured:
-    """Build the run's engine, train `warmup` + `steps` steps on random tokens, and close the engine.
+    """Build the run's engine, train steps on random tokens, and close the engine.
 
     Args:
         groups: process groups of config.parallel (`start_distributed`).
+        steps: timed steps.
+        warmup: steps before those, at least 1. On GPUs there are more, until the load has lasted for LOAD_SECONDS.
         layers: also measure the bytes that each layer keeps for the backward pass.
     """
     train, cuda = config.train, has_cuda()
@@ -104,7 +110,10 @@ def measure(
 def _measured(engine: Any, batches: list[Batch], steps: int, warmup: int, lr: float, layers: bool) -> Measured:
     seconds: list[float] = []
     peak = update_peak = 0
-    for _ in range(warmup + steps):
+    untimed = warmup
+    while len(seconds) < untimed + steps:
+        if len(seconds) == warmup and has_cuda():
+            untimed += steps_of_load(seconds[-1])
         synchronize()
         start = time.perf_counter()
         read_losses = engine.forward_backward(batches)
@@ -116,7 +125,7 @@ def _measured(engine: Any, batches: list[Batch], steps: int, warmup: int, lr: fl
         seconds.append(time.perf_counter() - start)
         update_peak = max(update_peak, _take_peak())
     return Measured(
-        seconds=sorted(seconds[warmup:])[steps // 2],
+        seconds=sorted(seconds[untimed:])[steps // 2],
         peak_bytes=max(peak, update_peak),
         resting_bytes=torch.cuda.memory_allocated() if has_cuda() else 0,
         update_peak_bytes=update_peak,
@@ -124,6 +133,17 @@ def _measured(engine: Any, batches: list[Batch], steps: int, warmup: int, lr: fl
         outside_bytes=_outside() if has_cuda() else 0,
         saved_by_layer=_saved_by_layer(engine, batches[0]) if layers else (),
     )
+
+
+def steps_of_load(seconds: float) -> int:
+    """Return how many steps last for LOAD_SECONDS on the slowest rank, the same number on all ranks.
+
+    Args:
+        seconds: of a step on this rank.
+    """
+    everyone = [0.0] * dist.get_world_size()
+    dist.all_gather_object(everyone, seconds)
+    return math.ceil(LOAD_SECONDS / max(everyone))
 
 
 def _saved_by_layer(engine: Any, batch: Batch) -> tuple[int, ...]:
