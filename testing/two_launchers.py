@@ -33,7 +33,7 @@ def write_run(folder: Path, steps: int) -> Path:
         data=dict(train=[{"path": str(folder / "tokens.npy")}], sequence_length=256),
         train=gpu_jobs.training("fp32") | dict(steps=steps, optimizer=dict(eps=1e-2, lr=1e-2)),
         logging=dict(interval=1, plot_interval=0, tensorboard=False),
-        preflight=dict(enabled=True),
+        preflight=dict(enabled=True, all_reduce_mib=16),
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder / "config.yaml"
