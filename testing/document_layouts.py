@@ -7,6 +7,7 @@ from megatron_hybrid.checkpoint.reader import CheckpointReader
 from testing import jobs
 from testing.documents import relative_error
 from testing.layouts import DEEP, LR, MODEL, SHALLOW, TRAIN, layout, relative_difference
+from testing.parallel import OVERLAP
 
 STEPS = 5
 TOLERANCES = {"losses": 1e-5, "norms": 1e-5, "tensors": 1e-5}
@@ -19,7 +20,7 @@ PARALLEL = {
     "one rank, full recompute": (1, layout(**RECOMPUTE[0])),
     "one rank, selective recompute": (1, layout(**RECOMPUTE[1])),
     "DP2": (2, layout()),
-    "DP2, overlapped": (2, layout(overlap_grad_reduce=True, overlap_param_gather=True)),
+    "DP2, overlapped": (2, layout(**OVERLAP)),
     "TP2": (2, layout(2)),
     "TP2, no sequence parallelism": (2, layout(2, sequence_parallel=False)),
     "TP4, padded heads": (4, layout(4)),
@@ -40,7 +41,7 @@ PARALLEL = {
     "TP2 x PP2": (4, layout(2, 2)),
     "TP2 x PP2 x CP2": (8, layout(2, 2, cp=2)),
     "TP2 x PP2, VPP2, selective recompute": (4, layout(2, 2, 2, **RECOMPUTE[1])),
-    "PP2, VPP2 x DP2, overlapped": (4, layout(pp=2, vpp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
+    "PP2, VPP2 x DP2, overlapped": (4, layout(pp=2, vpp=2, **OVERLAP)),
 }
 ZERO = {f"ZeRO {stage}, {name}": (2, layout(tp), stage) for stage in (1, 2, 3) for name, tp in (("DP2", 1), ("TP2", 2))}
 TIED = ("one rank", "TP2", "PP2", "CP2", "TP2 x CP2")

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from testing.models import small
+from testing.parallel import OVERLAP, layout
 from testing.shared_gpu import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,11 +54,6 @@ def job(parallel: dict | None = None, dtype: str = "fp32", precision: dict | Non
     )
 
 
-def layout(tp=1, pp=1, vpp=1, cp=1, **more) -> dict:
-    sizes = dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp)
-    return sizes | dict(context_parallel_size=cp) | more
-
-
 FORMATS = {
     "fp8 delayed": dict(fp8_recipe="delayed"),
     "fp8 tensorwise": dict(fp8_recipe="tensorwise"),
@@ -88,7 +84,6 @@ OFFLOADED = {
 """A share of the optimizer's state in host memory -> the run without, and the share."""
 WIDE = dict(model=dict(num_attention_heads=4))  # so that four ranks have heads; 6 Gated DeltaNet heads are padded to 8
 DEEP = dict(model=WIDE["model"] | dict(layer_pattern="GGGA*2"))  # a layer for each of eight virtual stages
-OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 LAYOUTS = {
     2: {
         "TP2": layout(2),
@@ -120,6 +115,8 @@ LAYOUTS = {
         "CP2, TP2, PP2": layout(2, 2, cp=2),
     },
 }
+LAUNCHES = {2: 3, 4: 2, 8: 1}
+"""Launches of that many ranks that run at once, on the same GPUs."""
 HALF = ", 50% on the host"
 OFFLOADED_LAYOUTS = {2: ("TP2", "DP2, overlapped"), 4: ("PP2, VPP2, DP2, overlapped",), 8: ()}
 DOCUMENT_LAYOUTS = {
@@ -286,7 +283,7 @@ def _resumed(name: str, folder: Path) -> dict:
 def on_several(count: int, gpus: Sequence[int] = (), only: str = "") -> dict[str, dict]:
     """Results of `layout_jobs`. Ranks share a GPU if there are too few."""
     with tempfile.TemporaryDirectory() as folder:
-        launches = 1 if shared(count, gpus) else {2: 3, 4: 2, 8: 1}[count]
+        launches = 1 if shared(count, gpus) else LAUNCHES[count]
         return side_by_side(layout_jobs(count, Path(folder), only), launches, count, gpus=gpus)
 
 

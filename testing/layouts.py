@@ -2,6 +2,7 @@
 
 from testing import jobs
 from testing.models import hybrid, qwen, small
+from testing.parallel import OVERLAP, layout
 
 SHALLOW, DEEP = "GGGA", "GGGA*2"  # gloo is slow: the deep model only where the pipeline needs its layers
 MODEL = hybrid(SHALLOW, 48, 6, 8, key_heads=3, num_key_value_heads=3, head_dim=8)
@@ -26,11 +27,6 @@ chaotic. A rate that is wrong by a hundredth changes the gradient norm by severa
 """
 
 
-def layout(tp=1, pp=1, vpp=1, cp=1, **more) -> dict:
-    sizes = dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp)
-    return sizes | dict(context_parallel_size=cp) | more
-
-
 LAYOUTS = {
     # name: (ranks, layout)
     "one rank, plain optimizer": (1, layout(distributed_optimizer=False)),
@@ -38,10 +34,10 @@ LAYOUTS = {
     "one rank, full recompute": (1, layout(recompute_granularity="full")),
     "DP2": (2, layout()),
     "DP2, plain optimizer": (2, layout(distributed_optimizer=False)),
-    "DP2, overlapped": (2, layout(overlap_grad_reduce=True, overlap_param_gather=True)),
+    "DP2, overlapped": (2, layout(**OVERLAP)),
     "DP2, overlapped in many buckets": (
         2,
-        layout(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=10_000),
+        layout(**OVERLAP, bucket_size=10_000),
     ),
     "TP2": (2, layout(2)),
     "TP2, no sequence parallelism": (2, layout(2, sequence_parallel=False)),
@@ -60,7 +56,7 @@ LAYOUTS = {
     "TP2, DP2, plain optimizer": (4, layout(2, distributed_optimizer=False)),
     "TP2, PP2": (4, layout(2, 2)),
     "TP2, PP2, VPP2, selective recompute": (4, layout(2, 2, 2, recompute_granularity="selective")),
-    "PP2, VPP2, DP2, overlapped": (4, layout(pp=2, vpp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
+    "PP2, VPP2, DP2, overlapped": (4, layout(pp=2, vpp=2, **OVERLAP)),
     "DP4": (4, layout()),
     # three key/value heads: over two context parallel ranks or more, some are exchanged as dummies
     "CP2": (2, layout(cp=2)),
@@ -73,14 +69,14 @@ LAYOUTS = {
     "CP2, PP2": (4, layout(pp=2, cp=2)),
     "CP2, PP2, VPP2": (4, layout(pp=2, vpp=2, cp=2)),
     "CP2, DP2": (4, layout(cp=2)),
-    "CP2, DP2, overlapped": (4, layout(cp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
-    "DP8, overlapped": (8, layout(overlap_grad_reduce=True, overlap_param_gather=True)),
+    "CP2, DP2, overlapped": (4, layout(cp=2, **OVERLAP)),
+    "DP8, overlapped": (8, layout(**OVERLAP)),
     "TP8, padded heads": (8, layout(8)),
     "TP4, padded heads, PP2": (8, layout(4, 2)),
     "PP8": (8, layout(pp=8)),
-    "PP4, VPP2, DP2, overlapped": (8, layout(pp=4, vpp=2, overlap_grad_reduce=True, overlap_param_gather=True)),
+    "PP4, VPP2, DP2, overlapped": (8, layout(pp=4, vpp=2, **OVERLAP)),
     "TP2, PP2, DP2": (8, layout(2, 2)),
-    "TP2, PP2, VPP2, DP2, overlapped": (8, layout(2, 2, 2, overlap_grad_reduce=True, overlap_param_gather=True)),
+    "TP2, PP2, VPP2, DP2, overlapped": (8, layout(2, 2, 2, **OVERLAP)),
     "CP8": (8, layout(cp=8)),
     "CP4, TP2": (8, layout(2, cp=4)),
     "CP4, PP2": (8, layout(pp=2, cp=4)),
@@ -106,15 +102,15 @@ def few_micro_batches(count: int, parallel: dict) -> dict:
     each costs as many exchanges over gloo, and the curve is that of one rank's four. Micro-batches are smaller where replicas leave
     a rank too few for its pipeline.
     """
-    slices, stages = (
-        parallel["tensor_parallel_size"] * parallel["context_parallel_size"],
-        parallel["pipeline_parallel_size"],
+    tp, pp, cp, vpp = (
+        parallel[f"{kind}_parallel_size"] for kind in ("tensor", "pipeline", "context", "virtual_pipeline")
     )
-    per_replica = TRAIN["global_batch_size"] * slices * stages // count
-    needed = stages if parallel["virtual_pipeline_parallel_size"] > 1 else 1
-    if count == slices > 1:
+    if count == tp * cp > 1:
         return TRAIN | {"micro_batch_size": 4}
-    return TRAIN | ({"micro_batch_size": 1} if per_replica // TRAIN["micro_batch_size"] < needed else {})
+    replicas = count // (tp * pp * cp)
+    micro_batches = TRAIN["global_batch_size"] // replicas // TRAIN["micro_batch_size"]
+    needed = pp if vpp > 1 else 1
+    return TRAIN if micro_batches >= needed else TRAIN | {"micro_batch_size": 1}
 
 
 def smallest_pattern(parallel: dict) -> str:

@@ -5,10 +5,7 @@ from megatron_hybrid.config.parallel import ParallelConfig
 from megatron_hybrid.config.presets import olmo_hybrid_tiny
 from megatron_hybrid.planner.plan import Plan
 from testing.models import small
-
-
-def layout(tp=1, pp=1, vpp=1, **more) -> dict:
-    return dict(tensor_parallel_size=tp, pipeline_parallel_size=pp, virtual_pipeline_parallel_size=vpp, **more)
+from testing.parallel import OVERLAP, layout
 
 
 def plan_of(model: ModelConfig, parallel: dict, world_size: int, dtype: str = "bf16") -> Plan:
@@ -20,7 +17,6 @@ MODEL = olmo_hybrid_tiny().model_copy(update=TINY)
 WINDOWED = MODEL.model_copy(update=dict(layer_pattern="GWA,GG", sliding_window=8, num_key_value_heads=1))
 TIED = MODEL.model_copy(update=dict(tie_embeddings=True))
 PERI_NORM = ModelConfig(**small("GA*4", 40, 3, 3, 8))
-OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 CASES = {
     # name: (ranks, model, layout, dtype)
     "one rank": (1, MODEL, layout(), "bf16"),
@@ -34,7 +30,7 @@ CASES = {
     "PP2, VPP2, DP2": (4, MODEL, layout(pp=2, vpp=2, **OVERLAP), "bf16"),
     "PP2, DP2, tied embeddings": (4, TIED, layout(pp=2), "bf16"),
     "TP2, PP2, VPP2, peri-norm": (4, PERI_NORM, layout(2, 2, 2, **OVERLAP), "bf16"),
-    "CP2, DP2": (4, MODEL, layout(context_parallel_size=2), "bf16"),
-    "CP2, TP2, overlapped": (4, MODEL, layout(2, context_parallel_size=2, **OVERLAP), "bf16"),
+    "CP2, DP2": (4, MODEL, layout(cp=2), "bf16"),
+    "CP2, TP2, overlapped": (4, MODEL, layout(2, cp=2, **OVERLAP), "bf16"),
     "PP3, uneven": (3, MODEL, layout(pp=3, pipeline_split=[1, 5, 2]), "bf16"),
 }

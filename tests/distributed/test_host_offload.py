@@ -14,9 +14,9 @@ import torch
 from megatron_hybrid.convert.verify import verify
 from testing import jobs
 from testing.layouts import LR, MODEL, STEPS, TRAIN, assert_same, layout
+from testing.parallel import OVERLAP
 from tests.distributed.test_same_curve import slow_unless
 
-OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-4}
 """Two Adams that round differently: measured 1.2e-7 in fp32, and 0 in bf16, where weights are rounded after them."""
 

@@ -9,6 +9,7 @@ import torch
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from testing import jobs
 from testing.layouts import MODEL, SAVED, TRAIN, assert_same, layout, run, smallest_pattern
+from testing.parallel import OVERLAP
 from tests.distributed.test_same_curve import one_rank as one_rank  # noqa: F401 - a fixture
 from tests.distributed.test_same_curve import slow_unless
 
@@ -17,14 +18,14 @@ SAME = {
     "one rank": (1, layout(), {}),
     "one rank, bf16": (1, layout(), {"dtype": "bf16"}),
     "DP2, plain optimizer, bf16": (2, layout(distributed_optimizer=False), {"dtype": "bf16"}),
-    "DP2, overlapped, bf16": (2, layout(overlap_grad_reduce=True, overlap_param_gather=True), {"dtype": "bf16"}),
+    "DP2, overlapped, bf16": (2, layout(**OVERLAP), {"dtype": "bf16"}),
     "TP2, PP2": (4, layout(2, 2), {}),
     "CP2, bf16": (2, layout(cp=2), {"dtype": "bf16"}),
     "CP2, TP2": (4, layout(2, cp=2), {}),
     "DP4, bf16, written in the background": (4, layout(), {"dtype": "bf16", "async_save": True}),
     "TP2, PP2, DP2, overlapped, bf16": (
         8,
-        layout(2, 2, overlap_grad_reduce=True, overlap_param_gather=True),
+        layout(2, 2, **OVERLAP),
         {"dtype": "bf16"},
     ),
 }
@@ -66,7 +67,7 @@ def checkpoint(folder: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("count", "parallel"),
     [
-        (2, layout(overlap_grad_reduce=True, overlap_param_gather=True)),
+        (2, layout(**OVERLAP)),
         pytest.param(4, layout(2), marks=pytest.mark.slow),
     ],
     ids=["DP2, overlapped", "TP2, DP2"],
