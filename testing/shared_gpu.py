@@ -14,6 +14,7 @@ from pathlib import Path
 from examples.multi_process_service import DAEMON, multi_process_service
 from megatron_hybrid.launch.environment import free_port
 
+ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.1
 
 
@@ -36,24 +37,33 @@ def variables(rank: int, ranks: int, port: int) -> dict[str, str]:
 def run_ranks(
     command: Sequence[str], ranks: int, environment: Mapping[str, str], folder: Path, timeout_s: float
 ) -> tuple[int, str]:
-    """Run a command as that many ranks on the first visible GPU, and end all of them as soon as one fails.
+    """Run a command as that many ranks on the first visible GPU, as `run_together` does."""
+    port = free_port()
+    with service() as mps:
+        environments = [{**environment, **mps, **variables(rank, ranks, port)} for rank in range(ranks)]
+        return run_together(command, environments, folder, timeout_s)
+
+
+def run_together(
+    command: Sequence[str], environments: Sequence[Mapping[str, str]], folder: Path, timeout_s: float
+) -> tuple[int, str]:
+    """Run a command once in each environment, at the same time, and end all processes as soon as one fails.
 
     Args:
-        folder: where the ranks' error output goes.
+        folder: where the processes' output goes.
 
     Returns:
-        The status of the first rank that fails (0: none, -1: they took too long), and the end of every rank's error output.
+        The status of the first process that fails (0: none, -1: they took too long), and the end of every process's output.
     """
-    port = free_port()
-    files = [folder / f"rank-{rank}.err" for rank in range(ranks)]
-    with service() as mps:
-        processes = []
-        for rank, file in enumerate(files):
-            env = {**environment, **mps, **variables(rank, ranks, port)}
-            with file.open("w") as said:
-                processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=said))
-        status = _wait(processes, time.monotonic() + timeout_s)
-    return status, "\n".join(f"{file.stem}:\n{file.read_text()[-2000:]}" for file in files)
+    files = [folder / f"process-{number}.log" for number in range(len(environments))]
+    processes = []
+    for environment, file in zip(environments, files, strict=True):
+        with file.open("w") as said:
+            processes.append(
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
+            )
+    status = _wait(processes, time.monotonic() + timeout_s)
+    return status, "\n".join(f"{file.stem}:\n{file.read_text()[-3000:]}" for file in files)
 
 
 def _wait(processes: Sequence[subprocess.Popen], end: float) -> int:

@@ -5,10 +5,9 @@ With GPUs, both ranks are on the first one (testing/shared_gpu.py).
 
 import json
 import os
-import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ import yaml
 from megatron_hybrid.launch.environment import free_port
 from testing import gpu_jobs, shared_gpu
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS, TIMEOUT_S = 10, 300
 LAYOUTS = {"TP2": ["parallel.tensor_parallel_size=2"], "PP2": ["parallel.pipeline_parallel_size=2"], "DP2": []}
 """Overrides by layout."""
@@ -51,16 +49,11 @@ def curve(config: Path, run: Path, launchers: list[dict[str, str]], *overrides: 
     """
     command = [sys.executable, "tools/launch.py", *(["--cpu-ranks", "1"] if cpu else ["--gpus", "1"])]
     command += ["tools/pretrain.py", str(config), f"run_dir={run}", *overrides]
-    with ExitStack() as stack:
-        started = []
-        for own in launchers:
-            output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | own, **output))
-            stack.callback(started[-1].kill)
-        said = [process.communicate(timeout=TIMEOUT_S)[0] for process in started]
-    for process, text in zip(started, said, strict=True):
-        if process.returncode:
-            raise RuntimeError(f"a launcher ended with status {process.returncode}:\n{text[-3000:]}")
+    with tempfile.TemporaryDirectory() as folder:
+        environments = [os.environ | own for own in launchers]
+        status, said = shared_gpu.run_together(command, environments, Path(folder), TIMEOUT_S)
+    if status:
+        raise RuntimeError(f"a launcher ended with status {status}:\n{said}")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {"losses": [line["loss"] for line in lines], "norms": [line["grad_norm"] for line in lines]}
 
