@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -108,24 +108,15 @@ def measure(
 
 
 def _measured(engine: Any, batches: list[Batch], steps: int, warmup: int, lr: float, layers: bool) -> Measured:
-    seconds: list[float] = []
-    peak = update_peak = 0
-    untimed = warmup
-    while len(seconds) < untimed + steps:
-        if len(seconds) == warmup and has_cuda():
-            untimed += steps_of_load(seconds[-1])
-        synchronize()
-        start = time.perf_counter()
-        read_losses = engine.forward_backward(batches)
-        norm = engine.gradient_norm()
-        read_losses()
-        peak = max(peak, _take_peak())
-        engine.update(lr, norm)
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-        update_peak = max(update_peak, _take_peak())
+    def train(count: int) -> list[_Step]:
+        return [_timed_step(engine, batches, lr) for _ in range(count)]
+
+    untimed = train(warmup)
+    untimed += train(steps_of_load(untimed[-1].seconds) if has_cuda() else 0)
+    timed = train(steps)
+    peak, update_peak = (max(peaks) for peaks in zip(*((s.peak, s.update_peak) for s in untimed + timed), strict=True))
     return Measured(
-        seconds=sorted(seconds[untimed:])[steps // 2],
+        seconds=sorted(step.seconds for step in timed)[steps // 2],
         peak_bytes=max(peak, update_peak),
         resting_bytes=torch.cuda.memory_allocated() if has_cuda() else 0,
         update_peak_bytes=update_peak,
@@ -133,6 +124,25 @@ def _measured(engine: Any, batches: list[Batch], steps: int, warmup: int, lr: fl
         outside_bytes=_outside() if has_cuda() else 0,
         saved_by_layer=_saved_by_layer(engine, batches[0]) if layers else (),
     )
+
+
+class _Step(NamedTuple):
+    seconds: float
+    peak: int
+    """Bytes of the forward and backward pass."""
+    update_peak: int
+
+
+def _timed_step(engine: Any, batches: list[Batch], lr: float) -> _Step:
+    synchronize()
+    start = time.perf_counter()
+    read_losses = engine.forward_backward(batches)
+    norm = engine.gradient_norm()
+    read_losses()
+    peak = _take_peak()
+    engine.update(lr, norm)
+    synchronize()
+    return _Step(time.perf_counter() - start, peak, _take_peak())
 
 
 def steps_of_load(seconds: float) -> int:
