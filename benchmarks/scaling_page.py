@@ -13,6 +13,8 @@ LABELS = {"transformer": "transformer", "hybrid": "hybrid 3:1", "gdn": "pure GDN
 FREE = "fitted exponents"
 FIXED = "alpha = 0.22, beta = 0.22"
 SAVING = re.compile(r"token saving at N = (\d+)")
+SAVING_AT, SAVING_OF = re.compile(r"token saving at ([\d.e+-]+x)"), re.compile(r"token saving, (\w+)")
+"""Savings between endpoints: at a budget, and of a validation set or their mean."""
 OPTIMAL = re.compile(r"compute-optimal loss at (1e\d+) FLOPs")
 INTERPOLATED = re.compile(r"(\w+), (\S+), interpolated")
 PAPER_SIZE = 1_000_000_000
@@ -111,16 +113,18 @@ def interpolated(table: MakeTable) -> str:
     """Token savings against the transformer by size, between the endpoints: at the highest budget, and at each of them."""
     if (found := result()) is None:
         return NOT_RUN
-    rows, head = [], list[str]()
-    for architecture, size, metrics in _interpolated(values_of(found)):
-        names = [name for name in metrics if name.startswith("token saving")]
-        head += [name for name in names if name not in head]
-        cells = {name: _number(metrics[name]["ours"], ".2f") for name in names}
-        rows.append((LABELS[architecture], size, f"{metrics['parameters']['ours'] / 1e6:.1f}M", cells))
-    head.sort(key=lambda name: " at " not in name)
-    titles = [re.sub("token saving(,| at) ", "", name).replace("mean", "mean of both") for name in head]
-    lines = [[*first, *(cells.get(name, "") for name in head)] for *first, cells in rows]
-    return table(["tokens saved", "d/heads/layers", "N", *titles], lines)
+    savings = _interpolated(values_of(found))
+    names = list(dict.fromkeys(name for *_, metrics in savings for name in metrics))
+    by_budget = {name: match[1] for name in names if (match := SAVING_AT.fullmatch(name))}
+    columns = {name: by_budget[name] for name in sorted(by_budget, key=lambda name: float(by_budget[name][:-1]))}
+    columns |= {
+        name: match[1].replace("mean", "mean of both") for name in names if (match := SAVING_OF.fullmatch(name))
+    }
+    rows = []
+    for architecture, size, metrics in savings:
+        cells = [_number(metrics[name]["ours"], ".2f") if name in metrics else "" for name in columns]
+        rows.append([LABELS[architecture], size, f"{metrics['parameters']['ours'] / 1e6:.1f}M", *cells])
+    return table(["tokens saved", "d/heads/layers", "N", *columns.values()], rows)
 
 
 def keys(table: MakeTable) -> str:

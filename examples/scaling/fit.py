@@ -146,12 +146,12 @@ def interpolated_rows(points: Sequence[Point]) -> Iterator[dict]:
             continue
         case = f"{architecture}, {size}, interpolated"
         yield figure(case, "parameters", "", pair[0][0].parameters)
-        means = [[(p.tokens, p.loss) for p in own] for own in pair]
-        for name in ("mean", *pair[0][0].losses):
-            curves = [[(p.tokens, p.loss if name == "mean" else p.losses[name]) for p in own] for own in pair]
-            yield figure(case, f"token saving, {name}", "x", interpolated_saving(*curves))
+        curves = {"mean": [[(p.tokens, p.loss) for p in own] for own in pair]}
+        curves |= {name: [[(p.tokens, p.losses[name]) for p in own] for own in pair] for name in pair[0][0].losses}
+        for name, both in curves.items():
+            yield figure(case, f"token saving, {name}", "x", interpolated_saving(*both))
         for point in pair[0]:
-            yield figure(case, f"token saving at {point.budget:g}x", "x", saving_at_loss(*means, point.loss))
+            yield figure(case, f"token saving at {point.budget:g}x", "x", saving_at_loss(*curves["mean"], point.loss))
 
 
 def with_interval(
@@ -229,10 +229,9 @@ def write(
 
     rows, notes = analyse(points, resamples, min_budget)
     shown = sum(1 for _ in point_rows(points))
-    commands = [
-        *ladders(points),
-        *([f"python examples/scaling/fit.py --min-budget {min_budget:g}"] if min_budget else []),
-    ]
+    commands = list(ladders(points))
+    if min_budget:
+        commands.append(f"python examples/scaling/fit.py --min-budget {min_budget:g}")
     settings = dict(notes=notes, printed=shown, command=" && ".join(commands), origin=origin)
     path = write_result("scaling", rows, out=out or RESULTS, **settings)
     scaling_page.draw(json.loads(path.read_text()), out or scaling_page.PAGE)
