@@ -62,10 +62,8 @@ def main() -> None:
     parser.add_argument("--documents", dest="kind", action="store_const", const=jobs.DOCUMENTS, default="")
     parser.add_argument("--small-suite", dest="kind", action="store_const", const=jobs.SUITE)
     args, _ = parser.parse_known_args()
-    benchmark, rows = (
-        {"": "gpu_parity", jobs.DOCUMENTS: "document_parity", jobs.SUITE: "small_suite_parity"}[args.kind],
-        [],
-    )
+    benchmark = {"": "gpu_parity", jobs.DOCUMENTS: "document_parity", jobs.SUITE: "small_suite_parity"}[args.kind]
+    rows: list[dict] = []
 
     def compare(case: str, expected: dict, found: dict, goal: float) -> None:
         rows.extend(rows_of(case, expected, found, goal))

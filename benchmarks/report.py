@@ -28,6 +28,12 @@ def bounded(case, metric, unit, ours, goal) -> dict:
                 goal=goal, met=None if goal is None else bool(ours <= goal))  # fmt: skip
 
 
+def at_least(case, metric, unit, ours, goal, peer=None, peer_name=None) -> dict:
+    """A figure of ours that is to reach a goal, next to a baseline's."""
+    found = row(case, metric, unit, ours, peer, peer_name, higher_is_better=True)
+    return found | {"goal": goal, "met": None if goal is None else bool(ours >= goal)}
+
+
 def running_command() -> str:
     """Return the command of this process. Absolute paths, which belong to this machine, are shown as PATH."""
     words, skip = [], False
