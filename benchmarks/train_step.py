@@ -98,19 +98,24 @@ KINDS = {  # of kernels, by parts of their names; the first that fits
 
 
 def timed(engine, batches, steps: int) -> dict:
-    """Median seconds of a step, and peak bytes, on this rank; ready to be profiled afterwards."""
-    from megatron_hybrid.profiling.engine_steps import train_one_step
+    """Median seconds of a step under load, and peak bytes, on this rank; ready to be profiled afterwards."""
+    from megatron_hybrid.profiling.engine_steps import steps_of_load, train_one_step
 
     step = partial(train_one_step, engine, batches, 1e-5)
-    seconds = []
-    for _ in range(steps + 2):
+
+    def seconds() -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         step()
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    warm = [seconds() for _ in range(2)]
+    for _ in range(steps_of_load(warm[-1])):
+        step()
+    found = sorted(seconds() for _ in range(steps))
     memory = {"bytes": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.memory_reserved()}
-    return {"seconds": sorted(seconds[2:])[steps // 2], "step": step} | memory
+    return {"seconds": found[steps // 2], "step": step} | memory
 
 
 def kernel_kinds(engine_step) -> dict[str, float]:
