@@ -16,6 +16,7 @@ from megatron_hybrid.distributed.device import has_cuda, local_device
 
 Point = dict[str, Any]
 """`op`, `pass` (forward, backward, or none), sizes, and the median `seconds` of one call."""
+Outputs = torch.Tensor | tuple[torch.Tensor, ...]
 LOAD_SECONDS = 1.5
 """Time under load after which an H200's clocks are steady: after half a second they are too low, after one too high."""
 LOAD_SIZE = 8192
@@ -69,36 +70,30 @@ def seconds_of(call: Callable[[], object], samples: int = 8) -> float:
     return times[samples // 2]
 
 
-def both_passes(sizes: Point, forward: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> Iterator[Point]:
+def both_passes(sizes: Point, forward: Callable[[], Outputs], inputs: Sequence[torch.Tensor]) -> Iterator[Point]:
     """Yield the points of the forward and backward pass of a differentiable call.
 
-    The backward pass takes the time of both passes minus that of the forward pass.
+    The backward pass takes the time of both passes minus that of the forward pass. The outputs' gradients are contiguous, as those
+    of a following operation are: a copy of a strided one would be timed as well.
 
     Args:
+        forward: the call. It returns one output or several.
         inputs: leaves whose gradients the backward pass computes. They are returned, not added to `.grad`: in training the gradients
             of activations are not accumulated either, and adding them would take as long as some of the operations. A weight whose
             gradient the call itself adds to `main_grad`, as Transformer Engine's linears do, gets none.
     """
 
+    def outputs() -> tuple[torch.Tensor, ...]:
+        found = forward()
+        return (found,) if isinstance(found, torch.Tensor) else found
+
+    given = [torch.randn(y.shape, dtype=y.dtype, device=y.device) for y in outputs()]
+
     def forward_backward() -> tuple[torch.Tensor | None, ...]:
-        y = forward()
-        return torch.autograd.grad(y, inputs, y.detach(), allow_unused=True)
+        return torch.autograd.grad(outputs(), inputs, given, allow_unused=True)
 
     for one, gradient in zip(inputs, forward_backward(), strict=True):
         assert gradient is not None or hasattr(one, "main_grad"), "an input has no gradient"
     alone, both = seconds_of(forward), seconds_of(forward_backward)
     yield {**sizes, "pass": "forward", "seconds": alone}
     yield {**sizes, "pass": "backward", "seconds": max(both - alone, 0.0)}
-
-
-class Join(torch.autograd.Function):
-    """Cheapest consumer of several outputs: a scalar whose gradient for each output is the output itself."""
-
-    @staticmethod
-    def forward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*outputs)
-        return outputs[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: torch.Tensor) -> Any:
-        return ctx.saved_tensors

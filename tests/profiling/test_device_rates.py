@@ -39,6 +39,29 @@ def test_the_backward_pass_accumulates_nothing():
     assert x.grad is None and w.grad is None
 
 
+class _Half(torch.autograd.Function):
+    """Return 2 x and a strided half of x, and keep whether their gradients are contiguous."""
+
+    contiguous: list[bool] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x, x[:, : x.shape[1] // 2]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _Half.contiguous += [grad.is_contiguous() for grad in grads]
+        return 2 * grads[0] + torch.nn.functional.pad(grads[1], (0, grads[0].shape[1] // 2))
+
+
+def test_gradients_of_strided_outputs_are_contiguous():
+    """As the gate's in training. Its copy once made conv_gates' backward pass 0.39 instead of 0.26 ms long."""
+    x = torch.randn(8, 4, requires_grad=True)
+    assert not _Half.apply(x)[1].is_contiguous()
+    list(both_passes({"op": "conv_gates"}, lambda: _Half.apply(x), (x,)))
+    assert _Half.contiguous and all(_Half.contiguous)
+
+
 class _IntoMainGrad(torch.autograd.Function):
     """x @ w, whose weight gradient goes to `main_grad`, as in Transformer Engine's linears with fuse_wgrad_accumulation."""
 

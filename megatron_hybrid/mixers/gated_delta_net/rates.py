@@ -1,6 +1,7 @@
 """Measure Gated DeltaNet's operations on this process's device, for the planner's hardware files."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.model import ModelConfig
 from megatron_hybrid.arch.registry import mixer_spec
 from megatron_hybrid.distributed.device import local_device
-from megatron_hybrid.distributed.timing import Join, Point, both_passes
+from megatron_hybrid.distributed.timing import Point, both_passes
 from megatron_hybrid.mixers.gated_delta_net.spec import sizes
 
 
@@ -65,12 +66,8 @@ def memory_bound_points(model: ModelConfig, block: Block, degree: int, tokens: i
     heads |= dict(key_head_dim=gdn.key_head_dim, value_head_dim=gdn.value_head_dim)
     where = {"tokens": tokens, "degree": degree}
 
-    def all_outputs() -> torch.Tensor:
-        *outputs, gate = conv_gates(packed, weight, a, dt, return_gate=True, **heads)
-        joined: torch.Tensor = Join.apply(*outputs, gate)
-        return joined
-
-    yield from both_passes({"op": "conv_gates", **where}, all_outputs, (packed, weight, a, dt))
+    call = partial(conv_gates, packed, weight, a, dt, return_gate=True, **heads)
+    yield from both_passes({"op": "conv_gates", **where}, call, (packed, weight, a, dt))
     o = torch.randn(1, tokens, value_heads, gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
     gate = torch.randn(tokens, 1, v_width, device=device, dtype=dtype, requires_grad=True)
     ones = torch.ones(gdn.value_head_dim, device=device, dtype=dtype, requires_grad=True)
