@@ -181,3 +181,12 @@ def _spread(count: int, places: int) -> list[int]:
     """Return `count` as a sum of `places` numbers that differ by at most one, in ascending order."""
     base, extra = divmod(count, places)
     return [base] * (places - extra) + [base + 1] * extra
+
+
+def averages_exactly(ranks: int) -> bool:
+    """Return whether collectives may average gradients over the ranks, instead of a kernel that divides them before a sum.
+
+    For a power of two both give the same bits. For other sizes the result would depend on where a backend divides: NCCL before
+    it adds, gloo after.
+    """
+    return ranks > 1 and ranks.bit_count() == 1

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from megatron_hybrid.arch.costs import (
+    FP32_BYTES,
     AttentionWork,
     CollectiveWork,
     Direction,
@@ -119,7 +120,7 @@ class LayerTimes:
             total.add(self._between_linears(work, "forward"))
             for one in work:
                 if isinstance(one, Gemm) and one.parallel == "row":
-                    total[MEMORY_BOUND] += self._move(2 * shard.element * one.k * one.m)
+                    total[MEMORY_BOUND] += self._move("other", 2 * shard.element * one.k * one.m)
         return total
 
     def seconds(self, work: Work, direction: Direction, fp8: bool = False) -> float:
@@ -136,16 +137,16 @@ class LayerTimes:
                 seconds = hardware.recurrence_seconds(direction, work.tokens, work.rows, work.state)
                 return seconds * self.compute * work.factor
             case MemoryWork():
-                return hardware.copy_seconds(work.operation, work.bytes) * self.compute
+                return self._move(work.operation, work.bytes)
             case CollectiveWork():
                 return self._collective(work.operation, work.bytes, work.group)
 
     def _collective(self, operation: str, size: float, group: str = "tp") -> float:
         return network.seconds(operation, size, self.groups[group], self.hardware) * self.communication
 
-    def _move(self, size: float) -> float:
-        """Return the time to read and write `size` bytes."""
-        return self.hardware.copy_seconds("other", size) * self.compute
+    def _move(self, operation: str, size: float) -> float:
+        """Return the time in which a memory-bound operation reads and writes `size` bytes."""
+        return self.hardware.copy_seconds(operation, size) * self.compute
 
     def _add_collectives(self, direction: Direction, column: float, parts: Parts) -> None:
         """Add the collectives of a sublayer, whose column-parallel linears take `column` seconds."""
@@ -173,27 +174,27 @@ class LayerTimes:
         plan, h = self.plan, self.plan.model.hidden_size
         size, table = plan.element * plan.tokens * h, plan.vocab * h
         moved = 2 * size if direction == "forward" else 2 * size + table * (3 * plan.element + 8)
-        parts = Parts({MEMORY_BOUND: self._move(moved), TP: self._collective("all_reduce", size) / 2})
+        parts = Parts({MEMORY_BOUND: self._move("embedding", moved), TP: self._collective("all_reduce", size) / 2})
         shard = plan.shards[plan.model.layers[0]]
         if plan.model.embed_scale != 1:
-            parts[MEMORY_BOUND] += self._move(2 * size * shard.stream_share)
+            parts[MEMORY_BOUND] += self._move("other", 2 * size * shard.stream_share)
         if plan.model.embedding_norm:
             parts[MEMORY_BOUND] += self.seconds(norm_work(shard, direction), direction)
         return parts
 
     def head(self, direction: Direction) -> Parts:
         """Return the time of final norm, output layer and losses. All three GEMMs are in the forward pass, chunk by chunk."""
-        plan, h, parts = self.plan, self.plan.model.hidden_size, Parts()
-        m, vocab, table = plan.tokens, plan.vocab, plan.vocab * h
-        if direction == "backward":  # scales the gradients by the loss's own
-            parts[MEMORY_BOUND] = self._move(table * (16 + plan.element) + 3 * plan.element * m * h)
-            parts[TP] = self._collective("reduce_scatter", plan.element * m * h)
-            return parts
-        chunks = -(-plan.element * m * vocab // LOGITS_CHUNK_BYTES)
+        plan, h = self.plan, self.plan.model.hidden_size
+        m, vocab, e = plan.tokens, plan.vocab, plan.element
+        norm = self.seconds(norm_work(plan.shards[plan.model.layers[-1]], direction), direction)
+        if direction == "backward":  # scales the gradients by the loss's own, and adds the weight's to its fp32 buffer
+            scaled = self._move("linear_cross_entropy", 3 * FP32_BYTES * vocab * h + 2 * e * m * h)
+            return Parts({MEMORY_BOUND: norm + scaled, TP: self._collective("reduce_scatter", e * m * h)})
+        chunks = -(-e * m * vocab // LOGITS_CHUNK_BYTES)
         forward, backward = (self.hardware.linear["bf16"][way] for way in ("forward", "backward"))
         flops = 2.0 * m * vocab * h
-        parts[GEMMS] = (forward.seconds(flops) + backward.seconds(2 * flops)) * self.compute
-        parts[MEMORY_BOUND] = self._move(3 * plan.element * m * vocab + chunks * 8 * table)
-        parts[TP] = self._collective("all_gather", plan.element * m * h)
-        parts[TP] += chunks * self._collective("all_gather", 12 * m * plan.tp / chunks)
-        return parts
+        return Parts({
+            GEMMS: (forward.seconds(flops) + backward.seconds(2 * flops)) * self.compute,
+            MEMORY_BOUND: norm + self._move("linear_cross_entropy", 3 * e * m * vocab),
+            TP: self._collective("all_gather", e * m * h) + chunks * self._collective("all_gather", 12 * m * plan.tp / chunks),
+        })  # fmt: skip

@@ -4,17 +4,20 @@ from functools import lru_cache
 
 from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.arch.optimizers.spec import OptimizerSpec
+from megatron_hybrid.config.parallel import averages_exactly
 from megatron_hybrid.planner import network
 from megatron_hybrid.planner.hardware import Hardware
 from megatron_hybrid.planner.layer_wise import whole_shards
-from megatron_hybrid.planner.parameters import ChunkLayout, Parameter, chunk_parameters
+from megatron_hybrid.planner.parameters import ChunkLayout, Parameter, chunk_parameters, rank_parameters
 from megatron_hybrid.planner.plan import Plan
 from megatron_hybrid.planner.state import bucket_limit
 
 SHARD_TRAFFIC = 18
 """Bytes per parameter of the shard, besides the optimizer's update: norm 4, clip 8, weight 6."""
-GRADIENT_TRAFFIC = 12
-"""Bytes per parameter of the rank: set to zero 4, scaled by the number of replicas 8."""
+GRADIENT_TRAFFIC = 4
+"""Bytes per parameter of the rank: set to zero."""
+SCALED_TRAFFIC = 8
+"""Bytes per parameter of the rank where a kernel divides gradients by the number of replicas, because collectives cannot."""
 
 
 def optimizer_seconds(plan: Plan, pipeline_rank: int, hardware: Hardware) -> float:
@@ -22,7 +25,9 @@ def optimizer_seconds(plan: Plan, pipeline_rank: int, hardware: Hardware) -> flo
     chunks = [_traffic(ChunkLayout.of(plan, chunk), plan.optimizer) for chunk in plan.chunks_of(pipeline_rank)]
     of_shard, of_rank = (sum(bytes_) for bytes_ in zip(*chunks, strict=True))
     shares = plan.dp_cp if plan.parallel.distributed_optimizer else 1
-    seconds = hardware.copy_seconds("other", of_shard / shares + of_rank)
+    divided = plan.dp_cp > 1 and not averages_exactly(plan.dp_cp)
+    scaled = SCALED_TRAFFIC * rank_parameters(plan, pipeline_rank) if divided else 0
+    seconds = hardware.copy_seconds("optimizer", of_shard / shares + of_rank + scaled)
     spec = OPTIMIZERS[plan.optimizer]
     return seconds + (_matrix_seconds(plan, spec, pipeline_rank, hardware) if spec.whole_matrices else 0.0)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_hybrid.train.optimizers.megatron import averages_exactly
+from megatron_hybrid.config.parallel import averages_exactly
 from testing.layouts import LAYOUTS, MODEL, SHALLOW, TRAIN
 from tests.distributed import average_jobs
 

@@ -19,7 +19,7 @@ from megatron_hybrid.arch.optimizers import OPTIMIZERS
 from megatron_hybrid.arch.optimizers.spec import MASTER, OptimizerSpec
 from megatron_hybrid.checkpoint.collect import Collector, OptimizerShard
 from megatron_hybrid.checkpoint.writer import SlicedTensor
-from megatron_hybrid.config.parallel import ParallelConfig
+from megatron_hybrid.config.parallel import ParallelConfig, averages_exactly
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.config.train import TrainConfig
 from megatron_hybrid.model.megatron_config import DTYPES
@@ -75,15 +75,6 @@ def wrap_data_parallel(
     for one in wrapped:
         unlink_buffers(one)
     return wrapped
-
-
-def averages_exactly(ranks: int) -> bool:
-    """Return whether collectives may average gradients over the ranks, instead of a kernel that divides them before a sum.
-
-    For a power of two both give the same bits. For other sizes the result would depend on where a backend divides: NCCL before
-    it adds, gloo after.
-    """
-    return ranks > 1 and ranks.bit_count() == 1
 
 
 class Optimizer:
