@@ -96,13 +96,9 @@ def main() -> None:
             rows.append(bounded(f"{name}, {which} ({len(sizes)})", "mean error", "share", mean(sizes), goals[0]))
             rows.append(bounded(f"{name}, {which} ({len(sizes)})", "worst error", "share", max(sizes), goals[1]))
     for name, errors in (("step", before), ("step, calibrated", calibrated)):
-        several = [error for case, (_, error) in zip(cases, errors, strict=True) if case["world"] > 1]
-        bias = abs(mean(several))
-        rows.append(
-            bounded(
-                f"{name}, several GPUs ({len(several)})", "size of the mean error, with signs", "share", bias, BIAS_GOAL
-            )
-        )
+        if several := [error for case, (_, error) in zip(cases, errors, strict=True) if case["world"] > 1]:
+            which, metric = f"{name}, several GPUs ({len(several)})", "size of the mean error, with signs"
+            rows.append(bounded(which, metric, "share", abs(mean(several)), BIAS_GOAL))
     wrong = [c for c in everything if c.get("out_of_memory") and c["device"] <= hardware.memory_bytes]
     rows.append(bounded("every case", "said to fit, and ran out of memory", "cases", len(wrong), 0))
     rows += ranking(cases, *predictions)
@@ -115,7 +111,11 @@ def main() -> None:
     worst = max(zip(cases, before, strict=True), key=lambda pair: abs(pair[1][1]))
     notes.append(f"Worst step time before calibration: {worst[0]['case']}, {worst[1][1]:+.1%}.")
     notes += [f"Said to fit, and ran out of memory: {case['case']}; why is not known yet." for case in wrong]
-    notes += [f"{case['case']}: {case['measured']}." for case in cases if "measured" in case]
+    of_runs: dict[str, list[str]] = {}  # other runs than the first one
+    for case in cases:
+        if "measured" in case:
+            of_runs.setdefault(case["measured"], []).append(case["case"])
+    notes += [f"Measured {run}: {'; '.join(names)}." for run, names in of_runs.items()]
     write("planner_errors", rows, ("torch",), machine=data["device"], notes=notes, printed=len(rows))
 
 
