@@ -309,6 +309,23 @@ def planner_runs() -> str:
     return table(["layout", "GB, predicted", "measured", "s per step, predicted", "measured"], lines)
 
 
+def planned_layouts() -> str:
+    """Layouts that the planner ranks first: their name is the metric of the row of their tokens/s."""
+    by_case: dict[str, dict[str, list[str]]] = {}
+    for row in json.loads((RESULTS / "planned_layouts-predicted.json").read_text())["rows"]:
+        case, form = row["case"].rsplit(", ", 1)
+        cells = [f"{row['ours']:.0f}"] if row["unit"] == "GB" else [row["metric"], f"{row['ours']:,.0f}"]
+        by_case.setdefault(case, {}).setdefault(form, []).extend(cells)
+    rows = []
+    for case, found in by_case.items():
+        gpus, sequence = case.split(" tokens")[0].split(", ")
+        without = case.endswith("without CP")
+        label = "the same without CP" if without else gpus.replace(" x NVIDIA", "").replace(" 80GB HBM3", "")
+        rows.append([label, sequence, *(cell for form in FORMATS for cell in found[form])])
+    columns = [name for form in FORMATS for name in (form, "tokens/s per GPU", "GB of tensors")]
+    return table(["GPUs", "sequence", *columns], rows)
+
+
 def documents() -> str:
     """Training steps with documents as in web text, against rows without boundaries."""
     rows = []
@@ -369,7 +386,8 @@ TABLES = {
     "training": training, "headline": headline, "kernels": kernels, "kept-states": kept_states, "tiny": tiny, "fp8-loss": fp8_loss,
     "test-suite": test_suite, "whole-models": whole_models, "qwen": qwen,
     "gradients": gradients, "small-models": small_models,
-    "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs, "muon-update": muon_update,
+    "one-gpu": one_gpu, "planner": planner, "planner-runs": planner_runs,
+    "planned-layouts": planned_layouts, "muon-update": muon_update,
     "expressivity-state-tracking": partial(paper_page.accuracies, table, "state_tracking"),
     "expressivity-state-tracking-runs": partial(paper_page.runs, table, "state_tracking"),
     "expressivity-recall": partial(paper_page.accuracies, table, "recall"),
