@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from itertools import combinations
 
 PIVOT_TOLERANCE = 1e-12
+EQUAL_ERRORS = 1e-6
+"""Relative difference of two sums of squared errors that rounding explains."""
 SMALLEST_FACTOR, LARGEST_FACTOR = 0.5, 2.0
 
 
@@ -34,7 +36,8 @@ def fit_nonnegative(
 ) -> list[float]:
     """Return coefficients for which sum(coefficient * column) has the least squared relative errors against `times`.
 
-    Solves for every subset of the terms: there are at most three of them.
+    Solves for every subset of the terms: there are at most three of them. Of subsets that fit equally well it takes the first of the
+    smallest, since the points do not determine the others. Rounding would choose between them, and they extrapolate differently.
 
     Args:
         columns: one sequence per term, as long as `times`.
@@ -50,8 +53,9 @@ def fit_nonnegative(
         for n in range(len(columns) + 1)
         for terms in combinations(range(len(columns)), n)
     ]
-    fits = [fit for fit in fits if min(fit, default=0.0) >= 0]
-    best = min(fits, key=lambda fit: _squared_errors(scaled, right, fit))
+    errors = [(_squared_errors(scaled, right, fit), fit) for fit in fits if min(fit, default=0.0) >= 0]
+    enough = min(error for error, _ in errors) * (1 + EQUAL_ERRORS) + EQUAL_ERRORS**2
+    best = next(fit for error, fit in errors if error <= enough)  # subsets come in order of their size
     return [low + value / s for low, value, s in zip(least, best, size)]
 
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -29,14 +30,16 @@ MESSAGES = (2**16, 2**20, 2**24, 2**27, 2**29)  # bytes of a collective's whole 
 def device_points(model: ModelConfig, tokens: int = 8192, degrees: Sequence[int] = (1, 2, 4, 8)) -> Iterator[Point]:
     """Yield the points of this process's device, at the model's widths under each tensor parallel degree.
 
-    Mixers that declare `has_rates` measure their own operations (`mixers/<name>/rates.py`).
+    Under the first degree, linears also have four times the tokens: one number of tokens does not tell FLOPs from bytes. Mixers that
+    declare `has_rates` measure their own operations (`mixers/<name>/rates.py`).
     """
     yield from copy_points(tokens * model.ffn_hidden_size * 4)
     formats = FORMATS if has_cuda() and find_spec("transformer_engine") else FORMATS[:1]
     for degree in degrees:
+        counts = (tokens, 4 * tokens) if degree == degrees[0] else (tokens,)
         for form in formats:
-            for n, k in sorted(linear_shapes(model, degree)):
-                yield from _tried(linear_points(form, tokens, n, k), form)
+            for m, (n, k) in product(counts, sorted(linear_shapes(model, degree))):
+                yield from _tried(linear_points(form, m, n, k), form)
         for block in {block.mixer: block for block in model.blocks_by_symbol.values()}.values():
             spec = mixer_spec(block.mixer)
             for form in ("bf16", "fp8") if spec.has_rates and len(formats) > 1 else ("bf16",) if spec.has_rates else ():
