@@ -1,7 +1,7 @@
 """Training steps of OLMo Hybrid 7B at 65,536 tokens under context and tensor parallelism.
 
 torchrun --nproc-per-node 2 benchmarks/long_context.py       [--only REGEX] [--steps N]
-torchrun --nproc-per-node 8 benchmarks/long_context.py
+torchrun --nproc-per-node 8 benchmarks/long_context.py       [--cases FILE: also as planner_errors.py reads them]
 
 On two GPUs, eight layers (GGGA*2) are divided by context or tensor parallelism, and compared with the same layers under data
 parallelism, where each GPU has a sequence of its own. That takes 135 GB. The last cases are the whole model with full recompute. On
@@ -10,6 +10,7 @@ sequence per step, except under data parallelism.
 """
 
 import argparse
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -145,6 +146,19 @@ def predicted(case: Case, label: str) -> float:
     return StepPredictor(load("h200")).step(plan).tokens_per_gpu
 
 
+def planner_case(case: Case, label: str, world: int, found: dict[str, float]) -> dict:
+    """As planner_memory.py writes one, held out."""
+    import planner_memory
+
+    shape = dict(pattern=case.layer_pattern, sequence=SEQUENCE, microbatches=1)
+    config = planner_memory.Case("", world, **shape, parallel=case.parallel, precision=FORMATS[label]).config()
+    config["model"]["rope_theta"] = None
+    if case.documents:
+        config["data"]["documents"] = "mask"
+    measured = {"seconds": found["seconds"], "peak_bytes": found["bytes"]}
+    return {"case": f"{case.name}, 65,536 tokens, {label}", "world": world, "held_out": True, "config": config} | measured
+
+
 def main() -> None:
     from kernel_timing import forget, write_gpu
 
@@ -156,8 +170,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--cases", type=Path, help="measured cases, as planner_errors.py reads them")
     args, _ = parser.parse_known_args()
-    launch, done = Launch.from_environment(), list[dict]()
+    launch, done, cases = Launch.from_environment(), list[dict](), list[dict]()
     baseline: dict[str, float] = {}
     if launch.world_size not in CASES:
         sys.exit("start it on two or eight GPUs: torchrun --nproc-per-node 8 benchmarks/long_context.py")
@@ -171,9 +186,12 @@ def main() -> None:
             if case is BASELINE:
                 baseline[label] = tokens
             done += rows
+            cases.append(planner_case(case, label, launch.world_size, found))
             forget()
             if launch.rank == 0:
                 write_gpu(f"long_context_x{launch.world_size}", done)
+                if args.cases:
+                    args.cases.write_text(json.dumps(cases))
         leave_groups()
     stop_distributed()
 
