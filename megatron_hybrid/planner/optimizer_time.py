@@ -22,24 +22,23 @@ SCALED_TRAFFIC = 8
 
 def optimizer_seconds(plan: Plan, pipeline_rank: int, hardware: Hardware) -> float:
     """Return the time of an update, without calibration factors."""
-    chunks = [_traffic(ChunkLayout.of(plan, chunk), plan.optimizer) for chunk in plan.chunks_of(pipeline_rank)]
-    of_shard, of_rank = (sum(bytes_) for bytes_ in zip(*chunks, strict=True))
+    of_shard = sum(
+        _shard_traffic(ChunkLayout.of(plan, chunk), plan.optimizer) for chunk in plan.chunks_of(pipeline_rank)
+    )
     shares = plan.dp_cp if plan.parallel.distributed_optimizer else 1
     divided = plan.dp_cp > 1 and not averages_exactly(plan.dp_cp)
-    scaled = SCALED_TRAFFIC * rank_parameters(plan, pipeline_rank) if divided else 0
-    seconds = hardware.copy_seconds("optimizer", of_shard / shares + of_rank + scaled)
+    per_parameter = GRADIENT_TRAFFIC + (SCALED_TRAFFIC if divided else 0)
+    moved = of_shard / shares + per_parameter * rank_parameters(plan, pipeline_rank)
+    seconds = hardware.copy_seconds("optimizer", moved)
     spec = OPTIMIZERS[plan.optimizer]
     return seconds + (_matrix_seconds(plan, spec, pipeline_rank, hardware) if spec.whole_matrices else 0.0)
 
 
 @lru_cache(maxsize=1024)
-def _traffic(layout: ChunkLayout, optimizer_name: str) -> tuple[int, int]:
-    """Return the bytes that an update of a whole chunk moves: those that data parallel ranks share, and those that they do not."""
-    spec, of_shard, of_rank = OPTIMIZERS[optimizer_name], 0, 0
-    for parameter in chunk_parameters(layout):
-        of_shard += parameter.numel * (SHARD_TRAFFIC + spec.of(parameter.packed).update_bytes)
-        of_rank += parameter.numel * GRADIENT_TRAFFIC
-    return of_shard, of_rank
+def _shard_traffic(layout: ChunkLayout, optimizer_name: str) -> int:
+    """Return the bytes that an update of a whole chunk moves and data parallel ranks share."""
+    spec = OPTIMIZERS[optimizer_name]
+    return sum(p.numel * (SHARD_TRAFFIC + spec.of(p.packed).update_bytes) for p in chunk_parameters(layout))
 
 
 def _matrix_seconds(plan: Plan, spec: OptimizerSpec, pipeline_rank: int, hardware: Hardware) -> float:
