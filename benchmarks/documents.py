@@ -9,7 +9,6 @@ same kernels and waits for the GPU as often.
 
 import argparse
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -68,22 +67,13 @@ def calls(step) -> dict[str, int]:
 
 
 def measured(engine, batches, steps: int) -> dict[str, float]:
-    """Return the median seconds of a step, its peak bytes, and its calls, on this rank."""
-    from megatron_hybrid.profiling.engine_steps import train_one_step
+    """Return the median seconds of a step under load, its peak bytes, and its calls, on this rank."""
+    from megatron_hybrid.profiling.engine_steps import measure_engine, train_one_step
 
-    step = partial(train_one_step, engine, batches, 1e-5)
-    seconds = []
-    for _ in range(2):
-        step()
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(steps):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    found = {"seconds": sorted(seconds)[steps // 2], "bytes": torch.cuda.max_memory_allocated()}
-    return found | calls(step)
+    found = measure_engine(engine, batches, steps)
+    step = partial(train_one_step, engine, batches, 1e-5)
+    return {"seconds": found.seconds, "bytes": found.peak_bytes} | calls(step)
 
 
 def slowest(found: dict[str, float]) -> dict[str, float]:

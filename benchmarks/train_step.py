@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import sys
-import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -99,23 +98,11 @@ KINDS = {  # of kernels, by parts of their names; the first that fits
 
 def timed(engine, batches, steps: int) -> dict:
     """Median seconds of a step under load, and peak bytes, on this rank; ready to be profiled afterwards."""
-    from megatron_hybrid.profiling.engine_steps import steps_of_load, train_one_step
+    from megatron_hybrid.profiling.engine_steps import measure_engine, train_one_step
 
-    step = partial(train_one_step, engine, batches, 1e-5)
-
-    def seconds() -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    warm = [seconds() for _ in range(2)]
-    for _ in range(steps_of_load(warm[-1])):
-        step()
-    found = sorted(seconds() for _ in range(steps))
-    memory = {"bytes": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.memory_reserved()}
-    return {"seconds": found[steps // 2], "step": step} | memory
+    found = measure_engine(engine, batches, steps)
+    memory = {"bytes": found.peak_bytes, "reserved": found.reserved_bytes}
+    return {"seconds": found.seconds, "step": partial(train_one_step, engine, batches, 1e-5)} | memory
 
 
 def kernel_kinds(engine_step) -> dict[str, float]:
@@ -190,11 +177,10 @@ def planner_case(case: str, found: dict, parallel: dict, precision: dict, args) 
     """As planner_memory.py writes one."""
     from planner_memory import WHOLE, Case
 
-    world, parallel = dist.get_world_size(), parallel | {"recompute_granularity": args.recompute}
     sizes = (WHOLE, SEQUENCE, args.micro, found["microbatches"])
-    config = Case(case, world, *sizes, parallel=parallel, precision=precision).config()
+    parallel = parallel | {"recompute_granularity": args.recompute}
     measured = {"seconds": found["seconds"], "peak_bytes": found["bytes"], "reserved_bytes": found["reserved"]}
-    return {"case": case, "world": world, "held_out": False, "config": config} | measured
+    return Case(case, dist.get_world_size(), *sizes, parallel=parallel, precision=precision).record(measured)
 
 
 def main() -> None:

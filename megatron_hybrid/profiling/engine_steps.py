@@ -100,14 +100,18 @@ def measure(
     count = train.global_batch_size // (b * dp.size())
     batches = random_batches(count, b, config.data.sequence_length, config.model.vocab_size, seed=dp.rank())
     try:
-        return _measured(engine, batches, steps, warmup, train.optimizer.lr, layers and cuda)
+        return measure_engine(engine, batches, steps, warmup, train.optimizer.lr, layers and cuda)
     finally:  # free the memory for the next layout, also after out-of-memory
         engine.close()
         del engine
         gc.collect()
 
 
-def _measured(engine: Any, batches: list[Batch], steps: int, warmup: int, lr: float, layers: bool) -> Measured:
+def measure_engine(
+    engine: Any, batches: list[Batch], steps: int, warmup: int = 2, lr: float = 1e-5, layers: bool = False
+) -> Measured:
+    """Measure an engine as `measure` does, and leave it open. Bytes are those since the last reset of the peak."""
+
     def train(count: int) -> list[_Step]:
         return [_timed_step(engine, batches, lr) for _ in range(count)]
 

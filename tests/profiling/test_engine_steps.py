@@ -45,6 +45,6 @@ def steps_and_seconds() -> tuple[int, int, float]:
         engine = Engine(slow=2 + 1)
         engine_steps.has_cuda = lambda here=has_cuda: here
         engine_steps.LOAD_SECONDS, engine_steps._take_peak, engine_steps._outside = 0.25, lambda: 0, lambda: 0
-        found = engine_steps._measured(engine, [], steps=3, warmup=2, lr=1e-3, layers=False)
+        found = engine_steps.measure_engine(engine, [], steps=3, warmup=2)
         counts.append(engine.steps)
     return *counts, found.seconds
