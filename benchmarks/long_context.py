@@ -130,33 +130,31 @@ def rows_of(case: Case, label: str, found: dict[str, float], baseline: float | N
 
 def predicted(case: Case, label: str) -> float:
     """Return the planner's tokens per second and GPU on eight H200s. Documents are as long as those of web text."""
-    from megatron_hybrid.config.data import DataConfig
-    from megatron_hybrid.config.parallel import ParallelConfig
-    from megatron_hybrid.config.precision import PrecisionConfig
+    from planner_errors import plan_of
+
     from megatron_hybrid.planner.hardware import load
-    from megatron_hybrid.planner.plan import Plan, planned_attended_length
     from megatron_hybrid.planner.timing import StepPredictor
 
-    data = DataConfig(
-        train=[{"path": "none"}], sequence_length=SEQUENCE, documents="mask" if case.documents else "keep"
-    )
-    parallel, precision = ParallelConfig(**case.parallel), PrecisionConfig(**FORMATS[label])
-    attended = planned_attended_length(data, MEAN_DOCUMENT)
-    plan = Plan(model_of(case), parallel, 8, SEQUENCE, 1, case.sequences, precision=precision, attended_length=attended)
+    plan = plan_of(planner_case(case, label, 8, {}), MEAN_DOCUMENT)
     return StepPredictor(load("h200")).step(plan).tokens_per_gpu
 
 
-def planner_case(case: Case, label: str, world: int, found: dict[str, float]) -> dict:
+def planner_case(case: Case, label: str, world: int, measured: dict[str, float]) -> dict:
     """As planner_memory.py writes one, held out."""
     import planner_memory
 
-    shape = dict(pattern=case.layer_pattern, sequence=SEQUENCE, microbatches=1)
-    config = planner_memory.Case("", world, **shape, parallel=case.parallel, precision=FORMATS[label]).config()
-    config["model"]["rope_theta"] = None
-    if case.documents:
-        config["data"]["documents"] = "mask"
-    measured = {"seconds": found["seconds"], "peak_bytes": found["bytes"]}
-    return {"case": f"{case.name}, 65,536 tokens, {label}", "world": world, "held_out": True, "config": config} | measured
+    return planner_memory.Case(
+        f"{case.name}, 65,536 tokens, {label}",
+        world,
+        case.layer_pattern,
+        SEQUENCE,
+        microbatches=1,
+        held_out=True,
+        parallel=case.parallel,
+        precision=FORMATS[label],
+        model={"rope_theta": None},
+        data={"documents": "mask"} if case.documents else {},
+    ).record(measured)
 
 
 def main() -> None:
@@ -186,7 +184,8 @@ def main() -> None:
             if case is BASELINE:
                 baseline[label] = tokens
             done += rows
-            cases.append(planner_case(case, label, launch.world_size, found))
+            measured = {"seconds": found["seconds"], "peak_bytes": found["bytes"]}
+            cases.append(planner_case(case, label, launch.world_size, measured))
             forget()
             if launch.rank == 0:
                 write_gpu(f"long_context_x{launch.world_size}", done)

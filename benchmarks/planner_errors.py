@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from report import bounded, row, write  # noqa: E402
 
+from megatron_hybrid.arch.documents import ASSUMED_LENGTH  # noqa: E402
 from megatron_hybrid.config.presets import expand  # noqa: E402
 from megatron_hybrid.config.renames import rename_saved  # noqa: E402
 from megatron_hybrid.config.run import RunConfig  # noqa: E402
@@ -29,11 +30,16 @@ from megatron_hybrid.planner.search import device_bytes  # noqa: E402
 MEMORY_GOALS, TIME_GOALS, BIAS_GOAL = (0.05, 0.10), (0.20, 0.10), 0.03
 
 
-def predicted(case: dict, hardware: Hardware) -> dict:
-    """Return a measured case with its plan and predicted memory."""
+def plan_of(case: dict, document_length: float = ASSUMED_LENGTH) -> Plan:
+    """Return the plan of a case. Documents have `document_length` tokens on average, if they are separated."""
     saved = rename_saved(case["config"])
     config = RunConfig.model_validate(saved | {"model": expand(saved["model"])})
-    plan = Plan.of(config, case["world"])
+    return Plan.of(config, case["world"], document_length)
+
+
+def predicted(case: dict, hardware: Hardware) -> dict:
+    """Return a measured case with its plan and predicted memory."""
+    plan = plan_of(case)
     memory = fullest(plan)
     return case | {"plan": plan, "memory": memory.total, "device": device_bytes(memory, hardware)}
 

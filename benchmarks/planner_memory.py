@@ -39,6 +39,8 @@ class Case:
     """Memory of the smallest device that it fits."""
     parallel: dict = field(default_factory=dict)
     precision: dict = field(default_factory=dict)
+    model: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
 
     def config(self) -> dict:
         """Return the configuration of the run."""
@@ -46,8 +48,8 @@ class Case:
         replicas = self.world // math.prod(degrees)
         return {
             "run_dir": "runs/none",
-            "model": {"base_preset": "olmo_hybrid_7b", "layer_pattern": self.pattern},
-            "data": {"train": [{"path": "none"}], "sequence_length": self.sequence},
+            "model": {"base_preset": "olmo_hybrid_7b", "layer_pattern": self.pattern} | self.model,
+            "data": {"train": [{"path": "none"}], "sequence_length": self.sequence} | self.data,
             "train": {
                 "steps": 1,
                 "micro_batch_size": self.micro_batch,
@@ -56,6 +58,11 @@ class Case:
             "parallel": self.parallel,
             "precision": self.precision,
         }
+
+    def record(self, found: dict) -> dict:
+        """Return the case with its measurements, as planner_errors.py reads it."""
+        case = {"case": self.name, "world": self.world, "held_out": self.held_out, "config": self.config()}
+        return case | found
 
 
 def _split(tp=1, pp=1, vpp=1, **more) -> dict:
@@ -143,9 +150,7 @@ def run_cases(cases: list[Case], out: Path, deadline: float) -> None:
             result = {"error": str(error)[:300]}
         _forget(config)
         if launch.rank == 0:
-            found.append(
-                {"case": case.name, "world": case.world, "held_out": case.held_out, "config": case.config()} | result
-            )
+            found.append(case.record(result))
             out.write_text(json.dumps(found))
             shown = {k: v for k, v in result.items() if k not in ("saved_by_layer",)}
             print(f"{case.name}: {shown}, {time.perf_counter() - started:.0f} s in all", flush=True)
