@@ -261,22 +261,30 @@ def one_gpu() -> str:
     )
 
 
+def _cases(result: str, which: str) -> int:
+    """Return the number of cases over which a planner_errors file takes means: all, or several GPUs."""
+    rows = json.loads((RESULTS / f"{result}.json").read_text())["rows"]
+    return next(int(match[1]) for row in rows if (match := re.fullmatch(rf"step, {which} \((\d+)\)", row["case"])))
+
+
 def planner() -> str:
     """Errors of the planner's predictions."""
-    rows = []
+    results = {gpu: f"planner_errors-{gpu}" for gpu in ("H100", "H200")}
+    counts = {gpu: _cases(result, "all") for gpu, result in results.items()}
+    several, rows = _cases(results["H200"], "several GPUs"), []
     for label, name in (
         ("peak memory", "memory"),
         ("step time", "step"),
         ("step time, calibrated", "step, calibrated"),
     ):
         cells = [label]
-        for result, count in (("planner_errors-H100", 12), ("planner_errors-H200", 45)):
-            mean, worst = (figure(result, f"{name}, all ({count})", f"{kind} error") for kind in ("mean", "worst"))
+        for gpu, result in results.items():
+            mean, worst = (figure(result, f"{name}, all ({counts[gpu]})", f"{kind} error") for kind in ("mean", "worst"))
             cells += [f"{mean:.1%}", f"{worst:.1%}"]
-        bias = f"{name}, several GPUs (31)", "size of the mean error, with signs"
-        rows.append([*cells, _or_dash("{:.1%}", "planner_errors-H200", *bias)])
-    head = ["prediction", "H100, mean of 12", "worst", "H200, mean of 45", "worst", "31 on two H200s, bias"]
-    return table(head, rows)
+        bias = f"{name}, several GPUs ({several})", "size of the mean error, with signs"
+        rows.append([*cells, _or_dash("{:.1%}", results["H200"], *bias)])
+    means = [text for gpu, count in counts.items() for text in (f"{gpu}, mean of {count}", "worst")]
+    return table(["prediction", *means, f"{several} on two H200s, bias"], rows)
 
 
 def muon_update() -> str:

@@ -17,7 +17,6 @@ from megatron_hybrid.config.precision import PrecisionConfig  # noqa: E402
 from megatron_hybrid.config.presets import olmo_hybrid_7b  # noqa: E402
 from megatron_hybrid.planner.hardware import Hardware, load  # noqa: E402
 from megatron_hybrid.planner.job import Job  # noqa: E402
-from megatron_hybrid.planner.plan import Plan  # noqa: E402
 from megatron_hybrid.planner.search import Candidate, search  # noqa: E402
 
 TOKENS = 4 << 20
@@ -40,17 +39,6 @@ QUESTIONS = [
 ]
 
 
-def described(plan: Plan) -> str:
-    """Return degrees above 1, micro-batch and recomputation, as in `TP2 DP32, micro-batch 2`."""
-    sizes = (("TP", plan.tp), ("CP", plan.cp), ("PP", plan.pp), ("VPP", plan.vpp), ("DP", plan.dp))
-    parts = [" ".join(f"{name}{size}" for name, size in sizes if size > 1)]
-    if plan.micro_batch_size > 1:
-        parts.append(f"micro-batch {plan.micro_batch_size}")
-    if plan.parallel.recompute_granularity != "none":
-        parts.append(f"{plan.parallel.recompute_granularity} recompute")
-    return ", ".join(parts)
-
-
 def best(question: Question, hardware: Hardware, recipe: str | None) -> Iterator[tuple[str, Candidate]]:
     """Yield the first candidate; of long sequences also the first without context parallelism, with what sets it apart."""
     precision = PrecisionConfig(fp8_recipe=recipe)
@@ -69,9 +57,10 @@ def main() -> None:
         for form, recipe in FORMATS.items():
             for without, candidate in best(question, hardware, recipe):
                 case = f"{question.gpus} x {hardware.name}, {question.sequence:,} tokens{without}, {form}"
-                layout = described(candidate.plan)
                 rows += [
-                    row(case, layout, "tokens/s/GPU", candidate.step.tokens_per_gpu, higher_is_better=True),
+                    row(
+                        case, candidate.plan.label, "tokens/s/GPU", candidate.step.tokens_per_gpu, higher_is_better=True
+                    ),
                     row(case, "peak of all tensors", "GB", candidate.memory.total / 1e9),
                 ]
     write("planned_layouts", rows, machine="predicted", notes=["Predictions. No layout of this table was run."])
