@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -65,11 +66,15 @@ class Owner:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Return the owner that a lock file names; None if there is no file or it is damaged."""
+    """Return the owner that a lock file names; None if there is no file or it is damaged.
+
+    Raises:
+        OSError: the file cannot be read, so its owner is unknown.
+    """
     try:
         fields = json.loads(path.read_text())
         return Owner(**fields | {"process": ProcessIdentity(**fields["process"])})
-    except (OSError, ValueError, TypeError, LookupError):
+    except (FileNotFoundError, ValueError, TypeError, LookupError):
         return None
 
 
@@ -81,12 +86,13 @@ class RunLock:
         say: prints a line, when a lock is taken over.
 
     Raises:
-        RunFolderError: on entering, if another run holds the folder, or the folder cannot be written.
+        RunFolderError: on entering, if another run holds the folder, or the folder cannot be read or written.
     """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None] = print):
         self.path, self.say = run_dir / LOCK, say
         self.owner = Owner.this_process()
+        self._temporary = self.path.with_name(f".{LOCK}.{self.owner.token}")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
 
@@ -96,8 +102,9 @@ class RunLock:
             while not self._create():
                 self._remove_if_dead()
         except OSError as error:
-            reason = f"{self.path} cannot be written: {error.strerror}"
-            raise RunFolderError(f"run_dir: {reason}; free space there, or give the run another run_dir") from error
+            reason = f"{self.path} cannot be read or written: {error.strerror}"
+            remedy = "check its permissions and the free space there, or give the run another run_dir"
+            raise RunFolderError(f"run_dir: {reason}; {remedy}") from error
         self._thread.start()
         return self
 
@@ -106,21 +113,23 @@ class RunLock:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        if self._is_ours():
-            self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # the next run takes over the lock of a process that has ended
+            self._temporary.unlink(missing_ok=True)
+            owner = read_owner(self.path)
+            if owner and owner.token == self.owner.token:
+                self.path.unlink()
 
     def _create(self) -> bool:
         """Create the lock file with its content in one step: `link` fails if the file exists, also on NFS."""
-        own = self.path.with_name(f".{LOCK}.{self.owner.token}")
-        own.write_text(json.dumps(asdict(self.owner)))
+        self._temporary.write_text(json.dumps(asdict(self.owner)))
         try:
-            os.link(own, self.path)
+            os.link(self._temporary, self.path)
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
             return self._create_exclusively()
         finally:
-            own.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)
         return True
 
     def _create_exclusively(self) -> bool:
@@ -150,8 +159,13 @@ class RunLock:
             os.replace(self.path, aside)  # if two processes take over, one finds no file here
         except FileNotFoundError:
             return
-        if read_owner(aside) != found:  # another process had taken it over already
-            os.replace(aside, self.path)
+        unchanged = False
+        try:
+            unchanged = read_owner(aside) == found
+        finally:
+            if not unchanged:  # another process had taken it over already, or it cannot be read
+                os.replace(aside, self.path)
+        if not unchanged:
             return
         aside.unlink()
         self.say(f"took over {self.path.parent}: {found or 'the process that held it'} has ended")
@@ -164,21 +178,23 @@ class RunLock:
                 return False
         return True
 
-    def _is_ours(self) -> bool:
-        owner = read_owner(self.path)
-        return owner is not None and owner.token == self.owner.token
-
     def _keep(self) -> None:
-        """Rewrite the lock until the run ends. End the process if another one has taken over the folder."""
+        """Rewrite the lock until the run ends. End the process if another one has taken over the folder.
+
+        A lock that is missing, damaged or cannot be read belongs to nobody else: the run continues.
+        """
         while not self._ended.wait(BEAT_S):
-            if not self._is_ours() and self.path.exists():
-                text = f"run_dir: {self.path.parent} was taken over by {read_owner(self.path)}; ending without a save"
-                print(text, file=sys.stderr, flush=True)
-                os._exit(BAD_INPUT)
-            self.owner = replace(self.owner, beat=self.owner.beat + 1)
-            beat = self.path.with_name(f".{LOCK}.{self.owner.token}")
             try:
-                beat.write_text(json.dumps(asdict(self.owner)))
-                os.replace(beat, self.path)
+                owner = read_owner(self.path)
+                if owner and owner.token != self.owner.token:
+                    text = f"run_dir: {self.path.parent} was taken over by {owner}; ending without a save"
+                    print(text, file=sys.stderr, flush=True)
+                    os._exit(BAD_INPUT)
+                self._rewrite()
             except OSError:  # such as a full disk: the next rewrite may succeed, and training does not need it
                 continue
+
+    def _rewrite(self) -> None:
+        self.owner = replace(self.owner, beat=self.owner.beat + 1)
+        self._temporary.write_text(json.dumps(asdict(self.owner)))
+        os.replace(self._temporary, self.path)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from dataclasses import asdict, replace
 
 import pytest
@@ -87,17 +88,61 @@ def test_a_lock_that_another_host_renews_is_respected(tmp_path, monkeypatch):
     assert read_owner(lock).process.host == "elsewhere"
 
 
-def test_a_run_whose_folder_was_taken_ends_without_a_save(tmp_path):
+def test_a_lock_that_cannot_be_read_is_not_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE_S", 0.0)
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(RunFolderError, match=rf"run_dir: .*{LOCK} cannot be read or written: Is a directory; check"):
+        RunLock(tmp_path).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def hold_in_a_process(folder, work: str) -> subprocess.CompletedProcess:
+    """Run a process that holds a folder, renews its lock every 0.1 s, and meanwhile does `work`."""
     program = f"""
-import json, time
+import json, os, time
 from dataclasses import asdict, replace
 from pathlib import Path
 from megatron_hybrid.train import run_lock
+from megatron_hybrid.train.run_lock import read_owner
 run_lock.BEAT_S = 0.1
-with run_lock.RunLock(Path({str(tmp_path)!r})) as lock:
-    time.sleep(0.5)
-    lock.path.write_text(json.dumps(asdict(replace(lock.owner, token="other", user="somebody"))))
-    time.sleep(60)
+with run_lock.RunLock(Path({str(folder)!r})) as lock:
+{textwrap.indent(work, "    ")}
+print("ended by itself")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+
+
+def test_a_run_whose_folder_was_taken_ends_without_a_save(tmp_path):
+    work = """
+other = lock.path.with_name("other")
+while True:
+    other.write_text(json.dumps(asdict(replace(lock.owner, token="other", user="somebody"))))
+    os.replace(other, lock.path)
+    time.sleep(0.5)
+"""
+    done = hold_in_a_process(tmp_path, work)
     assert done.returncode == 78 and "was taken over by process" in done.stderr and "somebody" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "lock.path.unlink()",
+        "lock.path.write_text('')",
+        "lock.path.write_text('{')",
+        "os.symlink(lock.path, loop); os.replace(loop, lock.path); time.sleep(0.5); lock.path.unlink()",
+    ],
+    ids=["missing", "empty", "damaged", "unreadable for a while"],
+)
+def test_a_run_outlives_damage_to_its_lock(tmp_path, damage):
+    work = f"""
+loop = lock.path.with_name("loop")
+for _ in range(3):
+    {damage}
+    while not lock.path.is_file() or read_owner(lock.path) is None:
+        time.sleep(0.01)
+    assert read_owner(lock.path).token == lock.owner.token
+"""
+    done = hold_in_a_process(tmp_path, work)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended by itself\n", "")
+    assert not list(tmp_path.iterdir())
