@@ -85,13 +85,19 @@ def check_restarts(run_dir: Path, step: int, env: Mapping[str, str] = os.environ
     """Count how often this job has restarted without a new step; `step` is where it starts from now.
 
     Only restarts by SLURM, torchrun and megatron-hybrid launch count; starts by hand are not limited. Call it on one rank. The record
-    is a file in run_dir. A record that cannot be written is reported, and does not end the run.
+    is a file in run_dir. A record that cannot be read or written is reported, and does not end the run.
 
     Raises:
         RestartError: more than MOST_RESTARTS restarts in a row without a new step.
     """
     record = run_dir / RECORD
-    restart, job = restart_count(env), env.get("SLURM_JOB_ID", "")
+    try:
+        _count_restart(record, step, restart_count(env), env.get("SLURM_JOB_ID", ""))
+    except OSError as error:
+        print(f"{record} cannot be read or written: {error.strerror}; this restart is not counted", flush=True)
+
+
+def _count_restart(record: Path, step: int, restart: int, job: str) -> None:
     fruitless = 0
     last = _read_record(record) if restart > 0 else {}
     if (last.get("job"), last.get("step")) == (job, step):
@@ -101,10 +107,7 @@ def check_restarts(run_dir: Path, step: int, env: Mapping[str, str] = os.environ
             f"{f'job {job}' if job else 'the run'} has restarted {MOST_RESTARTS} times without a step beyond {step}; find the "
             f"reason in the log of the attempts. After fixing it, submit the run again: it resumes from step {step}"
         )
-    try:
-        _write_record(record, {"job": job, "step": step, "restarts_without_a_step": fruitless})
-    except OSError as error:
-        print(f"{record} cannot be written: {error.strerror}; this restart is not counted", flush=True)
+    _write_record(record, {"job": job, "step": step, "restarts_without_a_step": fruitless})
 
 
 def _write_record(record: Path, content: dict[str, Any]) -> None:
@@ -125,7 +128,7 @@ def _read_record(record: Path) -> dict[str, Any]:
             return last
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         pass
     with contextlib.suppress(OSError):
         os.replace(record, record.with_suffix(".json.damaged"))

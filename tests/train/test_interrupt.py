@@ -77,6 +77,13 @@ def test_a_damaged_record_is_reported_and_stops_nothing(tmp_path, capsys, conten
     assert json.loads((tmp_path / RECORD).read_text()) == {"job": "9", "step": 0, "restarts_without_a_step": 0}
 
 
+def test_a_record_that_cannot_be_read_is_reported_and_kept(tmp_path, capsys):
+    (tmp_path / RECORD).mkdir()
+    attempt(tmp_path, 0, 1)
+    assert f"{tmp_path / RECORD} cannot be read or written: Is a directory; this restart is" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [RECORD]
+
+
 def test_starts_by_hand_are_not_counted(tmp_path):
     for _ in range(9):
         check_restarts(tmp_path / "new", 0, {})
