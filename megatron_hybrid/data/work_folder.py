@@ -62,11 +62,17 @@ class WorkFolder:
             self.path.rmdir()
 
     def _read_owner(self) -> dict[str, Any] | None:
-        """Return the owner, or None."""
+        """Return the owner; None if the folder names none, as after a kill.
+
+        Raises:
+            DataError: the file cannot be read, so its owner may live.
+        """
         try:
             owner = json.loads((self.path / _OWNER).read_text())
-        except (OSError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
+        except OSError as error:
+            raise DataError(self._held(f"an unknown process ({error.filename}: {error.strerror})")) from error
         return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else None
 
     def _take_over(self) -> None:

@@ -232,6 +232,16 @@ def test_the_folder_of_a_process_that_may_live_is_kept(tmp_path, changes):
     assert content(tmp_path) == before
 
 
+def test_a_folder_whose_owner_cannot_be_read_is_kept(tmp_path):
+    leave_folder(tmp_path / "c", **dict(zip(("pid", "started"), start_of_dead_process(), strict=True)))
+    (tmp_path / "c.partial" / "owner.json").unlink()
+    (tmp_path / "c.partial" / "owner.json").mkdir()
+    source = write_lines(tmp_path / "a.jsonl", "alpha")
+    with pytest.raises(DataError, match=r"an unknown process \(.*owner.json: Is a directory\).*rm -r .*c.partial"):
+        preprocess([source], tmp_path / "c", overwrite=True)
+    assert (tmp_path / "c.partial" / "dataset.bin").read_bytes() == b"half a dataset"
+
+
 @pytest.mark.parametrize("split", [None, SPLIT])
 def test_two_jobs_to_one_dataset_exclude_each_other(tmp_path, monkeypatch, split):
     """The other job has the name that this one's --split gives, or the same name by another path."""
