@@ -155,7 +155,7 @@ def _check_target(target: Path) -> None:
 def _prepare(folder: Path, conversion: Conversion) -> None:
     """Create the temporary folder. An existing one of the same conversion is kept."""
     plan = _plan(conversion)
-    with suppress(OSError, ValueError):
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
         if json.loads((folder / _PLAN).read_text()) == plan:
             return
     if os.path.lexists(folder):

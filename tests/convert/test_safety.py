@@ -1,5 +1,6 @@
 """Hostile and damaged files give a typed error quickly, and nothing is written."""
 
+import errno
 import json
 import os
 import shutil
@@ -195,6 +196,24 @@ def test_an_interrupted_conversion_resumes(folder, monkeypatch, capsys):
     for path in target.iterdir():
         assert path.read_bytes() == (folder.parent / "whole" / path.name).read_bytes()
     assert find_checkpoint(str(ours), "checkpoint.resume") == ours
+
+
+def test_a_plan_that_cannot_be_read_keeps_the_files_written_so_far(folder, monkeypatch, capsys):
+    begun = folder.parent / ".converting-ours"
+    begun.mkdir()
+    (begun / "plan.json").write_text("{}")
+    (begun / "finished").write_text("x")
+    read_text = Path.read_text
+
+    def fail(self, *arguments, **options):
+        if self.name == "plan.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return read_text(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert to_ours(folder, folder.parent / "ours") != 0
+    assert "Input/output error" in capsys.readouterr().err
+    assert (begun / "finished").exists()
 
 
 def test_a_changed_source_starts_over(folder, monkeypatch):
