@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -112,7 +113,14 @@ def test_the_time_limit_stops_all_runs_with_a_request(grid, origin, tmp_path):
     patient = "signal.signal(signal.SIGTERM, lambda *_: ((F / 'saved').touch(), sys.exit(75)))\n(F / 'ready').touch()\ntime.sleep(60)"
     runs = [script(tmp_path / str(number), patient) for number in range(3)]
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    scheduler = Scheduler(runs, gpus=0, per_device=2, deadline=time.monotonic() + 1.5, origin=origin)
+    scheduler = Scheduler(runs, gpus=0, per_device=2, deadline=float("inf"), origin=origin)
+
+    def end_the_time_once_two_run() -> None:
+        while sum((run.folder / "ready").exists() for run in runs) < 2:
+            time.sleep(0.01)
+        scheduler.deadline = 0.0
+
+    threading.Thread(target=end_the_time_once_two_run, daemon=True).start()
     try:
         scheduler.work()
     finally:
