@@ -11,15 +11,16 @@ _REMEDIES = {
     errno.EROFS: "mount the file system for writing, or choose a folder on another one",
     errno.EIO: "check the device or the network file system (dmesg), or choose a folder on another one",
     errno.ESTALE: "mount the network file system again",
-    errno.EACCES: "give this user the permission to write there",
-    errno.EPERM: "give this user the permission to write there",
+    errno.EACCES: "give this user permission to read and write there",
+    errno.EPERM: "give this user permission to read and write there",
 }
+_OF_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 FAILURES = frozenset(_REMEDIES)
 """Error numbers of file systems that no change of the program's input can cause."""
 
 
 def describe_failure(error: OSError, path: str | os.PathLike[str], needed: int | None = None) -> str:
-    """Return one line about a failed write: path, reason, needed and free bytes, and the remedy.
+    """Return one line about a failed read or write: path, reason, needed and free bytes, and the remedy.
 
     Args:
         path: named if the error names no file.
@@ -28,7 +29,8 @@ def describe_failure(error: OSError, path: str | os.PathLike[str], needed: int |
     where = Path(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path)
     room = _room(where, needed) if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     remedy = _REMEDIES.get(error.errno or 0, "check the file system")
-    return f"{where}: cannot be written: {error.strerror or error}{room}; {remedy}"
+    failed = "cannot be written" if error.errno in _OF_WRITES else "cannot be read or written"
+    return f"{where}: {failed}: {error.strerror or error}{room}; {remedy}"
 
 
 def _room(path: Path, needed: int | None) -> str:

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_hybrid.arch.optimizers.spec import MASTER
 from megatron_hybrid.arch.packing import PackedSlice
 from megatron_hybrid.arch.tensor_slice import TensorSlice
+from megatron_hybrid.base.heartbeat import heartbeat
 from megatron_hybrid.checkpoint.format import slices_of_range, state_name
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.checkpoint.writer import SlicedTensor
@@ -169,6 +170,7 @@ class Collector:
     def load_weights(self, reader: TensorReader) -> None:
         """Fill this rank's parameters; padding is zero. Parameters of `from_master` are filled by the next load of masters."""
         for _, parameter, slices in self.parameters:
+            heartbeat.beat()
             if self.from_master(parameter):
                 continue
             parameter.zero_()
@@ -190,6 +192,7 @@ class Collector:
     def _load_states(self, reader: CheckpointReader, wanted: tuple[str, ...] | None = None) -> None:
         # only the rows that this rank's range touches are read
         for _, parameter, slices in self.parameters:
+            heartbeat.beat()
             shard = self.optimizer_shards.get(parameter)
             if shard is None:
                 continue

@@ -16,10 +16,27 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def list_folder(root: Path) -> list[Path]:
+    """Return the content of a folder in the order of names, or an empty list if there is no such folder.
+
+    `Path.glob` finds nothing in a folder that cannot be read. A run would take that for a folder without checkpoints.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    try:
+        return sorted(root.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first. Temporary folders have other names."""
-    found = [p for p in root.glob("step-*") if checkpoint_step(p) is not None and (p / INDEX).is_file()]
-    return sorted(found, key=lambda p: p.name)
+    """Return the complete checkpoints of a run, oldest first. Temporary folders have other names.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    return [path for path in list_folder(root) if checkpoint_step(path) is not None and (path / INDEX).is_file()]
 
 
 def find_checkpoint(name: str, field: str) -> Path:

@@ -32,6 +32,7 @@ def read_index(folder: Path) -> Index:
 
     Raises:
         CheckpointError: no index, a damaged one, another format, or a file that is missing or has another size.
+        OSError: a file cannot be read. That says nothing about its content.
     """
     path = folder / INDEX
     if not path.is_file():
@@ -44,9 +45,9 @@ def read_index(folder: Path) -> Index:
             data = file.read(MAX_INDEX_BYTES + 1)
         index = parse_index(data, path)
         sizes = {name: facts["bytes"] for name, facts in index.all_files().items()}
-    except CheckpointError:
+    except (CheckpointError, OSError):
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: damaged ({type(error).__name__}: {error!s:.200}); use an earlier checkpoint"
         ) from error

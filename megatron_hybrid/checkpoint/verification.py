@@ -36,6 +36,9 @@ def find_damage(
 
     Args:
         names: files to compare; None: all of them. Files without a recorded hash are not read.
+
+    Raises:
+        OSError: a file cannot be read. That says nothing about its content.
     """
     known = index.all_files()
     hashes = {name: known[name].get("sha256") for name in (known if names is None else names)}
@@ -43,7 +46,7 @@ def find_damage(
     def problem(name: str) -> str | None:
         try:
             found = file_sha256(folder / name, progress)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             return f"{folder / name}: cannot be read: {error.strerror}"
         if found == hashes[name]:
             return None

@@ -1,7 +1,7 @@
 """Checks the data with all ranks together.
 
-The check of large files takes long, and a collective fails if a rank exceeds its time limit. So the ranks share the work
-and wait for each other by polling torch.distributed's key-value store: without a time limit, and without a collective.
+The check of large files takes long. So the ranks share the work through torch.distributed's key-value store, and wait for
+each other without a time limit (distributed/shared_progress.py).
 """
 
 import itertools
@@ -13,7 +13,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_hybrid.base.errors import UserError, join
-from megatron_hybrid.base.heartbeat import heartbeat
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.build import build_train_and_validation, open_sources
@@ -22,9 +21,9 @@ from megatron_hybrid.data.errors import DataError
 from megatron_hybrid.data.generated import GeneratedDataset
 from megatron_hybrid.data.prepare_documents import DocumentPreparation
 from megatron_hybrid.data.verdicts import VerdictCache
+from megatron_hybrid.distributed.shared_progress import SharedProgress
 
 _REPORT_EVERY_S = 30.0
-_FIRST_POLL_S, _LONGEST_POLL_S = 0.01, 1.0
 _checks = itertools.count()  # every rank counts the same checks; the number separates their keys
 
 
@@ -35,12 +34,12 @@ class StoreTeam:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.distributed_c10d.PrefixStore(f"data_check/{next(_checks)}", store)
+        self._progress = SharedProgress()
 
     def claim(self, work: str, count: int) -> Iterator[int]:
         """Yield the numbers below `count` that this rank works on, until all are claimed or a rank has failed."""
         while not self._store.check(["error"]) and (number := self._store.add(f"next/{work}", 1) - 1) < count:
-            self._store.add("claims", 1)
-            heartbeat.beat()
+            self._progress.advance()
             yield number
 
     def same(self, name: str, value: str) -> bool:
@@ -58,25 +57,16 @@ class StoreTeam:
         except BaseException as error:
             text = str(error) if isinstance(error, UserError) else f"rank {self.rank} failed: {error!r}"
             self._store.compare_set("error", "", text)
-            self._store.add("done", 1)
+            self._progress.finish()
             if isinstance(error, UserError):
                 error.printed_by = "each rank"  # launchers may end the first rank as soon as this one has ended
-                self._wait()
+                self._progress.wait()
             raise
-        self._store.add("done", 1)
-        self._wait()
+        self._progress.finish()
+        self._progress.wait()
         if self._store.check(["error"]):
             raise DataError(self._store.get("error").decode())
         return result
-
-    def _wait(self) -> None:
-        pause, progress = _FIRST_POLL_S, -1
-        while (done := self._store.add("done", 0)) < self.size:
-            if (now := done + self._store.add("claims", 0)) != progress:  # other ranks still work
-                progress = now
-                heartbeat.beat()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_POLL_S)
 
 
 def open_data(config: RunConfig, curriculum: Curriculum | None = None) -> tuple[Blend, dict[str, Blend]]:

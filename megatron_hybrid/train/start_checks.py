@@ -1,19 +1,16 @@
 """Checks that a run makes after all ranks have started, before it builds the model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-
-from megatron_hybrid.base.errors import UserError, as_storage_error
 from megatron_hybrid.checkpoint.folders import checkpoint_step, complete_checkpoints
 from megatron_hybrid.checkpoint.removal import remove_remains
 from megatron_hybrid.config.run import RunConfig
 from megatron_hybrid.config.run_dir import checkpoint_bytes
 from megatron_hybrid.data.agreement import refuse, run_disagreements, warn
 from megatron_hybrid.data.sources import open_source
+from megatron_hybrid.distributed.first_rank import on_first_rank
 from megatron_hybrid.distributed.process_groups import stop_distributed
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.preflight import preflight
@@ -48,8 +45,11 @@ def run_folder(run_dir: Path) -> Iterator[None]:
 
         def enter() -> None:
             stack.enter_context(RunLock(run_dir))
-            if remains := remove_remains(run_dir / "checkpoints"):
-                print(f"removed what killed saves left: {', '.join(remains)}", flush=True)
+            remains = remove_remains(run_dir / "checkpoints")
+            if remains.removed:
+                print(f"removed what killed saves left: {', '.join(remains.removed)}", flush=True)
+            for name, reason in remains.kept.items():
+                print(f"{name} cannot be removed: {reason}; the run continues and leaves it there", flush=True)
 
         on_first_rank(enter)
         yield
@@ -90,27 +90,3 @@ def newest_step(run_dir: Path) -> int:
     """Return the step from which the run would resume; 0 if it has no checkpoint."""
     found = complete_checkpoints(run_dir / "checkpoints")
     return (checkpoint_step(found[-1]) or 0) if found else 0
-
-
-def on_first_rank[T](work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and return its result, or raise its error, on every rank.
-
-    Results and errors are sent with torch.distributed's object broadcast, so they must be plain values.
-    """
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [work(), None]
-        except UserError as error:
-            outcome = [None, error]
-        except Exception as error:
-            failure = as_storage_error(error) if isinstance(error, OSError) else None
-            dist.broadcast_object_list([None, failure or RuntimeError(f"rank 0: {error!r}")])
-            if failure is None:
-                raise
-            raise failure from error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: T = outcome[0]
-    return result

@@ -17,6 +17,7 @@ from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.curriculum import Curriculum
 from megatron_hybrid.data.fingerprint import data_identity
 from megatron_hybrid.data.vocabulary import vocabulary_identity
+from megatron_hybrid.distributed.first_rank import on_first_rank
 from megatron_hybrid.distributed.process_groups import stop_distributed
 from megatron_hybrid.launch.environment import Launch
 from megatron_hybrid.launch.start import start_distributed
@@ -37,7 +38,7 @@ from megatron_hybrid.train.setup import (
     write_config,
 )
 from megatron_hybrid.train.start import check_start_point
-from megatron_hybrid.train.start_checks import check_start, newest_step, on_first_rank, run_folder
+from megatron_hybrid.train.start_checks import check_start, newest_step, run_folder
 from megatron_hybrid.train.verified_start import choose_verified_start
 from megatron_hybrid.train.watchdog import build_watchdog, collective_timeout
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_hybrid.base.errors import storage_errors
-from megatron_hybrid.checkpoint.folders import checkpoint_step, complete_checkpoints
+from megatron_hybrid.checkpoint.folders import checkpoint_step, complete_checkpoints, list_folder
 from megatron_hybrid.checkpoint.format import INDEX, CheckpointError
 from megatron_hybrid.checkpoint.index_file import read_index
 from megatron_hybrid.checkpoint.removal import DAMAGED, set_damaged_aside
 from megatron_hybrid.checkpoint.shared_verification import find_damage_together
 from megatron_hybrid.config.run import RunConfig
+from megatron_hybrid.distributed.first_rank import on_first_rank
 from megatron_hybrid.train.start import Start, choose_start
-from megatron_hybrid.train.start_checks import on_first_rank
 
 
 def choose_verified_start(config: RunConfig) -> Start:
@@ -22,6 +22,7 @@ def choose_verified_start(config: RunConfig) -> Start:
 
     Raises:
         RunFolderError, CheckpointError: on every rank alike. As `choose_start`; or no checkpoint is left that is not damaged.
+        StorageError: on every rank alike, if a folder or file cannot be read. Nothing is renamed then.
     """
     start, older, damage = on_first_rank(lambda: _candidates(config))
     if start.folder is None:
@@ -41,8 +42,10 @@ def _candidates(config: RunConfig) -> tuple[Start, list[Path], dict[Path, str]]:
     """Return the starting point, the checkpoints to fall back to, newest first, and the damage of newer ones without an index."""
     start, root = choose_start(config), Path(config.run_dir) / "checkpoints"
     own = complete_checkpoints(root)
-    lost = [p for p in sorted(root.glob("step-*"), reverse=True) if checkpoint_step(p) and p.is_dir() and p not in own]
-    if start.kind == "initial" and (damaged := [*lost, *root.glob(f"step-*{DAMAGED}*")]):
+    there = list_folder(root)
+    lost = [path for path in reversed(there) if checkpoint_step(path) and path.is_dir() and path not in own]
+    aside = [path for path in there if path.name.startswith("step-") and DAMAGED in path.name]
+    if start.kind == "initial" and (damaged := [*lost, *aside]):
         raise CheckpointError(
             f"{root} holds only damaged checkpoints, such as {damaged[0].name}; give a new run another run_dir, or remove them"
         )
@@ -67,7 +70,7 @@ def _settle(start: Start, damage: dict[Path, str]) -> Start:
     assert start.folder is not None
     if unchecked := read_index(start.folder).unchecked():
         notes.append(f"warning: {start.folder}: {unchecked}")
-    return replace(start, notes=tuple(notes), fell_back=bool(damage))
+    return replace(start, notes=(*start.notes, *notes), fell_back=bool(damage))
 
 
 def _inside(folder: Path, problem: str) -> str:

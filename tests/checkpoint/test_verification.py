@@ -128,6 +128,23 @@ def test_ranks_agree_on_damage(ranks, tmp_path):
     assert found[0] == found[1] and "not readable JSON" in found[0]
 
 
+@pytest.mark.parametrize(("name", "rank"), [(INDEX, 0), ("rank-00000.safetensors", 0), ("rank-00001.safetensors", 1)])
+def test_what_a_rank_cannot_read_is_an_error_and_no_damage(ranks, tmp_path, name, rank):
+    folder = save(tmp_path)
+    found = ranks.run(checkpoints.damage_seen, 2, folder=str(folder), patience_s=0.5, unreadable=name)
+    assert found[0] == found[1] and found[0].startswith("unreadable: ") and f"{name}: cannot be read" in found[0]
+    assert "Stale file handle; mount the network file system again. If the file is lost, remove" in found[0]
+    assert name == INDEX or f"rank {rank}: " in found[0]
+    assert ranks.run(checkpoints.damage_seen, 2, folder=str(folder), unreadable=name, recovers=True) == [None, None]
+
+
+def test_a_git_lfs_pointer_is_an_error_on_all_ranks(ranks, tmp_path):
+    folder = save(tmp_path)
+    (folder / INDEX).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    found = ranks.run(checkpoints.damage_seen, 2, folder=str(folder))
+    assert found[0] == found[1] and "git lfs pull" in found[0]
+
+
 def test_ranks_that_see_other_files_refuse(ranks, tmp_path):
     save(tmp_path / "0"), save(tmp_path / "1", ranks=3)
     found = ranks.run(checkpoints.damage_seen, 2, folder=str(tmp_path / "{rank}/step-00000007"), patience_s=0.5)
@@ -152,20 +169,20 @@ def test_links_are_removed_and_not_followed(tmp_path):
     (root / ".saving-step-00000005").symlink_to(outside)
     (root / "step-00000001").symlink_to(outside)
     remove_checkpoint(root / "step-00000001")
-    assert remove_remains(root) == [".saving-step-00000005"]
+    assert remove_remains(root) == ([".saving-step-00000005"], {})
     assert not list(root.iterdir()) and (outside / "precious").exists()
 
 
 def test_only_our_own_remains_are_removed(tmp_path):
     for name in (".saving-step-notes", ".deleting-step-1", "saving-step-00000005", ".saving-step-00000005.tar"):
         (tmp_path / name).mkdir()
-    assert remove_remains(tmp_path) == [] and len(list(tmp_path.iterdir())) == 4
+    assert remove_remains(tmp_path) == ([], {}) and len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_checkpoint_that_was_being_replaced_is_restored(tmp_path):
     folder = save(tmp_path)
     folder.rename(tmp_path / f"{REPLACED}{folder.name}")
-    assert remove_remains(tmp_path) == []
+    assert remove_remains(tmp_path) == ([], {})
     CheckpointReader(folder).close()
 
 
