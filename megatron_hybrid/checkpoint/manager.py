@@ -44,6 +44,8 @@ class CheckpointManager:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.own: list[Path] = []
         """Checkpoints of this run, oldest first."""
+        self._not_removed: set[Path] = set()
+        """Old checkpoints that could not be removed, and were reported."""
         self._writes, self._copies = AsyncWrites(), HostCopies()
         self._agreement: RankAgreement | None = None
         self._votes: StepVotes | None = None
@@ -52,12 +54,13 @@ class CheckpointManager:
         """Treat all checkpoints under `root` as this run's, which it removes when they are old, except for one to keep."""
         self.own = [folder for folder in complete_checkpoints(self.root) if folder != keep]
 
-    def save(self, step: int, state: dict[str, Any], extra: dict[str, torch.Tensor]) -> Path:
+    def save(self, step: int, state: dict[str, Any], extra: dict[str, torch.Tensor], removes_old: bool = True) -> Path:
         """Save a step. With `async_save`, return once all tensors are copied to host memory.
 
         Args:
             state: JSON values, the same on every rank.
             extra: tensors of this rank alone.
+            removes_old: False: keep earlier checkpoints, because this one may be of a run that has diverged.
 
         Raises:
             StorageError, CheckpointError: on all ranks alike, if this save or the one before it in the background failed on any
@@ -72,10 +75,11 @@ class CheckpointManager:
         agreement.settle(lambda: _new_folder(folder) if self.rank == 0 else None)
         if self.config.async_save:
             copies = self._copies.of(self.collector.shards())
-            self._writes.start(lambda: self._write(agreement, folder, target, copies, state, extra))
+            self._writes.start(lambda: self._write(agreement, folder, target, copies, state, extra, removes_old))
         else:
             # one by one: host memory need not hold all of them
-            self._write(agreement, folder, target, map(_on_host, self.collector.shards()), state, extra)
+            tensors = map(_on_host, self.collector.shards())
+            self._write(agreement, folder, target, tensors, state, extra, removes_old)
         return target
 
     def _write(
@@ -86,10 +90,12 @@ class CheckpointManager:
         tensors: Iterable[SlicedTensor],
         state: dict[str, Any],
         extra: dict[str, torch.Tensor],
+        removes_old: bool,
     ) -> None:
         try:
             agreement.settle(lambda: write_rank(folder, self.rank, tensors, extra))
             agreement.settle(lambda: self._finish(folder, target, state) if self.rank == 0 else None)
+            agreement.settle(lambda: self._remove_old() if self.rank == 0 and removes_old else None)
         except UserError:
             # all ranks have stopped writing; what cannot be removed now is removed at the next start
             if self.rank == 0:
@@ -103,20 +109,27 @@ class CheckpointManager:
         index = Index(self.model, {**self.run, **self.origin.record}, state, other_files=kept)
         finish(folder, target, index, self.world_size)
         self.own = [*(other for other in self.own if other != target), target]
-        with storage_errors(self.root):
-            self._remove_old()
 
     def _remove_old(self) -> None:
-        """Remove this run's checkpoints except the last `keep_last` and every `keep_every`-th."""
+        """Remove this run's checkpoints except the last `keep_last` and every `keep_every`-th.
+
+        What cannot be removed is reported once, and tried again after the next save.
+        """
         keep_last, keep_every = self.config.keep_last, self.config.keep_every
         if keep_last is None:
             return
         for folder in self.own[:-keep_last]:
             step = checkpoint_step(folder)
-            if not (keep_every and step and step % keep_every == 0):
+            if keep_every and step and step % keep_every == 0:
+                continue
+            try:
+                remove_checkpoint(folder)
                 self.own.remove(folder)
-                if folder.is_dir():
-                    remove_checkpoint(folder)
+            except OSError as error:
+                if folder not in self._not_removed:
+                    self._not_removed.add(folder)
+                    reason = f"{folder.name} cannot be removed: {error.strerror or error}"
+                    print(f"{reason}; the run continues and tries again after each save", flush=True)
 
     def load(self, folder: Path, take: Take = "everything") -> tuple[dict[str, Any], dict[str, torch.Tensor] | None]:
         """Load the weights and, unless `take` is weights, the optimizer state if the checkpoint has one.

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +144,8 @@ def _publish(folder: Path, target: Path) -> None:
         os.replace(target, replaced)
     os.replace(folder, target)
     sync(target.parent)
-    remove_folder(replaced)
+    with suppress(OSError):  # the checkpoint is in place, and the next start removes the replaced one
+        remove_folder(replaced)
 
 
 class AsyncWrites:

@@ -1,5 +1,7 @@
 """Checkpoint folders: written completely or not at all, read back slice by slice, refused when damaged."""
 
+import errno
+import os
 import random
 import weakref
 
@@ -184,6 +186,32 @@ def test_checkpoints_of_another_run_are_neither_counted_nor_removed(tmp_path):
     assert [p.name[-2:] for p in complete_checkpoints(tmp_path)] == ["10", "30", "40", "50", "60", "70"]
 
 
+def test_a_removal_that_fails_ends_nothing_and_is_tried_again(tmp_path, monkeypatch, capsys):
+    one = [[SlicedTensor("w", (2,), TensorSlice((0,), (2,)), torch.zeros(2))]]
+    for step in (10, 20, 30):
+        write(tmp_path, step, one)
+    manager = CheckpointManager.__new__(CheckpointManager)
+    manager.root, manager.config = tmp_path, CheckpointConfig(interval=10, keep_last=1)
+    manager.own, manager._not_removed = complete_checkpoints(tmp_path), set()
+    rmdir = os.rmdir
+
+    def in_use(path, **options):
+        """As on NFS while another process has a file in the folder open."""
+        if str(path).endswith("step-00000010"):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        rmdir(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", in_use)
+        for _ in range(2):
+            manager._remove_old()
+        assert remove_remains(tmp_path) == ([], {".deleting-step-00000010": "Directory not empty"})
+    assert capsys.readouterr().out.count("step-00000010 cannot be removed: Directory not empty; the run continues") == 1
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000030"]
+    manager._remove_old()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000030"] == [path.name for path in manager.own]
+
+
 def test_a_removal_that_is_killed_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
     folder = write(tmp_path, 10, [[SlicedTensor("w", (2,), TensorSlice((0,), (2,)), torch.zeros(2))]])
 
@@ -196,7 +224,7 @@ def test_a_removal_that_is_killed_leaves_nothing_that_looks_complete(tmp_path, m
         remove_checkpoint(folder)
     assert not complete_checkpoints(tmp_path)
     (tmp_path / ".saving-step-00000020").mkdir()
-    assert remove_remains(tmp_path) == [".deleting-step-00000010", ".saving-step-00000020"]
+    assert remove_remains(tmp_path) == ([".deleting-step-00000010", ".saving-step-00000020"], {})
     assert not list(tmp_path.iterdir())
 
 
