@@ -16,7 +16,8 @@ a lasting change of level, updates are skipped only until the window consists of
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.config.train import SkipStepConfig
@@ -83,17 +84,18 @@ class SkipStep:
         if self.nonfinite_steps >= self.config.max_nonfinite_steps:
             raise DivergedError(
                 f"loss or gradient norm was not finite in {self.nonfinite_steps} consecutive steps, the last of them step "
-                f"{step}; no update was made and nothing was saved since. Rewind to a checkpoint before the loss went wrong "
+                f"{step}; no update was made and no earlier checkpoint was removed since. Rewind to one before the loss went wrong "
                 "(checkpoint.resume=RUN/checkpoints/step-N) with other data or a lower train.optimizer.lr. "
                 "train.skip_step.max_nonfinite_steps sets the limit"
             )
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """Return the windows as plain lists of floats, oldest first."""
-        return {"losses": list(self._losses), "grad_norms": list(self._grad_norms)}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the windows as plain lists of floats, oldest first, and the number of steps in a row that were not finite."""
+        windows = {"losses": list(self._losses), "grad_norms": list(self._grad_norms)}
+        return windows | {"nonfinite_steps": self.nonfinite_steps}
 
-    def load_state_dict(self, state: Mapping[str, Iterable[float]]) -> None:
-        """Restore the windows; of longer ones, the newest values.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the windows; of longer ones, the newest values. Earlier versions did not save the number of steps.
 
         Raises:
             ValueError: a list is missing, or has a value that is not finite.
@@ -105,5 +107,6 @@ class SkipStep:
             windows[name] = [float(value) for value in state[name]]
             if not all(map(math.isfinite, windows[name])):
                 raise ValueError(f"the saved skip-step window's {name} hold a value that is not finite")
+        self.nonfinite_steps = int(state.get("nonfinite_steps", 0))
         self._losses = deque(windows["losses"], maxlen=self.config.window)
         self._grad_norms = deque(windows["grad_norms"], maxlen=self.config.window)

@@ -1,5 +1,6 @@
 """The interface of callbacks: everything that a run does around its steps."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -54,6 +55,11 @@ class StepOutcome:
     batch_size: int
     skipped: str | None
     """Why the update was skipped; None: it was not."""
+
+    @property
+    def is_finite(self) -> bool:
+        """False if loss or gradient norm is not finite. Batches without a token that counts have no loss, and are finite."""
+        return self.losses.weight == 0 or (math.isfinite(self.losses.loss) and math.isfinite(self.grad_norm))
 
 
 class Callback:

@@ -15,15 +15,20 @@ _MOST_FILES = 64
 """Files whose sizes are looked at, so that many ranks do not load a file system's metadata server."""
 
 
-def saves_now(run: Run) -> bool:
-    """Return True if a checkpoint is saved after the step that has just ended."""
+def saves_now(run: Run, outcome: StepOutcome) -> bool:
+    """Return True if a checkpoint is saved after the step that has just ended.
+
+    None is saved at the interval while the loss is not finite: the weights may be the cause.
+    """
     step, interval = run.progress.step, run.config.checkpoint.interval
-    return run.stop or bool(interval and step % interval == 0) or step == run.config.train.steps
+    at_interval = bool(interval and step % interval == 0) and outcome.is_finite
+    return run.stop or at_interval or step == run.config.train.steps
 
 
 class Checkpoints(Callback):
     """Saves every `checkpoint.interval` steps, after the last step, and when the run is asked to stop.
 
+    After a step whose loss or gradient norm is not finite, nothing is saved at the interval, and no earlier checkpoint is removed.
     Writes `run_dir/checkpoints/step-N`. When a run is rewound, later checkpoints move to `checkpoints/set-aside-N`. Do not
     use it for measurements on a file system without room for a checkpoint.
     """
@@ -53,7 +58,8 @@ class Checkpoints(Callback):
     def _load(self, run: Run) -> None:
         if run.start.folder is None:
             return
-        state, local = self.manager.load(run.start.folder, run.start.take)
+        with heartbeat.doing(f"reading {run.start.folder.name}", section="setup"):
+            state, local = self.manager.load(run.start.folder, run.start.take)
         if state:
             try:
                 run.load_state_dict(state)
@@ -73,11 +79,11 @@ class Checkpoints(Callback):
             )
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
-        if saves_now(run):
+        if saves_now(run, outcome):
             step = run.progress.step
             began = time.monotonic()
             with run.logger.pause(), heartbeat.doing(f"saving step {step}", self._progress, "checkpointing"):
-                self.manager.save(step, run.state_dict(), get_random_state())
+                self.manager.save(step, run.state_dict(), get_random_state(), removes_old=outcome.is_finite)
             self._report_save(run)  # of the step before, for which this save has waited
             self._saving = step, began
         self.manager.check()

@@ -21,6 +21,6 @@ class ReplicaCheck(Callback):
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:
         assert isinstance(run.engine, MegatronEngine)
-        if run.engine.groups.dp_cp.size() > 1 and (run.progress.step % self.interval == 0 or saves_now(run)):
+        if run.engine.groups.dp_cp.size() > 1 and (run.progress.step % self.interval == 0 or saves_now(run, outcome)):
             with run.logger.pause():
                 run.engine.check_replicas(run.progress.step)
