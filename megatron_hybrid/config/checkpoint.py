@@ -16,7 +16,7 @@ class CheckpointConfig(Section):
     """When to save checkpoints, which to keep, and where to start."""
 
     interval: PositiveInt | None = 1000
-    """Steps between checkpoints. None: save only after the last step."""
+    """Steps between checkpoints. None: save only after the last step. Steps whose loss or gradient norm is not finite are left out."""
     keep_last: PositiveInt | None = 2
     """Number of the run's newest checkpoints to keep. None: all."""
     keep_every: PositiveInt | None = None
@@ -27,7 +27,8 @@ class CheckpointConfig(Section):
     """Checkpoint to continue from, with the optimizer's state and the position in the data. `auto`: the run's newest complete
     checkpoint, or a new run if it has none. `none`: a new run; an error if run_dir has checkpoints. A folder: that checkpoint.
     A run that began from another run's checkpoint resumes its own. An earlier checkpoint of the run itself rewinds the run:
-    later checkpoints are set aside, not deleted."""
+    later checkpoints are set aside, not deleted. The same command again, with an unchanged configuration, does not rewind the run
+    again: it resumes the newest checkpoint."""
     verify: Literal["full", "sizes"] = "full"
     """Check of the checkpoint that the run starts from. `full`: compare the SHA-256 of every file, shared by all ranks. `sizes`:
     compare only the index and the sizes of files."""

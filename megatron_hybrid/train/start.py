@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from megatron_hybrid.checkpoint.folders import (
     find_checkpoint,
 )
 from megatron_hybrid.checkpoint.format import CheckpointError, state_name
+from megatron_hybrid.checkpoint.index_file import read_index
 from megatron_hybrid.checkpoint.reader import CheckpointReader
 from megatron_hybrid.config.checkpoint import Take
 from megatron_hybrid.config.run import RunConfig
@@ -70,12 +72,16 @@ def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Star
     Raises:
         RunFolderError: `checkpoint.resume = none` in a folder with checkpoints.
         CheckpointError: the named folder holds no complete checkpoint, or one that the run has set aside.
+        OSError: the folder of the run's checkpoints cannot be read.
     """
     resume, init_from, run_dir = config.checkpoint.resume, config.checkpoint.init_from, Path(config.run_dir)
     own = complete_checkpoints(run_dir / "checkpoints")
     restarted = restart_count(env) > 0
     if own and restarted:
         return Start("resume", own[-1])
+    if own and _has_rewound(config, own):
+        note = f"this command has rewound the run already; to rewind it again, remove the checkpoints after {resume}"
+        return Start("resume", own[-1], notes=(note,))
     if own and resume == "none":
         raise RunFolderError(
             f"checkpoint.resume: none starts a new run, and {run_dir} holds {len(own)} checkpoints of an earlier one, the "
@@ -97,6 +103,18 @@ def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Star
     if mine is None:
         return Start("checkpoint", named, "everything" if init_from is None else config.checkpoint.take)
     return Start("resume" if mine == own[-1] else "rewind", mine)
+
+
+def _has_rewound(config: RunConfig, own: list[Path]) -> bool:
+    """Return True if the newest checkpoint was saved by a run with this configuration, which rewound to the named checkpoint."""
+    named = Path(config.checkpoint.resume)
+    if named.resolve().parent != own[-1].resolve().parent:
+        return False
+    for folder in reversed(own):
+        with suppress(CheckpointError):  # it is damaged, and the run falls back to the one before it
+            saved_by = read_index(folder).run
+            return folder.name > named.name and not config_changes(saved_by, config.model_dump(mode="json"))
+    return False
 
 
 def check_start_point(config: RunConfig, start: Start, identity: dict[str, Any] | None) -> list[str]:

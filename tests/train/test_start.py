@@ -87,6 +87,11 @@ def test_a_run_is_rewound_to_an_earlier_checkpoint(ranks, saved, tmp_path):
     aside = tmp_path / "run" / "checkpoints" / "set-aside-1"
     assert sorted(p.name for p in aside.iterdir()) == ["metrics.jsonl", "step-00000004", "step-00000006"]
     assert [line["step"] for line in metrics(saved)] == [1, 2, 3, 4, 5, 6, 7]
+    same = choose_start(RunConfig(**again), {})
+    assert (same.kind, same.folder.name) == ("resume", "step-00000007"), "the same command again"
+    assert f"to rewind it again, remove the checkpoints after {first}" in same.notes[0]
+    sooner = changed(saved, checkpoint={"resume": str(tmp_path / "run" / "checkpoints" / "step-00000006")})
+    assert choose_start(sooner, {}).kind == "rewind", "another command"
     back = changed(saved, checkpoint={"resume": str(aside / "step-00000006")})
     with pytest.raises(CheckpointError, match="was set aside when the run was rewound"):
         choose_start(back, {})
@@ -96,6 +101,15 @@ def test_a_restarted_job_does_not_rewind_again(saved, tmp_path):
     run = changed(saved, checkpoint={"resume": str(tmp_path / "run" / "checkpoints" / "step-00000002")})
     assert choose_start(run, {}).kind == "rewind"
     assert choose_start(run, {"SLURM_RESTART_COUNT": "2"}).folder.name == "step-00000006"
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_read_is_not_empty(saved, tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    root.rename(tmp_path / "elsewhere")
+    root.symlink_to("checkpoints")  # to itself, which the system refuses to follow
+    for env in ({}, {"SLURM_RESTART_COUNT": "1"}):
+        with pytest.raises(OSError, match="symbolic links"):
+            choose_start(changed(saved), env)
 
 
 def test_what_is_set_aside_never_replaces_anything(saved, tmp_path):
@@ -261,9 +275,25 @@ def test_tokens_accumulate_over_sequence_lengths(ranks, saved):
 def test_a_loss_that_stays_non_finite_stops_the_run(ranks, config, tmp_path):  # noqa: F811
     config["train"] |= {"steps": 60, "skip_step": {"max_nonfinite_steps": 3}, "eval_interval": None}
     config["model"] = config["model"] | {"init_std": 1e30}
+    config["checkpoint"] = {"interval": 1}
     with pytest.raises(AssertionError, match="not finite in 3 consecutive steps, the last of them step 3; no update"):
         ranks.run(jobs.pretrain_run, 1, config=config)
     assert not steps(tmp_path / "run")
+
+
+def test_a_run_that_stops_while_its_loss_is_not_finite_keeps_earlier_checkpoints(ranks, saved, tmp_path):
+    run_dir = tmp_path / "run"
+    spoil = {"train": {"steps": 7}, "model": {"init_std": 1e30}}
+    stopped = {**saved, **{name: saved[name] | fields for name, fields in spoil.items()}}
+    stopped["run_dir"], stopped["checkpoint"] = str(tmp_path / "diverged"), {"interval": 2, "keep_last": 1}
+    ranks.run(jobs.pretrain_run, 1, config=stopped)
+    assert steps(tmp_path / "diverged") == [7], "no save at the interval, one at the end"
+    shutil.copytree(tmp_path / "diverged" / "checkpoints" / "step-00000007", run_dir / "checkpoints" / "step-00000007")
+    longer = stopped | {"run_dir": str(run_dir), "train": stopped["train"] | {"steps": 8}}
+    ranks.run(jobs.pretrain_run, 1, config=longer)
+    assert steps(run_dir) == [2, 4, 6, 7, 8]
+    state = json.loads((run_dir / "checkpoints" / "step-00000008" / "index.json").read_text())["state"]
+    assert state["skip_step"]["nonfinite_steps"] == 8
 
 
 def test_only_fields_of_data_and_model_need_leave(tmp_path):
