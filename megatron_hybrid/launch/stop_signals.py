@@ -32,6 +32,8 @@ PATIENCE_STEPS = 10
 _STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _TICK_S = 0.5
 _LAUNCHER_TICK_S = 1.0
+_ASK_S = 2.0
+"""Seconds to wait for the step of the last checkpoint."""
 STARTED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
 """Variable that torchrun, and launchers that derive from it, set for their ranks."""
 
@@ -112,7 +114,20 @@ class StopWatcher(threading.Thread):
             _end(REQUEUE, f"{words}: another rank hangs or has ended. Ended without saving: {self._lost()}")
 
     def _lost(self) -> str:
-        saved, step = self.saved_step(), heartbeat.step
+        """Return the steps that are lost. The file system that tells it may be what hangs, so it is asked in a thread."""
+        found: list[int] = []
+
+        def ask() -> None:
+            with contextlib.suppress(OSError):
+                found.append(self.saved_step())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(_ASK_S)
+        step = heartbeat.step
+        if not found:
+            return "steps after the last checkpoint are lost; the same command resumes from it"
+        saved = found[0]
         if saved >= step:
             return f"step {saved} is saved, and only later steps are lost"
         return f"{step - saved} steps after step {saved} are lost; the same command resumes from step {saved}"

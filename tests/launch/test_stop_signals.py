@@ -126,6 +126,16 @@ def test_a_step_that_hangs_after_a_request_ends_the_process(rank):
     assert "asked to stop by SIGTERM, and step 6 has not ended within" in errors and "resumes from step 3" in errors
 
 
+@pytest.mark.parametrize("asked", ["time.sleep(60)", "raise OSError(116, 'Stale file handle')"], ids=["hangs", "fails"])
+def test_a_file_system_that_does_not_answer_keeps_no_process_alive(rank, asked):
+    program = f"def ask(): {asked}\nwatcher.saved_step = ask\nheartbeat.begin_step(4)\nheartbeat.end_step(5)\n"
+    process = rank(program + "stop_signals.PATIENCE_S = 0.5\nheartbeat.begin_step(5)\n" + WAIT_IN_A_LOCK)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "steps after the last checkpoint are lost; the same command resumes from it" in errors
+
+
 def test_a_background_job_of_a_script_goes_on_ignoring_ctrl_c(rank):
     process = rank(WAIT_IN_A_LOCK, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     process.send_signal(signal.SIGINT)
