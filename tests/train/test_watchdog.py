@@ -1,10 +1,13 @@
 """Verdicts on hangs, and the limits of the watchdog. tests/faults/hangs.py stops whole ranks."""
 
+import errno
 import importlib.machinery
 import json
+import os
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import pytest
 
@@ -14,8 +17,9 @@ from megatron_hybrid.train.watchdog import collective_timeout, thread
 from megatron_hybrid.train.watchdog.flight_recorder import Collectives, GroupState
 from megatron_hybrid.train.watchdog.nvrx import RankMonitor
 from megatron_hybrid.train.watchdog.report import Report, read_reports
-from megatron_hybrid.train.watchdog.thread import Limits
+from megatron_hybrid.train.watchdog.thread import Limits, Watchdog
 from megatron_hybrid.train.watchdog.verdict import verdict
+from testing import checkpoints
 
 HOSTS = {0: "a", 1: "a", 2: "b"}
 
@@ -105,6 +109,45 @@ def test_collectives_wait_longer_than_the_watchdog():
     train = {"steps": 1, "global_batch_size": 1}
     assert collective_timeout(TrainConfig(**train)) == 30
     assert collective_timeout(TrainConfig(**train, hang_timeout=3600.0)) == 120
+
+
+def test_the_field_of_the_limit_is_named(monkeypatch):
+    beat = Heartbeat()
+    monkeypatch.setattr(thread, "heartbeat", beat)
+    assert Limits().field == "train.start_timeout"
+    beat.begin_step(0)
+    beat.end_step(1)
+    assert Limits().field == "train.hang_timeout"
+
+
+class UnreadableFolder:
+    def __truediv__(self, name):
+        return self
+
+    def exists(self):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_a_folder_that_cannot_be_read_holds_no_report():
+    watchdog = Watchdog(UnreadableFolder(), Limits(), ends_process=False)
+    watchdog.team = types.SimpleNamespace(size=2, token="hang")
+    assert not watchdog._others_report()
+
+
+def test_a_watchdog_that_fails_does_not_end_the_run_later(tmp_path, monkeypatch):
+    timer = mock.Mock()
+    monkeypatch.setattr(thread, "ExitTimer", lambda *_: timer)
+    monkeypatch.setattr(thread, "_TICK_S", 0.0)
+    watchdog = Watchdog(tmp_path, Limits())
+    monkeypatch.setattr(watchdog, "_look", mock.Mock(side_effect=[None, KeyError]))
+    with pytest.raises(KeyError):
+        watchdog.run()
+    assert [call[0] for call in timer.method_calls] == ["set", "cancel"]
+
+
+def test_ranks_that_wait_see_the_progress_of_others(ranks):
+    waiting, working = ranks.run(checkpoints.beats_while_others_work, 2, seconds=3.5)
+    assert waiting >= 3 and working > waiting
 
 
 def test_the_exit_timer_needs_no_gil(root):

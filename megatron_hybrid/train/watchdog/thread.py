@@ -47,6 +47,11 @@ class Limits:
             return self.start
         return self.step or min(max(FLOOR_S, STEPS * heartbeat.longest_step), CEILING_S)
 
+    @property
+    def field(self) -> str:
+        """Field that sets the limit that applies now."""
+        return "train.hang_timeout" if heartbeat.has_trained else "train.start_timeout"
+
 
 class Watchdog(threading.Thread):
     """Thread that watches the heartbeat of this process. A context manager.
@@ -81,13 +86,19 @@ class Watchdog(threading.Thread):
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
         self.join()
-        if self._timer is not None:
-            self._timer.cancel()
         if self.monitor is not None:
             self._forwarding.attempt(self.monitor.close)
 
     def run(self) -> None:
-        """Watch until the run ends. Only time in which this thread runs counts: a suspended process has not hung."""
+        """Watch until the run ends. Without this thread, nothing would set the timer back, so it ends with the thread."""
+        try:
+            self._watch()
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _watch(self) -> None:
+        """Only time in which this thread runs counts: a suspended process has not hung."""
         last = time.monotonic()
         while not self._ended.wait(_TICK_S):
             now = time.monotonic()
@@ -120,12 +131,14 @@ class Watchdog(threading.Thread):
             self._forwarding.attempt(lambda: report(section, has_trained))
 
     def _others_report(self) -> bool:
-        return self.team.size > 1 and (self.folder / self.team.token).exists()
+        with contextlib.suppress(OSError):  # what cannot be read is no report
+            return self.team.size > 1 and (self.folder / self.team.token).exists()
+        return False
 
     def _end(self, limit: float) -> None:
         """Report, and end the process without exit handlers, which would wait for the other ranks."""
         report = Report.of_this_rank(self.team.rank, self.team.host)
-        _say(f"no progress for {self._age:.0f} s (limit {limit:.0f} s; train.hang_timeout): {report.text()}")
+        _say(f"no progress for {self._age:.0f} s (limit {limit:.0f} s; {self.limits.field}): {report.text()}")
         reports = {report.rank: report}
         exchange = threading.Thread(target=self._exchange, args=(report, reports), daemon=True)
         exchange.start()
