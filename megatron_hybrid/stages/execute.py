@@ -11,7 +11,8 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_hybrid.base.command import process_arguments
-from megatron_hybrid.base.errors import UserError
+from megatron_hybrid.base.errors import REQUEUE, UserError
+from megatron_hybrid.observe.outputs import Output
 from megatron_hybrid.stages.config import SlurmConfig
 from megatron_hybrid.stages.plan import Average, Training, Work
 
@@ -37,44 +38,69 @@ def local_command(item: Work, launcher: Sequence[str]) -> list[str]:
 def run_all(work: Sequence[Work], launcher: Sequence[str], after: Callable[[], None]) -> int:
     """Run what is not done yet, and return the status of the first command that fails, or 0.
 
+    After a request to stop, which goes to the running command, no further command starts.
+
     Args:
-        after: called after each command that succeeded.
+        after: called after each command that succeeded. Its failures are printed.
+
+    Returns:
+        REQUEUE, if a request to stop came and stages are left.
 
     Raises:
         StagesError: a command succeeded, and its stage is not done.
     """
-    for item in work:
-        if item.done:
-            print(f"{item.name}: done", flush=True)
-            continue
-        print(f"{item.name}: {item.state}, starts", flush=True)
-        status = _run(local_command(item, launcher))
-        if status:
-            print(f"{item.name}: ended with status {status}; run the same command again to resume", file=sys.stderr)
-            return status
-        if not item.done:
-            raise StagesError(f"{item.name}: its command succeeded and left no last checkpoint; see its output above")
-        after()
+    plot = Output("the plot of the stages", print)
+    with _stop_requests() as requests:
+        for item in work:
+            if item.done:
+                print(f"{item.name}: done", flush=True)
+                continue
+            if requests.came:
+                print(f"{item.name}: not started, after a request to stop", file=sys.stderr)
+                return REQUEUE
+            print(f"{item.name}: {item.state}, starts", flush=True)
+            status = requests.run(local_command(item, launcher))
+            if status:
+                print(f"{item.name}: ended with status {status}; run the same command again to resume", file=sys.stderr)
+                return status
+            if not item.done:
+                raise StagesError(
+                    f"{item.name}: its command succeeded and left no last checkpoint; see its output above"
+                )
+            plot.attempt(after)
     return 0
 
 
-def _run(command: list[str]) -> int:
-    with subprocess.Popen(command) as process, _forwarded(process):
-        status = process.wait()
-    return 128 - status if status < 0 else status
+class _StopRequests:
+    """Requests to stop: SIGTERM, SIGUSR1 and Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Forward a signal to the running command. A terminal sends Ctrl-C to it as well."""
+        self.came = True
+        if self._process is not None and number != signal.SIGINT:
+            self._process.send_signal(number)
+
+    def run(self, command: list[str]) -> int:
+        """Run a command and return its exit status."""
+        with subprocess.Popen(command) as self._process:
+            if self.came:  # before the process was known
+                self._process.send_signal(signal.SIGTERM)
+            status = self._process.wait()
+        self._process = None
+        return 128 - status if status < 0 else status
 
 
 @contextmanager
-def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Forward SIGTERM and SIGUSR1 to a process. A terminal sends Ctrl-C to it as well, so Ctrl-C is only waited for."""
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGINT:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+def _stop_requests() -> Iterator[_StopRequests]:
+    requests = _StopRequests()
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.signal(number, requests.handle) for number in numbers}
     try:
-        yield
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

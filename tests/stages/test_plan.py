@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -170,6 +171,27 @@ def test_a_failure_ends_with_its_status_and_the_next_call_continues(planned, tmp
     assert run_all(work, [], lambda: plots.append(1)) == 0 and len(ran) == 6 and len(plots) == 5
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_request_to_stop_in_the_last_step_of_a_stage_starts_no_other(planned, monkeypatch, number):
+    work, _ = planned(STAGES)
+    ran = []
+
+    def command(item, launcher):
+        ran.append(item.name)
+        finish(item)
+        return [sys.executable, "-c", IGNORES_REQUESTS, str(os.getpid()), str(int(number))]
+
+    monkeypatch.setattr(execute, "local_command", command)
+    assert run_all(work, [], lambda: None) == 75 and ran == ["first"]
+
+
+def test_a_plot_that_fails_ends_nothing(planned, monkeypatch, capsys):
+    work, _ = planned(STAGES)
+    monkeypatch.setattr(execute, "local_command", lambda item, launcher: [finish(item), "true"][1:])
+    assert run_all(work, [], lambda: Path("/dev/null/plot").write_text("")) == 0 and all(item.done for item in work)
+    assert capsys.readouterr().out.count("the plot of the stages cannot be written: NotADirectoryError") == 1
+
+
 def test_a_command_that_leaves_nothing_is_an_error(planned, monkeypatch):
     work, _ = planned(STAGES)
     monkeypatch.setattr(execute, "local_command", lambda item, launcher: ["true"])
@@ -184,6 +206,12 @@ def test_the_shipped_stages_are_valid(root):
         assert check_work(work, ranks, "skip") and len(work) == 5, json.dumps([item.name for item in work])
 
 
+IGNORES_REQUESTS = """
+import os, signal, sys
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_IGN)
+os.kill(int(sys.argv[1]), int(sys.argv[2]))
+"""
 SAVES_ON_SIGTERM = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
