@@ -50,8 +50,12 @@ class Documents:
         return self.starts_bs.shape[1]
 
     def rotary_angles(self, table: torch.Tensor) -> torch.Tensor:
-        """Return the entries of a table of angles [..., positions, 1, 1, d] for the tokens of the slice: [..., s, b, 1, d]."""
-        return table[..., self.positions_bs.t(), 0, 0, :].unsqueeze(-2)
+        """Return the entries of a table of angles [..., positions, 1, 1, d] for the tokens of the slice: [..., s, b, 1, d].
+
+        Tokens beyond the table have its last entry. They are padding after the last document (`from_packed_seq_params`).
+        """
+        positions_sb = self.positions_bs.t().clamp(max=table.shape[-4] - 1)
+        return table[..., positions_sb, 0, 0, :].unsqueeze(-2)
 
 
 def from_packed_seq_params(packed: PackedSeqParams, tokens: int, rows: int, group: dist.ProcessGroup) -> Documents:
@@ -77,6 +81,9 @@ def from_packed_seq_params(packed: PackedSeqParams, tokens: int, rows: int, grou
     version, (known, documents) = _version(packed, tokens), getattr(packed, "_documents", (None, None))
     if documents is None or known != version:
         bounds = _boundaries(packed)
+        if packed.max_seqlen_q is not None and len(bounds) > 1:
+            fits = (bounds.diff() <= packed.max_seqlen_q).all()
+            torch._assert_async(fits, "packed_seq_params: max_seqlen_q is below the length of the longest document")
         starts_bs = _starts(bounds, tokens)
         # len(bounds): one more than the documents, for the tokens after them
         documents = Documents.of(starts_bs, cu_seqlens(starts_bs, len(bounds)), group)

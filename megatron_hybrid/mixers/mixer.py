@@ -37,7 +37,7 @@ class Mixer(MegatronModule):
         packing: the parameters that its spec declares.
     """
 
-    uses_rotary_embedding: ClassVar[bool] = False
+    uses_rotary_embedding: bool = False
     """Rotary embedding applies to this mixer. Other mixers ignore it: the model passes it to every layer."""
     obeys_documents: ClassVar[bool] = False
     """`mix` takes documents and keeps them apart. Its spec supports "documents" as well."""
@@ -237,13 +237,16 @@ class Mixer(MegatronModule):
             self.refuse(
                 rotary_pos_cos=rotary_pos_cos, rotary_pos_sin=rotary_pos_sin, rotary_pos_cos_sin=rotary_pos_cos_sin
             )
+        else:
+            rotary_pos_emb = None
         if packed_seq_params is None or isinstance(packed_seq_params, Documents):
             return self.mix(hidden_states, rotary_pos_emb, packed_seq_params)
         length, rows, _ = hidden_states.shape
         tokens = length * self.tp_group.size() if self.config.sequence_parallel else length
         documents = from_packed_seq_params(packed_seq_params, tokens, rows, self.cp_group)
-        angles = None if rotary_pos_emb is None else documents.rotary_angles(rotary_pos_emb)
-        return self.mix(hidden_states, angles, documents)
+        if rotary_pos_emb is not None:
+            rotary_pos_emb = documents.rotary_angles(rotary_pos_emb)
+        return self.mix(hidden_states, rotary_pos_emb, documents)
 
     def mix(
         self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor | None, documents: Documents | None
@@ -287,10 +290,11 @@ _REASONS = {
 
 def _is_causal(mask: torch.Tensor) -> bool:
     """Return whether a mask [..., s, s] hides just the future. It is checked once: all layers are passed the same tensor."""
-    known = getattr(mask, "_hides_just_the_future", None)
-    if known is None:
+    version = None if mask.is_inference() else mask._version  # inference tensors do not count their changes
+    known_version, known = getattr(mask, "_hides_just_the_future", (None, False))
+    if version is None or version != known_version:
         s = mask.shape[-1]
         future = torch.ones(s, s, dtype=torch.bool, device=mask.device).triu_(1)
         known = mask.dtype == torch.bool and mask.shape[-2:] == (s, s) and bool((mask == future).all())
-        mask._hides_just_the_future = known  # type: ignore[attr-defined]
-    return known
+        mask._hides_just_the_future = version, known  # type: ignore[attr-defined]
+    return bool(known)

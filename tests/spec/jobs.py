@@ -1,6 +1,8 @@
 """Jobs of the layer specs' tests: plain megatron-core, without this package's trainer unless a job compares with it."""
 
+import dataclasses
 import importlib.util
+import math
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -216,6 +218,33 @@ def packed_documents(tp: int, sp: bool, lengths: list[int]) -> dict[str, float]:
     return found
 
 
+def padded_documents(tail: int) -> dict[str, float]:
+    """Return, by model, the largest difference of logits that padding after packed documents makes: the longest has 4 tokens."""
+    start(1)
+    found = {}
+    for model in ("gpt", "hybrid"):
+        torch.manual_seed(1)
+        module = example().build(model, 1, False)
+        module.position_embedding_type = "rope"
+        module.rotary_pos_emb = RotaryEmbedding(16, 1.0, use_cpu_initialization=True)
+        tokens = torch.arange(8 + tail)[None]
+        bounds = torch.tensor([0, 4, 8], dtype=torch.int32)
+        logits = []
+        for length in (8, 8 + tail):
+            packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=4, max_seqlen_kv=4)
+            positions = torch.arange(length)[None]
+            logits.append(module(tokens[:, :length], positions, None, packed_seq_params=packed)[:, :8])
+        found[model] = float((logits[0] - logits[1]).detach().abs().max())
+        packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=3, max_seqlen_kv=3)
+        try:
+            module(tokens[:, :8], torch.arange(8)[None], None, packed_seq_params=packed)
+        except RuntimeError as error:
+            assert "max_seqlen_q is below the length of the longest document" in str(error)
+        else:
+            raise AssertionError("a document longer than max_seqlen_q was accepted")
+    return found
+
+
 def gradients(module, logits: torch.Tensor) -> list[torch.Tensor]:
     """Return the gradients of a weighted sum of logits, of replicated weights summed over the ranks that share the tokens."""
     weights, parameters = torch.linspace(-1, 1, logits.numel()).view_as(logits), list(module.parameters())
@@ -319,6 +348,7 @@ def refusals() -> dict[str, str]:
             said[name] = f"{error}"
 
     causal = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1)
+    changed = causal.clone()
     for kind, layer in zip(("gdn", "attention"), module.decoder.layers, strict=True):
         expected = layer(x, attention_mask=None)[0]
         note(f"{kind} causal", lambda layer=layer, y=expected: torch.testing.assert_close(layer(x, causal)[0], y))
@@ -326,15 +356,80 @@ def refusals() -> dict[str, str]:
             note(f"{kind} {field}", lambda layer=layer, field=field: layer.self_attention(x, **{field: object()}))
         for mask in (torch.zeros_like(causal), torch.ones_like(causal), causal[..., :1, :], causal.float()):
             note(f"{kind} attention_mask", lambda layer=layer, mask=mask: layer(x, attention_mask=mask))
+        layer(x, changed)
+        changed[..., :3] = True
+        note(f"{kind} attention_mask", lambda layer=layer: layer(x, changed))
+        changed.copy_(causal)
     for field, value in {
         "context_parallel_size": 2,
         "add_bias_linear": True,
         "attention_dropout": 0.1,
         "fp8": "hybrid",
+        "rotary_interleaved": True,
+        "add_qkv_bias": True,
+        "attention_output_gate": True,
+        "qk_l2_norm": True,
+        "qk_clip": True,
+        "multi_latent_attention": True,
+        "softmax_type": "off-by-one",
     }.items():
         note(field, lambda field=field, value=value: build_with(field, value))
+    note("rotary_percent", lambda: loss_of(hybrid("rope", rotary_percent=0.5)))
     note("hybrid_layer_pattern", lambda: build_with("pattern", "G-"))
     return said
+
+
+def hybrid(positions: str, scale: float = 1.0, fields: dict | None = None, **options) -> torch.nn.Module:
+    """A HybridModel like the example's, with weights of one seed and the queries of attention multiplied by `scale`."""
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from megatron_hybrid.spec import olmo_hybrid_stack_spec
+
+    plain = example().build("hybrid", 1, False).config
+    config = TransformerConfig(
+        **{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain) if f.name in FIELDS}
+    )
+    for name, value in (fields or {}).items():
+        setattr(config, name, value)
+    torch.manual_seed(1)
+    sizes = dict(vocab_size=example().VOCABULARY, max_sequence_length=64, hybrid_layer_pattern="G*")
+    spec = olmo_hybrid_stack_spec(example().GDN)
+    module = HybridModel(config, spec, **sizes, position_embedding_type=positions, **options)
+    with torch.no_grad():
+        module.decoder.layers[1].self_attention.q_norm_weight.mul_(scale)
+    return module
+
+
+FIELDS = (
+    "num_layers", "hidden_size", "num_attention_heads", "normalization", "gated_linear_unit", "activation_func",
+    "add_bias_linear", "hidden_dropout", "attention_dropout", "use_cpu_initialization",
+)  # fmt: skip
+YARN = dict(
+    yarn_rotary_scaling_factor=8.0, yarn_original_max_position_embeddings=16, yarn_beta_fast=32.0, yarn_beta_slow=1.0,
+    yarn_mscale_all_dim=0.0, yarn_correction_range_round_to_int=True,
+)  # fmt: skip
+
+
+def attention_settings() -> dict[str, tuple[float, float, float]]:
+    """Return losses of a HybridModel by setting: with it, of an equal model without it, and of one without both."""
+    start(1)
+    d = 16
+    factor = 0.1 * math.log(8.0) + 1.0  # the concentration of YaRN at 8 times the length
+    zero_centered = dict(layernorm_zero_centered_gamma=True)
+    without_norms = ("q_norm_weight", "k_norm_weight")
+    cases = {
+        "no_rope_freq": (hybrid("rope", fields={"no_rope_freq": [1, 1]}), hybrid("none"), hybrid("rope")),
+        "softmax_scale": (hybrid("rope", fields={"softmax_scale": 3 * d**-0.5}), hybrid("rope", 3.0), hybrid("rope")),
+        "yarn_mscale": (
+            hybrid("yarn", fields=YARN | {"yarn_mscale": 1.0}),
+            hybrid("yarn", factor**2, fields=YARN | {"yarn_mscale": 0.0}),
+            hybrid("yarn", fields=YARN | {"yarn_mscale": 0.0}),
+        ),
+    }
+    centered = hybrid("rope", fields=zero_centered)
+    assert all(not dict(centered.decoder.layers[1].self_attention.named_parameters())[n].any() for n in without_norms)
+    with torch.no_grad():
+        return {name: tuple(float(loss_of(module)) for module in models) for name, models in cases.items()}
 
 
 def build_with(field: str, value):

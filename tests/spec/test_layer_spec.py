@@ -37,6 +37,11 @@ def test_packed_documents_are_as_if_alone(sp, lengths, ranks):
         assert all(error < 1e-5 for error in found.values()), found
 
 
+def test_padding_may_be_longer_than_every_document(ranks):
+    (found,) = ranks.run(jobs.padded_documents, 1, tail=16)
+    assert max(found.values()) < 1e-5
+
+
 def test_recompute_changes_no_gradient(ranks):
     (found,) = ranks.run(jobs.recomputed, 1)
     for way in ("selective", "full"):
@@ -74,6 +79,13 @@ def test_what_is_not_supported_is_refused_by_name(ranks):
             assert message == "accepted", case
         else:
             assert message.startswith(f"{case.split()[-1]}: "), (case, message)
+
+
+def test_attention_obeys_the_settings_of_megatron_core(ranks):
+    (found,) = ranks.run(jobs.attention_settings, 1)
+    for setting, (with_it, equal, without) in found.items():
+        assert with_it == pytest.approx(equal, rel=1e-6), setting
+        assert abs(with_it - without) > 1e-5, setting
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ from hybrid_kernels.sigmoid_gate import explain as explain_sigmoid_gate
 from hybrid_kernels.sigmoid_gate import sigmoid_gate
 from megatron_hybrid.arch.blocks import Block
 from megatron_hybrid.arch.model_fields import ModelFields
+from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.distributed.context_parallel import HeadExchange
 from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.mixers.attention.local import ScaledDotProductAttention
+from megatron_hybrid.mixers.attention.megatron_config import concentration_factor, sizes_of_megatron, turns_by_position
 from megatron_hybrid.mixers.attention.query_key_norm import QueryKeyNorm
 from megatron_hybrid.mixers.attention.sizes import AttentionSizes
 from megatron_hybrid.mixers.attention.spec import parameters
@@ -40,12 +42,6 @@ class SelfAttentionSubmodules:
     linear_qkv: type
     core_attention: type
     linear_proj: type
-
-
-def sizes_of_megatron(config: TransformerConfig) -> AttentionSizes:
-    """Return the sizes in a TransformerConfig, which tensor parallelism has to divide."""
-    groups = config.num_query_groups or config.num_attention_heads
-    return AttentionSizes(config.num_attention_heads, groups, config.kv_channels, config.layernorm_epsilon)
 
 
 def module_spec(model: ModelFields, block: Block, backend: Backend, linears: Linears) -> ModuleSpec:
@@ -85,9 +81,12 @@ class SelfAttention(Mixer):
         pp_layer_offset: int | None = None,
         name: str | None = None,
     ) -> None:
+        is_of_megatron = sizes is None
         sizes = sizes or sizes_of_megatron(config)
         super().__init__(config, layer_number, pg_collection, parameters(sizes, config.hidden_size))
         self.sizes, self.head_dim = sizes, sizes.head_dim
+        self.uses_rotary_embedding = not is_of_megatron or turns_by_position(config, layer_number)
+        self.query_factor = concentration_factor(config) ** 2 if is_of_megatron else 1.0
         tp, d = self.tp_group, sizes.head_dim
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         scaling = None if windowed else sizes.rope_scaling
@@ -118,7 +117,7 @@ class SelfAttention(Mixer):
             layer_number=layer_number,
             attn_mask_type=AttnMaskType.causal,
             attention_type="self",
-            softmax_scale=d**-0.5 * attention_factor**2,
+            softmax_scale=(is_of_megatron and config.softmax_scale or d**-0.5) * attention_factor**2,
             pg_collection=pg_collection or ProcessGroupCollection.use_mpu_process_groups(),
         )
         self.core_attention = self.another_core_attention(submodules.core_attention)
@@ -148,6 +147,8 @@ class SelfAttention(Mixer):
         """
         packed_sbw, _ = self.linear_qkv(hidden_states)
         q, k, v, gate_sbw = self.split(packed_sbw, rotary_pos_emb)
+        if self.query_factor != 1.0 and rotary_pos_emb is not None:
+            q = q * self.query_factor
         q, k, v = (
             self.exchange.to_heads(x, n)
             for x, n in ((q, self.exchange.heads), (k, self.exchange.groups), (v, self.exchange.groups))
@@ -171,7 +172,17 @@ class SelfAttention(Mixer):
         return y_sbh
 
     def own_angles(self, rotary_pos_emb: torch.Tensor | None) -> torch.Tensor | None:
-        """Return this layer's angles: the plain or the scaled ones, if there are both."""
+        """Return this layer's angles: the plain or the scaled ones, if there are both.
+
+        Raises:
+            UserError: angles of some channels, where the norm of whole projections turns all of them.
+        """
+        turned = self.head_dim if rotary_pos_emb is None else rotary_pos_emb.shape[-1]
+        if turned != self.head_dim and self.sizes.qk_norm == "projection":
+            raise UserError(
+                f"rotary_percent: rotary_pos_emb has angles of {turned} of {self.head_dim} channels of a head, and this "
+                "attention turns all of them; set it to 1.0"
+            )
         if rotary_pos_emb is None or rotary_pos_emb.dim() != 5:
             return rotary_pos_emb
         return rotary_pos_emb[int(self.rope_is_scaled)]
