@@ -5,6 +5,7 @@ Started by megatron-hybrid launch, torchrun, mpirun or srun, the ranks share the
 
 import json
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -33,11 +34,16 @@ def main() -> int:
         help="extent of the data check, as data.check",
     )
     parser.add_argument("--sequence-length", type=positive, help="tokens per sample (default: the run's)")
+    parser.add_argument(
+        "--documents",
+        choices=["keep", "mask", "pack"],
+        help="documents in a sample, as data.documents (default: the run's)",
+    )
     parser.add_argument("--batch-size", type=positive, default=8, help="sequences per forward pass on a rank")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_plugins(parser)
     arguments = parser.parse()
-    with no_traceback():
+    with no_traceback(), tempfile.TemporaryDirectory() as work:
         from megatron_hybrid.launch.environment import Launch
 
         rank = Launch.from_environment().export().rank
@@ -53,7 +59,7 @@ def main() -> int:
         paths = parse_sets(arguments.data)
         model = load_model(arguments.checkpoint, arguments.precision, plugins=arguments.plugin)
         sizes = (arguments.dtype, arguments.sequence_length, arguments.check, arguments.batch_size)
-        sets = open_validation_sets(model, paths, *sizes)
+        sets = open_validation_sets(model, paths, *sizes, arguments.documents, work)
         results = {}
         for one in sets:
             report = partial(show_progress, one.name, one.num_samples) if rank == 0 else lambda samples: None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,11 @@ from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.config.translate import translate
 from megatron_hybrid.data.agreement import evaluation_disagreements, refuse, warn
 from megatron_hybrid.data.batch import Batch
-from megatron_hybrid.data.build import build_train_and_validation
+from megatron_hybrid.data.build import build_train_and_validation, open_sources
 from megatron_hybrid.data.dataset import FixedLengthDataset
+from megatron_hybrid.data.document_dataset import DocumentDataset
 from megatron_hybrid.data.generated import GeneratedDataset
+from megatron_hybrid.data.prepare_documents import DocumentPreparation, prepare_alone
 from megatron_hybrid.data.text_bytes import TextBytes
 from megatron_hybrid.distributed.device import local_device
 from megatron_hybrid.evaluation.validation_set import ValidationSet
@@ -42,6 +45,8 @@ def open_validation_sets(
     sequence_length: int | None = None,
     check: str = "auto",
     batch_size: int = 8,
+    documents: str | None = None,
+    work: str | Path | None = None,
 ) -> list[ValidationSet]:
     """Open data sets and check them as pretraining does. Each is evaluated whole.
 
@@ -50,16 +55,20 @@ def open_validation_sets(
         dtype, check: as in a source of `data.train` and in `data.check`.
         sequence_length: None: that of the run.
         batch_size: sequences per call of the model on a rank.
+        documents: as `data.documents`. None: as the run.
+        work: folder of this process for document boundaries. It must exist as long as the sets. Needed unless documents is keep.
 
     Raises:
         UserError: data that cannot be used, or that contradicts the model or its tokenizer; no sequence length.
+        ValueError: `work` is needed and not given.
     """
     length = sequence_length or model.sequence_length
     if not length:
         raise UserError("--sequence-length is missing: the checkpoint does not name one")
+    documents = documents or model.documents
     groups, found = model.network.pg_collection, []
     for name, path in paths.items():
-        dataset = _open(model, path, dtype, length, check)
+        dataset = _open(model, path, dtype, length, check, documents, work)
         tokenizer = model.tokenizer
         text_bytes = TextBytes(None, "the checkpoint names no tokenizer")
         if tokenizer is not None:
@@ -71,17 +80,32 @@ def open_validation_sets(
     return found
 
 
-def _open(model: LoadedModel, path: str, dtype: str | None, length: int, check: str) -> FixedLengthDataset:
+def _open(
+    model: LoadedModel,
+    path: str,
+    dtype: str | None,
+    length: int,
+    check: str,
+    documents: str,
+    work: str | Path | None,
+) -> FixedLengthDataset | DocumentDataset:
+    fields = {"sequence_length": length, "check": check, "documents": documents}
     try:
-        config = DataConfig.model_validate(
-            {"train": [{"path": path, "dtype": dtype}], "sequence_length": length, "check": check}
-        )
+        config = DataConfig.model_validate({"train": [{"path": path, "dtype": dtype}], **fields})
     except ValidationError as error:
         raise translate(error, DataConfig) from None
     warn(refuse(evaluation_disagreements(model.config, model.run, path)))
-    blend, _ = build_train_and_validation(config, model.config.vocab_size)
+    preparation = None
+    if documents != "keep":
+        if work is None:
+            raise ValueError(f"work: needed with documents = {documents}")
+        opened = open_sources(config, model.config.vocab_size)
+        preparation = prepare_alone(DocumentPreparation(opened, config, model.config.eos_token_id, work))
+    blend, _ = build_train_and_validation(config, model.config.vocab_size, documents=preparation)
     (dataset,) = blend.datasets
     assert not isinstance(dataset, GeneratedDataset)  # the configuration has a path
+    if preparation is not None:
+        return DocumentDataset(preparation.reader(dataset.source), seed=0, shuffle=False)
     return FixedLengthDataset(dataset.source, length, seed=0, shuffle=False)
 
 
@@ -104,7 +128,8 @@ def mean_loss(model: LoadedModel, batches: list[Batch]) -> Mean:
     total = torch.zeros(2, dtype=torch.float64, device=local_device())
     for batch in batches:
         here = batch.to(local_device())
-        losses = model.network(here.tokens, here.labels, here.loss_mask)
+        bounds = dict(documents=here.documents, cu_seqlens=here.cu_seqlens)
+        losses = model.network(here.tokens, here.labels, here.loss_mask, **bounds)
         total += torch.stack([x.sum(dtype=torch.float64) for x in (losses.per_token, here.loss_mask)])
     dist.all_reduce(total, group=model.network.pg_collection.dp)
     nats, weight = total.tolist()

@@ -40,6 +40,13 @@ class LoadedModel:
         length = data.get("sequence_length") if isinstance(data, dict) else None
         return length if type(length) is int and length > 0 else None
 
+    @property
+    def documents(self) -> str:
+        """How training treated the documents in a sequence (`data.documents`); `keep` if the checkpoint does not say."""
+        data = self.run.get("data")
+        documents = data.get("documents") if isinstance(data, dict) else None
+        return documents if documents in ("mask", "pack") else "keep"
+
 
 def load_model(
     path: str,

@@ -22,6 +22,23 @@ def config(tmp_path):
     )
 
 
+@pytest.mark.parametrize("documents", ["mask", "pack"])
+def test_documents_are_those_of_the_run(ranks, config, tmp_path, documents):
+    source = config["data"]["train"]
+    config["model"] = SMALLEST | {"eos_token_id": 25}
+    config["data"] |= {"documents": documents, "validation": source}
+    config["train"] |= {"eval_interval": 1, "eval_batches": 100}
+    run, path = config["run_dir"], source[0]["path"]
+    calls = [
+        ("evaluate", [run, path, "--json", *more]) for more in ([], ["--documents", documents], ["--documents", "keep"])
+    ]
+    (results,) = ranks.run(jobs.tools_on_a_run, 1, config=config, calls=calls)
+    assert [status for status, _, _ in results] == [0, 0, 0], results
+    as_run, named, kept = (json.loads(out)["loss"] for _, out, _ in results)
+    (step,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert as_run == named == pytest.approx(step["eval_loss"], rel=1e-6) and abs(as_run - kept) > 1e-6
+
+
 def test_the_tools_on_a_run(ranks, config, tmp_path):
     run, good = config["run_dir"], config["data"]["train"][0]["path"]
     write_raw(tmp_path / "bad.npy", [5, 6, 300, 7] * 50)
