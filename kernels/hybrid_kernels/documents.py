@@ -8,6 +8,18 @@ the halo or the state that arrives reaches token i. No op depends on the number 
 import torch
 
 
+def check_bounds(cu_seqlens: torch.Tensor, length: int) -> None:
+    """Check that sequences cover a row, without a synchronization on GPUs. Tokens of no sequence would have no output.
+
+    Raises:
+        RuntimeError: on CPU; on a GPU, a device-side assertion fails.
+    """
+    torch._assert_async(
+        (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length),
+        f"cu_seqlens: the sequences do not cover the row of {length} tokens; give padding at its end a sequence of its own",
+    )
+
+
 def positions_from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
     """Return positions_bs [1, length] of documents in one row, without a host synchronization.
 

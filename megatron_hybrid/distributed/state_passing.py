@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels.custom_op import OptionalTensors, eager_only
 from hybrid_kernels.dispatch import Choice
@@ -201,6 +202,7 @@ class _DeltaRuleOfSlice(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *inputs, positions, initial = ctx.saved_tensors[:7]
         do, kept = grads[0].contiguous(), list(ctx.saved_tensors[7:])

@@ -120,6 +120,9 @@ def test_dispatch_explains_and_refuses():
     positions = torch.zeros(1, 4, dtype=torch.int32)
     with pytest.raises(ValueError, match="positions_bs: it cannot be combined with cu_seqlens"):
         gated_delta_rule(*inputs, positions_bs=positions, cu_seqlens=torch.tensor([0, 4]))
+    for bounds in ([0, 3], [1, 4]):
+        with pytest.raises(RuntimeError, match="cu_seqlens: the sequences do not cover the row of 4 tokens"):
+            gated_delta_rule(*inputs, cu_seqlens=torch.tensor(bounds))
     with pytest.raises(ValueError, match="positions_bs: expected int32"):
         gated_delta_rule(*inputs, positions_bs=positions[:, :3])
     with pytest.raises(ValueError, match="initial_state"):

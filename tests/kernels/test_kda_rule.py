@@ -210,3 +210,11 @@ def test_old_releases_of_fla_are_refused(version, reason, monkeypatch):
     assert found is None if reason is None else reason in found
     assert "above 256" in fla.unsupported_reason(v, 257, None)
     assert "bf16 or fp16" in fla.unsupported_reason(SimpleNamespace(is_cuda=True, dtype=torch.float32), 128, None)
+
+
+def test_sequences_that_do_not_cover_the_row_are_refused():
+    q, k, v, g = (torch.zeros(1, 4, 1, 8) for _ in range(4))
+    beta = torch.zeros(1, 4, 1)
+    for bounds in ([0, 3], [1, 4]):
+        with pytest.raises(RuntimeError, match="cu_seqlens: the sequences do not cover the row of 4 tokens"):
+            kda_rule(q, k, v, g, beta, cu_seqlens=torch.tensor(bounds))

@@ -118,3 +118,16 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(
         gradients(compiled, *inputs), gradients(lambda *x: linear_cross_entropy(*x, **OPTIONS), *inputs)
     )
+
+
+@pytest.mark.parametrize("label", [-100, 44, 45, 47, 48])
+def test_a_label_whose_mask_is_zero_may_have_any_value(label):
+    hidden, weight, labels, mask = loss_inputs((7,), 8, 48, 45, dtype=torch.float64)
+    labels[2], mask[2] = 0, 0.0
+    expected = gradients(lambda *x: linear_cross_entropy(*x, **OPTIONS), hidden, weight, labels, mask)
+    labels = labels.clone()
+    labels[2] = label
+    for mine, other in zip(
+        gradients(lambda *x: linear_cross_entropy(*x, **OPTIONS), hidden, weight, labels, mask), expected
+    ):
+        assert torch.equal(mine, other)

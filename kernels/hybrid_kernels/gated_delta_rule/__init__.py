@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hybrid_kernels.dispatch import Choice, choose, has_module, triton_unsupported_reason
-from hybrid_kernels.documents import check_positions
+from hybrid_kernels.documents import check_bounds, check_positions
 from hybrid_kernels.gated_delta_rule.reference import gated_delta_rule_torch
 
 __all__ = ["explain", "gated_delta_rule"]
@@ -42,8 +42,8 @@ def gated_delta_rule(
         g: [b, s, H] log decay, <= 0. beta: [b, s, H], in (0, 2). fp32 for the fast backends.
         scale: multiplies q; K ** -0.5 by default.
         initial_state: [b, H, K, V] fp32, or [n, H, K, V] with cu_seqlens; zero by default.
-        cu_seqlens: [n + 1] int bounds of sequences packed in one row (b == 1), each with an initial and a final state. They may
-            be empty. Memory and launched programs grow with n. Excludes positions_bs.
+        cu_seqlens: [n + 1] int bounds of sequences packed in one row (b == 1), each with an initial and a final state. They
+            cover the row, and may be empty. Memory and launched programs grow with n. Excludes positions_bs.
         positions_bs: position of each token in its document (hybrid_kernels/documents.py). The state is zero before each document.
             The initial state of a row reaches the document that began before the row, if there is one. The final state is that
             of the row's last document. Cost and memory do not depend on the number of documents.
@@ -56,11 +56,14 @@ def gated_delta_rule(
 
     Raises:
         ValueError: the shapes do not match, or the requested backend cannot run here.
+        RuntimeError: `cu_seqlens` does not cover the row.
     """
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
     check_positions(positions_bs, *v.shape[:2])
     if positions_bs is not None and cu_seqlens is not None:
         raise ValueError("positions_bs: it cannot be combined with cu_seqlens")
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, v.shape[1])
     check_save(save)
     choice = choose_backend(q, v, backend, positions_bs is not None)
     if choice.backend in FAST:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels.custom_op import OptionalTensors, custom_op
 from hybrid_kernels.gated_delta_rule import passes
@@ -79,6 +80,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         return o, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         do, dfinal = grads
         q, k, v, g, beta, initial, cu_seqlens, positions, *kept = ctx.saved_tensors

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from hybrid_kernels.dispatch import Choice, choose
-from hybrid_kernels.documents import check_positions
+from hybrid_kernels.documents import check_bounds, check_positions
 from hybrid_kernels.kda_rule.backends import fla
 from hybrid_kernels.kda_rule.reference import kda_rule_torch, log_decay
 
@@ -47,8 +47,8 @@ def kda_rule(
         lower_bound: with A_log, the log decay is lower_bound * sigmoid(exp(A_log) * (g + dt_bias)). In [-5, 0).
         scale: multiplies q; K ** -0.5 by default.
         initial_state: [b, H, K, V] fp32, or [n, H, K, V] with cu_seqlens alone; zero by default.
-        cu_seqlens: [n + 1] int bounds of sequences packed in one row (b == 1), each with an initial and a final state. They may
-            be empty. With positions_bs: bounds of the documents of all rows, one row after the other.
+        cu_seqlens: [n + 1] int bounds of sequences packed in one row (b == 1), each with an initial and a final state. They
+            cover the row, and may be empty. With positions_bs: bounds of the documents of all rows, one row after the other.
         positions_bs: position of each token in its document (hybrid_kernels/documents.py). The state is zero before each document.
             The initial state of a row reaches the document that began before the row, if there is one. The final state is that
             of the row's last document. fla takes documents only if cu_seqlens is given too, and no states.
@@ -58,8 +58,11 @@ def kda_rule(
 
     Raises:
         ValueError: the shapes do not match, or the requested backend cannot run here.
+        RuntimeError: `cu_seqlens` does not cover the row.
     """
     _check(q, k, v, g, beta, initial_state, cu_seqlens, positions_bs)
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, v.shape[1] if positions_bs is None else v.shape[0] * v.shape[1])
     _check_gate(v, k, A_log, dt_bias, lower_bound)
     states = initial_state is not None or output_final_state
     documents = _unsupported_documents(positions_bs is not None, cu_seqlens is not None, states)

@@ -58,7 +58,7 @@ def linear_cross_entropy_torch(
     largest = logits.detach().amax(-1)
     if vocab_parallel is not None:
         vocab_parallel.all_reduce_max(largest)
-    here = (labels >= start) & (labels < start + width)
+    here = (labels >= start) & (labels < min(start + width, true_vocab_size))
     label_logit = logits.gather(-1, torch.where(here, labels - start, 0).unsqueeze(-1)).squeeze(-1)
     sums = torch.stack(((logits - largest.unsqueeze(-1)).exp().sum(-1), torch.where(here, label_logit, 0.0)))
     if vocab_parallel is not None:

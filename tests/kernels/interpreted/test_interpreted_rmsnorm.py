@@ -116,3 +116,11 @@ def test_compiled_without_a_break(way):
         grads = torch.autograd.grad(result, leaves, result.detach().cos(), allow_unused=True)
         found.append([t for t in (result, *grads) if t is not None])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_second_derivative_is_refused():
+    x, _, weight = inputs_of((4, 8))
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(rmsnorm(x, weight, 1e-5, backend="triton").pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

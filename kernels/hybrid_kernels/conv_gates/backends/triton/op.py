@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels.conv_gates.backends.triton.backward import conv_gates_backward_kernel, conv_gates_sum_kernel
 from hybrid_kernels.conv_gates.backends.triton.forward import conv_gates_kernel
@@ -202,6 +203,7 @@ class _ConvGates(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         packed, weight, A_log, dt_bias, positions, start = ctx.saved_tensors
         dgate = grads[5] if len(grads) > 5 else None

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels.custom_op import OptionalTensors, custom_op
 from hybrid_kernels.gated_rmsnorm.backends.triton.kernels import backward_kernel, forward_kernel
@@ -76,6 +77,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,) = grads
         return *_backward(*ctx.saved_tensors, dy.contiguous(), ctx.eps, ctx.activation), None, None

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels import triton_support  # noqa: F401 - repairs Triton's interpreter before the kernels are defined
 from hybrid_kernels.custom_op import OptionalTensors, custom_op
@@ -95,6 +96,7 @@ class _HeadNormRope(torch.autograd.Function):
         return (q, k, v, packed[..., (heads[0] + 2 * heads[1]) * len(q_weight) :]) if gated else (q, k, v)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         given = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
         dgate = given[3] if len(given) > 3 else None

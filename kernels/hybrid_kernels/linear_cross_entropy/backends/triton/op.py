@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels import triton_support  # noqa: F401 - repairs Triton's interpreter before the kernels are defined
 from hybrid_kernels.collectives import VocabParallel
@@ -144,6 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, cross_entropy, z
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: the backward pass can run once; run the forward pass again")

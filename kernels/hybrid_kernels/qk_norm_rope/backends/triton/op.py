@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels import triton_support  # noqa: F401 - repairs Triton's interpreter before the kernels are defined
 from hybrid_kernels.collectives import AllReduce
@@ -171,6 +172,7 @@ class _QKNormRope(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors = ctx.saved_tensors
         given = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]

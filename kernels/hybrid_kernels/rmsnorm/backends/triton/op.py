@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels import triton_support  # noqa: F401 - repairs Triton's interpreter before the kernels are defined
 from hybrid_kernels.custom_op import OptionalTensors, custom_op
@@ -95,6 +96,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dy,) = grads
         return *_backward(*ctx.saved_tensors, dy.contiguous(), None, ctx.zero_centered), None, None
@@ -112,6 +114,7 @@ class _ResidualRMSNorm(torch.autograd.Function):
         return stream, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dstream, dy = (grad.contiguous() for grad in grads)
         dx, dweight = _backward(*ctx.saved_tensors, dy, dstream, ctx.zero_centered)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels import triton_support  # noqa: F401 - repairs Triton's interpreter before the kernels are defined
 from hybrid_kernels.custom_op import OptionalTensors, custom_op
@@ -49,6 +50,7 @@ class _SigmoidGate(torch.autograd.Function):
         return _forward(x, gate)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dx, dgate = _backward(*ctx.saved_tensors, grads[0].contiguous())
         return dx, dgate
