@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_hybrid.arch.optimizers.spec import MASTER
 from megatron_hybrid.checkpoint.format import state_name
@@ -15,7 +16,8 @@ from testing import jobs
 from testing.checkpoints import edit_index
 from testing.models import SMALLEST
 from tests.convert import jobs as convert_jobs
-from tests.convert.test_huggingface import to_theirs
+from tests.convert.folders import BASE, write_folder
+from tests.convert.test_huggingface import to_ours, to_theirs
 from tests.train.test_trainer import make_config
 from tools.average_checkpoints import main
 
@@ -110,6 +112,25 @@ def test_the_moving_average_of_a_run_is_torch_s_bit_for_bit(three, tmp_path, cap
     assert (
         ended.value.code == 78 and "3 complete checkpoints, and an average of 4 is asked for" in capsys.readouterr().err
     )
+
+
+def test_an_average_of_conversions_keeps_its_precision(tmp_path):
+    folders = []
+    for number, value in enumerate((0.5, 0.50390625)):  # neighbours in BF16, whose mean is none
+        write_folder(tmp_path / f"hf{number}", BASE, dtype=torch.bfloat16)
+        tensors_of = {
+            name: x.bfloat16() for name, x in load_file(tmp_path / f"hf{number}" / "model.safetensors").items()
+        }
+        for name, tensor in tensors_of.items():
+            if name.endswith("A_log"):
+                tensor.fill_(value)
+        save_file(tensors_of, tmp_path / f"hf{number}" / "model.safetensors", metadata={"format": "pt"})
+        folders.append(tmp_path / f"ours{number}")
+        assert to_ours(tmp_path / f"hf{number}", folders[-1]) == 0
+    assert main([*map(str, folders), "--out", str(tmp_path / "mean"), "--quiet"]) == 0
+    assert to_theirs(tmp_path / "mean", tmp_path / "out") == 0
+    found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.linear_attn.A_log"]
+    assert found.dtype == torch.float32 and (found == 0.501953125).all()
 
 
 def test_it_trains_on_and_loads_in_transformers(three, ranks, tmp_path):

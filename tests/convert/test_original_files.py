@@ -99,6 +99,20 @@ def test_a_given_tokenizer_replaces_the_original(folder, tmp_path):
     assert not (tmp_path / "out/chat_template.jinja").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--tokenizer"]], ids=["kept", "with another tokenizer"])
+def test_processors_of_images_return(folder, tmp_path, options):
+    names = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+    for name in names:
+        (folder / name).write_text(f'{{"of": "{name}"}}')
+    assert to_ours(folder, tmp_path / "ours") == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tokenizer.json").write_text("{}")
+    assert (
+        to_theirs(tmp_path / "ours", tmp_path / "out", *options, *([str(tmp_path / "other")] if options else [])) == 0
+    )
+    assert all((tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes() for name in names)
+
+
 def test_what_is_left_out_is_said(folder, tmp_path, capsys):
     (folder / "LICENSE").write_text("x")
     (folder / "configuration_x.py").write_text("x")

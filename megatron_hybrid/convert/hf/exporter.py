@@ -8,13 +8,19 @@ from typing import Any
 
 from megatron_hybrid.arch.tensors import model_tensors
 from megatron_hybrid.checkpoint.format import Index
-from megatron_hybrid.checkpoint.origin import longest_sequence
+from megatron_hybrid.checkpoint.origin import FOLDER, longest_sequence
 from megatron_hybrid.convert.checkpoint_source import CheckpointSource
 from megatron_hybrid.convert.hf.card import model_card
 from megatron_hybrid.convert.hf.config import DEFAULT_POSITIONS, hf_from_model, language_fields
 from megatron_hybrid.convert.hf.kept_tensors import kept_outputs
 from megatron_hybrid.convert.hf.names import TheirTensor
-from megatron_hybrid.convert.hf.original_files import GENERATION_CONFIG, generation_config, given_tokenizer, kept_files
+from megatron_hybrid.convert.hf.original_files import (
+    GENERATION_CONFIG,
+    generation_config,
+    given_tokenizer,
+    kept_files,
+    processor_files,
+)
 from megatron_hybrid.convert.hf.registry import architecture_for
 from megatron_hybrid.convert.hf.weight_files import INDEX, SINGLE
 from megatron_hybrid.convert.io.source import TORCH_NAMES, TensorSource, composed
@@ -66,7 +72,7 @@ def to_huggingface(
         files = {SINGLE: next(iter(files.values()))}
     kept = kept_files(source.folder)
     generation, more_notes = generation_config(architecture.language_config(config), kept.pop(GENERATION_CONFIG, None))
-    copied = given_tokenizer(tokenizer) if tokenizer else kept
+    copied = given_tokenizer(tokenizer) | processor_files(source.folder / FOLDER) if tokenizer else kept
     disagreements = checkpoint_disagreements(model, run, str(tokenizer) if tokenizer else None)
     notes += [*more_notes, *architecture.export_notes(model), *refuse(disagreements)]
     texts = {
@@ -105,9 +111,13 @@ def _weight_map(files: Mapping[str, list[OutputTensor]]) -> dict[str, Any]:
 
 
 def _in_bf16(index: Index, dtype: str | None) -> list[str]:
-    """Return the tensors that were BF16 in the folder of which the checkpoint is a conversion. None if it was trained since."""
+    """Return the tensors that were BF16 in the folder of which the checkpoint is a conversion.
+
+    There are none if it was trained or averaged since.
+    """
     origin = index.run.get("converted_from")
-    names = origin.get("bf16") if isinstance(origin, dict) and not index.state and dtype is None else None
+    is_untouched = not index.state and "averaged" not in index.run
+    names = origin.get("bf16") if isinstance(origin, dict) and is_untouched and dtype is None else None
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 

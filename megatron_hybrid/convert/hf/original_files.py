@@ -1,4 +1,4 @@
-"""Files next to a model's weights and config.json: tokenizer, chat templates, generation_config.json.
+"""Files next to a model's weights and config.json: tokenizer, chat templates, processors of images, generation_config.json.
 
 An import keeps them in the checkpoint's `original/` folder (checkpoint/origin.py), byte for byte.
 """
@@ -16,6 +16,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
 """A folder with a tokenizer has at least one of these."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What turns images and videos into the inputs of a vision tower, whose weights a checkpoint keeps."""
 _TEMPLATES = "additional_chat_templates"
 GENERATION_CONFIG = "generation_config.json"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -29,6 +31,11 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
         names = sorted(path.name for path in templates.glob("*.jinja"))
         found |= {f"{_TEMPLATES}/{name}": regular_file(templates, name) for name in names}
     return found
+
+
+def processor_files(folder: Path) -> dict[str, Path]:
+    """Return the processor files of a folder, by their name in it."""
+    return {name: regular_file(folder, name) for name in PROCESSOR_FILES if has_file(folder, name)}
 
 
 def given_tokenizer(folder: Path) -> dict[str, Path]:
@@ -49,7 +56,7 @@ def original_files(folder: Path) -> dict[str, Path]:
     Raises:
         ConversionError: generation_config.json is damaged.
     """
-    found = tokenizer_files(folder)
+    found = tokenizer_files(folder) | processor_files(folder)
     if has_file(folder, GENERATION_CONFIG):
         found[GENERATION_CONFIG] = regular_file(folder, GENERATION_CONFIG)
         read_json(found[GENERATION_CONFIG])
