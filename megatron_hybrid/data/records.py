@@ -87,6 +87,10 @@ class Skipped:
             self.add(kind)
 
 
+_BYTE_ORDER_MARK = "\ufeff"
+"""Left out where a file or a line begins. Rows of a table have none: there it is text."""
+
+
 def is_blank(line: bytes) -> bool:
     """Return True if a line has no record."""
     return line.isspace() or (line.startswith(codecs.BOM_UTF8) and not line[3:].strip())
@@ -94,14 +98,14 @@ def is_blank(line: bytes) -> bool:
 
 def read_text(path: str, where: str, options: ReadOptions) -> str:
     """Return a file as one document."""
-    return _decode(_read_whole(path, where, options), where, 0, options)
+    return _decode(_read_whole(path, where, options), where, 0, options).removeprefix(_BYTE_ORDER_MARK)
 
 
 def read_checked_text(path: str, where: str, options: ReadOptions) -> str:
     """Return a file as one document, if its content is text."""
     data = _read_whole(path, where, options)
     try:
-        text = _decode(data, where, 0, options)
+        text = _decode(data, where, 0, options).removeprefix(_BYTE_ORDER_MARK)
     except BadRecord as error:
         if not options.skips(error.kind):
             refuse_format(path, data[:1024])  # gives a better reason
@@ -139,7 +143,7 @@ def _refuse_many_values(line: bytes, where: str) -> None:
 def parse_line(line: bytes, where: str, options: ReadOptions) -> str:
     """Return the document in a JSON line."""
     _refuse_many_values(line, where)
-    text = _decode(line, where, 1, options)
+    text = _decode(line, where, 1, options).removeprefix(_BYTE_ORDER_MARK)
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -190,10 +194,10 @@ def parse_row(value: bytes | None, where: str, options: ReadOptions) -> str:
 
 
 def _decode(data: bytes, where: str, first: int, options: ReadOptions) -> str:
-    """Return the text of UTF-8 bytes, without a byte-order mark. first: the number of the first byte in an error."""
+    """Return the text of UTF-8 bytes. first: the number of the first byte in an error."""
     try:
         errors = "replace" if options.bad_utf8 == "replace" else "strict"
-        return data.decode("utf-8", errors=errors).removeprefix("\ufeff")
+        return data.decode("utf-8", errors=errors)
     except UnicodeDecodeError as error:
         raise BadRecord(
             f"{where}: byte {error.start + first}: not UTF-8 ({error.reason}). "

@@ -272,6 +272,14 @@ def test_parquet(tmp_path, parquet, monkeypatch):
     assert texts([parquet(tmp_path / "named", values, column="body")], ReadOptions(json_key="body")) == values
 
 
+def test_a_byte_order_mark_is_text_in_a_row_of_a_table(tmp_path, parquet):
+    values = ["\ufeffa", "\ufeff", "b\ufeff"]
+    assert texts([parquet(tmp_path / "marks.parquet", values)]) == values
+    lines = tmp_path / "marks.jsonl"
+    lines.write_text("\ufeff" + "".join(json.dumps({"text": value}) + "\n" for value in values), encoding="utf-8")
+    assert texts([lines]) == values
+
+
 def test_bad_parquet(tmp_path, parquet):
     skip, skipped = ReadOptions(bad_records="skip"), Skipped()
     nulls = parquet(tmp_path / "nulls.parquet", ["a", None, "b"])
