@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Pretrains OLMo Hybrid 7B with AI2's recipe, 4 Mi tokens per step, on NODES nodes of GPUS_PER_NODE GPUs.
 #
-#   NODES=16 DATA='/data/olmo_mix/*.npy' RUN_DIR=/runs/olmo bash examples/pretrain_hybrid_7b.sh [section.key=value ...]
+#   NODES=16 DATA='/data/olmo_mix/*.npy' VALIDATION='/data/validation/*.npy' RUN_DIR=/runs/olmo \
+#       bash examples/pretrain_hybrid_7b.sh [section.key=value ...]
 #
 # On a SLURM login node it checks the run's files and submits itself; FILES=skip where only the compute nodes see them. In an
 # allocation it starts one launcher per node. Without SLURM it uses this machine's GPUs, or CPU_RANKS=4 ranks on CPU.
@@ -57,6 +58,9 @@ overrides=(
     ${PP:+"parallel.pipeline_parallel_size=$PP"}
     "$@"
 )
+# the default configuration has .npy shards, whose type must be known; a .bin / .idx pair knows its own
+case ${DATA:-.npy} in *.npy) ;; *) overrides=(data.train.0.dtype=null "${overrides[@]}") ;; esac
+case ${VALIDATION:-.npy} in *.npy) ;; *) overrides=(data.validation.0.dtype=null "${overrides[@]}") ;; esac
 case ${PRECISION:-} in # bf16, or the format of the linear layers
     '') ;;
     bf16 | fp32) overrides+=("train.dtype=$PRECISION" precision.fp8_recipe=null) ;;

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_hybrid.config.load import load_run
+from tests.data.files import write_indexed
 
 SCRIPT = "examples/pretrain_hybrid_7b.sh"
 CONFIG = "examples/configs/pretrain_hybrid_7b.yaml"
@@ -55,6 +56,14 @@ def test_what_is_submitted(login_node, root, tmp_path, nodes):
     command, _, rest = done.stdout.strip().partition(" --output=")
     assert command == f"sbatch --nodes={nodes} --gpus-per-node=8 --exclusive --mem=0"
     assert rest == f"{tmp_path}/caller/logs/%x-%j.log {root}/{SCRIPT} train.optimizer.lr=1e-4"
+
+
+def test_datasets_of_preprocess_need_no_type(login_node, tmp_path):
+    write_indexed(tmp_path / "corpus_train", [[5] * 9000])
+    write_indexed(tmp_path / "corpus_validation", [[5] * 9000])
+    data = {"DATA": str(tmp_path / "corpus_train"), "VALIDATION": str(tmp_path / "corpus_validation")}
+    done = login_node(**data)
+    assert done.returncode == 0 and done.stdout.startswith("sbatch "), done.stderr
 
 
 def test_eight_nodes_unless_told_otherwise(login_node):
