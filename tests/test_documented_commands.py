@@ -15,11 +15,11 @@ from tests.test_documentation import GUIDES, ROOT
 COMMANDS = {command: page for page in GUIDES for command in commands_of(page)}
 NEEDS_GPUS = (
     "HYBRID_EXTRAS=dev,gpu source tools/env.sh",
-    "DATA=data/corpus VALIDATION=data/corpus_validation RUN_DIR=/runs/a bash examples/pretrain_hybrid_7b.sh",
+    "RUN_DIR=/runs/a bash examples/pretrain_hybrid_7b.sh",
+    "HYBRID_EXTRAS=gpu,deepspeed source tools/env.sh",
     "python tools/calibrate.py --gpu h100-80gb --output mine.yaml",
     "python tools/pretrain.py examples/configs/pretrain_hybrid_7b.yaml parallel.tensor_parallel_size=4 run_dir=/runs/a",
     "python tools/pretrain.py $ONE ",
-    "--measure 3",
     "ft_launcher ",
 )
 """Beginnings of commands that need GPUs."""
@@ -31,7 +31,7 @@ ELSEWHERE = {
     "tools/convert_from_olmo_core.py": "tests/convert/olmo_core_files.py",
 }
 """Parts of commands, and the file that runs them."""
-CONTINUES = ("--precision fp8", "--emit run.yaml", "ONE=")
+CONTINUES = ("ONE=", "export ")
 """Options of the command before them, and settings of a variable."""
 LONG = ("bash examples/stages/tiny.sh",)
 """Commands that take minutes of CPU time, whose parts tests/stages runs."""

@@ -1,4 +1,6 @@
-"""Convert a Hugging Face `olmo_hybrid` or `olmo3` folder (safetensors) to a checkpoint that training loads under any layout.
+"""Convert a Hugging Face folder (safetensors) to a checkpoint that training loads under any layout.
+
+Architectures: `olmo_hybrid`, `olmo3`, `qwen3_5`, `qwen3_5_text` and `mainline_ladder`.
 
 megatron-hybrid convert from-hf Olmo-Hybrid-7B checkpoints/olmo-hybrid-7b
 mpirun -n 4 megatron-hybrid convert from-hf Olmo-Hybrid-7B checkpoints/olmo-hybrid-7b --dtype bf16

@@ -23,7 +23,7 @@ from megatron_hybrid.stages.plot import plot_stages
 
 def main() -> int:
     """Run the command and return the exit status."""
-    parser = RunCommandLine(__doc__)
+    parser = RunCommandLine(__doc__, "a YAML file that lists stages")
     add = parser.add_argument
     add("--folder", help="folder of all stages (default: the file's)")
     add("--cpu-ranks", type=positive, metavar="N", help="N ranks on CPU (default: ranks on GPUs)")

@@ -54,11 +54,15 @@ class CommandLine(argparse.ArgumentParser):
 
 
 class RunCommandLine(CommandLine):
-    """Command line of a command that takes a run: a YAML file and overrides."""
+    """Command line of a command that takes a run: a YAML file and overrides.
 
-    def __init__(self, description: str | None) -> None:
+    Args:
+        config: help of the file.
+    """
+
+    def __init__(self, description: str | None, config: str = "a YAML file, or the name of a model preset") -> None:
         super().__init__(description)
-        self.add_argument("config", help="a YAML file, or the name of a model preset")
+        self.add_argument("config", help=config)
         self.add_argument(
             "overrides",
             nargs="*",
