@@ -159,8 +159,8 @@ API: dict[str, Sequence[str]] = {
     "hybrid_kernels.rmsnorm": ("rmsnorm", "residual_rmsnorm"),
 }
 COMMANDS_INTRODUCTION = """
-`pip install` puts `megatron-hybrid` on the path. In the checkout, the scripts in `tools/` are the same commands, except for `plot`. Options and
-`section.key=value` may come in any order.
+`pip install` puts `megatron-hybrid` on the path. In the checkout, the scripts in `tools/` are the same commands, except for `plot`.
+Options and `section.key=value` may come in any order.
 """
 ENVIRONMENT = {"COLUMNS": "100", "PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HOME": "/tmp"}
 PAGES = {"configuration": configuration, "commands": commands, "python-api": python_api}

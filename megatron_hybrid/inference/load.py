@@ -42,7 +42,7 @@ class LoadedModel:
 
     @property
     def documents(self) -> str:
-        """How training treated the documents in a sequence (`data.documents`); `keep` if the checkpoint does not say."""
+        """Treatment of documents in training (`data.documents`); `keep` if the checkpoint does not say."""
         data = self.run.get("data")
         documents = data.get("documents") if isinstance(data, dict) else None
         return documents if documents in ("mask", "pack") else "keep"
