@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.base.errors import UserError
 
@@ -44,6 +45,7 @@ class _WithHalo(torch.autograd.Function):
         return x_sbw.view_as(x_sbw), from_previous(x_sbw[-count:], group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         dx, dhalo = grads
         # in place, because a copy of a gradient as wide as in_proj's output would cost as much as the convolution; the op that

@@ -131,6 +131,7 @@ class _StateBefore(torch.autograd.Function):
         return state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         transition, state = ctx.saved_tensors
         after = gradient_after(grads[0], transition, ctx.group)

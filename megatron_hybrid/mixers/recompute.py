@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 Linear = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -22,6 +23,7 @@ class _Recomputed(torch.autograd.Function):
         return recompute.run(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         x, y = ctx.recompute.graph
         ctx.recompute.graph = None

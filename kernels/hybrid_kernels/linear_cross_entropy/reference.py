@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels.collectives import AllReduce, VocabParallel
 
@@ -30,6 +31,7 @@ class _GradientIntoBuffer(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
         ctx.buffer += grads[0]
         return None, None

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels.collectives import AllReduce
 
@@ -18,6 +19,7 @@ class _SumOverRanks(torch.autograd.Function):
         return x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         grad = grads[0].contiguous().clone()
         ctx.all_reduce(grad)

@@ -19,6 +19,7 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import once_differentiable
 
 from megatron_hybrid.config.precision import PrecisionConfig
 from megatron_hybrid.mixers.attention.transformer_engine import TransformerEngineAttention
@@ -88,6 +89,7 @@ class _Activation(torch.autograd.Function):
         return kernels.swiglu(gate_up, None)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (gate_up,) = ctx.saved_tensors
         return kernels.dswiglu(grad.contiguous(), gate_up, None)
@@ -106,6 +108,7 @@ class _Fp8Activation(torch.autograd.Function):
         return kernels.swiglu(gate_up, input_quantizer(recipe, columnwise=with_gradient))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
         gradient = kernels.dswiglu(grad.contiguous(), gate_up, gradient_quantizer(ctx.recipe))
