@@ -108,7 +108,7 @@ def choose_start(config: RunConfig, env: Mapping[str, str] = os.environ) -> Star
 def _has_rewound(config: RunConfig, own: list[Path]) -> bool:
     """Return True if the newest checkpoint was saved by a run with this configuration, which rewound to the named checkpoint."""
     named = Path(config.checkpoint.resume)
-    if named.resolve().parent != own[-1].resolve().parent:
+    if named.parent.resolve() != own[-1].parent.resolve():
         return False
     for folder in reversed(own):
         with suppress(CheckpointError):  # it is damaged, and the run falls back to the one before it
