@@ -152,9 +152,11 @@ def _choice_list(task: TaskFile, document: Mapping[str, Any]) -> list[str]:
 
 
 def _target_index(task: TaskFile, document: Mapping[str, Any], choices: list[str]) -> int:
+    template = task.config["doc_to_target"]
     target = _render(task, "doc_to_target", document)
-    if isinstance(target, str):
-        target = int(target) if target.isdigit() else choices.index(target) if target in choices else target
+    if isinstance(target, str):  # as in lm-eval, digits of a field are a choice's text, and those of a template its index
+        is_text = target in choices and (template in document or not target.isdigit())
+        target = choices.index(target) if is_text else int(target) if target.isdigit() else target
     if not isinstance(target, int) or not 0 <= target < len(choices):
         raise UserError(f"{task.name}: doc_to_target: {target!r:.100} is neither a choice nor the index of one")
     return target

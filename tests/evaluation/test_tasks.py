@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_hybrid.base.errors import UserError
 from megatron_hybrid.data.tokenizer import ByteTokenizer
-from megatron_hybrid.evaluation.local_tasks import _best, _match
+from megatron_hybrid.evaluation.local_tasks import _best, _match, evaluate_choices
 from megatron_hybrid.evaluation.long_context import write_long_context_tasks
 from megatron_hybrid.evaluation.run_tasks import check_tasks
 from megatron_hybrid.evaluation.stdlib_tasks import write_stdlib_tasks
@@ -126,3 +127,28 @@ def test_functions_need_lm_eval(tmp_path):
         check_tasks([str(tmp_path)], lm_eval=False)
     with pytest.raises(UserError, match="no task is there"):
         check_tasks([str(tmp_path / "none")], lm_eval=False)
+
+
+@pytest.mark.parametrize(
+    ("choices", "template", "answer", "right"),
+    [
+        (["3", "5", "1"], "answer", "1", "1"),  # the text of a choice, though it is also the index of one
+        (["3", "5", "1"], "answer", 2, "1"),
+        (["12", "15"], "answer", "12", "12"),
+        (["12", "15"], "answer", "1", "15"),
+        (["3", "5", "1"], "{{answer}}", "1", "5"),  # lm-eval takes the digits of a template for an index
+    ],
+)
+def test_digits_are_texts_in_fields_and_indices_in_templates(tmp_path, choices, template, answer, right):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"q": "what", "choices": choices, "answer": answer}))
+    fields = dict(
+        task="digits", dataset_path="json", dataset_kwargs={"data_files": {"test": "t.jsonl"}}, test_split="test"
+    )
+    fields |= dict(output_type="multiple_choice", doc_to_text="q", doc_to_choice="choices", doc_to_target=template)
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(fields))
+    task = read_task(tmp_path / "t.yaml")
+
+    def score(pairs):
+        return [0.0 if bytes(choice).strip() == right.encode() else -9.0 for _, choice in pairs]
+
+    assert evaluate_choices(task, ByteTokenizer(), score)["acc"] == 1.0
