@@ -36,6 +36,14 @@ def test_profile_garbage_and_slowest_rank(ranks, config, tmp_path):  # noqa: F81
     assert "slowest of the last 3 steps: rank " in results[0]["printed"]
 
 
+def test_a_run_that_ends_before_the_profile_writes_it(ranks, config, tmp_path):  # noqa: F811
+    config["debug"] = dict(profile_step_start=2, profile_step_end=1000)
+    steps = config["train"]["steps"]
+    (result,) = ranks.run(debug_jobs.debugged, 1, config=config)
+    (trace,) = (tmp_path / "run" / "profiles").iterdir()
+    assert trace.name == f"steps-2-{steps}-rank-00000.json.gz" and "wrote " in result["printed"]
+
+
 def test_replicas_that_are_equal(ranks):
     error, norms = ranks.run(debug_jobs.compared, 3, bad_rank=None)[0]
     assert error is None and norms == ["1.5"] * 4

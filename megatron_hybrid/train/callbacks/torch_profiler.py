@@ -52,6 +52,11 @@ class TorchProfiler(Callback):
 
         Output(str(file), print).attempt(write)
 
+    def finish(self, run: Run) -> None:
+        """Write the trace of a run that ends before `profile_step_end`."""
+        if self._profile is not None:
+            self._write(run)
+
     def close(self) -> None:
         if self._profile is not None:
             self._profile.stop()
