@@ -136,8 +136,9 @@ class Blend:
 
     def sample(self, index: int) -> np.ndarray | Sample:
         """Return a sample of the blend, as its dataset returns it: int64 [sequence_length + 1], or a `Sample`."""
-        dataset, i = self.locate(index)
-        return self.datasets[dataset].sample(i)
+        number, i = self.locate(index)
+        dataset = self.datasets[number]
+        return dataset.sample(i, index) if isinstance(dataset, GeneratedDataset) else dataset.sample(i)
 
 
 def _phase(first: int, weights: Sequence[float], before: tuple[int, ...]) -> _Phase:

@@ -74,7 +74,8 @@ def build_train_and_validation(
         else:
             sources = [opened[_without_weight(source_config)] for source_config in configs]
             datasets += [dataset(source, seed) for source, seed in zip(sources, seeds, strict=True)]
-        mixes = [(-(-change.after_tokens // config.sequence_length), change.weights) for change in changes]
+        length = datasets[0].sequence_length  # shorter than data.sequence_length where samples are generated
+        mixes = [(-(-change.after_tokens // length), change.weights) for change in changes]
         return Blend(datasets, [source_config.weight for source_config in configs], mixes)
 
     train = blend(config.train, 0, config.mix_changes)

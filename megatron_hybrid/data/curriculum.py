@@ -22,6 +22,11 @@ class Curriculum:
             starts.append(starts[-1] + stage.samples)
         return starts
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First sample of each stage."""
+        return tuple(self._starts)
+
     def stage_at(self, index: int) -> int:
         """Return the number of the stage that a sample belongs to."""
         return bisect_right(self._starts, index) - 1

@@ -39,9 +39,13 @@ class GeneratedDataset:
         """Name in messages and metrics."""
         return self.generator.task
 
-    def sample(self, index: int) -> Sample:
-        """Return the sample with this index, padded at its end. Several threads may call this."""
-        size = self.curriculum.size_at(index) if self.curriculum else None
+    def sample(self, index: int, place: int | None = None) -> Sample:
+        """Return the sample with this index, padded at its end. Several threads may call this.
+
+        Args:
+            place: index in the blend, by which the curriculum counts; None: the same.
+        """
+        size = self.curriculum.size_at(index if place is None else place) if self.curriculum else None
         random = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 0, index]))
         text = self.generator.generate(size or self.generator.size, random)
         counted = self._counted(text.answers, len(text.tokens))

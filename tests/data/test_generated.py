@@ -1,9 +1,12 @@
 """Generated samples follow from seed, index and curriculum alone, and are padded to one length per size."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.config.data import DataConfig
 from megatron_hybrid.data.blend import Blend
 from megatron_hybrid.data.build import build_train_and_validation
@@ -11,6 +14,8 @@ from megatron_hybrid.data.curriculum import Curriculum
 from megatron_hybrid.data.fingerprint import data_identity, identity_changes
 from megatron_hybrid.data.generated import ENDLESS
 from megatron_hybrid.data.loader import BatchLoader
+from megatron_hybrid.train.callbacks.curriculum_progress import CurriculumProgress
+from megatron_hybrid.train.progress import Progress
 
 STAGES = [{"size": 4, "samples": 64}, {"size": 8, "samples": 64}, {"size": 32}]
 
@@ -54,6 +59,47 @@ def test_sizes_follow_the_curriculum():
     for starts in ([0, 5], [0, 9, 9], [1, 2, 3]):
         with pytest.raises(ValueError, match="cannot begin them"):
             again.load_state_dict({"starts": starts})
+
+
+def two_sources(**fields) -> tuple[Blend, Curriculum]:
+    tasks = [{"generator": {"task": "state_tracking", "size": size}, "weight": w} for size, w in ((4, 0.75), (8, 0.25))]
+    config = DataConfig.model_validate(dict(train=tasks, sequence_length=512, **fields))
+    curriculum = Curriculum(config.curriculum)
+    return build_train_and_validation(config, 16, curriculum=curriculum if config.curriculum else None)[0], curriculum
+
+
+def test_stages_begin_at_samples_of_the_blend():
+    blend, _ = two_sources(curriculum=STAGES)
+    lengths = [len(blend.sample(i).tokens) for i in range(192)]
+    assert lengths == [64] * 64 + [128] * 64 + [320] * 64
+
+
+def test_a_mix_changes_after_tokens_of_generated_samples():
+    blend, _ = two_sources(mix_changes=[{"after_tokens": 100 * 128, "weights": [0.0, 1.0]}])
+    assert blend.sequence_length == 128
+    assert blend.counts(100) == [75, 25] and blend.counts(140) == [75, 65]
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "fits"), [(0, 8, True), (4, 8, False), (4, 4, True), (124, 8, False), (128, 8, True)]
+)
+def test_a_changed_batch_size_must_fit_the_stages_that_are_left(samples, size, fits):
+    _, curriculum = data()
+    lines: list[str] = []
+    run = SimpleNamespace(
+        curriculum=curriculum,
+        progress=Progress(samples=samples),
+        config=SimpleNamespace(train=SimpleNamespace(global_batch_size=size)),
+        logger=SimpleNamespace(info=lines.append),
+    )
+    if fits:
+        CurriculumProgress(None).start(run)
+        assert len(lines) == 1
+    else:
+        with pytest.raises(
+            ConfigError, match=f"train.global_batch_size: {size} would put samples of two stages into a batch"
+        ):
+            CurriculumProgress(None).start(run)
 
 
 def test_labels_that_count():

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_hybrid.base.errors import ConfigError
 from megatron_hybrid.data.curriculum import Curriculum
 from megatron_hybrid.train.callbacks.base import Callback, Run, StepOutcome
 from megatron_hybrid.train.callbacks.periodic_evaluation import PeriodicEvaluation
@@ -13,6 +14,9 @@ class CurriculumProgress(Callback):
 
     Stages that have had their samples end without it. Writes `size` to the console when it changes, and the first sample of each
     stage into checkpoints. All ranks decide alike, because results of evaluations are the same on every rank.
+
+    Raises:
+        ConfigError: the batch size has changed, and a batch would have samples of two stages.
     """
 
     name = "curriculum"
@@ -26,7 +30,15 @@ class CurriculumProgress(Callback):
         self._curriculum = run.curriculum
 
     def start(self, run: Run) -> None:
-        self._stage = self._of(run).stage_at(run.progress.samples)
+        samples, size = run.progress.samples, run.config.train.global_batch_size
+        for start in self._of(run).starts:
+            if start > samples and (start - samples) % size:
+                raise ConfigError.at(
+                    "train.global_batch_size",
+                    f"{size} would put samples of two stages into a batch: the run has read {samples} samples, and a stage of "
+                    f"data.curriculum begins at sample {start}; use the batch size with which the run began",
+                )
+        self._stage = self._of(run).stage_at(samples)
         self._report(run)
 
     def end_step(self, run: Run, outcome: StepOutcome) -> None:

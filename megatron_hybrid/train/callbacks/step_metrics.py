@@ -49,7 +49,7 @@ class StepMetrics(Callback):
     def _of_sources(self, run: Run, losses: tuple[float, ...]) -> dict[str, float]:
         if not losses:
             return {}
-        length = run.config.data.sequence_length
+        length = self._training.sequence_length
         samples = self._training.counts(run.progress.samples)
         tokens = {f"source/{name}/tokens": n * length for name, n in zip(self._sources, samples, strict=True)}
         found = zip(self._sources, losses, strict=True)
